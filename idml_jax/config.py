@@ -1,0 +1,253 @@
+"""The settings of a run: their defaults, their check, and what a workdir remembers of them."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from idml_jax.errors import UserError
+from idml_jax.losses import LOSSES
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Fields that change how a run is carried out but not what comes out: a resumed run may differ in them.
+FREE_FIELDS = (
+    "data.root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps", "log.tensorboard",
+    "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size",
+)  # fmt: skip
+
+
+def loss_options(name: str) -> dict[str, Any]:
+    """The settings of a loss with their defaults, read from its signature."""
+    parameters = inspect.signature(LOSSES[name].function).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and isinstance(p.default, int | float | str | bool)
+    }
+
+
+def default_config() -> ConfigDict:
+    """Every setting with its default: the paper's protocol for retrieval (METHOD: ResNet-50, AdamW, ProxyAnchor)."""
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 120
+    config.epochs = 60
+
+    config.data = ConfigDict()
+    config.data.name = "folder"
+    config.data.root = ""  # of an image folder
+    config.data.data_dir = ""  # of prepared tfds data sets; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    config.data.variant = ""  # which tfds data set, or which variant of the glyphs
+    config.data.train_classes = 0.5  # share (or number) of classes to train on where the data has no split
+    config.data.validation_classes = 0.0  # share of the training classes to hold out
+    config.data.on_corrupt = "refuse"  # or skip
+    config.data.on_small_class = "refuse"  # or skip, keep: classes with a single image
+    config.data.image_size = 224
+    config.data.resize = 256  # shorter side before the central crop of a test picture
+    config.data.channels = 3  # or 1
+    config.data.crop_scale = (0.08, 1.0)
+    config.data.crop_ratio = (3 / 4, 4 / 3)
+    config.data.flip = True
+    config.data.rotation = 0.0  # degrees
+    config.data.mean = IMAGENET_MEAN
+    config.data.std = IMAGENET_STD
+    config.data.per_class = -1  # K of P x K batches; 0: plain shuffling; -1: 4 for losses on pairs, else 0
+    config.data.threads = 4
+    config.data.prefetch = 4  # batches
+    config.data.workers = 0  # processes that decode, for hosts with many cores
+
+    config.model = ConfigDict()
+    config.model.name = "resnet50"
+    config.model.embedding_dim = 512
+    config.model.uncertainty_dim = 512
+    config.model.uncertainty_head = "mlp"  # or linear, none
+    config.model.uncertainty_hidden = 128
+    config.model.uncertainty_scale = 1.0  # on the initial weights of the last uncertainty layer
+    config.model.pooling = "avg_max"  # or avg, max
+    config.model.batchnorm = "frozen"  # or frozen_statistics (scale and bias learn), live
+    config.model.dtype = "float32"  # or bfloat16, of the trunk
+
+    config.ism = ConfigDict()
+    config.ism.enabled = True
+    config.ism.variant = "relative"  # or absolute, released
+    config.ism.temperature = 5.0
+
+    config.loss = ConfigDict()
+    config.loss.name = "proxy_anchor"
+    for name in LOSSES:
+        config.loss[name] = ConfigDict(loss_options(name))
+
+    config.mixup = ConfigDict()
+    config.mixup.enabled = True
+    config.mixup.alpha = 1.0
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"  # or sgd
+    config.optim.learning_rate = 6e-4
+    config.optim.weight_decay = 1e-4
+    config.optim.momentum = 0.9  # of sgd
+    config.optim.schedule = "step"  # or cosine, constant
+    config.optim.step_epochs = 5
+    config.optim.step_factor = 0.5
+    config.optim.warmup_epochs = 5  # in which only heads and proxies train
+    config.optim.proxy_lr_factor = 100.0
+    config.optim.clip_value = 10.0
+
+    config.eval = ConfigDict()
+    config.eval.every_epochs = 1
+    config.eval.batch_size = 128
+    config.eval.split = "test"  # or validation
+    config.eval.ks = (1, 2, 4, 8)
+    config.eval.untrained = True  # measure the random network first
+    config.eval.best_metric = "R@1"
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_epochs = 1
+    config.checkpoint.keep_latest = 1
+    config.checkpoint.keep_best = 1
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50
+    config.log.tensorboard = True
+    return config
+
+
+def _choice(config: ConfigDict, field: str, known: tuple[str, ...]) -> None:
+    value = _get(config, field)
+    if value not in known:
+        raise UserError(f"config.{field} = {value!r}; known: {', '.join(known)}")
+
+
+def _at_least(config: ConfigDict, field: str, low: float) -> None:
+    value = _get(config, field)
+    if not value >= low:
+        raise UserError(f"config.{field} = {value} must be at least {low:g}")
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what the types of the fields do not: ranges, names and what must fit together.
+
+    Raises:
+      UserError: naming the first bad field, its value and what would be right.
+    """
+    for field in ("batch_size", "epochs", "data.threads", "data.prefetch", "eval.every_epochs", "eval.batch_size",
+                  "checkpoint.every_epochs", "checkpoint.keep_latest", "checkpoint.keep_best", "log.every_steps",
+                  "model.embedding_dim", "model.uncertainty_dim", "model.uncertainty_hidden", "data.image_size",
+                  "optim.step_epochs"):  # fmt: skip
+        _at_least(config, field, 1)
+    for field in ("seed", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay", "optim.clip_value",
+                  "optim.proxy_lr_factor", "data.workers", "data.rotation", "mixup.alpha"):  # fmt: skip
+        _at_least(config, field, 0)
+    _choice(config, "loss.name", tuple(sorted(LOSSES)))
+    _choice(config, "model.batchnorm", ("frozen", "frozen_statistics", "live"))
+    _choice(config, "model.dtype", ("float32", "bfloat16"))
+    _choice(config, "model.uncertainty_head", ("mlp", "linear", "none"))
+    _choice(config, "model.pooling", ("avg", "max", "avg_max"))
+    _choice(config, "eval.split", ("test", "validation"))
+    if config.data.channels not in (1, 3):
+        raise UserError(f"config.data.channels = {config.data.channels}; known: 1 (grey), 3 (colour)")
+    for field in ("mean", "std"):
+        if len(config.data[field]) != config.data.channels:
+            raise UserError(
+                f"config.data.{field} has {len(config.data[field])} values for {config.data.channels} channels"
+            )
+    if min(config.data.std) <= 0:
+        raise UserError(f"config.data.std = {tuple(config.data.std)} must be above 0")
+    if config.data.resize < config.data.image_size:
+        raise UserError(
+            f"config.data.resize ({config.data.resize}) must be at least config.data.image_size "
+            f"({config.data.image_size})"
+        )
+    low, high = config.data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UserError(f"config.data.crop_scale = {(low, high)} must be two shares of the area, 0 < low <= high <= 1")
+    low, high = config.data.crop_ratio
+    if not 0 < low <= high:
+        raise UserError(f"config.data.crop_ratio = {(low, high)} must be two ratios, 0 < low <= high")
+    if config.mixup.enabled and not config.mixup.alpha > 0:
+        raise UserError("config.mixup.alpha must be above 0; config.mixup.enabled=False turns Mixup off")
+    if config.ism.enabled and config.model.uncertainty_head == "none":
+        raise UserError("config.ism.enabled needs an uncertainty head; config.model.uncertainty_head is 'none'")
+    if not config.eval.ks or any(not isinstance(k, int) or k < 1 for k in config.eval.ks):
+        raise UserError(f"config.eval.ks = {tuple(config.eval.ks)} must be whole numbers of at least 1")
+    known = (*(f"R@{k}" for k in config.eval.ks), "RP", "MAP@R")
+    _choice(config, "eval.best_metric", known)
+    if config.eval.split == "validation" and not config.data.validation_classes:
+        raise UserError("config.eval.split = 'validation' needs config.data.validation_classes above 0")
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"a.b": value}``."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def remember(config: ConfigDict, workdir: Path) -> None:
+    """Writes ``config.json`` into a new workdir, or checks that a known one holds the same settings.
+
+    Raises:
+      UserError: naming up to three fields that differ.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        old, new = flatten(read(workdir).to_dict()), flatten(config.to_dict())
+        missing = "(not set)"
+        differing = [
+            f"config.{field} = {old.get(field, missing)!r} there, {new.get(field, missing)!r} here"
+            for field in sorted(set(old) | set(new))
+            if field not in FREE_FIELDS and old.get(field, missing) != new.get(field, missing)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(
+                f"{workdir} holds a run with other settings: {'; '.join(differing[:3])}{more}. "
+                "Use the same settings or another --workdir"
+            )
+        return
+    write_json(path, config.to_dict())
+
+
+def read(workdir: Path) -> ConfigDict:
+    """The settings of the run in a workdir.
+
+    Raises:
+      UserError: if there are none.
+    """
+    path = workdir / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir} holds no run (no config.json)") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    return ConfigDict(_tuples(values))
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists back to the tuples they were."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""Images from disk to batches: numpy, Grain, tfds and OpenCV; nothing here touches a JAX device."""

@@ -1,0 +1,133 @@
+"""Which record stands in which slot: orders that are pure functions of (seed, slot).
+
+A sampler is an endless sequence of record indices. Slot ``i`` belongs to step ``i // batch_size``, so a run resumes
+by starting at the saved step, and hosts share a batch by taking their slices of its slots: neither workers nor
+iterators hold state that could be lost.
+"""
+
+import functools
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from idml_jax.errors import UserError
+
+
+class Sampler(Protocol):
+    """An endless order of records in whole batches."""
+
+    batch_size: int
+    steps_per_epoch: int
+
+    def batch(self, step: int) -> Int[np.ndarray, "batch_size"]:
+        """Record indices of the global batch of a step."""
+        ...
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+class ShuffledSampler:
+    """Every epoch a new random order of all records; the incomplete last batch is dropped.
+
+    Args:
+      size: number of records.
+      batch_size: records per global batch.
+      seed: of the orders.
+
+    Raises:
+      UserError: if there are fewer records than one batch takes.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        if batch_size < 1 or size < batch_size:
+            raise UserError(f"a batch of {batch_size} cannot be filled from {size} images; lower config.batch_size")
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.steps_per_epoch = size // batch_size
+        # One order is a few MB at most; two are kept because prefetching crosses the border between epochs.
+        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        return _generator(self.seed, epoch).permutation(self.size)
+
+    def batch(self, step: int) -> Int[np.ndarray, "batch_size"]:
+        """Record indices of the global batch of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.batch_size
+        return self._order(epoch)[start : start + self.batch_size]
+
+
+class BalancedSampler:
+    """P x K batches: ``P = batch_size / K`` different classes with ``K`` images each, for losses on pairs.
+
+    Classes come in random orders, one order after the other: every class once before any comes again, and none twice
+    in a batch. (With fewer than ``3 P`` classes that cannot be had across the border of two orders, and the
+    ``classes % P`` last ones of an order are left out.) A class's images are drawn without replacement within a batch;
+    a class with fewer than ``K`` is completed with replacement. An epoch has as many steps as one over all images.
+
+    Args:
+      labels: ``[n]`` labels.
+      batch_size: images per global batch, a multiple of ``per_class``.
+      per_class: K.
+      seed: of the orders.
+
+    Raises:
+      UserError: if the numbers do not fit each other or there are too few classes.
+    """
+
+    def __init__(self, labels: Int[np.ndarray, "n"], batch_size: int, per_class: int, seed: int):
+        if per_class < 2 or batch_size % per_class:
+            raise UserError(
+                f"config.batch_size ({batch_size}) must be a multiple of config.data.per_class ({per_class}), "
+                "which must be at least 2"
+            )
+        order = np.argsort(labels, kind="stable")
+        self._members = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+        self.batch_size, self.per_class, self.seed = batch_size, per_class, seed
+        self._per_batch = batch_size // per_class
+        if self._per_batch > len(self._members):
+            raise UserError(
+                f"{self._per_batch} classes per batch are wanted but there are {len(self._members)}; lower "
+                "config.batch_size or raise config.data.per_class"
+            )
+        self.steps_per_epoch = max(len(labels) // batch_size, 1)
+        self._seamless = len(self._members) >= 3 * self._per_batch
+        self._order = functools.lru_cache(maxsize=4)(self._class_order)
+
+    def _random_order(self, number: int) -> np.ndarray:
+        return _generator(self.seed, 1, number).permutation(len(self._members))
+
+    def _class_order(self, number: int) -> np.ndarray:
+        """The order of all classes in round ``number``, its head free of what the round before ended with."""
+        order = self._random_order(number)
+        if number == 0 or not self._seamless:
+            return order
+        # Only places outside the last P change, so the end of the round before is that of its plain random order.
+        width = self._per_batch
+        recent = self._random_order(number - 1)[-width:]
+        clashes = np.flatnonzero(np.isin(order[:width], recent))
+        spare = width + np.flatnonzero(~np.isin(order[width:-width], recent))[: len(clashes)]
+        order[clashes], order[spare] = order[spare], order[clashes]
+        return order
+
+    def _classes(self, step: int) -> np.ndarray:
+        total, width = len(self._members), self._per_batch
+        if not self._seamless:
+            number, position = divmod(step, total // width)
+            return self._order(number)[position * width : (position + 1) * width]
+        places = step * width + np.arange(width)
+        return np.asarray([self._order(int(place) // total)[int(place) % total] for place in places])
+
+    def batch(self, step: int) -> Int[np.ndarray, "batch_size"]:
+        """Record indices of the global batch of a step; a class's images stand together."""
+        rng = _generator(self.seed, 2, step)
+        picked = []
+        for label in self._classes(step):
+            members = rng.permutation(self._members[label])
+            extra = self.per_class - len(members)
+            picked.append(members[: self.per_class])
+            if extra > 0:
+                picked.append(rng.choice(members, extra))
+        return np.concatenate(picked)

@@ -1,0 +1,441 @@
+"""Where images come from: folders and tfds data sets behind one random-access interface, with class-disjoint splits."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from idml_jax.data import transforms
+from idml_jax.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+
+class Source(Protocol):
+    """Random access to encoded images.
+
+    Attributes:
+      labels: ``[n]`` int32, dense from 0.
+      class_names: name of every label.
+      fields: further values per image, e.g. the true ``ambiguity`` of the glyphs, each ``[n, ...]``.
+    """
+
+    labels: Int[np.ndarray, "n"]
+    class_names: Sequence[str]
+    fields: dict[str, np.ndarray]
+
+    def __len__(self) -> int: ...
+    def read(self, index: int) -> bytes:
+        """The encoded image."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message: its path, or data set, split and record."""
+        ...
+
+
+class Splits(NamedTuple):
+    """Training and evaluation images, whose classes are usually disjoint.
+
+    Attributes:
+      train: images to learn from.
+      test: images on which the final figures are taken.
+      validation: images of classes held out of the training classes, for choosing settings; ``None`` if none are.
+    """
+
+    train: Source
+    test: Source
+    validation: Source | None = None
+
+
+class FolderSource:
+    """Image files with labels."""
+
+    def __init__(self, paths: Sequence[str], labels: Int[np.ndarray, "n"], class_names: Sequence[str]):
+        self.paths, self.class_names = list(paths), list(class_names)
+        self.labels = np.asarray(labels, np.int32)
+        self.fields: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        try:
+            return Path(self.paths[index]).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.paths[index]}: cannot be read ({error.strerror})") from error
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+
+class TfdsSource:
+    """A split of a tfds data set stored as array_record; TensorFlow is not needed to read it.
+
+    Args:
+      records: what ``builder.as_data_source(split, decoders={image_key: SkipDecoding()})`` gives.
+      name: for messages, e.g. ``cub/test``.
+      class_names: name of every label.
+      image_key: feature with the encoded image.
+      label_key: feature with the label.
+      field_keys: further features to hold in ``fields``.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict],
+        name: str,
+        class_names: Sequence[str],
+        image_key: str = "image",
+        label_key: str = "label",
+        field_keys: Sequence[str] = (),
+    ):
+        self.records, self._name, self._image_key = records, name, image_key
+        self.class_names = list(class_names)
+        keys = (label_key, *field_keys)
+        columns: dict[str, list] = {key: [] for key in keys}
+        for index in range(len(records)):
+            record = records[index]
+            for key in keys:
+                columns[key].append(record[key])
+        self.labels = np.asarray(columns[label_key], np.int32)
+        self.fields = {key: np.asarray(columns[key]) for key in field_keys}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> bytes:
+        return self.records[index][self._image_key]
+
+    def name(self, index: int) -> str:
+        return f"{self._name} record {index}"
+
+
+class Subset:
+    """Some images of a source, with their labels made dense again.
+
+    Args:
+      source: all images.
+      indices: ``[m]`` which to keep, in this order.
+    """
+
+    def __init__(self, source: Source, indices: Int[np.ndarray, "m"]):
+        self._source, self._indices = source, np.asarray(indices)
+        kept, labels = np.unique(source.labels[self._indices], return_inverse=True)
+        self.labels = labels.astype(np.int32)
+        self.class_names = [source.class_names[label] for label in kept]
+        self.fields = {key: value[self._indices] for key, value in source.fields.items()}
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> bytes:
+        return self._source.read(int(self._indices[index]))
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
+
+def select_classes(source: Source, classes: Sequence[int]) -> Subset:
+    """The images of some labels of a source."""
+    return Subset(source, np.flatnonzero(np.isin(source.labels, np.asarray(classes, np.int64))))
+
+
+def split_by_class(source: Source, train_classes: float) -> tuple[Subset, Subset]:
+    """Class-disjoint halves in the order of the class names, as the benchmarks' protocol has it.
+
+    Args:
+      source: all images.
+      train_classes: share of the classes, if below 1, or their number.
+
+    Returns:
+      Training and test images.
+
+    Raises:
+      UserError: if one side would be left with fewer than two classes.
+    """
+    total = len(source.class_names)
+    count = round(total * train_classes) if train_classes < 1 else int(train_classes)
+    if count < 2 or total - count < 2:
+        raise UserError(
+            f"config.data.train_classes = {train_classes} splits {total} classes into {count} for training and "
+            f"{total - count} for testing; both sides need at least 2"
+        )
+    return select_classes(source, range(count)), select_classes(source, range(count, total))
+
+
+def hold_out_classes(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Splits classes at random into training and validation, to choose settings without looking at test classes.
+
+    Args:
+      source: training images.
+      fraction: share of the classes to hold out.
+      seed: of the choice.
+
+    Returns:
+      Training and validation images.
+
+    Raises:
+      UserError: if one side would be left with fewer than two classes.
+    """
+    total = len(source.class_names)
+    count = round(total * fraction)
+    if count < 2 or total - count < 2:
+        raise UserError(
+            f"config.data.validation_classes = {fraction} holds out {count} of {total} training classes; both sides "
+            "need at least 2"
+        )
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(total)
+    return select_classes(source, order[count:]), select_classes(source, order[:count])
+
+
+def scan_folder(root: str | os.PathLike) -> FolderSource:
+    """Images below ``root/<class>/``, classes and files in sorted order.
+
+    Args:
+      root: folder with one folder per class; deeper folders belong to the class.
+
+    Returns:
+      The source.
+
+    Raises:
+      UserError: if there is no such folder, or no image in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder (config.data.root)")
+    paths, labels, names = [], [], []
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        found = sorted(
+            str(p)
+            for p in folder.rglob("*")
+            if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and p.is_file()
+        )
+        if found:
+            labels += [len(names)] * len(found)
+            names.append(folder.name)
+            paths += found
+    if not paths:
+        loose = any(p.suffix.lower() in EXTENSIONS for p in root.iterdir())
+        where = "its images lie outside class folders" if loose else "it holds no images"
+        raise UserError(f"{root}: {where}; expected {root}/<class>/*.jpg ({', '.join(e[1:] for e in EXTENSIONS)})")
+    return FolderSource(paths, np.asarray(labels), names)
+
+
+def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str], None]) -> FolderSource:
+    """Finds files that are no pictures before anything is trained on them.
+
+    Args:
+      source: files to look at.
+      on_corrupt: ``refuse`` looks at size, header and end of every file and raises at the first bad one; ``skip``
+        decodes every file and leaves the bad ones out, with a count.
+      warn: receives one line about skipped files.
+
+    Returns:
+      The source without the bad files.
+
+    Raises:
+      UserError: naming the first bad file, under ``refuse``; if nothing readable is left, under ``skip``.
+    """
+    if on_corrupt not in ("refuse", "skip"):
+        raise UserError(f"config.data.on_corrupt = {on_corrupt!r}; known: refuse, skip")
+    check = transforms.decode if on_corrupt == "skip" else transforms.check_whole
+
+    def problem(index: int) -> str | None:
+        try:
+            check(source.read(index))
+        except (transforms.DecodeError, UserError) as error:
+            return str(error)
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        problems = list(pool.map(problem, range(len(source))))
+    bad = [i for i, p in enumerate(problems) if p is not None]
+    if not bad:
+        return source
+    first = f"{source.paths[bad[0]]}: {problems[bad[0]]}"
+    if on_corrupt == "refuse":
+        more = f" (and {len(bad) - 1} more files)" if len(bad) > 1 else ""
+        raise UserError(f"{first}{more}; config.data.on_corrupt=skip leaves such files out")
+    if len(bad) == len(source):
+        raise UserError(f"none of {len(source)} files is a readable picture; the first: {first}")
+    warn(f"{len(bad)} of {len(source)} files are not readable pictures and are left out; the first: {first}")
+    keep = np.setdiff1d(np.arange(len(source)), bad)
+    kept, labels = np.unique(source.labels[keep], return_inverse=True)
+    return FolderSource([source.paths[i] for i in keep], labels, [source.class_names[k] for k in kept])
+
+
+def check_classes(source: Source, what: str, on_small_class: str, warn: Callable[[str], None]) -> Source:
+    """At least two classes, each with at least two images, or a clear word about it.
+
+    Args:
+      source: images.
+      what: which images, for messages.
+      on_small_class: what becomes of classes with one image, which can neither form a positive pair nor be found:
+        ``refuse``, ``skip`` or ``keep``.
+      warn: receives one line about skipped or kept classes.
+
+    Returns:
+      The source, perhaps without its small classes.
+
+    Raises:
+      UserError: if a class is too small under ``refuse``, or fewer than two classes are there.
+    """
+    if on_small_class not in ("refuse", "skip", "keep"):
+        raise UserError(f"config.data.on_small_class = {on_small_class!r}; known: refuse, skip, keep")
+    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    small = np.flatnonzero(counts < 2)
+    if len(source.class_names) >= 2 and len(small):
+        first = source.name(int(np.flatnonzero(source.labels == small[0])[0]))
+        text = f"{what}: {len(small)} of {len(counts)} classes have a single image, the first {first}"
+        if on_small_class == "refuse":
+            raise UserError(
+                f"{text}; every class needs two, or set config.data.on_small_class to skip (leave them out) or keep"
+            )
+        warn(f"{text}; {'left out' if on_small_class == 'skip' else 'kept'}")
+        if on_small_class == "skip":
+            source = select_classes(source, np.flatnonzero(counts >= 2))
+    if len(source.class_names) < 2:
+        names = f" ({source.class_names[0]})" if len(source.class_names) else ""
+        raise UserError(f"{what}: {len(source.class_names)} class{names}; metric learning needs at least 2")
+    return source
+
+
+def load_folder(
+    *,
+    root: str,
+    train_classes: float = 0.5,
+    on_corrupt: str = "refuse",
+    warn: Callable[[str], None] = print,
+    **_: object,
+) -> tuple[Source, Source]:
+    """A folder of images: ``root/train/<class>/`` and ``root/test/<class>/`` (or ``val``), or ``root/<class>/`` alone,
+    which is split by class."""
+    if not root:
+        raise UserError("config.data.root is empty; give the folder that holds one folder per class")
+    test_root = next((Path(root) / name for name in ("test", "val") if (Path(root) / name).is_dir()), None)
+    if test_root is not None and (Path(root) / "train").is_dir():
+        parts = [scan_folder(Path(root) / "train"), scan_folder(test_root)]
+        return tuple(drop_unreadable(part, on_corrupt, warn) for part in parts)
+    everything = drop_unreadable(scan_folder(root), on_corrupt, warn)
+    if len(everything.class_names) < 2:
+        raise UserError(f"{root}: 1 class ({everything.class_names[0]}); metric learning needs at least 2")
+    return split_by_class(everything, train_classes)
+
+
+def default_data_dir() -> str:
+    """Where prepared data sets live unless told otherwise: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``."""
+    return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
+
+
+def load_glyphs(*, data_dir: str = "", variant: str = "default", **_: object) -> tuple[Source, Source]:
+    """The built-in characters; made on first use."""
+    import tensorflow_datasets as tfds
+
+    from idml_jax.data import glyphs
+
+    builder = glyphs.prepare(data_dir or default_data_dir(), variant or "default")
+    names = builder.info.features["label"].names
+    skip = {"image": tfds.decode.SkipDecoding()}
+    parts = []
+    for split in ("train", "test"):
+        records = builder.as_data_source(split, decoders=skip)
+        fields = ("ambiguity", "kind")
+        source = TfdsSource(records, f"glyphs/{split}", names, field_keys=fields)
+        parts.append(Subset(source, np.arange(len(source))))
+    return parts[0], parts[1]
+
+
+def load_tfds(*, data_dir: str = "", variant: str = "", train_classes: float = 0.5, **_: object) -> tuple[Source, Source]:
+    """A tfds data set that is already prepared as array_record: all its splits together, split by class."""
+    import tensorflow_datasets as tfds
+
+    if not variant:
+        raise UserError("config.data.variant is empty; give the tfds data set, e.g. cars196 or my_set:1.0.0")
+    data_dir = data_dir or default_data_dir()
+    try:
+        builder = tfds.builder(variant, data_dir=data_dir, file_format="array_record")
+        splits = list(builder.info.splits)
+        if not splits:
+            raise FileNotFoundError(f"nothing is prepared for {variant}")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"tfds data set {variant!r} is not prepared as array_record under {data_dir}: {reason}") from error
+    skip = {"image": tfds.decode.SkipDecoding()}
+    names = builder.info.features["label"].names
+    parts = [TfdsSource(builder.as_data_source(s, decoders=skip), f"{variant}/{s}", names) for s in splits]
+    return split_by_class(Joined(parts), train_classes)
+
+
+class Joined:
+    """Several sources with the same classes, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self._sources = list(sources)
+        self._starts = np.cumsum([0] + [len(s) for s in self._sources])
+        self.labels = np.concatenate([s.labels for s in self._sources])
+        self.class_names = self._sources[0].class_names
+        shared = set.intersection(*(set(s.fields) for s in self._sources))
+        self.fields = {key: np.concatenate([s.fields[key] for s in self._sources]) for key in sorted(shared)}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _find(self, index: int) -> tuple[Source, int]:
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._sources[which], index - int(self._starts[which])
+
+    def read(self, index: int) -> bytes:
+        source, local = self._find(index)
+        return source.read(local)
+
+    def name(self, index: int) -> str:
+        source, local = self._find(index)
+        return source.name(local)
+
+
+DATASETS: dict[str, Callable[..., tuple[Source, Source]]] = {
+    "folder": load_folder,
+    "glyphs": load_glyphs,
+    "tfds": load_tfds,
+}
+
+
+def load_dataset(
+    name: str,
+    *,
+    validation_classes: float = 0.0,
+    on_small_class: str = "refuse",
+    seed: int = 0,
+    warn: Callable[[str], None] = print,
+    **options: object,
+) -> Splits:
+    """A data set by name.
+
+    Args:
+      name: key of ``DATASETS``.
+      validation_classes: share of the training classes to hold out for choosing settings.
+      on_small_class: see ``check_classes``.
+      seed: of the choice of validation classes.
+      warn: receives lines about what was left out.
+      **options: ``root``, ``data_dir``, ``variant``, ``train_classes``, ``on_corrupt``; each loader takes what it needs.
+
+    Returns:
+      The splits, with at least two classes each.
+
+    Raises:
+      UserError: for an unknown name (with the known ones) or unusable data.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r} (config.data.name); known: {', '.join(sorted(DATASETS))}")
+    train, test = DATASETS[name](warn=warn, **options)
+    train = check_classes(train, "training images", on_small_class, warn)
+    test = check_classes(test, "test images", on_small_class, warn)
+    if not validation_classes:
+        return Splits(train, test)
+    train, validation = hold_out_classes(train, validation_classes, seed)
+    return Splits(train, test, validation)

@@ -1,0 +1,65 @@
+"""Trains and evaluates: ``python -m idml_jax.main --config=configs/glyphs.py --workdir=runs/glyphs``.
+
+Settings are overridden one by one: ``--config.optim.learning_rate=1e-4``. ``--mode=eval`` evaluates the best
+checkpoint of a workdir; it needs no ``--config``.
+"""
+
+import logging
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from idml_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or go on training), or evaluate a checkpoint.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except SystemExit:
+        raise
+    except Exception as error:  # whatever a config file or an override of a wrong name or type raises
+        _stop(error)
+    if len(rest) > 1:
+        _stop(UserError(f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"))
+    return rest
+
+
+def _main(_: list[str]) -> None:
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("idml_jax").setLevel(logging.INFO)
+    try:
+        if not _WORKDIR.value:
+            raise UserError("--workdir is missing: the folder that the run is written to")
+        if _MODE.value == "train" and _CONFIG.value is None:
+            raise UserError("--config is missing: a settings file, e.g. --config=configs/glyphs.py")
+        from idml_jax import train  # late, so that a wrong flag is answered at once
+
+        if _MODE.value == "eval":
+            train.evaluate_checkpoint(_WORKDIR.value, _CONFIG.value)
+        else:
+            train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+    except (UserError, OSError) as error:
+        _stop(error)
+
+
+def _stop(error: Exception) -> None:
+    if "--traceback" in sys.argv:
+        raise error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    print(f"error: {' '.join(lines) or type(error).__name__}", file=sys.stderr)
+    sys.exit(1)
+
+
+def main() -> None:
+    """The command line."""
+    app.run(_main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Metrics on plain arrays (numpy or jax): they know nothing of models or data."""

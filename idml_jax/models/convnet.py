@@ -1,0 +1,42 @@
+"""The four-layer convolutional network of the few-shot literature (Vinyals et al., NeurIPS 2016)."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from idml_jax.models.layers import BatchNorm, max_pool_2x2
+from idml_jax.models.resnet import kaiming_normal
+
+
+class ConvNet(nn.Module):
+    """``depth`` times convolution 3 x 3, BatchNorm, ReLU, max-pooling 2 x 2; for pictures of 28 to 64 pixels.
+
+    Attributes:
+      depth: number of layers.
+      width: channels of every layer.
+      frozen_statistics: normalise by the running statistics in training too.
+      dtype: of convolutions and activations; parameters and statistics stay float32.
+    """
+
+    depth: int = 4
+    width: int = 64
+    frozen_statistics: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 f"]:
+        """Feature maps for normalised images of at least ``2 ** depth`` pixels."""
+        if min(images.shape[1:3]) < 2**self.depth:
+            raise ValueError(
+                f"a ConvNet of depth {self.depth} needs pictures of at least {2**self.depth} pixels; "
+                f"got {images.shape[1]} x {images.shape[2]}"
+            )
+        x = images.astype(self.dtype)
+        for layer in range(self.depth):
+            x = nn.Conv(
+                self.width, (3, 3), padding=1, use_bias=False, dtype=self.dtype, kernel_init=kaiming_normal,
+                name=f"conv{layer + 1}",
+            )(x)  # fmt: skip
+            x = BatchNorm(not train or self.frozen_statistics, dtype=self.dtype, name=f"bn{layer + 1}")(x)
+            x = max_pool_2x2(nn.relu(x))
+        return x

@@ -1,0 +1,87 @@
+"""Layers with PyTorch's conventions, so that published weights and settings keep their meaning."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with PyTorch's running statistics.
+
+    Flax's own layer keeps the biased variance as running statistics; PyTorch (and so every published weight file and
+    schedule) the unbiased one. Statistics are float32 whatever ``dtype`` is. Under jit the batch is global, so the
+    statistics are those of the whole batch over all devices.
+
+    Attributes:
+      use_running_average: normalise by the running statistics and leave them alone.
+      momentum: share of the old running value that stays (0.9 is PyTorch's momentum 0.1).
+      epsilon: added to the variance.
+      dtype: of the result.
+      scale_init: initialiser of the scale.
+    """
+
+    use_running_average: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n *size c"]) -> Float[Array, "n *size c"]:
+        channels = x.shape[-1]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        variance = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        if self.use_running_average:
+            center, spread = mean.value, variance.value
+        else:
+            axes = tuple(range(x.ndim - 1))
+            wide = x.astype(jnp.float32)
+            center = jnp.mean(wide, axes)
+            spread = jnp.mean(jnp.square(wide - center), axes)
+            if not self.is_initializing():
+                count = x.size // channels
+                unbiased = spread * (count / max(count - 1, 1))
+                mean.value = self.momentum * mean.value + (1 - self.momentum) * jax.lax.stop_gradient(center)
+                variance.value = self.momentum * variance.value + (1 - self.momentum) * jax.lax.stop_gradient(unbiased)
+        factor = scale * jax.lax.rsqrt(spread + self.epsilon)
+        shift = bias - center * factor
+        return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
+
+
+def max_pool_2x2(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """Maximum over non-overlapping 2 x 2 windows; an odd last row or column is dropped, as in PyTorch.
+
+    As a maximum of four slices: the gradient of XLA's window reduction is many times slower on a CPU.
+    """
+    height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    x = x[:, :height, :width, :]
+    top = jnp.maximum(x[:, 0::2, 0::2], x[:, 0::2, 1::2])
+    bottom = jnp.maximum(x[:, 1::2, 0::2], x[:, 1::2, 1::2])
+    return jnp.maximum(top, bottom)
+
+
+def pool_global(x: Float[Array, "n h w c"], pooling: str) -> Float[Array, "n c"]:
+    """Global pooling in float32: ``avg``, ``max`` or their sum ``avg_max`` (the paper's).
+
+    Args:
+      x: ``[n, h, w, c]`` feature maps.
+      pooling: one of the three names.
+
+    Returns:
+      ``[n, c]`` float32.
+
+    Raises:
+      ValueError: for another name.
+    """
+    if pooling not in ("avg", "max", "avg_max"):
+        raise ValueError(f"unknown pooling {pooling!r}; known: avg, max, avg_max")
+    x = x.astype(jnp.float32)
+    pooled = jnp.zeros((), jnp.float32)
+    if "avg" in pooling:
+        pooled = pooled + jnp.mean(x, axis=(1, 2))
+    if "max" in pooling:
+        pooled = pooled + jnp.max(x, axis=(1, 2))
+    return pooled

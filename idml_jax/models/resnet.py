@@ -1,0 +1,115 @@
+"""ResNet v1.5 trunks (He et al., CVPR 2016), laid out as in torchvision.
+
+The stride of a bottleneck sits in its 3 x 3 convolution, padding is explicit (SAME differs at stride 2) and the
+last BatchNorm of a block can start at zero. ``stem='small'`` replaces the 7 x 7 stride-2 convolution and the
+max-pooling by one 3 x 3 convolution, for pictures of 32 to 64 pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from idml_jax.models.layers import BatchNorm
+
+ModuleDef = Callable[..., nn.Module]
+
+kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and the shortcut."""
+
+    features: int
+    stride: int
+    conv: ModuleDef
+    norm: ModuleDef
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = self.conv(self.features, (3, 3), (self.stride, self.stride), padding=1, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.features, (3, 3), padding=1, name="conv2")(y)
+        y = self.norm(name="bn2")(y)
+        return nn.relu(y + _shortcut(self, x, y.shape[-1]))
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3 (with the stride) and 1 x 1 convolutions, four times as wide at the end, and the shortcut."""
+
+    features: int
+    stride: int
+    conv: ModuleDef
+    norm: ModuleDef
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = nn.relu(self.norm(name="bn1")(self.conv(self.features, (1, 1), name="conv1")(x)))
+        y = self.conv(self.features, (3, 3), (self.stride, self.stride), padding=1, name="conv2")(y)
+        y = nn.relu(self.norm(name="bn2")(y))
+        y = self.norm(name="bn3")(self.conv(self.features * self.expansion, (1, 1), name="conv3")(y))
+        return nn.relu(y + _shortcut(self, x, y.shape[-1]))
+
+
+def _shortcut(block: BasicBlock | Bottleneck, x: Array, features: int) -> Array:
+    if x.shape[-1] == features and block.stride == 1:
+        return x
+    x = block.conv(features, (1, 1), (block.stride, block.stride), name="downsample_conv")(x)
+    return block.norm(name="downsample_bn")(x)
+
+
+class ResNet(nn.Module):
+    """A ResNet without its classifier.
+
+    Attributes:
+      stage_sizes: blocks per stage.
+      block: ``BasicBlock`` or ``Bottleneck``.
+      width: channels of the first stage; doubles with every stage.
+      stem: ``imagenet`` or ``small``.
+      frozen_statistics: normalise by the running statistics in training too.
+      dtype: of convolutions and activations; parameters and statistics stay float32.
+    """
+
+    stage_sizes: Sequence[int]
+    block: type[BasicBlock] | type[Bottleneck]
+    width: int = 64
+    stem: str = "imagenet"
+    frozen_statistics: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 f"]:
+        """Feature maps of the last stage for normalised images."""
+        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=kaiming_normal)
+        norm = partial(BatchNorm, use_running_average=not train or self.frozen_statistics, dtype=self.dtype)
+        x = images.astype(self.dtype)
+        if self.stem == "imagenet":
+            x = conv(self.width, (7, 7), (2, 2), padding=3, name="conv1")(x)
+            x = nn.relu(norm(name="bn1")(x))
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        elif self.stem == "small":
+            x = conv(self.width, (3, 3), padding=1, name="conv1")(x)
+            x = nn.relu(norm(name="bn1")(x))
+        else:
+            raise ValueError(f"unknown stem {self.stem!r}; known: imagenet, small")
+        for stage, blocks in enumerate(self.stage_sizes):
+            for index in range(blocks):
+                stride = 2 if stage > 0 and index == 0 else 1
+                features = self.width * 2**stage
+                x = self.block(features, stride, conv, norm, name=f"layer{stage + 1}_{index}")(x)
+        return x
+
+
+ResNet18 = partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock)
+ResNet34 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
+ResNet50 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
+ResNet101 = partial(ResNet, stage_sizes=(3, 4, 23, 3), block=Bottleneck)
+ResNet152 = partial(ResNet, stage_sizes=(3, 8, 36, 3), block=Bottleneck)
+# For pictures of 32 to 64 pixels on a laptop: half the width of a ResNet-18, half its depth.
+ResNet10Small = partial(ResNet, stage_sizes=(1, 1, 1, 1), block=BasicBlock, width=32, stem="small")
+# For tests.
+_ResNetTiny = partial(ResNet, stage_sizes=(1, 1), block=BasicBlock, width=8, stem="small")

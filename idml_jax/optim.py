@@ -1,0 +1,131 @@
+"""Learning rate schedules and one optimizer with a rate per group of parameters."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from idml_jax.errors import UserError
+
+SCHEDULES = ("step", "cosine", "constant")
+OPTIMIZERS = ("adamw", "sgd")
+
+Params = Any
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a function of the step.
+
+    Attributes:
+      name: ``step`` (times ``factor`` every ``every`` steps), ``cosine`` (to 0 at ``total``) or ``constant``.
+      base: rate at the start.
+      total: steps of the run.
+      every: steps between two falls of ``step``.
+      factor: of each fall.
+    """
+
+    name: str
+    base: float
+    total: int
+    every: int = 1
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            raise UserError(f"unknown schedule {self.name!r} (config.optim.schedule); known: {', '.join(SCHEDULES)}")
+        if self.name == "step" and self.every < 1:
+            raise UserError("config.optim.step_epochs must be at least 1")
+
+    def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        if self.name == "step":
+            return self.base * self.factor ** (step // self.every).astype(jnp.float32)
+        if self.name == "cosine":
+            progress = jnp.clip(step / max(self.total, 1), 0.0, 1.0)
+            return self.base * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return jnp.asarray(self.base, jnp.float32)
+
+
+@dataclass(frozen=True)
+class GroupOptimizer:
+    """One rule for every group of parameters (the top-level entries), each with its own factor on the rate.
+
+    Groups have their own optimizer state and are updated only when named, so a group that rests, like the trunk
+    during warm-up, keeps its moments, its step count and, to the bit, its values.
+
+    Attributes:
+      name: ``adamw`` (decoupled weight decay, as PyTorch's) or ``sgd`` (Nesterov momentum, weight decay in the gradient).
+      schedule: rate by the global step.
+      factors: factor on the rate by group, 1 where unnamed.
+      weight_decay: of every parameter that moves.
+      momentum: of ``sgd``.
+      clip_value: gradients are clipped elementwise to this size; 0: not at all.
+      frozen_norm: scales and biases of normalisation layers in the trunk do not move, nor decay.
+    """
+
+    name: str
+    schedule: Schedule
+    factors: tuple[tuple[str, float], ...] = ()
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    clip_value: float = 0.0
+    frozen_norm: bool = False
+    rule: optax.GradientTransformation = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise UserError(f"unknown optimizer {self.name!r} (config.optim.name); known: {', '.join(OPTIMIZERS)}")
+        clip = [optax.clip(self.clip_value)] if self.clip_value else []
+        decay = [optax.add_decayed_weights(self.weight_decay)] if self.weight_decay else []
+        if self.name == "adamw":
+            rule = optax.chain(*clip, optax.scale_by_adam(), *decay)
+        else:
+            rule = optax.chain(*clip, *decay, optax.trace(self.momentum, nesterov=True))
+        object.__setattr__(self, "rule", rule)
+
+    def init(self, params: Mapping[str, Params]) -> dict[str, optax.OptState]:
+        """The state of every group."""
+        return {group: self.rule.init(values) for group, values in params.items()}
+
+    def update(
+        self,
+        grads: Mapping[str, Params],
+        opt_state: Mapping[str, optax.OptState],
+        params: Mapping[str, Params],
+        step: Int[Array, ""],
+    ) -> tuple[dict[str, Params], dict[str, optax.OptState]]:
+        """One step of the groups that ``grads`` names.
+
+        Args:
+          grads: gradients by group; groups that are missing rest.
+          opt_state: of all groups.
+          params: of all groups.
+          step: the global step, for the schedule.
+
+        Returns:
+          New parameters and new state.
+        """
+        params, opt_state = dict(params), dict(opt_state)
+        rate = self.schedule(step)
+        factors = dict(self.factors)
+        for group, grad in grads.items():
+            updates, opt_state[group] = self.rule.update(grad, opt_state[group], params[group])
+            group_rate = rate * factors.get(group, 1.0)
+            frozen = group == "trunk" and self.frozen_norm
+            params[group] = jax.tree_util.tree_map_with_path(
+                lambda path, p, u, rate=group_rate, frozen=frozen: (
+                    p if frozen and is_norm_parameter(path) else p - (rate * u).astype(p.dtype)
+                ),
+                params[group],
+                updates,
+            )
+        return params, opt_state
+
+
+def is_norm_parameter(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter belongs to a normalisation layer, by the names of this package's trunks."""
+    return any("bn" in str(getattr(entry, "key", entry)) for entry in path)

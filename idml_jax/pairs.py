@@ -1,0 +1,155 @@
+"""The relation between the rows and the columns of a matrix: which entries a loss compares, and how.
+
+``Pairs`` is all a loss knows of labels. Padding, several labels per image, hierarchies, query x gallery, a memory of
+past embeddings and the shards of a batch are all ways of building one.
+"""
+
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+__all__ = ["AxisName", "Pairs", "concatenate_pairs", "gather", "pairs_from_labels", "pairs_from_relation"]
+
+AxisName = str | tuple[str, ...]
+Tree = TypeVar("Tree")
+
+
+class Pairs(NamedTuple):
+    """Which entries of an ``[n, m]`` matrix are compared, and how; an entry in neither is ignored.
+
+    Attributes:
+      positive: ``[n, m]`` bool, pairs of the same class.
+      negative: ``[n, m]`` bool, pairs of different classes.
+    """
+
+    positive: Bool[Array, "n m"]
+    negative: Bool[Array, "n m"]
+
+
+def gather(tree: Tree, axis_name: AxisName | None) -> Tree:
+    """The rows of all devices, in the order of the devices; for ``pmap`` and ``shard_map``.
+
+    Under ``jit`` with sharded arrays nothing has to be gathered, since the batch is global there.
+
+    Args:
+      tree: any pytree of arrays with the device's ``n`` rows, such as embeddings and labels.
+      axis_name: the mapped axis (or axes); ``None`` returns the tree as it is.
+
+    Returns:
+      The tree with ``devices * n`` rows. It is differentiable: the gradient goes back to the device that owns the row.
+    """
+    if axis_name is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, axis=0, tiled=True), tree)
+
+
+def row_offset(rows: int, axis_name: AxisName | None) -> Int[Array, ""] | int:
+    """Index, among the rows of all devices, of this device's first row."""
+    return 0 if axis_name is None else rows * jax.lax.axis_index(axis_name)
+
+
+def pairs_from_relation(
+    same: Bool[Array, "n m"],
+    mask: Bool[Array, "n"] | None = None,
+    *,
+    reference_mask: Bool[Array, "m"] | None = None,
+    exclude_self: bool = False,
+    axis_name: AxisName | None = None,
+) -> Pairs:
+    """Pairs from any relation: what is not the same is different, except for padding and a row with itself.
+
+    With several labels per image, ``same`` is for instance ``(y @ y.T) > 0`` for multi-hot ``y``. For a relation with
+    ignored entries (a hierarchy where cousins are neither alike nor different) build ``Pairs`` directly.
+
+    Args:
+      same: ``[n, m]`` bool.
+      mask: ``[n]``, false for rows that are padding.
+      reference_mask: ``[m]``, false for columns that are padding.
+      exclude_self: the columns are the rows (of all devices, with ``axis_name``): no row is paired with itself.
+      axis_name: the mapped axis whose devices hold the rows.
+
+    Returns:
+      ``Pairs`` of shape ``[n, m]``.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+    """
+    same = jnp.asarray(same, bool)
+    if same.ndim != 2:
+        raise ValueError(f"a relation needs the shape [n, m]; got {same.shape}")
+    n, m = same.shape
+    valid = jnp.ones((n, m), bool)
+    if mask is not None:
+        mask = jnp.asarray(mask, bool)
+        if mask.shape != (n,):
+            raise ValueError(f"the mask needs the rows' shape {(n,)}; got {mask.shape}")
+        valid &= mask[:, None]
+    if reference_mask is not None:
+        reference_mask = jnp.asarray(reference_mask, bool)
+        if reference_mask.shape != (m,):
+            raise ValueError(f"the reference mask needs the columns' shape {(m,)}; got {reference_mask.shape}")
+        valid &= reference_mask[None, :]
+    if exclude_self:
+        own = row_offset(n, axis_name) + jnp.arange(n)
+        valid &= own[:, None] != jnp.arange(m)[None, :]
+    return Pairs(same & valid, ~same & valid)
+
+
+def pairs_from_labels(
+    labels: Int[Array, "n"],
+    reference_labels: Int[Array, "m"] | None = None,
+    mask: Bool[Array, "n"] | None = None,
+    *,
+    reference_mask: Bool[Array, "m"] | None = None,
+    axis_name: AxisName | None = None,
+) -> Pairs:
+    """The relation of same and different labels.
+
+    Args:
+      labels: ``[n]`` integer labels of the rows.
+      reference_labels: ``[m]`` labels of the columns; ``None`` compares the rows with themselves, and then no row is
+        paired with itself.
+      mask: ``[n]``, false for rows (and, without ``reference_labels``, columns) that are padding.
+      reference_mask: ``[m]``, false for columns that are padding; only with ``reference_labels``.
+      axis_name: under ``pmap`` or ``shard_map``, the mapped axis: the rows are this device's, and without
+        ``reference_labels`` the columns are those of all devices, as ``gather`` returns them.
+
+    Returns:
+      ``Pairs`` of shape ``[n, m]``.
+
+    Raises:
+      ValueError: if the labels are not vectors or a mask does not fit.
+    """
+    labels = jnp.asarray(labels)
+    columns = labels if reference_labels is None else jnp.asarray(reference_labels)
+    if labels.ndim != 1 or columns.ndim != 1:
+        raise ValueError(f"labels need the shape [n]; got {labels.shape} and {columns.shape}")
+    if mask is not None:
+        mask = jnp.asarray(mask, bool)
+        if mask.shape != labels.shape:
+            raise ValueError(f"the mask needs the labels' shape {labels.shape}; got {mask.shape}")
+    if reference_labels is None:
+        if reference_mask is not None:
+            raise ValueError("reference_mask needs reference_labels: without them the mask covers the columns too")
+        columns, reference_mask = gather((columns, mask), axis_name)
+    return pairs_from_relation(
+        labels[:, None] == columns[None, :],
+        mask,
+        reference_mask=reference_mask,
+        exclude_self=reference_labels is None,
+        axis_name=axis_name,
+    )
+
+
+def concatenate_pairs(*pairs: Pairs) -> Pairs:
+    """The same rows against the columns of all the relations in turn, such as the batch and a memory.
+
+    Args:
+      *pairs: relations of shapes ``[n, m_1]``, ``[n, m_2]``, ...
+
+    Returns:
+      ``Pairs`` of shape ``[n, m_1 + m_2 + ...]``.
+    """
+    return Pairs(*(jnp.concatenate(parts, axis=1) for parts in zip(*pairs, strict=True)))

@@ -1,0 +1,59 @@
+"""What a run is made of between two steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Int
+
+from idml_jax.models import EmbeddingModel
+from idml_jax.objective import Objective
+from idml_jax.optim import GroupOptimizer
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a checkpoint holds. Randomness is a function of (seed, step), so no key is kept.
+
+    Attributes:
+      step: steps done.
+      params: by group: ``trunk``, ``heads``, and ``loss`` (proxies and the like).
+      batch_stats: running statistics of the trunk.
+      opt_state: optimizer state by group.
+    """
+
+    step: Int[Array, ""]
+    params: dict[str, Any]
+    batch_stats: Any
+    opt_state: dict[str, Any]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables, as ``model.apply`` takes them."""
+        return {"params": {k: self.params[k] for k in ("trunk", "heads")}, "batch_stats": self.batch_stats}
+
+
+def create_state(
+    key: Array, model: EmbeddingModel, objective: Objective, optimizer: GroupOptimizer, image_shape: tuple[int, ...]
+) -> TrainState:
+    """A fresh state.
+
+    Args:
+      key: PRNG key of the initial weights.
+      model: network.
+      objective: loss, for its own parameters.
+      optimizer: for its state.
+      image_shape: ``(h, w, c)`` of a picture.
+
+    Returns:
+      The state at step 0.
+    """
+    model_key, loss_key = jax.random.split(key)
+    variables = model.init(model_key, jnp.zeros((1, *image_shape), jnp.float32))
+    params = {**variables["params"], "loss": objective.init(loss_key)}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+    )

@@ -1,0 +1,448 @@
+"""A run: from settings and a workdir to a trained embedding and its figures."""
+
+import logging
+import math
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import idml_jax
+from idml_jax import config as config_lib
+from idml_jax import evaluate, sharding, steps
+from idml_jax.checkpoint import Checkpoints
+from idml_jax.data import samplers, sources, transforms
+from idml_jax.errors import UserError
+from idml_jax.losses import LOSSES
+from idml_jax.models import create_model
+from idml_jax.objective import Objective
+from idml_jax.optim import GroupOptimizer, Schedule
+from idml_jax.state import TrainState, create_state
+from idml_jax.writers import MetricWriter, format_seconds
+
+logger = logging.getLogger("idml_jax")
+
+
+class Run(NamedTuple):
+    """What a run is made of, built from its settings.
+
+    Attributes:
+      config: the settings.
+      splits: images.
+      sampler: order of the training images.
+      train_transform: of training pictures.
+      test_transform: of test pictures.
+      setup: of the steps.
+      mesh: devices.
+      total_steps: of the whole run.
+    """
+
+    config: ConfigDict
+    splits: sources.Splits
+    sampler: samplers.Sampler
+    train_transform: transforms.Transform
+    test_transform: transforms.Transform
+    setup: steps.StepSetup
+    mesh: Mesh
+    total_steps: int
+
+    @property
+    def eval_source(self) -> sources.Source:
+        """The images that evaluation goes by."""
+        return self.splits.test if self.config.eval.split == "test" else self.splits.validation
+
+    def initial_state(self) -> TrainState:
+        """A fresh state on the mesh."""
+        size, channels = self.config.data.image_size, self.config.data.channels
+        create = jax.jit(create_state, static_argnums=(1, 2, 3, 4))
+        key = jax.random.key(self.config.seed)
+        setup = self.setup
+        state = create(key, setup.model, setup.objective, setup.optimizer, (size, size, channels))
+        return sharding.replicate(state, self.mesh)
+
+
+def build(config: ConfigDict) -> Run:
+    """Reads the data and puts a run together; nothing is written.
+
+    Raises:
+      UserError: for settings or data that cannot work.
+    """
+    config_lib.validate(config)
+    mesh = sharding.data_mesh()
+    sharding.check_divisible(config.batch_size, mesh, "config.batch_size")
+    sharding.check_divisible(config.eval.batch_size, mesh, "config.eval.batch_size")
+
+    data = config.data
+    names = ("root", "data_dir", "variant", "train_classes", "on_corrupt")
+    splits = sources.load_dataset(
+        data.name,
+        validation_classes=data.validation_classes,
+        on_small_class=data.on_small_class,
+        seed=config.seed,
+        warn=logger.warning,
+        **{name: data[name] for name in names},
+    )
+    per_class = data.per_class
+    if per_class < 0:
+        per_class = 4 if LOSSES[config.loss.name].references == "batch" else 0
+    if per_class:
+        sampler = samplers.BalancedSampler(splits.train.labels, config.batch_size, per_class, config.seed)
+    else:
+        sampler = samplers.ShuffledSampler(len(splits.train), config.batch_size, config.seed)
+    per_epoch = sampler.steps_per_epoch
+    total_steps = config.epochs * per_epoch
+
+    size = data.image_size
+    train_transform = transforms.RandomResizedCrop(
+        size, tuple(data.crop_scale), tuple(data.crop_ratio), data.flip, data.rotation
+    )
+    model = config.model
+    num_classes = len(splits.train.class_names)
+    optim = config.optim
+    setup = steps.StepSetup(
+        model=_create_model(config),
+        objective=Objective(
+            loss=config.loss.name,
+            options=tuple(sorted(config.loss[config.loss.name].items())),
+            introspective=config.ism.enabled,
+            variant=config.ism.variant,
+            temperature=config.ism.temperature,
+            num_classes=num_classes,
+            dim=model.embedding_dim,
+        ),
+        optimizer=GroupOptimizer(
+            name=optim.name,
+            schedule=Schedule(
+                optim.schedule, optim.learning_rate, total_steps, optim.step_epochs * per_epoch, optim.step_factor
+            ),
+            factors=(("loss", optim.proxy_lr_factor),),
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            clip_value=optim.clip_value,
+            frozen_norm=model.batchnorm == "frozen",
+        ),
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        mixup_alpha=config.mixup.alpha if config.mixup.enabled else 0.0,
+        seed=config.seed,
+    )
+    test_transform = transforms.ResizeCenterCrop(size, data.resize)
+    return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)
+
+
+def _create_model(config: ConfigDict) -> Any:
+    model = config.model
+    try:
+        return create_model(
+            model.name,
+            embedding_dim=model.embedding_dim,
+            uncertainty_dim=model.uncertainty_dim,
+            uncertainty_head=model.uncertainty_head,
+            uncertainty_hidden=model.uncertainty_hidden,
+            uncertainty_scale=model.uncertainty_scale,
+            pooling=model.pooling,
+            frozen_statistics=model.batchnorm != "live",
+            dtype=model.dtype,
+        )
+    except ValueError as error:
+        raise UserError(f"{error} (config.model)") from error
+
+
+def _embed(run: Run, state: TrainState, partners: np.ndarray | None = None) -> evaluate.Embedded:
+    config = run.config
+    return evaluate.embed(
+        state.variables, run.eval_source, run.test_transform, run.setup, run.mesh,
+        batch_size=config.eval.batch_size, partners=partners, channels=config.data.channels,
+        threads=config.data.threads,
+    )  # fmt: skip
+
+
+def _retrieval(run: Run, state: TrainState) -> dict[str, float]:
+    return evaluate.retrieval_report(_embed(run, state), run.config.eval.ks)
+
+
+def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
+    """Retrieval metrics and what the uncertainty knows."""
+    source = run.eval_source
+    embedded = _embed(run, state)
+    report = evaluate.retrieval_report(embedded, run.config.eval.ks)
+    if run.config.model.uncertainty_head == "none":
+        return report
+    mixed = _embed(run, state, evaluate.partners_of_other_classes(source.labels, run.config.seed))
+    return {**report, **evaluate.uncertainty_report(embedded, mixed, source.fields.get("ambiguity"))}
+
+
+def describe(metrics: dict[str, float], ks: tuple[int, ...]) -> str:
+    """One line: ``R@1 71.2  R@2 80.1  RP 35.0  MAP@R 30.4`` in percent."""
+    return "  ".join(f"{name} {100 * metrics[name]:.1f}" for name in (*(f"R@{k}" for k in ks), "RP", "MAP@R"))
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains, or goes on training, in a workdir and evaluates.
+
+    The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end,
+    ``result.json``. The same call on the same workdir goes on from the newest checkpoint with the same batches.
+
+    Args:
+      config: settings, see ``idml_jax.config.default_config``.
+      workdir: folder of the run.
+
+    Returns:
+      The content of ``result.json``: metrics ``untrained``, ``final`` and ``best``, the settings, versions and speed.
+
+    Raises:
+      UserError: for settings or data that cannot work, and if the loss is no longer a number.
+    """
+    started = time.monotonic()
+    workdir = Path(workdir).absolute()
+    run = build(config)
+    first_host = jax.process_index() == 0
+    _prepare(workdir, config, first_host)
+
+    train, test = run.splits.train, run.eval_source
+    logger.info(
+        "%s: %d training images of %d classes, %d %s images of %d classes",
+        config.data.name, len(train), len(train.class_names), len(test), config.eval.split, len(test.class_names),
+    )  # fmt: skip
+    state = run.initial_state()
+    logger.info(
+        "%s with %.1f M parameters on %d %s device(s); %s%s; %d epochs of %d steps",
+        config.model.name,
+        sum(x.size for k in ("trunk", "heads") for x in jax.tree.leaves(state.params[k])) / 1e6,
+        run.mesh.size, jax.default_backend(), "introspective " if config.ism.enabled else "plain ", config.loss.name,
+        config.epochs, run.sampler.steps_per_epoch,
+    )  # fmt: skip
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", config.eval.best_metric,
+        keep_latest=config.checkpoint.keep_latest, keep_best=config.checkpoint.keep_best,
+    )  # fmt: skip
+    record: dict[str, Any] = {"untrained": None, "history": []}
+    if checkpoints.latest is not None:
+        state, record = checkpoints.restore(checkpoints.latest, state)
+        logger.info("going on from step %d in %s", checkpoints.latest, workdir)
+    step = int(state.step)
+    writer = MetricWriter(workdir, active=first_host, tensorboard=config.log.tensorboard, resume_step=step)
+    try:
+        if step == 0 and config.eval.untrained and record["untrained"] is None:
+            record["untrained"] = _retrieval(run, state)
+            writer.write(0, {f"eval/{k}": v for k, v in record["untrained"].items()})
+            logger.info("untrained: %s", describe(record["untrained"], config.eval.ks))
+        speed = _Speed(started)
+        state = _train(run, state, step, record, checkpoints, writer, speed)
+        checkpoints.wait()
+        result = _finish(run, state, record, checkpoints, speed)
+        if first_host:
+            config_lib.write_json(workdir / "result.json", _without_nan(result))
+        writer.write(run.total_steps, {f"final/{k}": v for k, v in result["final"].items()})
+    finally:
+        writer.close()
+        checkpoints.close()
+    return result
+
+
+def _prepare(workdir: Path, config: ConfigDict, first_host: bool) -> None:
+    if not first_host:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        config_lib.remember(config, workdir)
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})") from error
+
+
+class _Speed:
+    """Times of a run for its result."""
+
+    def __init__(self, started: float):
+        self.started = started
+        self.first_step: float | None = None
+        self.rates: list[float] = []
+
+    def summary(self) -> dict[str, float | None]:
+        rate = float(np.median(self.rates)) if self.rates else None
+        return {
+            "seconds_to_first_step": self.first_step,
+            "images_per_second": rate,
+            "seconds": time.monotonic() - self.started,
+        }
+
+
+def _train(
+    run: Run,
+    state: TrainState,
+    step: int,
+    record: dict[str, Any],
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+    speed: _Speed,
+) -> TrainState:
+    from idml_jax.data import pipeline
+
+    config, per_epoch = run.config, run.sampler.steps_per_epoch
+    data = config.data
+    batches = pipeline.train_batches(
+        run.splits.train, run.sampler, run.train_transform, seed=config.seed, start=step, stop=run.total_steps,
+        channels=data.channels, host=jax.process_index(), hosts=jax.process_count(), threads=data.threads,
+        prefetch=data.prefetch, workers=data.workers,
+    )  # fmt: skip
+    progress = writer.progress(run.total_steps, step)
+    window = _Window()
+    warmup = config.optim.warmup_epochs * per_epoch
+    for batch in batches:
+        place = sharding.shard_batch({k: batch[k] for k in ("image", "label")}, run.mesh)
+        state, metrics = steps.jit_train_step(state, place, setup=run.setup, train_trunk=step >= warmup)
+        step += 1
+        # The figures of a step are fetched after the next is under way, so the device never waits for the host.
+        window.add(step, metrics)
+        if speed.first_step is None:
+            jax.block_until_ready(metrics)
+            speed.first_step = time.monotonic() - speed.started
+            logger.info("first step done %.1f s after the start", speed.first_step)
+            progress.measure(step)
+        progress.tick(step)
+        end_of_epoch = step % per_epoch == 0
+        epoch = step // per_epoch
+        if step % config.log.every_steps == 0 or end_of_epoch:
+            means = window.flush()
+            rate, remaining = progress.measure(step)
+            if rate > 0 and math.isfinite(rate) and step > 1:
+                speed.rates.append(rate * config.batch_size)
+            images = rate * config.batch_size
+            writer.write(step, {**{f"train/{k}": v for k, v in means.items()}, "train/images_per_second": images})
+            logger.info(
+                "epoch %d/%d  step %d/%d  loss %.4f  %.0f images/s  %s to go",
+                -(-step // per_epoch), config.epochs, step, run.total_steps, means["loss"], images,
+                format_seconds(remaining),
+            )  # fmt: skip
+        if not end_of_epoch:
+            continue
+        paused = time.monotonic()
+        metrics = None
+        last = step == run.total_steps
+        if epoch % config.eval.every_epochs == 0 or last:
+            metrics = _retrieval(run, state)
+            record["history"].append({"step": step, **_without_nan(metrics)})
+            writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
+            took = time.monotonic() - paused
+            logger.info("epoch %d  %s  (%.1f s)", epoch, describe(metrics, config.eval.ks), took)
+        if metrics is not None or epoch % config.checkpoint.every_epochs == 0:
+            checkpoints.save(step, state, _without_nan(record), _without_nan(metrics) if metrics else None)
+        progress.pause(time.monotonic() - paused)
+    return state
+
+
+class _Window:
+    """Averages the figures of the steps since the last log row and stops a run whose loss is no number."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append((step, metrics))
+        if len(self._pending) > 1:
+            self._fetch(*self._pending.pop(0))
+
+    def _fetch(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"the loss is {values['loss']} at step {step}; a lower config.optim.learning_rate may help")
+        for k, v in values.items():
+            self._sums[k] = self._sums.get(k, 0.0) + v
+        self._count += 1
+
+    def flush(self) -> dict[str, float]:
+        while self._pending:
+            self._fetch(*self._pending.pop(0))
+        means = {k: v / self._count for k, v in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+
+def _finish(
+    run: Run, state: TrainState, record: dict[str, Any], checkpoints: Checkpoints, speed: _Speed
+) -> dict[str, Any]:
+    ks = run.config.eval.ks
+    final = full_evaluation(run, state)
+    logger.info("final: %s", describe(final, ks))
+    best_step = checkpoints.best
+    best = dict(final)
+    if best_step not in (None, run.total_steps):
+        restored, _ = checkpoints.restore(best_step, state)
+        best = full_evaluation(run, restored)
+    logger.info("best (step %s by %s): %s", best_step, run.config.eval.best_metric, describe(best, ks))
+    return {
+        "untrained": record["untrained"],
+        "final": final,
+        "best": {"step": best_step, **best},
+        "history": record["history"],
+        **speed.summary(),
+        "config": run.config.to_dict(),
+        "versions": versions(),
+    }
+
+
+def evaluate_checkpoint(workdir: str | Path, overrides: ConfigDict | None = None) -> dict[str, Any]:
+    """Evaluates the best checkpoint of a workdir.
+
+    Args:
+      workdir: folder of the run.
+      overrides: settings to hold the workdir's against, as in training; by default the workdir's own.
+
+    Returns:
+      The metrics, and the ``step`` of the checkpoint; also written to ``eval.json``.
+
+    Raises:
+      UserError: if there is no checkpoint, or one of another architecture.
+    """
+    workdir = Path(workdir).absolute()
+    stored = config_lib.read(workdir)
+    if overrides is not None:
+        config_lib.remember(overrides, workdir)
+    run = build(stored if overrides is None else overrides)
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no checkpoints")
+    checkpoints = Checkpoints(folder, run.config.eval.best_metric, read_only=True)
+    try:
+        step = checkpoints.best
+        if step is None:
+            raise UserError(f"{folder}: no checkpoints")
+        state, _ = checkpoints.restore(step, run.initial_state())
+    finally:
+        checkpoints.close()
+    metrics = {"step": step, **full_evaluation(run, state)}
+    logger.info("step %d: %s", step, describe(metrics, run.config.eval.ks))
+    if jax.process_index() == 0:
+        config_lib.write_json(workdir / "eval.json", _without_nan(metrics))
+    return metrics
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure may depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "opencv-python-headless")
+    found = {"idml_jax": idml_jax.__version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN, which JSON does not have, to null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,122 @@
+"""Where figures go: metrics.jsonl always, TensorBoard and progress through CLU. The only importer of CLU.
+
+CLU's writers import TensorFlow and TensorBoard. Where those are missing a run goes on without them, after one warning.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("idml_jax")
+
+
+def _clu() -> tuple[Any, Any] | None:
+    """CLU's ``metric_writers`` and ``periodic_actions``, or ``None`` where they cannot be imported."""
+    import os
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        from clu import metric_writers, periodic_actions
+    except ImportError as error:
+        logger.warning("no TensorBoard logs (%s); figures still go to the console and to metrics.jsonl", error)
+        return None
+    return metric_writers, periodic_actions
+
+
+class MetricWriter:
+    """Writes scalars by step.
+
+    Args:
+      workdir: gets ``metrics.jsonl`` and ``tensorboard/``.
+      active: false on all hosts but the first, which then write nothing.
+      tensorboard: write TensorBoard logs too, if possible.
+      resume_step: rows of later steps are dropped from ``metrics.jsonl``, since they will come again.
+    """
+
+    def __init__(self, workdir: Path, *, active: bool = True, tensorboard: bool = True, resume_step: int = 0):
+        self._active = active
+        self._clu = self._tensorboard = self._file = None
+        if not active:
+            return
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            keep = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in keep))
+            temporary.replace(path)
+        self._file = path.open("a")
+        self._clu = _clu() if tensorboard else None
+        if self._clu:
+            metric_writers, _ = self._clu
+            writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+            self._tensorboard = metric_writers.AsyncWriter(writer)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One row: the scalars of a step."""
+        if not self._active:
+            return
+        values = {k: float(v) for k, v in scalars.items()}
+        # JSON has no NaN; null is what other readers understand.
+        row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, values)
+
+    def progress(self, total: int, first: int) -> "Progress":
+        """Progress with time to go, told every few seconds."""
+        periodic = self._clu[1] if self._clu else None
+        return Progress(total, first, periodic, self._tensorboard)
+
+    def close(self) -> None:
+        """Everything to disk."""
+        if self._tensorboard:
+            self._tensorboard.flush()
+            self._tensorboard.close()
+        if self._file:
+            self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut short by a kill
+
+
+class Progress:
+    """Speed and time to go. CLU's periodic action reports steps per second to TensorBoard beside it."""
+
+    def __init__(self, total: int, first: int, periodic: Any, writer: Any):
+        self._total, self._step, self._time = total, first, time.monotonic()
+        self._action = None
+        if periodic:
+            self._action = periodic.ReportProgress(num_train_steps=total, writer=writer, every_secs=30.0)
+
+    def tick(self, step: int) -> None:
+        """To be called after every step."""
+        if self._action:
+            self._action(step)
+
+    def pause(self, seconds: float) -> None:
+        """Time spent on something else than training."""
+        self._time += seconds
+
+    def measure(self, step: int) -> tuple[float, float]:
+        """Steps per second since the last measurement, and seconds to go."""
+        now = time.monotonic()
+        rate = (step - self._step) / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return rate, (self._total - step) / max(rate, 1e-9)
+
+
+def format_seconds(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
