@@ -1,6 +1,5 @@
 """Checkpoints: the latest and the best, through Orbax. The only importer of it."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from idml_jax.errors import UserError
-
-# Orbax tells every step of a save at INFO and warns about sharding files that single-host restores do not need.
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:

@@ -273,11 +273,12 @@ def introspective_similarity(
     cosine = cosine_similarity(a.semantic, b.semantic)
     if a.uncertainty is None and b.uncertainty is None:
         return cosine
-    discrepancy = 1.0 - cosine
+    discrepancy = jnp.maximum(1.0 - cosine, 0.0)  # rounding can leave a cosine just above 1
     beta = _beta(a, b).astype(cosine.dtype)
     rounding = 4.0 * jnp.finfo(cosine.dtype).eps
     alpha = _safe_sqrt(jnp.where(discrepancy > rounding, 2.0 * discrepancy, 0.0))
-    return 1.0 - discrepancy * _weakening(alpha, beta, temperature, relative)
+    # 1 - (1 - c) w, written so that w = 1 gives c to the bit.
+    return cosine + discrepancy * (1.0 - _weakening(alpha, beta, temperature, relative))
 
 
 def gradient_factor(
@@ -334,8 +335,9 @@ def released_similarity(a: Embedding, proxies: Float[Array, "m d"]) -> Float[Arr
     semantic, proxies = _promote(a.semantic, proxies)
     square = semantic_distance(semantic, proxies) ** 2
     length = jnp.sum(l2_normalize(a.uncertainty) ** 2, axis=1, keepdims=True)
-    positive = square > 0
-    exponent = (length + 4.0) / (5.0 * jnp.where(positive, square, 1.0))
+    # Where the exponent is beyond the float type's range, the factor and its derivatives are 0.
     limit = 80.0 if square.dtype == jnp.float32 else 700.0
-    weight = jnp.where(positive & (exponent < limit), jnp.exp(-jnp.minimum(exponent, limit)), 0.0)
-    return 1.0 - (1.0 - cosine) * weight
+    regular = 5.0 * limit * square >= length + 4.0
+    exponent = (length + 4.0) / jnp.where(regular, 5.0 * square, 1.0)
+    weight = jnp.where(regular, jnp.exp(-jnp.where(regular, exponent, 0.0)), 0.0)
+    return cosine + (1.0 - cosine) * (1.0 - weight)

@@ -8,6 +8,7 @@ import logging
 import sys
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from idml_jax.errors import UserError
@@ -31,8 +32,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _main(_: list[str]) -> None:
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("idml_jax").setLevel(logging.INFO)
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    own = logging.getLogger("idml_jax")
+    own.addHandler(console)
+    own.setLevel(logging.INFO)
+    own.propagate = False
+    absl_logging.set_verbosity(absl_logging.WARNING)
     try:
         if not _WORKDIR.value:
             raise UserError("--workdir is missing: the folder that the run is written to")

@@ -112,6 +112,7 @@ def _count_in_passes(distance: Array, pairs: Pairs, margin: Array | float) -> Tr
 
 def _count_by_sorting(distance: Array, pairs: Pairs, margin: Array | float) -> TripletCounts:
     """Ranks among the sorted negatives and among the sorted positives."""
+
     def ranks(entries: Array, queries: Array, side: str) -> Array:
         return jax.vmap(lambda a, v: jnp.searchsorted(a, v, side=side))(entries, queries).astype(jnp.int32)
 

@@ -1,8 +1,10 @@
 """Losses between the images themselves; import them from ``idml_jax.losses``."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from idml_jax import miners
 from idml_jax.pairs import AxisName, Pairs, row_offset
@@ -150,7 +152,7 @@ def margin_distance_weighted(
     beta = jnp.asarray(beta, distance.dtype)
     if beta.shape not in ((), (distance.shape[0],)):
         raise ValueError(f"beta needs the shape [] or {(distance.shape[0],)}; got {beta.shape}")
-    beta = beta[..., None]
+    beta = jnp.broadcast_to(beta, distance.shape[:1])[:, None]
     probabilities = miners.distance_weighted_probabilities(
         distance, pairs, dimension=dimension, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff
     )
@@ -185,7 +187,8 @@ def multi_similarity(
 ) -> Float[Array, ""] | Float[Array, "n"]:
     """Multi-similarity loss with its mining, Wang et al., CVPR 2019, eqs. 11 to 13.
 
-        mean over anchors of  log(1 + sum_pos exp(-alpha (S - base))) / alpha + log(1 + sum_neg exp(beta (S - base))) / beta
+        mean over anchors of   log(1 + sum_pos exp(-alpha (S - base))) / alpha
+                             + log(1 + sum_neg exp(  beta (S - base))) / beta
 
     The mean is over all the anchors that have any entry in the relation, mined or not; padding rows do not count.
     An anchor without positives learns from all its negatives and one without negatives from all its positives (see
@@ -269,10 +272,32 @@ def fast_ap(
     return ratio(total(values, axis_name), total(jnp.where(counted, weights, 0.0), axis_name))
 
 
-def _soft_histogram(positions: Float[Array, "n m"], where: Array, bins: int) -> Float[Array, "n bins+1"]:
-    """Each row's chosen entries, shared linearly between the two whole numbers around them."""
-    shares = [
-        jnp.sum(jnp.where(where, jax.nn.relu(1.0 - jnp.abs(positions - point)), 0.0), axis=1)
-        for point in range(bins + 1)
-    ]
-    return jnp.stack(shares, axis=1)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _soft_histogram(positions: Float[Array, "n m"], where: Bool[Array, "n m"], bins: int) -> Float[Array, "n bins+1"]:
+    """Each row's chosen entries, shared linearly between the two whole numbers around them.
+
+    Written as a loop over the points with its own gradient: differentiating the sum over ``[bins + 1, n, m]`` keeps
+    all of that array, for a slope that only depends on the interval an entry lies in.
+    """
+
+    def share(point: Array) -> Array:
+        return jnp.sum(jnp.where(where, jax.nn.relu(1.0 - jnp.abs(positions - point)), 0.0), axis=1)
+
+    return jax.lax.map(share, jnp.arange(bins + 1, dtype=positions.dtype)).T
+
+
+def _soft_histogram_forward(positions: Array, where: Array, bins: int) -> tuple[Array, tuple[Array, Array]]:
+    return _soft_histogram(positions, where, bins), (positions, where)
+
+
+def _soft_histogram_backward(bins: int, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
+    positions, where = residuals
+    slopes = cotangent[:, 1:] - cotangent[:, :-1]
+    interval = jnp.floor(positions)
+    gradient = jnp.zeros_like(positions)
+    for k in range(bins):
+        gradient = jnp.where(where & (interval == k), slopes[:, k : k + 1], gradient)
+    return gradient, None
+
+
+_soft_histogram.defvjp(_soft_histogram_forward, _soft_histogram_backward)

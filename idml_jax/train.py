@@ -240,6 +240,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         if first_host:
             config_lib.write_json(workdir / "result.json", _without_nan(result))
         writer.write(run.total_steps, {f"final/{k}": v for k, v in result["final"].items()})
+        logger.info("checkpoints      %s", workdir / "checkpoints")
+        logger.info("TensorBoard logs %s", workdir / "tensorboard" if writer.tensorboard else "none")
+        logger.info("all figures      %s", workdir / "result.json")
     finally:
         writer.close()
         checkpoints.close()
@@ -371,13 +374,19 @@ def _finish(
 ) -> dict[str, Any]:
     ks = run.config.eval.ks
     final = full_evaluation(run, state)
-    logger.info("final: %s", describe(final, ks))
     best_step = checkpoints.best
     best = dict(final)
     if best_step not in (None, run.total_steps):
         restored, _ = checkpoints.restore(best_step, state)
         best = full_evaluation(run, restored)
-    logger.info("best (step %s by %s): %s", best_step, run.config.eval.best_metric, describe(best, ks))
+    if record["untrained"]:
+        logger.info("untrained  %s", describe(record["untrained"], ks))
+    logger.info("trained    %s", describe(final, ks))
+    if best_step != run.total_steps:
+        logger.info("best       %s  (step %d by %s)", describe(best, ks), best_step, run.config.eval.best_metric)
+    for name in ("P(u_mixed>u)", "R-AUROC(u)", "R-AUROC(distance)", "spearman(u,ambiguity)"):
+        if name in final:
+            logger.info("%-22s %.3f", name, final[name])
     return {
         "untrained": record["untrained"],
         "final": final,

@@ -56,6 +56,11 @@ class MetricWriter:
             writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
             self._tensorboard = metric_writers.AsyncWriter(writer)
 
+    @property
+    def tensorboard(self) -> bool:
+        """Whether TensorBoard logs are written."""
+        return self._tensorboard is not None
+
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """One row: the scalars of a step."""
         if not self._active:

@@ -9,6 +9,7 @@ A tfds builder that needs neither a download nor TensorFlow:
 import contextlib
 import dataclasses
 import io
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,25 +67,26 @@ class GlyphsConfig(tfds.core.BuilderConfig):
 
 
 def choose_classes(config: GlyphsConfig) -> dict[str, list[int]]:
-    """The code points of each split, ascending: a random permutation of all characters, cut in two.
+    """The code points of each split, ascending: all characters in a random order, cut twice.
 
-    So both splits mix all scripts in the same proportions, and share no character.
+    So both splits mix all scripts in the same proportions, and share no character. Each character draws its own place
+    in the order: should a new version of a font or a library add or drop one, the others stay.
 
     Raises:
       ValueError: more classes are asked for than the fonts have.
       FileNotFoundError: a font is missing.
     """
-    codes = np.array(list(glyphs_draw.characters()))
+    codes = list(glyphs_draw.characters())
     wanted = config.train_classes + config.test_classes
     if wanted > len(codes):
         raise ValueError(f"{wanted} classes were asked for, the fonts have {len(codes)} characters that differ enough.")
-    order = np.random.default_rng(config.seed).permutation(codes)
+    order = sorted(codes, key=lambda code: np.random.default_rng([config.seed, code]).random())
     parts = order[: config.train_classes], order[config.train_classes : wanted]
-    return {split: sorted(part.tolist()) for split, part in zip(_SPLITS, parts, strict=True)}
+    return {split: sorted(part) for split, part in zip(_SPLITS, parts, strict=True)}
 
 
 class Glyphs(tfds.core.GeneratorBasedBuilder):
-    """Characters in 16 to 21 faces, dark ink on lighter paper, in small rotations, shears, stretches and sizes.
+    """Characters in 6 to 21 faces each, dark ink on lighter paper, in small rotations, shears, stretches and sizes.
 
     Each example holds
       image: uint8 [S, S, 1], stored as PNG.
@@ -100,9 +102,9 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
       noise: (1 - w) picture + w noise with w = sqrt(a), noise of mean 0.5 and deviation 0.25 (white is 1).
       blend: (1 - w) ink + w ink of the other character with w = sqrt(a) / 2, the label being that of the heavier one;
         at a = 1 nobody can say which of the two is meant.
-    The scales are set so that the kinds can be compared: a small network that has learnt 150 of the characters in
-    all these states misreads about the share a of the pictures at ambiguity a (of blends a / 2, as every second guess
-    between two is right).
+    The scales are set so that the kinds can be compared: a small network that had learnt 150 of the characters in
+    all these states misread about the share a of the pictures at ambiguity a (to within 0.2; of blends about a / 2, as
+    every second guess between two is right).
 
     Deterministic: a picture depends on the seed, the split, the character and its index alone, the bytes also on the
     versions of Pillow, OpenCV, NumPy and matplotlib (whose fonts are drawn), which `info.metadata` records.
@@ -181,13 +183,17 @@ def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without tfds' progress bars and its talk of downloads."""
-    shown = tqdm_utils._active  # tfds has a setter only
+    shown = getattr(tqdm_utils, "_active", True)  # tfds has a setter only
     tfds.display_progress_bar(False)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         tfds.display_progress_bar(shown)
+
+
+def _is_there(builder: Glyphs) -> bool:
+    return builder.data_path.exists() and builder.is_prepared()  # the latter warns where there is no folder
 
 
 def prepare(data_dir: str | Path, config: str | GlyphsConfig = "default") -> Glyphs:
@@ -213,18 +219,18 @@ def prepare(data_dir: str | Path, config: str | GlyphsConfig = "default") -> Gly
         config = known[config]
     data_dir = Path(data_dir).expanduser()
     builder = Glyphs(data_dir=data_dir, config=config)
-    if not builder.is_prepared():
+    if not _is_there(builder):
         classes = config.train_classes + config.test_classes
         logging.info("Drawing %d glyphs into %s", classes * config.images_per_class, builder.data_dir)
         try:
-            with _quiet():
-                # Without this flag tfds asks Google's servers for a ready-made copy.
-                download = tfds.download.DownloadConfig(try_download_gcs=False)
-                builder.download_and_prepare(download_config=download, file_format="array_record")
+            # Without this flag tfds asks Google's servers for a ready-made copy.
+            download = tfds.download.DownloadConfig(try_download_gcs=False)
+            with _quiet(), tempfile.TemporaryDirectory() as folder:  # tfds makes its download folders in any case
+                builder.download_and_prepare(download_dir=folder, download_config=download, file_format="array_record")
         except OSError:
             # Another process may have finished the same set meanwhile: the rename then finds it in its way.
             builder = Glyphs(data_dir=data_dir, config=config)
-            if not builder.is_prepared():
+            if not _is_there(builder):
                 raise
     drawn = dict(builder.info.metadata or {}).get("parameters")
     if drawn != config.parameters():

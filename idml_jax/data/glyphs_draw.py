@@ -37,7 +37,7 @@ _BLOCKS = (
 _CATEGORIES = frozenset({"Lu", "Ll", "Lo", "Nd", "Sm", "Sc", "So", "Po"})
 _MIN_FACES = 6
 _TWIN_FACES = ("DejaVuSans", "DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono-Bold", "STIXGeneral")
-_TWIN_POSES = ((0.0, 1.0), (-0.2, 1.0), (0.2, 1.0), (0.0, 0.75), (0.0, 1.33))  # rotation in radians, width / height
+_TWIN_POSES = ((0.0, 1.0), (0.2, 1.0), (0.0, 0.75))  # rotation in radians, width / height
 _TWIN_CORRELATION = 0.9
 
 _GLYPH_SIDE = 96  # longest side of a glyph before it is placed in a picture
@@ -60,7 +60,7 @@ def font_file(face: str) -> Path:
     return path
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # each holds a file open
 def _font(face: str, points: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(font_file(face)), points, layout_engine=ImageFont.Layout.BASIC)
 
@@ -79,14 +79,15 @@ def _ink(face: str, code: int, points: int) -> np.ndarray:
 
 
 def glyph(face: str, code: int) -> np.ndarray:
-    """The character in that face as a mask of ink, cropped to it: uint8 [h, w] with its longest side at about 96.
+    """The character in that face as a mask of ink, cropped to it: uint8 [h, w], the longer about 96 (70 to 125).
 
     Every glyph gets the same size, so that a full stop is as legible as a W; characters that differ only in size
     become twins, which `characters` leaves out. [0, 0] where the face draws nothing.
     """
     ink = _ink(face, code, _GLYPH_SIDE)
     if ink.size and not 0.7 < max(ink.shape) / _GLYPH_SIDE < 1.3:
-        ink = _ink(face, code, max(8, round(_GLYPH_SIDE**2 / max(ink.shape))))
+        half_octaves = round(2 * np.log2(_GLYPH_SIDE / max(ink.shape)))  # few sizes, so that fonts are reused
+        ink = _ink(face, code, round(_GLYPH_SIDE * 2 ** (half_octaves / 2)))
     return ink
 
 
@@ -110,13 +111,16 @@ def _extent(matrix: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.abs(matrix) @ np.array(mask.shape[::-1])
 
 
-def _descriptor(mask: np.ndarray, angle: float, aspect: float) -> np.ndarray:
-    """What a picture of the glyph looks like, size and grey levels aside: unit vector with mean 0."""
-    matrix = _rotation(angle) @ np.diag([aspect**0.5, aspect**-0.5])
-    matrix *= 20 / _extent(matrix, mask).max()
-    picture = cv2.GaussianBlur(_place(mask, matrix, np.zeros(2), 24), (0, 0), 0.8).ravel()
-    picture -= picture.mean()
-    return picture / max(np.linalg.norm(picture), 1e-6)
+def _views(masks: list[np.ndarray], angle: float, aspect: float) -> np.ndarray:
+    """What the glyphs look like in that pose, size and contrast aside: unit vectors with mean 0, float32 [n, 576]."""
+    views = np.zeros((len(masks), 24, 24), np.float32)
+    for mask, view in zip(masks, views, strict=True):
+        matrix = _rotation(angle) @ np.diag([aspect**0.5, aspect**-0.5])
+        matrix *= 20 / _extent(matrix, mask).max()
+        cv2.GaussianBlur(_place(mask, matrix, np.zeros(2), 24), (0, 0), 0.8, dst=view)
+    rows = views.reshape(len(masks), -1)
+    rows -= rows.mean(1, keepdims=True)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
 def _twins(codes: list[int], faces: dict[int, tuple[str, ...]]) -> np.ndarray:
@@ -125,9 +129,10 @@ def _twins(codes: list[int], faces: dict[int, tuple[str, ...]]) -> np.ndarray:
     for face in _TWIN_FACES:
         rows = [i for i, code in enumerate(codes) if face in faces[code]]
         masks = [glyph(face, codes[i]) for i in rows]
-        views = [np.stack([_descriptor(mask, *pose) for mask in masks]) for pose in _TWIN_POSES]
+        views = [_views(masks, *pose) for pose in _TWIN_POSES]
         block = np.max([view @ views[0].T for view in views], axis=0)
         cells = np.ix_(rows, rows)
+        # A turned to the left against B is as good as B turned to the right against A.
         likeness[cells] = np.maximum(likeness[cells], np.maximum(block, block.T))
     return likeness
 
@@ -184,7 +189,7 @@ def layer(rng: np.random.Generator, code: int, side: int) -> np.ndarray:
     Face, stroke width, rotation, shear, aspect, size and place are drawn from `rng`; nothing leaves the picture.
     """
     faces = characters()[code]
-    mask = _thicken(glyph(faces[rng.integers(len(faces))], code), int(rng.integers(-2, 3)))
+    mask = _thicken(glyph(faces[rng.integers(len(faces))], code), int(rng.integers(-2, 2)))
     angle, shear, stretch, fill = rng.uniform((-0.17, -0.15, -0.1, 0.65), (0.17, 0.15, 0.1, 0.9))
     shift = rng.uniform(-0.35, 0.35, 2)
     matrix = _rotation(angle) @ np.array([[1, shear], [0, 1]]) @ np.diag(np.exp([stretch, -stretch]))
@@ -206,7 +211,7 @@ def _cover(rng: np.random.Generator, ink: np.ndarray, share: float) -> np.ndarra
     y, x = np.mgrid[:side, :side] / side - 0.5
     height = np.cos(angle) * x + np.sin(angle) * y + 0.08 * _waves(rng, side)
     order = np.argsort(height, axis=None)
-    hidden = np.cumsum(ink.ravel()[order])
+    hidden = np.append(0, np.cumsum(ink.ravel()[order]))  # ink under the first 0, 1, 2, ... pixels
     covered = np.zeros(side * side, bool)
     covered[order[: np.searchsorted(hidden, share * hidden[-1])]] = True
     return covered.reshape(ink.shape)

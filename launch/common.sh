@@ -1,0 +1,64 @@
+# Shared by quickstart.sh and test.sh: finds a Python, makes .venv and installs the pinned requirements into it.
+# To be sourced. Sets ROOT (of the checkout) and VENV_PYTHON.
+
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3 python3.12 python3.13 python3.11 python; do
+    [ -n "$candidate" ] || continue
+    # A name that exists may still be a stub that fails, so it has to run.
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "no Python 3.11, 3.12 or 3.13 found (looked for python3, python3.11, python3.12, python3.13; set PYTHON=/path/to/python to name one)"
+}
+
+# install_into_venv STAMP PIP_ARGUMENTS...: once per content of the files that say what to install.
+install_into_venv() {
+  local name="$1" stamp log
+  shift
+  stamp="$ROOT/.venv/.installed-$name"
+  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$WANTED" ]; then
+    return
+  fi
+  log="$ROOT/.venv/install.log"
+  if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1; then
+    tail -n 15 "$log" >&2
+    if grep -qiE "NewConnectionError|Temporary failure|Name or service|Network is unreachable|timed out|Max retries|ConnectionError" "$log"; then
+      fail "the packages could not be downloaded: no network, or the package index is not reachable (whole log: $log)"
+    fi
+    fail "installing the packages failed (whole log: $log)"
+  fi
+  echo "$WANTED" >"$stamp"
+}
+
+make_venv() {
+  local python
+  python="$(find_python)" || exit 1
+  VENV_PYTHON="$ROOT/.venv/bin/python"
+  if ! "$VENV_PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
+    echo "making $ROOT/.venv with $("$python" --version)"
+    rm -rf "$ROOT/.venv"
+    "$python" -m venv "$ROOT/.venv" >/dev/null 2>"${TMPDIR:-/tmp}/idml_venv.log" ||
+      fail "$python cannot make a virtual environment: $(tail -n 1 "${TMPDIR:-/tmp}/idml_venv.log") (on Debian and Ubuntu: apt install python3-venv)"
+  fi
+  WANTED="$ROOT $(cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | cksum)"
+  if [ ! -f "$ROOT/.venv/.installed-base" ] || [ "$(cat "$ROOT/.venv/.installed-base")" != "$WANTED" ]; then
+    echo "installing the packages (a minute or two) ..."
+  fi
+  install_into_venv base -r "$ROOT/requirements.txt"
+  install_into_venv package --no-deps -e "$ROOT"
+  # Compiled programs are kept, so that a second start is quick.
+  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
+  export PYTHONUNBUFFERED=1
+}

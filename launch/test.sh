@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up as quickstart.sh does and runs the whole test suite. --parity installs PyTorch and pytorch-metric-learning
+# too, for the tests that compare with them (on Linux plain PyPI serves PyTorch with several GB of CUDA packages; give
+# PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS for a CPU build). Other arguments go on to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+EXTRAS=test
+if [ "${1:-}" = "--parity" ]; then
+  shift
+  EXTRAS=test,parity
+fi
+make_venv
+install_into_venv "$EXTRAS" -e "$ROOT[$EXTRAS]" -c "$ROOT/requirements.txt"
+"$VENV_PYTHON" -m ruff check idml_jax configs tests benchmarks
+exec "$VENV_PYTHON" -m pytest "$@"

@@ -1,0 +1,52 @@
+"""Eight CPU devices for every test, set before jax is imported; small data sets that tests share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+# Grain's worker processes and tfds read absl flags, which only a main program parses.
+flags.FLAGS.mark_as_parsed()
+# A vector that silently broadcasts against a matrix is a bug that no shape check finds.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: takes minutes; give --slow"))
+
+
+def shapes_picture(label: int, rng: np.random.Generator, size: int = 24) -> np.ndarray:
+    """A grey picture whose stripes' direction and width tell the class."""
+    angle, width = (label % 4) * np.pi / 4, 3 + 2 * (label // 4)
+    y, x = np.mgrid[:size, :size]
+    wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) / width * 2 * np.pi + rng.uniform(0, 6.28))
+    return np.clip(128 + 90 * wave + rng.normal(0, 12, (size, size)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """A folder with train/ and test/ of eight classes of striped pictures each, twelve a class."""
+    import cv2
+
+    root = tmp_path_factory.mktemp("stripes")
+    rng = np.random.default_rng(0)
+    for split, first in (("train", 0), ("test", 4)):
+        for label in range(first, first + 8):
+            folder = root / split / f"class_{label:02d}"
+            folder.mkdir(parents=True)
+            for i in range(12):
+                cv2.imwrite(str(folder / f"{i:02d}.png"), shapes_picture(label, rng))
+    return root
