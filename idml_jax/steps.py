@@ -43,7 +43,8 @@ def normalize(
     images: UInt8[Array, "n h w c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "n h w c"]:
     """uint8 pictures to zero mean and unit deviation per channel."""
-    return (images.astype(jnp.float32) / 255.0 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+    per_channel = lambda values: jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1)
+    return (images.astype(jnp.float32) / 255.0 - per_channel(mean)) / per_channel(std)
 
 
 def _forward(

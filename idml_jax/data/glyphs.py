@@ -106,8 +106,10 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
     all these states misread about the share a of the pictures at ambiguity a (to within 0.2; of blends about a / 2, as
     every second guess between two is right).
 
-    Deterministic: a picture depends on the seed, the split, the character and its index alone, the bytes also on the
-    versions of Pillow, OpenCV, NumPy and matplotlib (whose fonts are drawn), which `info.metadata` records.
+    Deterministic: a picture depends on the seed, the split, the character and its index (a blend on its second
+    character too), its bytes also on the versions of Pillow, OpenCV, NumPy and matplotlib (whose fonts are drawn),
+    which `info.metadata` records. Two preparations hold the same records in the same order; the files can differ, as
+    protobuf writes the fields of a record in an order that changes from process to process.
     """
 
     VERSION = tfds.core.Version("1.0.0")

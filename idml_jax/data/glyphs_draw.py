@@ -117,7 +117,7 @@ def _views(masks: list[np.ndarray], angle: float, aspect: float) -> np.ndarray:
     for mask, view in zip(masks, views, strict=True):
         matrix = _rotation(angle) @ np.diag([aspect**0.5, aspect**-0.5])
         matrix *= 20 / _extent(matrix, mask).max()
-        cv2.GaussianBlur(_place(mask, matrix, np.zeros(2), 24), (0, 0), 0.8, dst=view)
+        view[:] = cv2.GaussianBlur(_place(mask, matrix, np.zeros(2), 24), (0, 0), 0.8)
     rows = views.reshape(len(masks), -1)
     rows -= rows.mean(1, keepdims=True)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
@@ -150,7 +150,7 @@ def characters() -> dict[int, tuple[str, ...]]:
     Taken are letters, digits, signs, arrows and operators that at least 6 faces draw; left out are marks, spaces and
     whatever looks like a character with a smaller code point (Greek and Cyrillic capitals like Latin ones, o like O):
     in some face the two correlate by more than 0.9 after both are brought to one size, under a small rotation or
-    stretch. About a second on first use, then cached; ascending in code point.
+    stretch. Takes two seconds on first use, then cached; ascending in code point.
 
     Raises:
       FileNotFoundError: a font is missing.
@@ -172,7 +172,7 @@ def characters() -> dict[int, tuple[str, ...]]:
 
 
 def _thicken(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """Strokes made `pixels` wider on either side (thinner if negative, unless that would tear them)."""
+    """The strokes grown by `pixels` on either side, or eroded if negative, unless too little would be left."""
     if not pixels:
         return mask
     padded = cv2.copyMakeBorder(mask, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=0)
@@ -228,7 +228,7 @@ def picture(
     Args:
       rng: the picture's own generator.
       code: a code point from `characters`.
-      side: width and height in pixels.
+      side: width and height in pixels; beyond about 96 the outlines get soft.
       kind: one of KINDS, see `glyphs.Glyphs` for what each does.
       ambiguity: strength in [0, 1].
       other: the second character of a blend.

@@ -40,7 +40,7 @@ class BatchNorm(nn.Module):
             axes = tuple(range(x.ndim - 1))
             wide = x.astype(jnp.float32)
             center = jnp.mean(wide, axes)
-            spread = jnp.mean(jnp.square(wide - center), axes)
+            spread = jnp.mean(jnp.square(wide - _along_channels(center, x)), axes)
             if not self.is_initializing():
                 count = x.size // channels
                 unbiased = spread * (count / max(count - 1, 1))
@@ -48,7 +48,12 @@ class BatchNorm(nn.Module):
                 variance.value = self.momentum * variance.value + (1 - self.momentum) * jax.lax.stop_gradient(unbiased)
         factor = scale * jax.lax.rsqrt(spread + self.epsilon)
         shift = bias - center * factor
-        return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
+        x = x.astype(jnp.float32) * _along_channels(factor, x) + _along_channels(shift, x)
+        return x.astype(self.dtype)
+
+
+def _along_channels(vector: Float[Array, "c"], x: Array) -> Array:
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def max_pool_2x2(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from loss_helpers import call, value_and_gradient
 
 from idml_jax import ism, losses
 from idml_jax.ism import Embedding
@@ -16,7 +17,7 @@ N, D, K = 6, 8, 3
 
 
 @partial(jax.jit, static_argnames=("name", "introspective", "normalize"))
-def value_and_gradient(name, semantic, uncertainty, references, labels, classes, mask, introspective, normalize=True):
+def embedding_gradients(name, semantic, uncertainty, references, labels, classes, mask, introspective, normalize=True):
     """Value and gradients with respect to all the embeddings; references None: the batch itself."""
     spec = losses.LOSSES[name]
 
@@ -43,7 +44,7 @@ def evaluate(name, semantic, uncertainty, labels, *, introspective, mask=None, p
         classes = jnp.arange(len(references))
     mask = jnp.ones(len(semantic), bool) if mask is None else jnp.asarray(mask)
     labels = jnp.asarray(labels, jnp.int32)
-    value, gradients = value_and_gradient(
+    value, gradients = embedding_gradients(
         name, semantic, jnp.asarray(uncertainty), references, labels, classes, mask, introspective, normalize
     )
     assert value.shape == () and value.dtype == jnp.float32
@@ -141,9 +142,8 @@ def test_bfloat16_embeddings(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_matrix_is_promoted(name):
-    matrix = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1.5, (5, 5)), jnp.bfloat16)
-    pairs = losses.pairs_from_labels(jnp.array([0, 0, 1, 1, 2]))
-    assert losses.LOSSES[name].function(matrix, pairs).dtype == jnp.float32
+    pairs = Pairs(jnp.ones((5, 5), bool), jnp.zeros((5, 5), bool))
+    assert jax.eval_shape(lambda x: call(name, x, pairs), jnp.ones((5, 5), jnp.bfloat16)).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,22 +161,20 @@ def test_padding_changes_nothing(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_ignored_entries_may_hold_anything(name):
     rng = np.random.default_rng(0)
-    matrix = rng.uniform(0.1, 1.5, (5, 5)).astype(np.float32)
-    pairs = losses.pairs_from_labels(jnp.array([0, 0, 1, 1, 2]), mask=jnp.array([True] * 4 + [False]))
-    function = jax.value_and_grad(losses.LOSSES[name].function)
-    value, gradient = function(jnp.asarray(matrix), pairs)
+    matrix = rng.uniform(0.1, 1.5, (7, 7)).astype(np.float32)
+    pairs = losses.pairs_from_labels(jnp.array([0, 0, 1, 1, 2, 2, 0]), mask=jnp.array([True] * 6 + [False]))
+    value, gradient = value_and_gradient(name, matrix, pairs)
     for poison in (np.nan, np.inf, -1e30):
         spoilt = np.where(np.asarray(pairs.positive | pairs.negative), matrix, poison)
-        spoilt_value, spoilt_gradient = function(jnp.asarray(spoilt), pairs)
+        spoilt_value, spoilt_gradient = value_and_gradient(name, spoilt, pairs)
         np.testing.assert_array_equal(spoilt_value, value)
         np.testing.assert_array_equal(spoilt_gradient, gradient)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_relation_is_zero_without_gradient(name):
-    matrix = jnp.full((3, 4), 0.7)
-    nothing = Pairs(jnp.zeros((3, 4), bool), jnp.zeros((3, 4), bool))
-    value, gradient = jax.value_and_grad(losses.LOSSES[name].function)(matrix, nothing)
+    nothing = Pairs(jnp.zeros((7, 7), bool), jnp.zeros((7, 7), bool))
+    value, gradient = value_and_gradient(name, jnp.full((7, 7), 0.7), nothing)
     assert value == 0
     assert (np.asarray(gradient) == 0).all()
 
@@ -186,8 +184,7 @@ def test_empty_relation_is_zero_without_gradient(name):
 def test_no_rows_or_no_columns(name, shape):
     matrix = jnp.zeros(shape)
     nothing = Pairs(jnp.zeros(shape, bool), jnp.zeros(shape, bool))
-    options = {"key": jax.random.key(0)} if losses.LOSSES[name].needs_key else {}
-    assert losses.LOSSES[name].function(matrix, nothing, **options) == 0
+    assert call(name, matrix, nothing) == 0
 
 
 def test_duplicates_are_at_rest():

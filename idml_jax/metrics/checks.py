@@ -1,0 +1,43 @@
+"""Checks of the arrays that a caller hands in: one clear line that names the argument."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def embedding_rows(embeddings, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """float32 rows [n, d] on the host and their squared norms [n]; ValueError unless all are finite."""
+    rows = np.asarray(embeddings)
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape [rows, width], got {rows.shape}")
+    if len(rows) == 0:
+        raise ValueError(f"{name}: no rows")
+    rows = rows.astype(np.float32, copy=False)
+    norms = np.einsum("nd,nd->n", rows, rows)
+    # A distance adds up to four such terms.
+    if not norms.max() < np.finfo(np.float32).max / 4:
+        raise ValueError(f"{name}: NaN, infinite or too large for float32")
+    return rows, norms
+
+
+def label_column(labels, rows: int, name: str, of: str) -> np.ndarray:
+    """Labels [rows] on the host, of any sortable kind."""
+    labels = np.asarray(labels)
+    if labels.shape != (rows,):
+        raise ValueError(f"{name}: expected shape ({rows},), one per row of {of}, got {labels.shape}")
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise ValueError(f"{name}: NaN or infinite")
+    return labels
+
+
+def score_column(scores, name: str, rows: int | None = None) -> np.ndarray:
+    """Scores [n] as float64 on the host; ValueError for other shapes, no entries or NaN (infinity is a score)."""
+    scores = np.asarray(scores)
+    if scores.ndim != 1 or (rows is not None and len(scores) != rows):
+        raise ValueError(f"{name}: expected shape ({'n' if rows is None else rows},), got {scores.shape}")
+    if len(scores) == 0:
+        raise ValueError(f"{name}: no entries")
+    scores = scores.astype(np.float64)
+    if np.isnan(scores).any():
+        raise ValueError(f"{name}: NaN")
+    return scores

@@ -1,0 +1,230 @@
+"""The work on the device behind `ranking`: tiles of squared distances, counted or cut to the k smallest.
+
+Ties. Comparing means something only if equal rows give equal numbers. So the tiles of one call come from one product
+of one shape, which sums every element in the same order whatever its place, and the distance of a positive is read
+from the very tile in which the others are compared with it.
+"""
+
+from __future__ import annotations
+
+from functools import partial, reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Blocks(NamedTuple):
+    """One side of the product, cut into b blocks of t rows; padding rows are zero with an infinite norm."""
+
+    rows: Float[Array, "b t d"]
+    norms: Float[Array, "b t"]  # squared
+    ids: Int[Array, "b t"]  # index in the gallery; below 0: none
+
+
+class Targets(NamedTuple):
+    """What each query row looks for: up to r positives, by slot (place among the column blocks) and gallery index."""
+
+    slots: Int[Array, "b r t"]  # -1: no such positive
+    ids: Int[Array, "b r t"]
+    limits: Int[Array, "b"]  # the most positives that a row of the block has
+
+
+def squared_distances(
+    a: Float[Array, "n d"], a_norms: Float[Array, "n"], b: Float[Array, "m d"], b_norms: Float[Array, "m"]
+) -> Float[Array, "n m"]:
+    """|a|^2 + |b|^2 - 2 a.b in float32; may fall below 0 by rounding, infinite where a norm is."""
+    product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    return (a_norms[:, None] + b_norms[None, :]) - 2 * product
+
+
+def count_before(
+    queries: Blocks, columns: Blocks, targets: Targets, own_pairs: np.ndarray, devices: list[jax.Device]
+) -> tuple[Int[np.ndarray, "b r t"], Float[np.ndarray, "b t"]]:
+    """For each target the number of gallery rows before it; for each query the squared distance to the nearest row.
+
+    A column with the query's own id is left out; equal distances are ordered by id. own_pairs [p, 2] lists the (query
+    block, column block) pairs that hold the targets. When `queries is columns` half of the product is computed.
+    """
+    symmetric = queries is columns
+    pairs = np.stack(np.indices((len(queries.rows), len(columns.rows))), -1).reshape(-1, 2)
+    pairs = pairs[pairs[:, 0] <= pairs[:, 1]] if symmetric else pairs
+    devices = devices[: len(pairs)]
+    hands = [pairs[start :: len(devices)] for start in range(len(devices))]
+    # Every device reads the targets' distances for itself, then counts its share of the pairs.
+    work = np.zeros((len(devices), len(own_pairs) + len(hands[0]), 2), np.int32)
+    for share, hand in zip(work, hands, strict=True):
+        share[: len(own_pairs)] = own_pairs
+        share[len(own_pairs) : len(own_pairs) + len(hand)] = hand
+    ends = np.array([len(own_pairs) + len(hand) for hand in hands], np.int32)
+    counts, nearest = _count_before(
+        queries,
+        None if symmetric else columns,
+        targets,
+        work,
+        ends,
+        np.int32(len(own_pairs)),
+        mesh=Mesh(np.array(devices), ("data",)),
+    )
+    return np.sum(jax.device_get(counts), axis=0), np.min(jax.device_get(nearest), axis=0)
+
+
+@partial(jax.jit, static_argnames=("mesh",))
+def _count_before(queries, columns, targets, work, ends, first, *, mesh):
+    symmetric = columns is None
+    columns = queries if symmetric else columns
+    tile = columns.rows.shape[1]
+
+    def local(queries, columns, targets, work, ends, first):
+        def step(k, carry):
+            found, counts, nearest = carry
+            i, j = work[0, k, 0], work[0, k, 1]
+            distances = squared_distances(queries.rows[i], queries.norms[i], columns.rows[j], columns.norms[j])
+            distances = jnp.where(queries.ids[i][:, None] == columns.ids[j][None, :], jnp.inf, distances)
+            # Without the barrier the compiler may repeat this work in every pass that reads it.
+            distances = jax.lax.optimization_barrier(distances)
+
+            def read(_, found):
+                place = targets.slots[i] - j * tile
+                inside = (targets.slots[i] >= 0) & (place >= 0) & (place < tile)
+                here = jnp.take_along_axis(distances, jnp.clip(place, 0, tile - 1).T, axis=1).T
+                return found.at[i].set(jnp.where(inside, here, found[i]))
+
+            def count_for_rows(r, counts):
+                return counts.at[i, r].add(_before_in_rows(distances, columns.ids[j], found[i, r], targets.ids[i, r]))
+
+            def count_for_columns(r, counts):
+                count = _before_in_columns(distances, queries.ids[i], found[j, r], targets.ids[j, r])
+                return counts.at[j, r].add(count)
+
+            # One loop body with one product serves both phases; a loop of no turns skips the other one.
+            counting = k >= first
+            found = jax.lax.fori_loop(0, jnp.where(counting, 0, 1), read, found)
+            counts = jax.lax.fori_loop(0, jnp.where(counting, targets.limits[i], 0), count_for_rows, counts)
+            nearest = nearest.at[i].min(_fold_columns(jnp.minimum, distances))
+            if symmetric:
+                turns = jnp.where(counting & (i != j), targets.limits[j], 0)
+                counts = jax.lax.fori_loop(0, turns, count_for_columns, counts)
+                nearest = nearest.at[j].min(_fold_rows(jnp.minimum, distances))
+            return found, counts, nearest
+
+        found = jnp.full(targets.slots.shape, -jnp.inf)
+        counts = jnp.zeros(targets.slots.shape, jnp.int32)
+        nearest = jnp.full(queries.norms.shape, jnp.inf)
+        _, counts, nearest = jax.lax.fori_loop(0, ends[0], step, (found, counts, nearest))
+        return counts[None], nearest[None]
+
+    specs = (P(), P(), P(), P("data"), P("data"), P())
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+    return sharded(queries, columns, targets, work, ends, first)
+
+
+def _before(distances, ids, threshold, target):
+    return ((distances < threshold) | ((distances == threshold) & (ids < target))).astype(jnp.int32)
+
+
+# XLA on the CPU does not fuse a comparison into a reduction: it would write the whole mask to memory first. Sums of
+# slices are elementwise, so they fuse and vectorise, and leave little to reduce.
+
+
+def _before_in_rows(distances, ids, threshold, target):
+    """For each row the number of columns before its target."""
+    terms = [
+        _before(part, ids[None, cut], threshold[:, None], target[:, None]) for cut, part in _cut_columns(distances)
+    ]
+    return jnp.sum(reduce(jnp.add, terms), axis=1)
+
+
+def _before_in_columns(distances, ids, threshold, target):
+    """For each column the number of rows before its target."""
+    terms = [_before(part, ids[cut, None], threshold[None, :], target[None, :]) for cut, part in _cut_rows(distances)]
+    return _fold_rows(jnp.add, reduce(jnp.add, terms))
+
+
+def _fold_columns(op, x: Float[Array, "n m"]) -> Float[Array, "n"]:
+    folded = reduce(op, [part for _, part in _cut_columns(x)])
+    return jnp.min(folded, axis=1) if op is jnp.minimum else jnp.sum(folded, axis=1)
+
+
+def _fold_rows(op, x: Float[Array, "n m"]) -> Float[Array, "m"]:
+    while len(x) > 1:
+        # The barrier keeps the steps apart: one loop over all rows would read too many lines of the cache at once.
+        x = jax.lax.optimization_barrier(reduce(op, [part for _, part in _cut_rows(x)]))
+    return x[0]
+
+
+def _cut_columns(x):
+    width = max(32, x.shape[1] // 32)
+    return [(slice(u, u + width), x[:, u : u + width]) for u in range(0, x.shape[1], width)]
+
+
+def _cut_rows(x):
+    height = max(1, len(x) // 16)
+    return [(slice(u, u + height), x[u : u + height]) for u in range(0, len(x), height)]
+
+
+@partial(jax.jit, static_argnames=("k", "mesh"))
+def top_block(
+    queries: Float[Array, "n d"],
+    query_norms: Float[Array, "n"],
+    query_ids: Int[Array, "n"],
+    gallery: Float[Array, "m d"],
+    norms: Float[Array, "m"],
+    *,
+    k: int,
+    mesh: Mesh,
+) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+    """The k nearest gallery rows of each query, nearest first: squared distances and indices."""
+
+    def local(queries, query_norms, query_ids, gallery, norms):
+        distances = _without_self(queries, query_norms, query_ids, gallery, norms)
+        values, index = jax.lax.top_k(-distances, k)
+        return -values, index
+
+    rows, all_ = P("data"), P()
+    specs = (rows, rows, rows, all_, all_)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return sharded(queries, query_norms, query_ids, gallery, norms)
+
+
+@partial(jax.jit, static_argnames=("k", "mesh"))
+def rank_block(
+    queries: Float[Array, "n d"],
+    query_norms: Float[Array, "n"],
+    query_ids: Int[Array, "n"],
+    query_labels: Int[Array, "n"],
+    gallery: Float[Array, "m d"],
+    norms: Float[Array, "m"],
+    labels: Int[Array, "m"],
+    *,
+    k: int,
+    mesh: Mesh,
+) -> tuple[Bool[Array, "n k"], Int[Array, "n"], Float[Array, "n"]]:
+    """Which of the k nearest are positives, how many rows come before the nearest positive, and how near is nearest."""
+
+    def local(queries, query_norms, query_ids, query_labels, gallery, norms, labels):
+        distances = _without_self(queries, query_norms, query_ids, gallery, norms)
+        values, index = jax.lax.top_k(-distances, k)
+        hits = (labels[index] == query_labels[:, None]) & (values > -jnp.inf)
+        positive = (labels[None, :] == query_labels[:, None]) & (distances < jnp.inf)
+        closest = _fold_columns(jnp.minimum, jnp.where(positive, distances, jnp.inf))
+        place = jnp.arange(len(labels), dtype=jnp.int32)
+        at = jnp.where(positive & (distances == closest[:, None]), place[None, :], len(labels))
+        at = _fold_columns(jnp.minimum, at)
+        return hits, _before_in_rows(distances, place, closest, at), -values[:, 0]
+
+    rows, all_ = P("data"), P()
+    specs = (rows, rows, rows, rows, all_, all_, all_)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return sharded(queries, query_norms, query_ids, query_labels, gallery, norms, labels)
+
+
+def _without_self(queries, query_norms, query_ids, gallery, norms):
+    distances = squared_distances(queries, query_norms, gallery, norms)
+    place = jnp.arange(len(norms), dtype=jnp.int32)
+    distances = jnp.where(place[None, :] == query_ids[:, None], jnp.inf, distances)
+    return jax.lax.optimization_barrier(distances)
