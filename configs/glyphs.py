@@ -15,7 +15,7 @@ def get_config(arg: str = ""):
         raise ValueError(f"configs/glyphs.py:{arg}: known variants: quick")
     config = default_config()
     config.batch_size = 128
-    config.epochs = 5 if arg == "quick" else 30
+    config.epochs = 8 if arg == "quick" else 30
     config.data.name = "glyphs"
     config.data.variant = "default"
     config.data.image_size = 32
@@ -23,17 +23,17 @@ def get_config(arg: str = ""):
     config.data.channels = 1
     config.data.mean = (0.5,)
     config.data.std = (0.3,)
-    config.data.crop_scale = (0.6, 1.0)
+    config.data.crop_scale = (0.8, 1.0)
     config.data.flip = False
     config.data.rotation = 10.0
     config.model.name = "convnet4"
     config.model.embedding_dim = 64
     config.model.uncertainty_dim = 64
     config.model.batchnorm = "live"
-    config.optim.learning_rate = 1e-3
+    config.optim.learning_rate = 3e-3
     config.optim.warmup_epochs = 0
     config.optim.schedule = "cosine"
     config.optim.proxy_lr_factor = 10.0
-    config.eval.every_epochs = 1 if arg == "quick" else 5
+    config.eval.every_epochs = 2 if arg == "quick" else 5
     config.checkpoint.every_epochs = config.eval.every_epochs
     return config

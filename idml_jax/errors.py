@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something in the user's hands is wrong: a file, a setting, a value. The message names it and what would be right."""
+    """A file, a setting or a value that the user can mend. The message names it and says what would be right."""

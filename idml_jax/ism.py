@@ -61,9 +61,9 @@ def _check_matrices(a: Array, b: Array, name: str) -> None:
 
 
 def _safe_sqrt(x: Array) -> Array:
-    """sqrt with gradient 0 at 0 (the double ``where``: an infinity times 0 would be NaN)."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+    """sqrt with gradient 0 at 0 (the double ``where``: an infinity times 0 would be NaN); a NaN stays one."""
+    zero = x <= 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 
 
 def _common_scale(*arrays: Array) -> Array:
@@ -86,7 +86,7 @@ def _norm_of_sums(a: Float[Array, "n d"], b: Float[Array, "m d"], sign: float) -
     squares = jnp.sum(a * a, axis=1)[:, None] + jnp.sum(b * b, axis=1)[None, :]
     total = squares + (2.0 * sign) * product
     rounding = 4.0 * jnp.finfo(total.dtype).eps * squares
-    return scale * _safe_sqrt(jnp.where(total > rounding, total, 0.0))
+    return scale * _safe_sqrt(jnp.where(total <= rounding, 0.0, total))
 
 
 def l2_normalize(x: Float[Array, "*batch d"], epsilon: float = 1e-12) -> Float[Array, "*batch d"]:
@@ -102,10 +102,10 @@ def l2_normalize(x: Float[Array, "*batch d"], epsilon: float = 1e-12) -> Float[A
     (x,) = _promote(x)
     # Two steps, so that neither huge nor tiny rows overflow or vanish when squared.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    real = largest > epsilon
-    scaled = jnp.where(real, x, 0.0) / jnp.where(real, largest, 1.0)
+    zero = largest <= epsilon  # false for NaN, which is passed on: a broken network must not look like a black picture
+    scaled = jnp.where(zero, 0.0, x) / jnp.where(zero, 1.0, largest)
     square = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
-    return scaled * jnp.where(real, jax.lax.rsqrt(jnp.where(real, square, 1.0)), 0.0)
+    return scaled * jnp.where(zero, 0.0, jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
 
 
 def semantic_distance(a: Float[Array, "n d"], b: Float[Array, "m d"] | None = None) -> Float[Array, "n m"]:
@@ -173,7 +173,8 @@ def _relative_weakening_parts(alpha: Array, beta: Array, temperature: Array) -> 
     regular = (alpha > 0) & (beta <= limit * temperature * alpha)
     divisor = jnp.where(regular, temperature * alpha, 1.0)
     exponent = jnp.where(regular, beta / divisor, 0.0)
-    factor = jnp.where(regular, jnp.exp(-exponent), jnp.where(beta > 0, 0.0, 1.0))
+    edge = jnp.where(beta > 0, 0.0, jnp.where(beta == 0, 1.0, jnp.nan))
+    factor = jnp.where(regular, jnp.exp(-exponent), edge)
     return factor, exponent, jnp.where(regular, factor, 0.0)
 
 
@@ -276,7 +277,7 @@ def introspective_similarity(
     discrepancy = jnp.maximum(1.0 - cosine, 0.0)  # rounding can leave a cosine just above 1
     beta = _beta(a, b).astype(cosine.dtype)
     rounding = 4.0 * jnp.finfo(cosine.dtype).eps
-    alpha = _safe_sqrt(jnp.where(discrepancy > rounding, 2.0 * discrepancy, 0.0))
+    alpha = _safe_sqrt(jnp.where(discrepancy <= rounding, 0.0, 2.0 * discrepancy))
     # 1 - (1 - c) w, written so that w = 1 gives c to the bit.
     return cosine + discrepancy * (1.0 - _weakening(alpha, beta, temperature, relative))
 

@@ -38,7 +38,7 @@ def _main(_: list[str]) -> None:
     own.addHandler(console)
     own.setLevel(logging.INFO)
     own.propagate = False
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         if not _WORKDIR.value:
             raise UserError("--workdir is missing: the folder that the run is written to")
@@ -58,6 +58,8 @@ def _stop(error: Exception) -> None:
     if "--traceback" in sys.argv:
         raise error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any("Traceback" in line for line in lines):  # ml_collections puts one into its message
+        lines = lines[-1:]
     print(f"error: {' '.join(lines) or type(error).__name__}", file=sys.stderr)
     sys.exit(1)
 

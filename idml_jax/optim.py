@@ -58,7 +58,8 @@ class GroupOptimizer:
     during warm-up, keeps its moments, its step count and, to the bit, its values.
 
     Attributes:
-      name: ``adamw`` (decoupled weight decay, as PyTorch's) or ``sgd`` (Nesterov momentum, weight decay in the gradient).
+      name: ``adamw`` (decoupled weight decay, as PyTorch's) or ``sgd`` (Nesterov momentum, weight decay in the
+        gradient).
       schedule: rate by the global step.
       factors: factor on the rate by group, 1 where unnamed.
       weight_decay: of every parameter that moves.

@@ -277,3 +277,15 @@ def test_wrong_shapes_are_refused():
         ism.pair_uncertainty(a.uncertainty[0], None)
     with pytest.raises(ValueError, match="needs embeddings with an uncertainty"):
         ism.released_similarity(Embedding(a.semantic), a.semantic)
+
+
+def test_nan_is_passed_on():
+    """A loss of a broken network must be NaN, so that the run stops."""
+    for field in ("semantic", "uncertainty"):
+        a = embeddings(4)
+        a = a._replace(**{field: getattr(a, field).at[1, 0].set(jnp.nan)})
+        for relative in VARIANTS:
+            for f in (ism.introspective_distance, ism.introspective_similarity):
+                bad = np.isnan(f(a, relative=relative))
+                assert bad[1, 2:].all() and not bad[2:, 2:].any()
+                assert np.isnan(f(a, Embedding(a.semantic[2:]), relative=relative))[1].all()

@@ -29,6 +29,30 @@ def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
+# Memories of pure functions. At the level of the module, so that samplers can be pickled for worker processes; a few
+# entries, because prefetching crosses the border between epochs.
+@functools.lru_cache(maxsize=8)
+def _random_order(size: int, *key: int) -> np.ndarray:
+    order = _generator(*key).permutation(size)
+    order.flags.writeable = False
+    return order
+
+
+@functools.lru_cache(maxsize=8)
+def _class_order(classes: int, per_batch: int, seed: int, number: int) -> np.ndarray:
+    """The order of all classes in round ``number``, its head free of what the round before ended with."""
+    order = _random_order(classes, seed, 1, number)
+    if number == 0 or classes < 3 * per_batch:
+        return order
+    # Only places outside the last P change, so the end of the round before is that of its plain random order.
+    order = order.copy()
+    recent = _random_order(classes, seed, 1, number - 1)[-per_batch:]
+    clashes = np.flatnonzero(np.isin(order[:per_batch], recent))
+    spare = per_batch + np.flatnonzero(~np.isin(order[per_batch:-per_batch], recent))[: len(clashes)]
+    order[clashes], order[spare] = order[spare], order[clashes]
+    return order
+
+
 class ShuffledSampler:
     """Every epoch a new random order of all records; the incomplete last batch is dropped.
 
@@ -46,17 +70,12 @@ class ShuffledSampler:
             raise UserError(f"a batch of {batch_size} cannot be filled from {size} images; lower config.batch_size")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.steps_per_epoch = size // batch_size
-        # One order is a few MB at most; two are kept because prefetching crosses the border between epochs.
-        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return _generator(self.seed, epoch).permutation(self.size)
 
     def batch(self, step: int) -> Int[np.ndarray, "batch_size"]:
         """Record indices of the global batch of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        return self._order(epoch)[start : start + self.batch_size]
+        return _random_order(self.size, self.seed, 0, epoch)[start : start + self.batch_size]
 
 
 class BalancedSampler:
@@ -93,32 +112,14 @@ class BalancedSampler:
                 "config.batch_size or raise config.data.per_class"
             )
         self.steps_per_epoch = max(len(labels) // batch_size, 1)
-        self._seamless = len(self._members) >= 3 * self._per_batch
-        self._order = functools.lru_cache(maxsize=4)(self._class_order)
-
-    def _random_order(self, number: int) -> np.ndarray:
-        return _generator(self.seed, 1, number).permutation(len(self._members))
-
-    def _class_order(self, number: int) -> np.ndarray:
-        """The order of all classes in round ``number``, its head free of what the round before ended with."""
-        order = self._random_order(number)
-        if number == 0 or not self._seamless:
-            return order
-        # Only places outside the last P change, so the end of the round before is that of its plain random order.
-        width = self._per_batch
-        recent = self._random_order(number - 1)[-width:]
-        clashes = np.flatnonzero(np.isin(order[:width], recent))
-        spare = width + np.flatnonzero(~np.isin(order[width:-width], recent))[: len(clashes)]
-        order[clashes], order[spare] = order[spare], order[clashes]
-        return order
 
     def _classes(self, step: int) -> np.ndarray:
         total, width = len(self._members), self._per_batch
-        if not self._seamless:
+        if total < 3 * width:
             number, position = divmod(step, total // width)
-            return self._order(number)[position * width : (position + 1) * width]
+            return _class_order(total, width, self.seed, number)[position * width : (position + 1) * width]
         places = step * width + np.arange(width)
-        return np.asarray([self._order(int(place) // total)[int(place) % total] for place in places])
+        return np.asarray([_class_order(total, width, self.seed, int(p) // total)[int(p) % total] for p in places])
 
     def batch(self, step: int) -> Int[np.ndarray, "batch_size"]:
         """Record indices of the global batch of a step; a class's images stand together."""

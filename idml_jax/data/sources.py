@@ -350,7 +350,9 @@ def load_glyphs(*, data_dir: str = "", variant: str = "default", **_: object) ->
     return parts[0], parts[1]
 
 
-def load_tfds(*, data_dir: str = "", variant: str = "", train_classes: float = 0.5, **_: object) -> tuple[Source, Source]:
+def load_tfds(
+    *, data_dir: str = "", variant: str = "", train_classes: float = 0.5, **_: object
+) -> tuple[Source, Source]:
     """A tfds data set that is already prepared as array_record: all its splits together, split by class."""
     import tensorflow_datasets as tfds
 
@@ -364,7 +366,8 @@ def load_tfds(*, data_dir: str = "", variant: str = "", train_classes: float = 0
             raise FileNotFoundError(f"nothing is prepared for {variant}")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"tfds data set {variant!r} is not prepared as array_record under {data_dir}: {reason}") from error
+        where = f"tfds data set {variant!r} is not prepared as array_record under {data_dir}"
+        raise UserError(f"{where}: {reason}") from error
     skip = {"image": tfds.decode.SkipDecoding()}
     names = builder.info.features["label"].names
     parts = [TfdsSource(builder.as_data_source(s, decoders=skip), f"{variant}/{s}", names) for s in splits]
@@ -422,7 +425,8 @@ def load_dataset(
       on_small_class: see ``check_classes``.
       seed: of the choice of validation classes.
       warn: receives lines about what was left out.
-      **options: ``root``, ``data_dir``, ``variant``, ``train_classes``, ``on_corrupt``; each loader takes what it needs.
+      **options: ``root``, ``data_dir``, ``variant``, ``train_classes``, ``on_corrupt``; each loader takes what it
+        needs.
 
     Returns:
       The splits, with at least two classes each.

@@ -94,12 +94,135 @@ def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Devi
 
 def by_top_k(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Device]) -> Found:
     """The same results for queries with any number of positives, at least one."""
-    chosen = chosen[np.argsort(-task.positives[chosen], kind="stable")]
-    gallery, norms = _padded_gallery(task.gallery, task.norms)
-    labels = np.pad(task.gallery_labels, (0, len(norms) - len(task.gallery)), constant_values=-1)
-    parts = []
+    order = np.argsort(-task.positives[chosen], kind="stable")
+    chosen = chosen[order]
+    positives = task.positives[chosen]
+    mesh, gallery, norms = _shared_gallery(task.gallery, task.norms, devices)
+    labels = np.pad(task.gallery_labels, (0, len(norms) - len(task.gallery)), constant_values=-1).astype(np.int32)
+    height = _height(len(chosen), len(norms), len(devices))
+    ids = chosen if task.same_set else np.full(len(chosen), -2)
 
-    def kernel(rows, place, mesh):
-        k = min(_coarse(task.positives[rows].max()), len(norms))
-        query_labels = place(task.labels[rows], -2)
-        ...
+    def start(rows):
+        return tiles.rank_block(
+            _padded(task.queries[chosen[rows]], height),
+            _padded(task.query_norms[chosen[rows]], height),
+            _padded(ids[rows].astype(np.int32), height, -2),
+            _padded(task.labels[chosen[rows]].astype(np.int32), height, -2),
+            gallery,
+            norms,
+            labels,
+            k=_device_k(positives[rows.start], len(norms)),
+            mesh=mesh,
+        )
+
+    parts = []
+    for rows, (listed, before, nearest) in _two_ahead(start, len(chosen), height):
+        r = positives[rows, None]
+        size, most = len(r), r.max()
+        listed = listed[:size, :most] if _device_k(most, len(norms)) else tiles.smallest(listed[:size], most)
+        hits = labels[listed] == task.labels[chosen[rows], None]
+        rank = np.arange(1, most + 1)
+        inside = hits & (rank <= r)
+        average = np.sum(inside * (np.cumsum(hits, axis=1) / rank), axis=1)
+        parts.append((before[:size] + 1, np.sum(inside, axis=1) / r[:, 0], average / r[:, 0], nearest[:size]))
+    back = np.argsort(order)
+    return Found(*(np.concatenate(column)[back] for column in zip(*parts, strict=True)))
+
+
+def nearest_rows(
+    queries: Float[np.ndarray, "n d"],
+    query_norms: Float[np.ndarray, "n"],
+    gallery: Float[np.ndarray, "m d"],
+    norms: Float[np.ndarray, "m"],
+    k: int,
+    same_set: bool,
+    devices: list[jax.Device],
+) -> Int[np.ndarray, "n k"]:
+    """Gallery indices of the k nearest rows of each query, nearest first, equal distances by index."""
+    mesh, gallery, norms = _shared_gallery(gallery, norms, devices)
+    height = _height(len(queries), len(norms), len(devices))
+    ids = np.arange(len(queries), dtype=np.int32) if same_set else np.full(len(queries), -2, np.int32)
+
+    device_k = _device_k(k, len(norms))
+
+    def start(rows):
+        q, n, i = _padded(queries[rows], height), _padded(query_norms[rows], height), _padded(ids[rows], height, -2)
+        return tiles.list_block(q, n, i, gallery, norms, k=device_k, mesh=mesh)
+
+    index = np.empty((len(queries), k), np.int32)
+    for rows, listed in _two_ahead(start, len(queries), height):
+        listed = listed[: len(ids[rows])]
+        index[rows] = listed[:, :k] if device_k else tiles.smallest(listed, k)
+    return index
+
+
+def _two_ahead(start, total: int, height: int) -> Iterator[tuple[slice, tuple]]:
+    """Host results of start(rows) over consecutive rows; the next block is computed while one is read."""
+    pending = deque()
+    for first in range(0, total, height):
+        rows = slice(first, first + height)
+        pending.append((rows, start(rows)))
+        if len(pending) == 2:
+            rows, result = pending.popleft()
+            yield rows, jax.device_get(result)
+    for rows, result in pending:
+        yield rows, jax.device_get(result)
+
+
+def _blocks(rows, norms, ids, slots, tile) -> tiles.Blocks:
+    blocks = slots.max() // tile + 1
+    placed = np.zeros((blocks * tile, rows.shape[1]), np.float32)
+    placed_norms = np.full(blocks * tile, np.inf, np.float32)
+    placed_ids = np.full(blocks * tile, -1, np.int32)
+    placed[slots], placed_norms[slots], placed_ids[slots] = rows, norms, ids
+    return tiles.Blocks(
+        placed.reshape(blocks, tile, -1), placed_norms.reshape(blocks, tile), placed_ids.reshape(blocks, tile)
+    )
+
+
+def _class_starts(sizes: Int[np.ndarray, "classes"], tile: int) -> Int[np.ndarray, "classes"]:
+    """First slot of each class; one that fits into a block and can be counted does not lie across two."""
+    starts, slot = np.empty(len(sizes), np.int64), 0
+    for label, size in enumerate(sizes.tolist()):
+        if slot % tile + size > tile and size <= COUNTING_LIMIT + 1:
+            slot += tile - slot % tile
+        starts[label] = slot
+        slot += size
+    return starts
+
+
+def _shared_gallery(gallery, norms, devices):
+    """The gallery on every device, filled up to a round number of rows that are infinitely far."""
+    size = len(gallery)
+    extra = (-(-size // 1024) * 1024 if size > 1024 else _power_of_two(size, least=64)) - size
+    mesh = Mesh(np.array(devices), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    gallery = jax.device_put(np.pad(gallery, ((0, extra), (0, 0))), everywhere)
+    return mesh, gallery, jax.device_put(np.pad(norms, (0, extra), constant_values=np.inf), everywhere)
+
+
+def _tile(rows: int) -> int:
+    # On a CPU a tile should stay in the cache; an accelerator wants larger products.
+    return min(1024 if jax.default_backend() == "cpu" else 4096, _power_of_two(rows, least=64))
+
+
+def _height(rows: int, columns: int, devices: int) -> int:
+    """Rows per block: as many as keep the distances within bounds, and no more than there are."""
+    fitting = max(8, 1 << (_BLOCK_BYTES // (4 * columns)).bit_length() - 1)
+    return devices * min(256, fitting, _power_of_two(-(-rows // devices), least=8))
+
+
+def _power_of_two(size, least: int) -> int:
+    return max(least, 1 << (int(size) - 1).bit_length())
+
+
+def _device_k(k, columns: int) -> int | None:
+    """Length of a list made on the device, rounded up so that few programs are compiled; None: the host makes it."""
+    if jax.default_backend() == "cpu" and k > 32:
+        return None  # numpy's vectorised selection is several times as fast as XLA's there
+    step = max(1, 1 << (int(k).bit_length() - 3))
+    return min(columns, -(-int(k) // step) * step)
+
+
+def _padded(x: np.ndarray, height: int, fill=0) -> np.ndarray:
+    return np.pad(x, [(0, height - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=fill)

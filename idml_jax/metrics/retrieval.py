@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-_TILE = 256
+from idml_jax.metrics import ranking
+from idml_jax.metrics.checks import embedding_rows, label_column
 
 
 class Ranks(NamedTuple):
@@ -28,7 +28,8 @@ class Ranks(NamedTuple):
     r_precision: share of the R nearest that are of the query's class, R = positives; NaN for a lone query.
     average_precision: the query's term of MAP@R; NaN for a lone query.
     positives: R, the number of gallery images of the query's class, the query itself not counted.
-    nearest_distance: Euclidean distance to the nearest image.
+    nearest_distance: Euclidean distance to the nearest image, from squared distances in float32: near 0 it is good to
+        about 5e-4 of the rows' norm (`neighbours` is exact there).
     """
 
     first_hit: Int[np.ndarray, "n"]
@@ -39,23 +40,33 @@ class Ranks(NamedTuple):
     nearest_distance: Float[np.ndarray, "n"]
 
 
+class Neighbours(NamedTuple):
+    """The k nearest rows of each of n queries, nearest first (host arrays)."""
+
+    distance: Float[np.ndarray, "n k"]
+    index: Int[np.ndarray, "n k"]
+
+
 def retrieval_metrics(
     embeddings: Float[Array, "n d"],
     labels: Int[Array, "n"],
     gallery: Float[Array, "m d"] | None = None,
     gallery_labels: Int[Array, "m"] | None = None,
     ks: Sequence[int] = (1, 2, 4, 8),
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, float]:
     """Retrieval quality of embeddings [n, d] (any norm) with class labels [n], all in [0, 1].
 
     Without a gallery every row queries all the others; with gallery [m, d] and gallery_labels [m] every row queries
-    the gallery, and nothing is excluded. A K beyond the gallery's size means the whole gallery.
+    the gallery, and nothing is excluded. A K beyond the gallery's size means the whole gallery. The work is shared by
+    `devices` (default: all of this process), without any effect on the result.
 
     Returns 'R@K' for each K, 'RP', 'MAP@R' (both NaN when every query is lone), 'MRR', and the counts 'queries' and
     'lone_queries'. Raises ValueError, naming the argument, for empty, mismatched or non-finite input.
     """
     ks = _checked_ks(ks)
-    ranks = retrieval_ranks(embeddings, labels, gallery, gallery_labels)
+    ranks = retrieval_ranks(embeddings, labels, gallery, gallery_labels, devices=devices)
     return summarise(ranks, ks)
 
 
@@ -77,49 +88,84 @@ def retrieval_ranks(
     labels: Int[Array, "n"],
     gallery: Float[Array, "m d"] | None = None,
     gallery_labels: Int[Array, "m"] | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Ranks:
     """Per-query results (see `Ranks`) behind `retrieval_metrics`; same arguments, same errors."""
-    queries, q_labels, gallery_, g_labels = _checked(embeddings, labels, gallery, gallery_labels)
+    task = _task(embeddings, labels, gallery, gallery_labels)
+    devices = list(jax.local_devices() if devices is None else devices)
+    few = task.positives <= ranking.COUNTING_LIMIT
+    ways = ((ranking.by_counting, np.flatnonzero(few)), (ranking.by_top_k, np.flatnonzero(~few)))
+    parts = [(rows, rank(task, rows, devices)) for rank, rows in ways if len(rows)]
+    back = np.argsort(np.concatenate([rows for rows, _ in parts]))
+    found = ranking.Found(*(np.concatenate(c)[back] for c in zip(*(part for _, part in parts), strict=True)))
+    some = task.positives > 0
+    first_hit = np.where(some, found.first_hit, 0).astype(np.int32)
+    return Ranks(
+        first_hit=first_hit,
+        nearest_correct=first_hit == 1,
+        r_precision=np.where(some, found.r_precision, np.nan),
+        average_precision=np.where(some, found.average_precision, np.nan),
+        positives=task.positives.astype(np.int32),
+        nearest_distance=np.sqrt(np.maximum(found.nearest, 0)),
+    )
+
+
+def neighbours(
+    embeddings: Float[Array, "n d"],
+    gallery: Float[Array, "m d"] | None = None,
+    k: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Neighbours:
+    """The k nearest rows of each of n queries, nearest first, equal distances by index; exact.
+
+    Without a gallery every row queries all the others. Distances are Euclidean, computed from the difference of the
+    two rows. Raises ValueError, naming the argument, for empty, mismatched or non-finite input and for a k that the
+    gallery cannot serve.
+    """
+    queries, query_norms = embedding_rows(embeddings, "embeddings")
     same_set = gallery is None
-    n, m = len(queries), len(gallery_)
-    # Shapes are rounded up so that sets of similar size share one compiled program.
-    columns = _round_up(m)
-    gallery_ = np.pad(gallery_, ((0, columns - m), (0, 0)))
-    g_labels = np.pad(g_labels, (0, columns - m), constant_values=-1)
-    gallery_, g_labels = jnp.asarray(gallery_), jnp.asarray(g_labels)
-    norms = jnp.sum(gallery_ * gallery_, axis=1)
-    parts = []
-    for start in range(0, n, _TILE):
-        rows = slice(start, start + _TILE)
-        pad = start + _TILE - min(start + _TILE, n)
-        tile = np.pad(queries[rows], ((0, pad), (0, 0)))
-        tile_labels = np.pad(q_labels[rows], (0, pad), constant_values=-2)
-        itself = np.arange(start, start + _TILE) if same_set else np.full(_TILE, -1)
-        part = _rank_tile(tile, tile_labels, itself.astype(np.int32), gallery_, g_labels, norms, np.int32(m))
-        parts.append(jax.device_get(part))
-    return Ranks(*(np.concatenate(column)[:n] for column in zip(*parts, strict=True)))
+    rows, norms = (queries, query_norms) if same_set else embedding_rows(gallery, "gallery")
+    _check_width(queries, rows)
+    if not 1 <= k <= len(rows) - same_set:
+        raise ValueError(f"k: expected 1 to {len(rows) - same_set}, the rows there are to find, got {k}")
+    devices = list(jax.local_devices() if devices is None else devices)
+    index = ranking.nearest_rows(queries, query_norms, rows, norms, int(k), same_set, devices)
+    distance = np.empty(index.shape, np.float32)
+    step = max(1, 2**24 // (int(k) * queries.shape[1]))
+    for start in range(0, len(queries), step):
+        cut = slice(start, start + step)
+        distance[cut] = np.linalg.norm(queries[cut, None, :] - rows[index[cut]], axis=2)
+    return Neighbours(distance, index)
 
 
-@jax.jit
-def _rank_tile(queries, labels, itself, gallery, gallery_labels, norms, size):
-    columns = jnp.arange(gallery.shape[0])[None, :]
-    product = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
-    # The query's own squared norm changes no order; it is added only to the distance that is reported.
-    score = norms[None, :] - 2 * product
-    out = (columns == itself[:, None]) | (columns >= size)
-    score = jnp.where(out, jnp.inf, score)
-    order = jnp.argsort(score, axis=1, stable=True)
-    hits = gallery_labels[order] == labels[:, None]
-    hits &= ~jnp.take_along_axis(out, order, axis=1)
-    positives = jnp.sum(hits, axis=1)
-    seen = jnp.cumsum(hits, axis=1)
-    rank = columns + 1
-    inside = hits & (rank <= positives[:, None])
-    r_precision = jnp.sum(inside, axis=1) / positives
-    average = jnp.sum(jnp.where(inside, seen / rank, 0), axis=1) / positives
-    first = jnp.where(positives > 0, jnp.argmax(hits, axis=1) + 1, 0)
-    nearest = jnp.sqrt(jnp.maximum(jnp.min(score, axis=1) + jnp.sum(queries * queries, axis=1), 0))
-    return Ranks(first, hits[:, 0], r_precision, average, positives, nearest)
+def _task(embeddings, labels, gallery, gallery_labels) -> ranking.Task:
+    if (gallery is None) != (gallery_labels is None):
+        missing = "gallery" if gallery is None else "gallery_labels"
+        raise ValueError(f"{missing}: missing; gallery and gallery_labels go together")
+    queries, query_norms = embedding_rows(embeddings, "embeddings")
+    labels = label_column(labels, len(queries), "labels", "embeddings")
+    if gallery is None:
+        if len(queries) < 2:
+            raise ValueError("embeddings: a single row has nothing to retrieve; give at least 2 rows or a gallery")
+        rows, norms, row_labels = queries, query_norms, labels
+    else:
+        rows, norms = embedding_rows(gallery, "gallery")
+        row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery")
+        _check_width(queries, rows)
+    # Classes numbered by falling size in the gallery; a class of the queries alone has size 0.
+    codes = np.unique(np.concatenate([row_labels, labels]), return_inverse=True)[1]
+    sizes = np.bincount(codes[: len(rows)], minlength=codes.max() + 1)
+    order = np.argsort(-sizes, kind="stable")
+    codes = np.argsort(order)[codes]
+    query_codes, row_codes = codes[len(rows) :], codes[: len(rows)]
+    return ranking.Task(queries, query_norms, query_codes, rows, norms, row_codes, sizes[order], gallery is None)
+
+
+def _check_width(queries, gallery):
+    if gallery.shape[1] != queries.shape[1]:
+        raise ValueError(f"gallery: width {gallery.shape[1]} differs from the embeddings' width {queries.shape[1]}")
 
 
 def _checked_ks(ks):
@@ -127,46 +173,6 @@ def _checked_ks(ks):
     if not ks or any(k != int(k) or k < 1 for k in ks):
         raise ValueError(f"ks: expected one or more whole numbers >= 1, got {ks}")
     return tuple(int(k) for k in ks)
-
-
-def _checked(embeddings, labels, gallery, gallery_labels):
-    """Host arrays: float32 embeddings and labels renumbered 0, 1, ... over queries and gallery together."""
-    if (gallery is None) != (gallery_labels is None):
-        missing = "gallery" if gallery is None else "gallery_labels"
-        raise ValueError(f"{missing}: missing; gallery and gallery_labels go together")
-    queries, labels = _checked_set(embeddings, labels, "embeddings", "labels")
-    if gallery is None:
-        if len(queries) < 2:
-            raise ValueError("embeddings: a single row has nothing to retrieve; give at least 2 rows or a gallery")
-        labels = np.unique(labels, return_inverse=True)[1].astype(np.int32)
-        return queries, labels, queries, labels
-    gallery, gallery_labels = _checked_set(gallery, gallery_labels, "gallery", "gallery_labels")
-    if gallery.shape[1] != queries.shape[1]:
-        raise ValueError(f"gallery: width {gallery.shape[1]} differs from the embeddings' width {queries.shape[1]}")
-    both = np.unique(np.concatenate([labels, gallery_labels]), return_inverse=True)[1].astype(np.int32)
-    return queries, both[: len(labels)], gallery, both[len(labels) :]
-
-
-def _checked_set(embeddings, labels, name, labels_name):
-    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
-    if embeddings.ndim != 2 or embeddings.shape[1] == 0:
-        raise ValueError(f"{name}: expected shape [rows, width], got {embeddings.shape}")
-    if len(embeddings) == 0:
-        raise ValueError(f"{name}: no rows")
-    if labels.shape != embeddings.shape[:1]:
-        raise ValueError(f"{labels_name}: expected shape ({len(embeddings)},) as {name} has rows, got {labels.shape}")
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        raise ValueError(f"{labels_name}: not finite")
-    embeddings = embeddings.astype(np.float32, copy=False)
-    # One sum finds NaN and infinity in the rows, and squares that float32 cannot hold.
-    if not np.isfinite(np.einsum("nd,nd->n", embeddings, embeddings)).all():
-        raise ValueError(f"{name}: NaN, infinite or too large for float32")
-    return embeddings, labels
-
-
-def _round_up(size: int) -> int:
-    """The next multiple of 4096, or below that the next power of two (at least 16)."""
-    return -(-size // 4096) * 4096 if size > 4096 else max(16, 1 << (size - 1).bit_length())
 
 
 def _mean(values) -> float:

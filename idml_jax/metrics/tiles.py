@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 class Blocks(NamedTuple):
@@ -37,9 +37,9 @@ class Targets(NamedTuple):
 def squared_distances(
     a: Float[Array, "n d"], a_norms: Float[Array, "n"], b: Float[Array, "m d"], b_norms: Float[Array, "m"]
 ) -> Float[Array, "n m"]:
-    """|a|^2 + |b|^2 - 2 a.b in float32; may fall below 0 by rounding, infinite where a norm is."""
+    """|a|^2 + |b|^2 - 2 a.b in float32, what rounding makes negative set to 0; infinite where a norm is."""
     product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
-    return (a_norms[:, None] + b_norms[None, :]) - 2 * product
+    return jnp.maximum((a_norms[:, None] + b_norms[None, :]) - 2 * product, 0)
 
 
 def count_before(
@@ -168,22 +168,20 @@ def _cut_rows(x):
 
 
 @partial(jax.jit, static_argnames=("k", "mesh"))
-def top_block(
+def list_block(
     queries: Float[Array, "n d"],
     query_norms: Float[Array, "n"],
     query_ids: Int[Array, "n"],
     gallery: Float[Array, "m d"],
     norms: Float[Array, "m"],
     *,
-    k: int,
+    k: int | None,
     mesh: Mesh,
-) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-    """The k nearest gallery rows of each query, nearest first: squared distances and indices."""
+) -> Array:
+    """Indices [n, k] of the nearest gallery rows of each query; for k None the squared distances [n, m] instead."""
 
     def local(queries, query_norms, query_ids, gallery, norms):
-        distances = _without_self(queries, query_norms, query_ids, gallery, norms)
-        values, index = jax.lax.top_k(-distances, k)
-        return -values, index
+        return _listed(_without_self(queries, query_norms, query_ids, gallery, norms), k)
 
     rows, all_ = P("data"), P()
     specs = (rows, rows, rows, all_, all_)
@@ -201,26 +199,38 @@ def rank_block(
     norms: Float[Array, "m"],
     labels: Int[Array, "m"],
     *,
-    k: int,
+    k: int | None,
     mesh: Mesh,
-) -> tuple[Bool[Array, "n k"], Int[Array, "n"], Float[Array, "n"]]:
-    """Which of the k nearest are positives, how many rows come before the nearest positive, and how near is nearest."""
+) -> tuple[Array, Int[Array, "n"], Float[Array, "n"]]:
+    """What `list_block` gives, how many rows come before the nearest positive, and the least squared distance."""
 
     def local(queries, query_norms, query_ids, query_labels, gallery, norms, labels):
         distances = _without_self(queries, query_norms, query_ids, gallery, norms)
-        values, index = jax.lax.top_k(-distances, k)
-        hits = (labels[index] == query_labels[:, None]) & (values > -jnp.inf)
+        place = jnp.arange(len(labels), dtype=jnp.int32)
         positive = (labels[None, :] == query_labels[:, None]) & (distances < jnp.inf)
         closest = _fold_columns(jnp.minimum, jnp.where(positive, distances, jnp.inf))
-        place = jnp.arange(len(labels), dtype=jnp.int32)
         at = jnp.where(positive & (distances == closest[:, None]), place[None, :], len(labels))
-        at = _fold_columns(jnp.minimum, at)
-        return hits, _before_in_rows(distances, place, closest, at), -values[:, 0]
+        before = _before_in_rows(distances, place, closest, _fold_columns(jnp.minimum, at))
+        return _listed(distances, k), before, _fold_columns(jnp.minimum, distances)
 
     rows, all_ = P("data"), P()
     specs = (rows, rows, rows, rows, all_, all_, all_)
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     return sharded(queries, query_norms, query_ids, query_labels, gallery, norms, labels)
+
+
+def smallest(distances: Float[np.ndarray, "n m"], k: int) -> Int[np.ndarray, "n k"]:
+    """Host version of the list for long lists: columns of the k smallest, in order, equal ones by column."""
+    # One sortable number for each pair: the bits of a float >= 0 grow with it; the sign bit may be a negative zero's.
+    keys = (distances.view(np.int32) & 0x7FFFFFFF).astype(np.int64)
+    keys <<= 32
+    keys |= np.arange(distances.shape[1])
+    keys.partition(k - 1, axis=1)
+    return np.sort(keys[:, :k], axis=1) & 0xFFFFFFFF
+
+
+def _listed(distances, k):
+    return distances if k is None else jax.lax.top_k(-distances, k)[1]
 
 
 def _without_self(queries, query_norms, query_ids, gallery, norms):

@@ -140,9 +140,9 @@ def test_settings_can_be_traced():
 
 
 class VariantsTest(chex.TestCase):
-    """The same value and gradient without jit, placed on a device and under pmap as under jit."""
+    """The same value and gradient without jit and under pmap as under jit."""
 
-    @chex.variants(without_jit=True, with_device=True, with_pmap=True)
+    @chex.variants(without_jit=True, with_pmap=True)
     @parameterized.parameters(*NAMES)
     def test_value_and_gradient(self, name):
         matrix, pairs = random_matrix(), losses.pairs_from_labels(LABELS)

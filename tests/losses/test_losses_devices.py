@@ -60,6 +60,7 @@ def on_one_device():
 
 def check(result, expected):
     (value, gradients), (expected_value, expected_gradients) = result, expected
+    assert expected_value > 0 and np.any(expected_gradients["uncertainty"])
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     for name, gradient in gradients.items():
         np.testing.assert_allclose(gradient, expected_gradients[name], rtol=1e-3, atol=2e-6, err_msg=name)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loss_helpers import call, value_and_gradient
+from loss_helpers import value_and_gradient
 
 from idml_jax import ism, losses
 from idml_jax.ism import Embedding
@@ -16,15 +16,14 @@ NAMES = list(losses.LOSSES)
 N, D, K = 6, 8, 3
 
 
-@partial(jax.jit, static_argnames=("name", "introspective", "normalize"))
-def embedding_gradients(name, semantic, uncertainty, references, labels, classes, mask, introspective, normalize=True):
+@partial(jax.jit, static_argnames=("name", "introspective"))
+def embedding_gradients(name, semantic, uncertainty, references, labels, classes, mask, introspective):
     """Value and gradients with respect to all the embeddings; references None: the batch itself."""
     spec = losses.LOSSES[name]
 
     def loss(semantic, uncertainty, references):
-        unit = ism.l2_normalize if normalize else lambda x: x
-        batch = Embedding(unit(semantic), uncertainty if introspective else None)
-        others = None if references is None else Embedding(unit(references), None)
+        batch = Embedding(ism.l2_normalize(semantic), uncertainty if introspective else None)
+        others = None if references is None else Embedding(ism.l2_normalize(references), None)
         read = ism.introspective_distance if spec.reads == "distance" else ism.introspective_similarity
         pairs = losses.pairs_from_labels(labels, classes, mask)
         options = {"key": jax.random.key(0)} if spec.needs_key else {}
@@ -34,7 +33,7 @@ def embedding_gradients(name, semantic, uncertainty, references, labels, classes
     return jax.value_and_grad(loss, argnums=(0, 1, 2))(semantic, uncertainty, references)
 
 
-def evaluate(name, semantic, uncertainty, labels, *, introspective, mask=None, proxies=None, normalize=True):
+def evaluate(name, semantic, uncertainty, labels, *, introspective, mask=None, proxies=None, case=""):
     semantic = jnp.asarray(semantic)
     proxied = losses.LOSSES[name].references == "proxies"
     references = classes = None
@@ -45,12 +44,12 @@ def evaluate(name, semantic, uncertainty, labels, *, introspective, mask=None, p
     mask = jnp.ones(len(semantic), bool) if mask is None else jnp.asarray(mask)
     labels = jnp.asarray(labels, jnp.int32)
     value, gradients = embedding_gradients(
-        name, semantic, jnp.asarray(uncertainty), references, labels, classes, mask, introspective, normalize
+        name, semantic, jnp.asarray(uncertainty), references, labels, classes, mask, introspective
     )
     assert value.shape == () and value.dtype == jnp.float32
-    assert np.isfinite(value), f"{name}: {value}"
+    assert np.isfinite(value), f"{name}, {case}: {value}"
     for gradient in jax.tree.leaves(gradients):
-        assert np.isfinite(np.asarray(gradient, np.float32)).all(), f"{name}: gradient {gradient}"
+        assert np.isfinite(np.asarray(gradient, np.float32)).all(), f"{name}, {case}: gradient {gradient}"
     return float(value), gradients
 
 
@@ -88,21 +87,21 @@ def edge_cases():
     yield "everything is padding", s, u, labels, [False] * N
 
 
-CASES = {case[0]: case[1:] for case in edge_cases()}
-
-
 @pytest.mark.parametrize("introspective", [False, True], ids=["plain", "introspective"])
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_everywhere(name, introspective):
-    for semantic, uncertainty, labels, mask in CASES.values():
-        evaluate(name, semantic, uncertainty, list(labels), introspective=introspective, mask=mask)
+    for case, semantic, uncertainty, labels, mask in edge_cases():
+        evaluate(name, semantic, uncertainty, list(labels), introspective=introspective, mask=mask, case=case)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_finite_without_normalisation(name):
-    for scale in (1e-6, 1.0, 1e4):
-        s, u = batch()
-        evaluate(name, s * scale, u * scale, [0, 0, 1, 1, 2, 2], introspective=True, normalize=False)
+def test_finite_at_any_scale_of_the_matrix(name):
+    """Distances of vectors that were not normalised, and entries that are all equal."""
+    pairs = losses.pairs_from_labels(jnp.array([0, 0, 1, 1, 2, 2, 0]))
+    matrix = np.random.default_rng(0).uniform(0.1, 1.5, (7, 7)).astype(np.float32)
+    for scaled in (1e-30 * matrix, 1e-6 * matrix, 1e4 * matrix, 1e15 * matrix, 0 * matrix, np.ones_like(matrix)):
+        value, gradient = value_and_gradient(name, scaled, pairs)
+        assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,7 +127,7 @@ def test_one_and_two_proxies(name, count):
         assert value > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["contrastive", "proxy_anchor"])
 def test_bfloat16_embeddings(name):
     s, u = batch()
     labels = [0, 0, 1, 1, 2, 2]
@@ -142,20 +141,12 @@ def test_bfloat16_embeddings(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_matrix_is_promoted(name):
-    pairs = Pairs(jnp.ones((5, 5), bool), jnp.zeros((5, 5), bool))
-    assert jax.eval_shape(lambda x: call(name, x, pairs), jnp.ones((5, 5), jnp.bfloat16)).dtype == jnp.float32
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_padding_changes_nothing(name):
-    s, u = batch()
-    labels = np.array([0, 0, 1, 1, 2, 2])
-    mask = np.array([True, True, True, True, False, False])
-    padded, (gradient, _, _) = evaluate(name, s, u, labels, introspective=True, mask=mask)
-    alone, (expected, _, _) = evaluate(name, s[:4], u[:4], labels[:4], introspective=True)
-    np.testing.assert_allclose(padded, alone, rtol=1e-5)
-    np.testing.assert_allclose(gradient[:4], expected, rtol=1e-4, atol=1e-6)
-    assert (np.asarray(gradient[4:]) == 0).all()
+    pairs = losses.pairs_from_labels(jnp.array([0, 0, 1, 1, 2, 2, 0]))
+    matrix = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1.5, (7, 7)), jnp.bfloat16)
+    value, gradient = value_and_gradient(name, matrix, pairs)
+    assert value.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
+    assert np.isfinite(np.asarray(gradient, np.float32)).all()
+    np.testing.assert_allclose(value, value_and_gradient(name, matrix.astype(jnp.float32), pairs)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -179,12 +170,13 @@ def test_empty_relation_is_zero_without_gradient(name):
     assert (np.asarray(gradient) == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows_or_no_columns(name, shape):
     matrix = jnp.zeros(shape)
     nothing = Pairs(jnp.zeros(shape, bool), jnp.zeros(shape, bool))
-    assert call(name, matrix, nothing) == 0
+    value, gradient = value_and_gradient(name, matrix, nothing)
+    assert value == 0 and gradient.shape == shape
 
 
 def test_duplicates_are_at_rest():

@@ -1,0 +1,185 @@
+"""Time and memory of every loss, value and gradient, against pytorch-metric-learning on the same CPU in the same run.
+
+    python benchmarks/losses.py                       # all of the table in docs/losses.md, some minutes
+    python benchmarks/losses.py --sizes 256 --losses contrastive fast_ap --rounds 20
+    python benchmarks/losses.py --introspective       # ours on the introspective metric, theirs as it is
+
+Needs the extra 'parity'. A loss, a size and a library make one process, so that its peak memory is its own. The two
+processes of a loss and size take turns, one evaluation each, so that whatever else the machine does falls on both.
+Times are minima over the rounds; a ratio above 1 says that we are faster, or need less. Memory is the peak of the
+resident set above what it was before the first evaluation: compilation is in it, libraries and inputs are not.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+DIMENSION, PER_CLASS = 512, 4
+LOSSES = (
+    "contrastive",
+    "triplet_semihard",
+    "margin_distance_weighted",
+    "multi_similarity",
+    "fast_ap",
+    "proxy_nca",
+    "proxy_anchor",
+)
+
+
+def our_step(name, size, introspective):
+    """A function without arguments that computes value and gradient once."""
+    import jax
+    import jax.numpy as jnp
+
+    from idml_jax import ism, losses
+
+    spec = losses.LOSSES[name]
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"semantic": jax.random.normal(keys[0], (size, DIMENSION))}
+    if introspective:
+        params["uncertainty"] = 0.1 * jax.random.normal(keys[1], (size, DIMENSION))
+    if spec.references == "proxies":
+        params["proxies"] = jax.random.normal(keys[2], (size // PER_CLASS, DIMENSION))
+    read = ism.introspective_distance if spec.reads == "distance" else ism.introspective_similarity
+    labels = jnp.arange(size) // PER_CLASS
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, key):
+        batch = ism.Embedding(ism.l2_normalize(params["semantic"]), params.get("uncertainty"))
+        references = classes = None
+        if "proxies" in params:
+            references = ism.Embedding(ism.l2_normalize(params["proxies"]))
+            classes = jnp.arange(size // PER_CLASS)
+        options = {"key": key} if spec.needs_key else {}
+        return spec.function(read(batch, references), losses.pairs_from_labels(labels, classes), **options)
+
+    return lambda: float(jax.block_until_ready(loss(params, jax.random.key(0)))[0])
+
+
+def their_step(name, size, _):
+    """The same with pytorch-metric-learning."""
+    import torch
+    from pytorch_metric_learning import losses, miners
+
+    torch.manual_seed(0)
+    classes = size // PER_CLASS
+    loss, miner = {
+        "contrastive": lambda: (losses.ContrastiveLoss(pos_margin=0, neg_margin=0.5), None),
+        "triplet_semihard": lambda: (
+            losses.TripletMarginLoss(margin=0.1),
+            miners.TripletMarginMiner(margin=0.1, type_of_triplets="semihard"),
+        ),
+        "margin_distance_weighted": lambda: (losses.MarginLoss(margin=0.2, beta=1.2), miners.DistanceWeightedMiner()),
+        "multi_similarity": lambda: (
+            losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5),
+            miners.MultiSimilarityMiner(epsilon=0.1),
+        ),
+        "fast_ap": lambda: (losses.FastAPLoss(num_bins=10), None),
+        "proxy_nca": lambda: (losses.ProxyNCALoss(classes, DIMENSION, softmax_scale=32), None),
+        "proxy_anchor": lambda: (losses.ProxyAnchorLoss(classes, DIMENSION), None),
+    }[name]()
+    embedding = torch.randn(size, DIMENSION, requires_grad=True)
+    labels = torch.arange(size) // PER_CLASS
+
+    def step():
+        embedding.grad = None
+        value = loss(embedding, labels, None if miner is None else miner(embedding, labels))
+        value.backward()
+        return value.item()
+
+    return step
+
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def work(library, name, size, introspective, limit_gib):
+    """One process: evaluates whenever a line comes in, reports as a line of JSON."""
+    resource.setrlimit(resource.RLIMIT_AS, (int(limit_gib * 2**30),) * 2)
+    step = (our_step if library == "ours" else their_step)(name, size, introspective)
+    before = peak_mib()
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(json.dumps({"seconds": time.perf_counter() - start, "mib": peak_mib() - before}), flush=True)
+
+
+class Worker:
+    """A process of ``work``; answers None once it has failed, with the reason in ``failure``."""
+
+    def __init__(self, library, name, size, options):
+        command = [sys.executable, __file__, "--worker", library, "--losses", name, "--sizes", str(size)]
+        command += ["--limit-gib", str(options.limit_gib)] + ["--introspective"] * options.introspective
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.failure, self.seconds, self.mib = "", [], 0.0
+
+    def evaluate(self, record=True):
+        if self.failure:
+            return
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            answer = json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            error = (self.process.communicate()[1].strip().splitlines() or ["killed"])[-1]
+            out_of_memory = any(s in error for s in ("memory", "alloc", "MemoryError", "killed", "RESOURCE_EXHAUSTED"))
+            self.failure = "out of memory" if out_of_memory else error
+            return
+        self.mib = answer["mib"]
+        if record:
+            self.seconds.append(answer["seconds"])
+
+    def close(self):
+        if not self.process.stdin.closed:
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(name, size, options):
+    workers = [Worker(library, name, size, options) for library in ("ours", "theirs")]
+    for worker in workers:
+        worker.evaluate(record=False)  # compiles, and fills caches on both sides
+    rounds = options.rounds or {256: 20, 1024: 8}.get(size, 3)
+    for _ in range(rounds):
+        for worker in workers:
+            worker.evaluate()
+    for worker in workers:
+        worker.close()
+    ours, theirs = workers
+    cells = [name, str(size)]
+    cells += [w.failure or f"{1e3 * min(w.seconds):.1f}" for w in workers]
+    failed = ours.failure or theirs.failure
+    cells.append("-" if failed else f"{min(theirs.seconds) / min(ours.seconds):.1f}")
+    cells += ["-" if w.failure else f"{w.mib:.0f}" for w in workers]
+    cells.append("-" if failed else f"{theirs.mib / max(ours.mib, 1):.1f}")
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
+    parser.add_argument("--sizes", nargs="+", type=int, default=(256, 1024, 4096), help="batch sizes, 4 per class")
+    parser.add_argument("--rounds", type=int, default=0, help="evaluations of each; 0: 20, 8 or 3 by size")
+    parser.add_argument("--limit-gib", type=float, default=16, help="address space of one process")
+    parser.add_argument("--introspective", action="store_true", help="ours reads the introspective metric")
+    parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker, options.losses[0], options.sizes[0], options.introspective, options.limit_gib)
+        return
+    print("| loss | N | ours ms | PML ms | times faster | ours MiB | PML MiB | times less |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.losses:
+        for size in options.sizes:
+            compare(name, size, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""CUB at 227 pixels with a ResNet-50: the 100-class subset of birds, or any folder of photographs laid out alike.
+
+    python -m idml_jax.main --config=configs/cub100.py --config.data.root=data/cub100 --workdir=runs/cub100
+
+The first half of the classes trains, the second half tests. The settings are the protocol's for IDML-ProxyAnchor on
+CUB-200-2011, from random weights (the paper starts from ImageNet's, so expect less). Made for a GPU or TPU;
+``configs/cub100.py:cpu`` is a few steps on small batches to see it work on a laptop.
+"""
+
+from idml_jax.config import default_config
+
+
+def get_config(arg: str = ""):
+    """``arg``: empty, or ``cpu``."""
+    if arg not in ("", "cpu"):
+        raise ValueError(f"configs/cub100.py:{arg}: known variants: cpu")
+    config = default_config()
+    config.data.root = "data/cub100"
+    config.data.image_size = 227
+    config.data.resize = 256
+    # From random weights BatchNorm has to learn; with pretrained ones set it to "frozen".
+    config.model.batchnorm = "live"
+    config.optim.warmup_epochs = 0
+    config.model.dtype = "bfloat16"
+    if arg == "cpu":
+        config.model.dtype = "float32"
+        config.batch_size = 16
+        config.epochs = 1
+        config.eval.batch_size = 16
+        config.eval.untrained = False
+        config.log.every_steps = 2
+        config.optim.proxy_lr_factor = 10.0
+    return config

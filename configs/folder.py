@@ -1,0 +1,38 @@
+"""Your own images: one folder per class, named by ``--config.data.root=``.
+
+    python -m idml_jax.main --config=configs/folder.py --config.data.root=PATH --workdir=runs/mine
+
+``PATH/train/<class>/`` and ``PATH/test/<class>/`` (or ``val``) are used as they are; ``PATH/<class>/`` alone is split
+by class, the first half in the order of the names for training (``--config.data.train_classes=``). The network is a
+ResNet-18 for pictures of 64 pixels that trains from scratch; ``configs/folder.py:large`` is the protocol's ResNet-50 at
+224 pixels, meant for a GPU or TPU. A cut-short or foreign file stops the run with its name;
+``--config.data.on_corrupt=skip`` leaves such files out and counts them.
+"""
+
+from idml_jax.config import default_config
+
+
+def get_config(arg: str = ""):
+    """``arg``: empty, or ``large``."""
+    if arg not in ("", "large"):
+        raise ValueError(f"configs/folder.py:{arg}: known variants: large")
+    config = default_config()
+    config.data.name = "folder"
+    if arg == "large":
+        return config
+    config.batch_size = 64
+    config.epochs = 30
+    config.data.image_size = 64
+    config.data.resize = 72
+    config.data.crop_scale = (0.3, 1.0)
+    config.model.name = "resnet10_small"
+    config.model.embedding_dim = 128
+    config.model.uncertainty_dim = 128
+    config.model.batchnorm = "live"
+    config.optim.learning_rate = 1e-3
+    config.optim.schedule = "cosine"
+    config.optim.warmup_epochs = 0
+    config.optim.proxy_lr_factor = 10.0
+    config.eval.every_epochs = 5
+    config.checkpoint.every_epochs = 1
+    return config

@@ -1,0 +1,348 @@
+"""Images from folders to batches."""
+
+import io
+import logging
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from idml_jax.data import pipeline, samplers, sources, transforms
+from idml_jax.data.transforms import DecodeError, RandomResizedCrop, ResizeCenterCrop, decode
+from idml_jax.errors import UserError
+
+
+def encoded(array, fmt="PNG", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def photo(height=60, width=80, seed=0):
+    rng = np.random.default_rng(seed)
+    return cv2.resize(rng.integers(0, 256, (6, 8, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+class TestDecode:
+    def test_colour_and_grey(self):
+        image = photo()
+        np.testing.assert_array_equal(decode(encoded(image)), image)
+        grey = decode(encoded(image), channels=1)
+        assert grey.shape == (60, 80, 1)
+        expected = np.asarray(Image.fromarray(image).convert("L"), float)
+        assert np.abs(grey[:, :, 0] - expected).max() <= 1
+        assert decode(encoded(image[:, :, 0])).shape == (60, 80, 3)
+
+    def test_jpeg_is_close_to_pillows(self):
+        data = encoded(photo(), "JPEG", quality=90)
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
+        assert np.abs(decode(data) - expected).mean() < 1.0
+
+    def test_unusual_modes(self):
+        image = photo()
+        one_bit = Image.fromarray(image).convert("1")
+        buffer = io.BytesIO()
+        one_bit.save(buffer, "PNG")
+        assert set(np.unique(decode(buffer.getvalue()))) == {0, 255}
+        buffer = io.BytesIO()
+        Image.fromarray(image).convert("P").save(buffer, "PNG")
+        assert decode(buffer.getvalue()).shape == (60, 80, 3)
+        rgba = np.dstack([image, np.full((60, 80), 128, np.uint8)])
+        assert decode(encoded(rgba)).shape == (60, 80, 3)
+        buffer = io.BytesIO()
+        Image.fromarray(image).convert("CMYK").save(buffer, "JPEG", quality=95)
+        expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB"), float)
+        assert np.abs(decode(buffer.getvalue()) - expected).mean() < 1.0
+        wide = (np.arange(60 * 80).reshape(60, 80) * 13).astype(np.uint16)
+        expected = np.round(wide / 65535 * 255)
+        assert np.abs(decode(encoded(wide))[:, :, 0] - expected).max() <= 1
+
+    def test_exif_rotation_is_applied(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        data = encoded(photo(), "JPEG", exif=exif)
+        assert decode(data).shape == (80, 60, 3)
+
+    @pytest.mark.parametrize(
+        "data,message",
+        [
+            (b"", "empty"),
+            (b"hello, I am no picture", "not a picture"),
+            (encoded(photo())[:200], "not a readable picture"),
+            (encoded(photo(), "JPEG")[:-300], "not a readable picture"),
+            (encoded(photo(), "JPEG")[:400], "not a"),
+        ],
+    )
+    def test_damaged_files_are_refused(self, data, message):
+        for function in (decode, transforms.check_whole):
+            with pytest.raises(DecodeError, match=message):
+                function(data)
+
+    def test_a_picture_that_claims_to_be_huge_is_refused_unread(self):
+        data = bytearray(encoded(photo()))
+        data[16:24] = (100_000).to_bytes(4, "big") * 2
+        import zlib
+
+        data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+        with pytest.raises(DecodeError, match="pixels|not a picture"):
+            decode(bytes(data))
+
+
+class TestTransforms:
+    @given(
+        height=st.integers(3, 400), width=st.integers(3, 400), seed=st.integers(0, 1000), low=st.floats(0.05, 1.0)
+    )
+    @settings(max_examples=200, deadline=None)
+    def test_boxes_lie_inside_and_have_the_wanted_shape(self, height, width, seed, low):
+        crop = RandomResizedCrop(32, scale=(low, 1.0))
+        rng = np.random.default_rng(seed)
+        top, left, h, w = crop.box(height, width, rng)
+        assert min(top, left) >= 0 and min(h, w) > 0
+        assert top + h <= height and left + w <= width
+        # Rounding to whole pixels moves the ratio of tiny boxes.
+        assert 3 / 4 - 1 / h <= w / h * (1 + 1 / w) + 1 / h and w / h * (1 - 1 / w) - 1 / h <= 4 / 3 + 1 / h
+
+    def test_areas_follow_the_scale(self):
+        crop = RandomResizedCrop(32, scale=(0.08, 1.0))
+        rng = np.random.default_rng(0)
+        areas = [np.prod(crop.box(200, 200, rng)[2:]) / 40_000 for _ in range(2000)]
+        # Uniform on [0.08, 1], less the boxes of high area and ratio that do not fit.
+        assert 0.07 < min(areas) < 0.1 and max(areas) > 0.95
+        assert 0.42 < np.mean(areas) < 0.56
+
+    def test_random_crop_is_a_function_of_its_generator(self):
+        crop, image = RandomResizedCrop(24, rotation=10), photo()
+        first, again, other = (crop(image, np.random.default_rng(s)) for s in (1, 1, 2))
+        assert first.shape == (24, 24, 3) and first.dtype == np.uint8
+        np.testing.assert_array_equal(first, again)
+        assert np.any(first != other)
+
+    def test_flip_mirrors_half_of_the_time(self):
+        image = np.tile(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (32, 1, 1))
+        crop = RandomResizedCrop(32, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+        mirrored = [crop(image, np.random.default_rng(s))[0, 0, 0] > 100 for s in range(300)]
+        assert 0.4 < np.mean(mirrored) < 0.6
+        never = RandomResizedCrop(32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False)
+        np.testing.assert_array_equal(never(image, np.random.default_rng(0)), image)
+
+    @pytest.mark.parametrize("height,width", [(60, 80), (80, 60), (33, 120), (20, 20)])
+    def test_center_crop_follows_torchvision(self, height, width):
+        image = photo(height, width)
+        out = ResizeCenterCrop(24, 28)(image)
+        assert out.shape == (24, 24, 3)
+        shorter = min(height, width)
+        size = (int(28 * width / shorter), int(28 * height / shorter))
+        resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR), float)
+        top, left = round((size[1] - 24) / 2), round((size[0] - 24) / 2)
+        assert np.abs(out - resized[top : top + 24, left : left + 24]).mean() < 4.0
+
+    def test_grey_stays_grey(self):
+        grey = photo()[:, :, :1]
+        rng = np.random.default_rng(0)
+        assert RandomResizedCrop(24, rotation=5)(grey, rng).shape == (24, 24, 1)
+        assert ResizeCenterCrop(24, 28)(grey).shape == (24, 24, 1)
+
+    def test_crop_larger_than_resize_is_refused(self):
+        with pytest.raises(ValueError, match="must be at least size"):
+            ResizeCenterCrop(28, 24)
+
+
+class TestSamplers:
+    def test_shuffled_epochs_show_every_image_once(self):
+        sampler = samplers.ShuffledSampler(103, 10, seed=3)
+        assert sampler.steps_per_epoch == 10
+        epochs = [np.concatenate([sampler.batch(e * 10 + i) for i in range(10)]) for e in range(2)]
+        for epoch in epochs:
+            assert len(np.unique(epoch)) == 100 and epoch.max() < 103
+        assert np.any(epochs[0] != epochs[1])
+        # Any step, asked for alone, in a new sampler, is the same.
+        np.testing.assert_array_equal(samplers.ShuffledSampler(103, 10, seed=3).batch(17), sampler.batch(17))
+        assert np.any(samplers.ShuffledSampler(103, 10, seed=4).batch(17) != sampler.batch(17))
+
+    @given(
+        classes=st.integers(4, 40), per_batch=st.integers(2, 8), per_class=st.integers(2, 5), seed=st.integers(0, 99)
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_balanced_batches(self, classes, per_batch, per_class, seed):
+        per_batch = min(per_batch, classes)
+        rng = np.random.default_rng(seed)
+        labels = rng.permutation(np.repeat(np.arange(classes), rng.integers(1, 7, classes)))
+        sampler = samplers.BalancedSampler(labels, per_batch * per_class, per_class, seed)
+        seen = []
+        for step in range(3 * classes):
+            batch = sampler.batch(step)
+            found, counts = np.unique(labels[batch], return_counts=True)
+            assert len(found) == per_batch and np.all(counts == per_class)
+            for label in found:
+                members = batch[labels[batch] == label]
+                # As many different images as the class has, up to K.
+                assert len(np.unique(members)) == min(per_class, np.sum(labels == label))
+            seen.append(labels[batch][::per_class])
+        seen = np.concatenate(seen)
+        if classes >= 3 * per_batch:
+            # Every class once before any comes again.
+            for start in range(0, len(seen) - classes + 1, classes):
+                assert len(np.unique(seen[start : start + classes])) == classes
+        else:
+            assert len(np.unique(seen)) == classes
+
+    def test_impossible_batches_are_refused(self):
+        with pytest.raises(UserError, match="a batch of 64 cannot be filled from 50 images"):
+            samplers.ShuffledSampler(50, 64, 0)
+        labels = np.repeat(np.arange(4), 5)
+        with pytest.raises(UserError, match=r"multiple of config.data.per_class \(4\)"):
+            samplers.BalancedSampler(labels, 10, 4, 0)
+        with pytest.raises(UserError, match="8 classes per batch are wanted but there are 4"):
+            samplers.BalancedSampler(labels, 16, 2, 0)
+
+
+def batches(folder, start=0, stop=6, hosts=1, threads=4, workers=0, **kwargs):
+    source = sources.scan_folder(folder / "train")
+    sampler = samplers.BalancedSampler(source.labels, 16, 4, seed=5)
+    options = dict(seed=7, start=start, stop=stop, channels=1, threads=threads, workers=workers, **kwargs)
+    crop = RandomResizedCrop(16, rotation=8)
+    parts = [
+        list(pipeline.train_batches(source, sampler, crop, host=host, hosts=hosts, **options)) for host in range(hosts)
+    ]
+    return [{k: np.concatenate([p[i][k] for p in parts]) for k in parts[0][0]} for i in range(len(parts[0]))]
+
+
+class TestPipeline:
+    def test_batches_do_not_depend_on_hosts_threads_workers_or_start(self, image_folder):
+        expected = batches(image_folder)
+        assert len(expected) == 6
+        assert expected[0]["image"].shape == (16, 16, 16, 1) and expected[0]["image"].dtype == np.uint8
+        assert expected[0]["label"].dtype == np.int32
+        for other in (
+            batches(image_folder, hosts=4),
+            batches(image_folder, threads=1),
+            batches(image_folder, workers=2),
+            batches(image_folder, start=0, stop=2) + batches(image_folder, start=2),
+        ):
+            assert len(other) == 6
+            for a, b in zip(expected, other, strict=True):
+                for key in ("image", "label", "index"):
+                    np.testing.assert_array_equal(a[key], b[key])
+
+    def test_evaluation_shows_every_image_once_tail_included(self, image_folder):
+        source = sources.scan_folder(image_folder / "test")
+        for hosts in (1, 2):
+            seen = []
+            parts = [
+                list(pipeline.eval_batches(source, ResizeCenterCrop(16, 16), batch_size=20, host=h, hosts=hosts))
+                for h in range(hosts)
+            ]
+            for step in zip(*parts, strict=True):
+                assert sum(len(p["mask"]) for p in step) == 20
+                seen += [i for p in step for i in p["index"][p["mask"]]]
+            assert seen == list(range(96))
+
+    def test_a_damaged_image_is_named(self, image_folder, tmp_path):
+        source = sources.scan_folder(image_folder / "test")
+        bad = tmp_path / "bad.png"
+        bad.write_bytes(b"nonsense")
+        source.paths[7] = str(bad)
+        with pytest.raises(UserError, match=r"bad\.png: not a picture"):
+            list(pipeline.eval_batches(source, ResizeCenterCrop(16, 16), batch_size=16))
+
+
+def make_folder(root, classes, per_class=3):
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        folder = root / f"c{label}"
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            cv2.imwrite(str(folder / f"{i}.jpg"), rng.integers(0, 256, (20, 20, 3), np.uint8))
+    return root
+
+
+class TestFolders:
+    def test_class_disjoint_split(self, tmp_path):
+        root = make_folder(tmp_path, 6)
+        splits = sources.load_dataset("folder", root=str(root))
+        assert splits.train.class_names == ["c0", "c1", "c2"] and splits.test.class_names == ["c3", "c4", "c5"]
+        assert set(splits.test.labels) == {0, 1, 2} and len(splits.test) == 9
+        assert splits.test.name(0).endswith("c3/0.jpg")
+        decode(splits.test.read(0))
+        splits = sources.load_dataset("folder", root=str(root), train_classes=4.0)
+        assert len(splits.train.class_names) == 4 and len(splits.test.class_names) == 2
+
+    def test_given_split_and_nested_files(self, tmp_path):
+        make_folder(tmp_path / "train", 2)
+        make_folder(tmp_path / "val", 3)
+        nested = tmp_path / "train" / "c0" / "deeper"
+        nested.mkdir()
+        (tmp_path / "train" / "c0" / "0.jpg").rename(nested / "0.JPG")
+        (tmp_path / "train" / "c0" / "notes.txt").write_text("x")
+        splits = sources.load_dataset("folder", root=str(tmp_path))
+        assert len(splits.train) == 6 and len(splits.test) == 9
+
+    def test_validation_classes_come_out_of_the_training_classes(self, tmp_path):
+        root = make_folder(tmp_path, 12)
+        splits = sources.load_dataset("folder", root=str(root), validation_classes=0.34)
+        train, validation = set(splits.train.class_names), set(splits.validation.class_names)
+        assert len(train) == 4 and len(validation) == 2
+        assert train | validation == {f"c{i}" for i in (0, 1, 10, 11, 2, 3)}
+        again = sources.load_dataset("folder", root=str(root), validation_classes=0.34)
+        assert again.validation.class_names == splits.validation.class_names
+
+    def test_unusable_folders_are_refused(self, tmp_path):
+        def refuses(match, **options):
+            with pytest.raises(UserError, match=match):
+                sources.load_dataset("folder", warn=logging.warning, **options)
+
+        refuses("config.data.root is empty", root="")
+        refuses("no such folder", root=str(tmp_path / "nowhere"))
+        (tmp_path / "empty").mkdir()
+        refuses("holds no images; expected .*<class>", root=str(tmp_path / "empty"))
+        loose = make_folder(tmp_path / "loose", 1) / "c0"
+        refuses("outside class folders", root=str(loose))
+        refuses("1 class", root=str(tmp_path / "loose"))
+        make_folder(tmp_path / "three", 3)
+        refuses("both sides need at least 2", root=str(tmp_path / "three"))
+        with pytest.raises(UserError, match="unknown data set 'cubs'.*known: folder, glyphs, tfds"):
+            sources.load_dataset("cubs")
+
+    def test_classes_with_one_image(self, tmp_path):
+        root = make_folder(tmp_path, 8)
+        for i in (1, 2):
+            (root / "c1" / f"{i}.jpg").unlink()
+        with pytest.raises(UserError, match=r"1 of 4 classes have a single image, the first .*c1/0\.jpg"):
+            sources.load_dataset("folder", root=str(root))
+        said = []
+        splits = sources.load_dataset("folder", root=str(root), on_small_class="skip", warn=said.append)
+        assert splits.train.class_names == ["c0", "c2", "c3"] and "left out" in said[0]
+        splits = sources.load_dataset("folder", root=str(root), on_small_class="keep", warn=said.append)
+        assert len(splits.train.class_names) == 4
+
+    @pytest.mark.parametrize("content", [b"", b"not a picture at all", None])
+    def test_damaged_files(self, tmp_path, content):
+        root = make_folder(tmp_path, 4)
+        victim = root / "c2" / "1.jpg"
+        victim.write_bytes(victim.read_bytes()[:-200] if content is None else content)
+        with pytest.raises(UserError, match=r"c2/1\.jpg: .*on_corrupt=skip"):
+            sources.load_dataset("folder", root=str(root))
+        said = []
+        splits = sources.load_dataset("folder", root=str(root), on_corrupt="skip", warn=said.append)
+        assert len(splits.train) + len(splits.test) == 11
+        assert said and said[0].startswith("1 of 12 files") and "c2/1.jpg" in said[0]
+        with pytest.raises(UserError, match="known: refuse, skip"):
+            sources.load_dataset("folder", root=str(root), on_corrupt="ignore")
+
+
+def test_tfds_records_become_a_source(tmp_path):
+    """The glyphs come as a real tfds array_record set; the generic door to such sets splits it by class."""
+    from idml_jax.data import glyphs
+
+    glyphs.prepare(tmp_path, "tiny")
+    splits = sources.load_dataset("glyphs", data_dir=str(tmp_path), variant="tiny")
+    assert len(splits.train.class_names) >= 2 and not set(splits.train.class_names) & set(splits.test.class_names)
+    assert splits.test.fields["ambiguity"].shape == (len(splits.test),)
+    assert decode(splits.test.read(3), channels=1).ndim == 3
+    both = sources.load_dataset("tfds", data_dir=str(tmp_path), variant="glyphs/tiny")
+    assert len(both.train) + len(both.test) == len(splits.train) + len(splits.test)
+    with pytest.raises(UserError, match="not prepared as array_record"):
+        sources.load_dataset("tfds", data_dir=str(tmp_path), variant="no_such_set_anywhere")

@@ -1,0 +1,268 @@
+"""Optimizer, objective and the jitted train step."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from idml_jax import ism, losses, mixing, sharding, steps
+from idml_jax.errors import UserError
+from idml_jax.ism import Embedding
+from idml_jax.models import EmbeddingModel
+from idml_jax.models.convnet import ConvNet
+from idml_jax.models.heads import Heads
+from idml_jax.objective import Objective
+from idml_jax.optim import GroupOptimizer, Schedule
+from idml_jax.state import create_state
+
+
+def objective(**changes):
+    settings = dict(
+        loss="proxy_anchor", options=(), introspective=True, variant="relative", temperature=5.0, num_classes=4, dim=8
+    )
+    return Objective(**{**settings, **changes})
+
+
+def optimizer(**changes):
+    settings = dict(
+        name="adamw", schedule=Schedule("constant", 1e-2, 100), factors=(("loss", 10.0),), weight_decay=1e-2,
+        clip_value=10.0,
+    )  # fmt: skip
+    return GroupOptimizer(**{**settings, **changes})
+
+
+def tiny(frozen=False):
+    return EmbeddingModel(ConvNet(depth=2, width=8, frozen_statistics=frozen), Heads(8, 4, uncertainty_hidden=16))
+
+
+def setup(model=None, **changes):
+    model = model or tiny()
+    settings = dict(model=model, objective=objective(), optimizer=optimizer(), mean=(0.5,), std=(0.25,), mixup_alpha=1.0)
+    return steps.StepSetup(**{**settings, **changes})
+
+
+def batch(n=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (n, 8, 8, 1)), jnp.uint8),
+        "label": jnp.asarray(rng.integers(0, 4, n), jnp.int32),
+    }
+
+
+def fresh(setup, seed=0):
+    return create_state(jax.random.key(seed), setup.model, setup.objective, setup.optimizer, (8, 8, 1))
+
+
+def changed(before, after):
+    return {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(after)
+        if np.any(np.asarray(leaf) != np.asarray(dict(jax.tree_util.tree_leaves_with_path(before))[path]))
+    }
+
+
+class TestSchedule:
+    def test_step(self):
+        schedule = Schedule("step", 1.0, 100, every=10, factor=0.5)
+        assert [float(schedule(jnp.asarray(s))) for s in (0, 9, 10, 19, 35)] == [1.0, 1.0, 0.5, 0.5, 0.125]
+
+    def test_cosine_and_constant(self):
+        cosine = Schedule("cosine", 2.0, 100)
+        np.testing.assert_allclose([float(cosine(jnp.asarray(s))) for s in (0, 50, 100)], [2.0, 1.0, 0.0], atol=1e-6)
+        assert float(Schedule("constant", 2.0, 100)(jnp.asarray(70))) == 2.0
+
+    def test_unknown_names(self):
+        with pytest.raises(UserError, match="known: step, cosine, constant"):
+            Schedule("linear", 1.0, 10)
+        with pytest.raises(UserError, match="known: adamw, sgd"):
+            optimizer(name="adam")
+
+
+class TestOptimizer:
+    params = {"trunk": {"conv1": jnp.full((3,), 2.0), "bn1": {"scale": jnp.ones(3)}}, "loss": {"proxies": jnp.ones(2)}}
+    grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32) * 30 - 20, params)
+
+    def test_adamw_is_optaxs_with_a_rate_per_group(self):
+        rule = optimizer(clip_value=0.0)
+        params, state = rule.update(self.grads, rule.init(self.params), self.params, jnp.asarray(0))
+        for group, rate in (("trunk", 1e-2), ("loss", 1e-1)):
+            reference = optax.adamw(rate, weight_decay=1e-2)
+            updates, _ = reference.update(
+                self.grads[group], reference.init(self.params[group]), self.params[group]
+            )
+            chex.assert_trees_all_close(params[group], optax.apply_updates(self.params[group], updates), rtol=1e-6)
+
+    def test_sgd_is_nesterovs(self):
+        rule = optimizer(name="sgd", weight_decay=0.0, clip_value=0.0, factors=())
+        reference = optax.sgd(1e-2, momentum=0.9, nesterov=True)
+        params, state = self.params, rule.init(self.params)
+        expected, reference_state = self.params, reference.init(self.params)
+        for step in range(3):
+            params, state = rule.update(self.grads, state, params, jnp.asarray(step))
+            updates, reference_state = reference.update(self.grads, reference_state, expected)
+            expected = optax.apply_updates(expected, updates)
+        chex.assert_trees_all_close(params, expected, rtol=1e-5)
+
+    def test_gradients_are_clipped_by_value(self):
+        rule = optimizer(name="sgd", weight_decay=0.0, clip_value=10.0, factors=())
+        params, _ = rule.update(self.grads, rule.init(self.params), self.params, jnp.asarray(0))
+        clipped = jax.tree.map(lambda g: jnp.clip(g, -10, 10), self.grads)
+        expected, _ = optimizer(name="sgd", weight_decay=0.0, clip_value=1e9, factors=()).update(
+            clipped, rule.init(self.params), self.params, jnp.asarray(0)
+        )
+        chex.assert_trees_all_close(params, expected)
+        assert np.any(np.asarray(self.grads["trunk"]["conv1"]) != np.asarray(clipped["trunk"]["conv1"]))
+
+    def test_a_resting_group_keeps_values_and_state_to_the_bit(self):
+        rule = optimizer()
+        state = rule.init(self.params)
+        params, new_state = rule.update({"loss": self.grads["loss"]}, state, self.params, jnp.asarray(0))
+        chex.assert_trees_all_equal(params["trunk"], self.params["trunk"])
+        chex.assert_trees_all_equal(new_state["trunk"], state["trunk"])
+        assert changed(self.params["loss"], params["loss"])
+
+    def test_frozen_normalisation_neither_moves_nor_decays(self):
+        rule = optimizer(frozen_norm=True)
+        params, _ = rule.update(self.grads, rule.init(self.params), self.params, jnp.asarray(0))
+        chex.assert_trees_all_equal(params["trunk"]["bn1"], self.params["trunk"]["bn1"])
+        assert changed(self.params["trunk"]["conv1"], params["trunk"]["conv1"])
+
+
+class TestObjective:
+    embedding = Embedding(
+        ism.l2_normalize(jax.random.normal(jax.random.key(0), (6, 8))), jax.random.normal(jax.random.key(1), (6, 4))
+    )
+    labels = jnp.asarray([0, 1, 2, 3, 0, 1])
+
+    def test_it_is_the_loss_of_the_introspective_matrix(self):
+        rule = objective()
+        params = rule.init(jax.random.key(2))
+        assert params["proxies"].shape == (4, 8)
+        similarity = ism.introspective_similarity(self.embedding, Embedding(params["proxies"]), temperature=5.0)
+        pairs = losses.pairs_from_labels(self.labels, jnp.arange(4))
+        expected = losses.proxy_anchor(similarity, pairs)
+        np.testing.assert_allclose(rule(params, self.embedding, self.labels), expected, rtol=1e-6)
+
+    def test_plain_ignores_uncertainty_and_introspective_does_not(self):
+        for introspective in (True, False):
+            rule = objective(introspective=introspective)
+            params = rule.init(jax.random.key(2))
+            loss = lambda u, rule=rule, params=params: rule(params, self.embedding._replace(uncertainty=u), self.labels)
+            gradient = jax.grad(loss)(self.embedding.uncertainty)
+            assert bool(jnp.any(gradient != 0)) is introspective
+
+    def test_variants_differ_and_bad_ones_are_refused(self):
+        values = set()
+        for variant in ("relative", "absolute", "released"):
+            rule = objective(variant=variant)
+            values.add(float(rule(rule.init(jax.random.key(2)), self.embedding, self.labels)))
+        assert len(values) == 3
+        with pytest.raises(UserError, match="known: relative, absolute, released"):
+            objective(variant="squared")
+        with pytest.raises(UserError, match="unknown loss 'proxy'"):
+            objective(loss="proxy")
+        with pytest.raises(UserError, match="must be above 0"):
+            objective(temperature=0.0)
+
+
+def test_mixup_blends_rows_with_their_partners():
+    images = jax.random.normal(jax.random.key(0), (8, 4, 4, 1))
+    mixed = jax.jit(mixing.mixup)(jax.random.key(1), images)
+    assert 0 <= float(mixed.lam) <= 1
+    assert sorted(np.asarray(mixed.partner)) == list(range(8))
+    chex.assert_trees_all_close(mixed.images, mixed.lam * images + (1 - mixed.lam) * images[mixed.partner], rtol=1e-5)
+    lams = jax.vmap(lambda k: mixing.mixup(k, images).lam)(jax.random.split(jax.random.key(2), 500))
+    # Beta(1, 1) is uniform.
+    assert float(lams.mean()) == pytest.approx(0.5, abs=0.05) and float(lams.std()) == pytest.approx(0.289, abs=0.03)
+
+
+class TestTrainStep:
+    def test_golden_step(self):
+        """The step is what its parts say: loss of originals plus weighted loss of the mixture, one AdamW step."""
+        s = setup()
+        state, data = fresh(s), batch()
+        after, metrics = steps.jit_train_step(fresh(s), data, setup=s)
+
+        mixed = mixing.mixup(jax.random.fold_in(jax.random.key(0), 0), steps.normalize(data["image"], s.mean, s.std))
+
+        def total(params):
+            variables = {"params": {k: params[k] for k in ("trunk", "heads")}, "batch_stats": state.batch_stats}
+            out, _ = s.model.apply(
+                variables, steps.normalize(data["image"], s.mean, s.std), True, mutable=["batch_stats"]
+            )
+            out_mixed, _ = s.model.apply(variables, mixed.images, True, mutable=["batch_stats"])
+            loss = lambda o, labels: s.objective(
+                params["loss"], Embedding(o["semantic"], o["uncertainty"]), labels
+            )
+            return (
+                loss(out, data["label"])
+                + mixed.lam * loss(out_mixed, data["label"])
+                + (1 - mixed.lam) * loss(out_mixed, data["label"][mixed.partner])
+            )
+
+        value, grads = jax.jit(jax.value_and_grad(total))(state.params)
+        np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+        np.testing.assert_allclose(metrics["gradient_norm"], optax.tree.norm(grads), rtol=1e-4)
+        params, _ = s.optimizer.update(grads, state.opt_state, state.params, jnp.asarray(0))
+        # Adam's first step is about the gradient's sign, so a gradient near 0 may differ by a whole step.
+        difference = jax.tree.map(lambda a, b: jnp.mean(jnp.abs(a - b) > 1e-4), after.params, params)
+        assert max(jax.tree.leaves(jax.tree.map(float, difference))) < 0.02
+        assert int(after.step) == 1
+
+    def test_loss_falls(self):
+        s = setup(mixup_alpha=0.0)
+        state, data = fresh(s), batch()
+        values = []
+        for _ in range(30):
+            state, metrics = steps.jit_train_step(state, data, setup=s)
+            values.append(float(metrics["loss"]))
+        assert values[-1] < 0.5 * values[0]
+
+    def test_warm_up_moves_heads_and_proxies_only(self):
+        s = setup()
+        before = jax.tree.map(np.asarray, fresh(s))
+        state, _ = steps.jit_train_step(fresh(s), batch(), setup=s, train_trunk=False)
+        chex.assert_trees_all_equal(before.params["trunk"], jax.tree.map(np.asarray, state.params["trunk"]))
+        chex.assert_trees_all_equal(before.opt_state["trunk"], jax.tree.map(np.asarray, state.opt_state["trunk"]))
+        assert changed(before.params["heads"], state.params["heads"]) and changed(
+            before.params["loss"], state.params["loss"]
+        )
+
+    def test_frozen_batchnorm_really_freezes(self):
+        model = tiny(frozen=True)
+        s = setup(model, optimizer=optimizer(frozen_norm=True))
+        before = jax.tree.map(np.asarray, fresh(s))
+        state = fresh(s)
+        for i in range(3):
+            state, _ = steps.jit_train_step(state, batch(seed=i), setup=s)
+        chex.assert_trees_all_equal(before.batch_stats, jax.tree.map(np.asarray, state.batch_stats))
+        moved = changed(before.params["trunk"], state.params["trunk"])
+        assert moved and not any("bn" in name for name in moved)
+
+    def test_same_on_one_device_and_on_eight(self):
+        s = setup()
+        results = []
+        for devices in (jax.devices()[:1], jax.devices()):
+            mesh = sharding.data_mesh(devices)
+            state = sharding.replicate(fresh(s), mesh)
+            data = sharding.shard_batch({k: np.asarray(v) for k, v in batch().items()}, mesh)
+            with jax.transfer_guard("disallow"):
+                state, metrics = steps.jit_train_step(state, data, setup=s)
+            results.append(jax.tree.map(np.asarray, (metrics, state.batch_stats)))
+        chex.assert_trees_all_close(*results, rtol=2e-4, atol=1e-5)
+
+    def test_steps_draw_different_mixtures_from_the_same_seed(self):
+        s = setup()
+        state = fresh(s)
+        first = steps.jit_train_step(state, batch(), setup=s)[1]["loss_mixed"]
+        later = steps.jit_train_step(fresh(s).replace(step=jnp.asarray(1)), batch(), setup=s)[1]["loss_mixed"]
+        assert float(first) != float(later)
+
+
+def test_batches_that_do_not_split_over_the_devices_are_refused():
+    mesh = sharding.data_mesh()
+    sharding.check_divisible(16, mesh, "config.batch_size")
+    with pytest.raises(UserError, match=r"config.batch_size \(12\) must be a multiple of the 8 devices"):
+        sharding.check_divisible(12, mesh, "config.batch_size")

@@ -1,0 +1,257 @@
+"""Whole runs as a user starts them: training, resuming, evaluating, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from idml_jax import config as config_lib
+from idml_jax import train
+from idml_jax.config import default_config
+from idml_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def small_config(folder, **changes):
+    config = default_config()
+    config.batch_size = 32
+    config.epochs = 3
+    config.data.root = str(folder)
+    config.data.image_size = config.data.resize = 16
+    config.data.channels = 1
+    config.data.mean, config.data.std = (0.5,), (0.25,)
+    config.data.crop_scale = (0.6, 1.0)
+    config.data.flip = False
+    config.model.name = "convnet4"
+    config.model.embedding_dim = config.model.uncertainty_dim = 16
+    config.model.uncertainty_hidden = 16
+    config.model.batchnorm = "live"
+    config.optim.warmup_epochs = 1
+    config.optim.learning_rate = 3e-3
+    config.optim.proxy_lr_factor = 10.0
+    config.eval.batch_size = 40
+    config.log.tensorboard = False
+    config.log.every_steps = 2
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(image_folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train.train_and_evaluate(small_config(image_folder), workdir)
+
+
+def test_a_run_leaves_everything_that_it_promises(finished):
+    workdir, result = finished
+    assert json.loads((workdir / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["config"]["epochs"] == 3 and result["versions"]["jax"] == jax.__version__
+    for when in ("untrained", "final", "best"):
+        for name in ("R@1", "R@2", "R@4", "R@8", "RP", "MAP@R"):
+            assert 0 <= result[when][name] <= 1
+    assert result["final"]["queries"] == 96
+    assert 0 <= result["final"]["P(u_mixed>u)"] <= 1
+    assert result["images_per_second"] > 0 and result["seconds_to_first_step"] > 0
+    steps = [r["step"] for r in rows(workdir) if "train/loss" in r]
+    # Nine steps in three epochs, a row every two steps and at the end of each epoch.
+    assert steps == [2, 3, 4, 6, 8, 9]
+    assert [r["step"] for r in rows(workdir) if "eval/R@1" in r] == [0, 3, 6, 9]
+    kept = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+    assert 9 in kept and result["best"]["step"] in kept and len(kept) <= 2
+
+
+def test_best_is_the_best_of_the_history(finished):
+    _, result = finished
+    best = max(r["R@1"] for r in result["history"])
+    assert result["best"]["R@1"] == pytest.approx(best)
+    assert next(r for r in result["history"] if r["step"] == result["best"]["step"])["R@1"] == pytest.approx(best)
+
+
+def test_training_helps(image_folder, tmp_path):
+    config = small_config(image_folder, **{"epochs": 15, "eval.every_epochs": 15, "optim.warmup_epochs": 0})
+    result = train.train_and_evaluate(config, tmp_path)
+    assert result["final"]["MAP@R"] > result["untrained"]["MAP@R"] + 0.1
+
+
+def test_stopped_and_resumed_equals_uninterrupted(image_folder, finished, tmp_path, monkeypatch):
+    """Killed in the middle of the second epoch and started again: same parameters, same log, to the bit."""
+    reference_dir, _ = finished
+    real, calls = train.steps.jit_train_step, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train.steps, "jit_train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(small_config(image_folder), tmp_path)
+    monkeypatch.setattr(train.steps, "jit_train_step", real)
+    assert not (tmp_path / "result.json").exists()
+    train.train_and_evaluate(small_config(image_folder), tmp_path)
+
+    def state_of(workdir):
+        run = train.build(small_config(image_folder))
+        checkpoints = train.Checkpoints(workdir / "checkpoints", "R@1", read_only=True)
+        state, record = checkpoints.restore(9, run.initial_state())
+        checkpoints.close()
+        return jax.tree.map(np.asarray, state), record
+
+    (expected, expected_record), (got, record) = state_of(reference_dir), state_of(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, expected, got)
+    assert record == expected_record
+    timeless = lambda workdir: [
+        {k: v for k, v in row.items() if k != "train/images_per_second"} for row in rows(workdir)
+    ]
+    assert timeless(tmp_path) == timeless(reference_dir)
+
+
+def test_a_finished_run_only_evaluates_again(image_folder, finished, tmp_path):
+    workdir, result = finished
+    shutil.copytree(workdir, tmp_path / "copy")
+    again = train.train_and_evaluate(small_config(image_folder), tmp_path / "copy")
+    assert again["final"] == result["final"] and again["history"] == result["history"]
+
+
+def test_evaluation_of_a_checkpoint(finished):
+    workdir, result = finished
+    metrics = train.evaluate_checkpoint(workdir)
+    assert metrics["R@1"] == pytest.approx(result["best"]["R@1"]) and metrics["step"] == result["best"]["step"]
+    assert json.loads((workdir / "eval.json").read_text())["R@1"] == metrics["R@1"]
+
+
+def test_another_config_or_architecture_in_the_workdir_is_refused(image_folder, finished, tmp_path):
+    workdir, _ = finished
+    with pytest.raises(UserError, match="other settings: config.optim.learning_rate = 0.003 there, 0.1 here"):
+        train.train_and_evaluate(small_config(image_folder, **{"optim.learning_rate": 0.1}), workdir)
+    # The same settings on paper, another network in the checkpoint.
+    shutil.copytree(workdir, tmp_path / "copy")
+    changed = small_config(image_folder, **{"model.embedding_dim": 24})
+    config_lib.write_json(tmp_path / "copy" / "config.json", changed.to_dict())
+    with pytest.raises(UserError, match=r"another architecture: .*semantic.* is \(16,\) there, \(24,\) here"):
+        train.train_and_evaluate(changed, tmp_path / "copy")
+
+
+def test_fields_that_do_not_change_the_outcome_may_differ(image_folder, finished, tmp_path):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "copy")
+    train.train_and_evaluate(small_config(image_folder, **{"data.threads": 1}), tmp_path / "copy")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(image_folder, tmp_path):
+    config = small_config(image_folder, **{"data.std": (1e-38,), "eval.untrained": False})
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 1;"):
+        train.train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"batch_size": 0}, "config.batch_size = 0 must be at least 1"),
+        ({"batch_size": 20}, "multiple of the 8 devices"),
+        ({"batch_size": 1024}, "a batch of 1024 cannot be filled from 96 images"),
+        ({"loss.name": "triplets"}, "config.loss.name = 'triplets'; known: .*proxy_anchor"),
+        ({"model.name": "resnet51"}, "unknown model 'resnet51'; known: .*resnet50"),
+        ({"data.name": "cubs"}, "unknown data set 'cubs'"),
+        ({"data.channels": 2}, r"config.data.channels = 2; known: 1 \(grey\), 3 \(colour\)"),
+        ({"data.mean": (0.5, 0.5)}, "config.data.mean has 2 values for 1 channels"),
+        ({"data.std": (0.0,)}, "config.data.std .* must be above 0"),
+        ({"data.crop_scale": (0.9, 0.2)}, "config.data.crop_scale"),
+        ({"data.image_size": 64}, "config.data.resize .* must be at least config.data.image_size"),
+        ({"model.dtype": "float16"}, "known: float32, bfloat16"),
+        ({"model.batchnorm": "on"}, "known: frozen, frozen_statistics, live"),
+        ({"model.uncertainty_head": "none"}, "needs an uncertainty head"),
+        ({"ism.variant": "cubic"}, "known: relative, absolute, released"),
+        ({"ism.temperature": 0.0}, "must be above 0"),
+        ({"mixup.alpha": 0.0}, "mixup.alpha must be above 0"),
+        ({"optim.schedule": "linear"}, "known: step, cosine, constant"),
+        ({"optim.name": "adam"}, "known: adamw, sgd"),
+        ({"eval.best_metric": "R@3"}, "known: R@1, R@2, R@4, R@8, RP, MAP@R"),
+        ({"eval.split": "validation"}, "needs config.data.validation_classes"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_written(image_folder, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(small_config(image_folder, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def command(*arguments, cwd=ROOT):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, "-m", "idml_jax.main", *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "--workdir is missing"),
+        (["--workdir={tmp}/run"], "--config is missing"),
+        (["--config=configs/no_such.py", "--workdir={tmp}/run"], "no_such.py"),
+        (["--config=configs/glyphs.py:slow", "--workdir={tmp}/run"], "known variants: quick"),
+        (["--config=configs/glyphs.py", "--workdir={tmp}/run", "--config.optim.lerning_rate=1"], "lerning_rate"),
+        (["--config=configs/glyphs.py", "--workdir={tmp}/run", "--config.epochs=many"], "epochs"),
+        (["--config=configs/glyphs.py", "--workdir={tmp}/run", "--mode=test"], "train"),
+        (["--config=configs/glyphs.py", "--workdir={tmp}/run", "epochs=3"], "unexpected argument 'epochs=3'"),
+        (["--config=configs/folder.py", "--workdir={tmp}/run"], "config.data.root is empty"),
+        (["--config=configs/folder.py", "--config.data.root={tmp}/x", "--workdir={tmp}/run"], "no such folder"),
+        (["--mode=eval", "--workdir={tmp}/run"], "holds no run"),
+        (["--config=configs/glyphs.py", "--workdir={tmp}/run", "--config.loss.name=best"], "known: .*proxy_anchor"),
+        (["--config=configs/folder.py", "--config.data.root={folder}", "--workdir={tmp}/file/run"], "cannot be used"),
+    ],
+)
+def test_the_command_answers_bad_input_with_one_line(tmp_path, image_folder, arguments, message):
+    import re
+
+    (tmp_path / "file").write_text("not a folder")
+    done = command(*(a.format(tmp=tmp_path, folder=image_folder) for a in arguments))
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if re.search(message, line)]
+    assert errors, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_trains_evaluates_and_writes_tensorboard(image_folder, tmp_path):
+    workdir = tmp_path / "run"
+    # From another folder: nothing may depend on the current one.
+    done = command(
+        f"--config={ROOT}/configs/omniglot.py", f"--workdir={workdir}", f"--config.data.root={image_folder}",
+        "--config.epochs=1", "--config.batch_size=32", "--config.eval.batch_size=32", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in ("96 training images of 8 classes", "untrained  R@1", "trained    R@1", "MAP@R", "to go", "images/s"):
+        assert text in done.stdout, text
+    assert str(workdir / "checkpoints") in done.stdout
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    done = command("--mode=eval", f"--workdir={workdir}", cwd=tmp_path)
+    assert done.returncode == 0 and "R@1" in done.stdout, done.stderr
+
+
+def test_without_tensorflow_a_run_goes_on_with_one_warning(tmp_path):
+    code = (
+        "import sys, logging; sys.modules['tensorflow'] = None; logging.basicConfig(format='%(message)s')\n"
+        "from pathlib import Path; from idml_jax.writers import MetricWriter\n"
+        f"w = MetricWriter(Path({str(tmp_path)!r})); w.write(1, {{'a': 1.0}}); p = w.progress(2, 0); p.tick(1)\n"
+        "print(p.measure(1)[0] > 0); w.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
+    assert done.stderr.count("no TensorBoard logs") == 1
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": 1.0}
