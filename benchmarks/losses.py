@@ -12,6 +12,7 @@ resident set above what it was before the first evaluation: compilation is in it
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -98,10 +99,12 @@ def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def work(library, name, size, introspective, limit_gib):
+def work(library, name, size, options):
     """One process: evaluates whenever a line comes in, reports as a line of JSON."""
-    resource.setrlimit(resource.RLIMIT_AS, (int(limit_gib * 2**30),) * 2)
-    step = (our_step if library == "ours" else their_step)(name, size, introspective)
+    resource.setrlimit(resource.RLIMIT_AS, (int(options.limit_gib * 2**30),) * 2)
+    if options.cores:  # before the libraries count them for their thread pools
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    step = (our_step if library == "ours" else their_step)(name, size, options.introspective)
     before = peak_mib()
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -114,7 +117,8 @@ class Worker:
 
     def __init__(self, library, name, size, options):
         command = [sys.executable, __file__, "--worker", library, "--losses", name, "--sizes", str(size)]
-        command += ["--limit-gib", str(options.limit_gib)] + ["--introspective"] * options.introspective
+        command += ["--limit-gib", str(options.limit_gib), "--cores", str(options.cores)]
+        command += ["--introspective"] * options.introspective
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -168,11 +172,12 @@ def main():
     parser.add_argument("--sizes", nargs="+", type=int, default=(256, 1024, 4096), help="batch sizes, 4 per class")
     parser.add_argument("--rounds", type=int, default=0, help="evaluations of each; 0: 20, 8 or 3 by size")
     parser.add_argument("--limit-gib", type=float, default=16, help="address space of one process")
+    parser.add_argument("--cores", type=int, default=0, help="cores of each process; 0: all. 1 is steady under load")
     parser.add_argument("--introspective", action="store_true", help="ours reads the introspective metric")
     parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker, options.losses[0], options.sizes[0], options.introspective, options.limit_gib)
+        work(options.worker, options.losses[0], options.sizes[0], options)
         return
     print("| loss | N | ours ms | PML ms | times faster | ours MiB | PML MiB | times less |")
     print("|---|---|---|---|---|---|---|---|")

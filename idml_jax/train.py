@@ -6,152 +6,23 @@ import platform
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import idml_jax
 from idml_jax import config as config_lib
 from idml_jax import evaluate, sharding, steps
 from idml_jax.checkpoint import Checkpoints
-from idml_jax.data import samplers, sources, transforms
+from idml_jax.data import pipeline
 from idml_jax.errors import UserError
-from idml_jax.losses import LOSSES
-from idml_jax.models import create_model
-from idml_jax.objective import Objective
-from idml_jax.optim import GroupOptimizer, Schedule
-from idml_jax.state import TrainState, create_state
+from idml_jax.run import Run, build
+from idml_jax.state import TrainState
 from idml_jax.writers import MetricWriter, format_seconds
 
 logger = logging.getLogger("idml_jax")
-
-
-class Run(NamedTuple):
-    """What a run is made of, built from its settings.
-
-    Attributes:
-      config: the settings.
-      splits: images.
-      sampler: order of the training images.
-      train_transform: of training pictures.
-      test_transform: of test pictures.
-      setup: of the steps.
-      mesh: devices.
-      total_steps: of the whole run.
-    """
-
-    config: ConfigDict
-    splits: sources.Splits
-    sampler: samplers.Sampler
-    train_transform: transforms.Transform
-    test_transform: transforms.Transform
-    setup: steps.StepSetup
-    mesh: Mesh
-    total_steps: int
-
-    @property
-    def eval_source(self) -> sources.Source:
-        """The images that evaluation goes by."""
-        return self.splits.test if self.config.eval.split == "test" else self.splits.validation
-
-    def initial_state(self) -> TrainState:
-        """A fresh state on the mesh."""
-        size, channels = self.config.data.image_size, self.config.data.channels
-        create = jax.jit(create_state, static_argnums=(1, 2, 3, 4))
-        key = jax.random.key(self.config.seed)
-        setup = self.setup
-        state = create(key, setup.model, setup.objective, setup.optimizer, (size, size, channels))
-        return sharding.replicate(state, self.mesh)
-
-
-def build(config: ConfigDict) -> Run:
-    """Reads the data and puts a run together; nothing is written.
-
-    Raises:
-      UserError: for settings or data that cannot work.
-    """
-    config_lib.validate(config)
-    mesh = sharding.data_mesh()
-    sharding.check_divisible(config.batch_size, mesh, "config.batch_size")
-    sharding.check_divisible(config.eval.batch_size, mesh, "config.eval.batch_size")
-
-    data = config.data
-    names = ("root", "data_dir", "variant", "train_classes", "on_corrupt")
-    splits = sources.load_dataset(
-        data.name,
-        validation_classes=data.validation_classes,
-        on_small_class=data.on_small_class,
-        seed=config.seed,
-        warn=logger.warning,
-        **{name: data[name] for name in names},
-    )
-    per_class = data.per_class
-    if per_class < 0:
-        per_class = 4 if LOSSES[config.loss.name].references == "batch" else 0
-    if per_class:
-        sampler = samplers.BalancedSampler(splits.train.labels, config.batch_size, per_class, config.seed)
-    else:
-        sampler = samplers.ShuffledSampler(len(splits.train), config.batch_size, config.seed)
-    per_epoch = sampler.steps_per_epoch
-    total_steps = config.epochs * per_epoch
-
-    size = data.image_size
-    train_transform = transforms.RandomResizedCrop(
-        size, tuple(data.crop_scale), tuple(data.crop_ratio), data.flip, data.rotation
-    )
-    model = config.model
-    num_classes = len(splits.train.class_names)
-    optim = config.optim
-    setup = steps.StepSetup(
-        model=_create_model(config),
-        objective=Objective(
-            loss=config.loss.name,
-            options=tuple(sorted(config.loss[config.loss.name].items())),
-            introspective=config.ism.enabled,
-            variant=config.ism.variant,
-            temperature=config.ism.temperature,
-            num_classes=num_classes,
-            dim=model.embedding_dim,
-        ),
-        optimizer=GroupOptimizer(
-            name=optim.name,
-            schedule=Schedule(
-                optim.schedule, optim.learning_rate, total_steps, optim.step_epochs * per_epoch, optim.step_factor
-            ),
-            factors=(("loss", optim.proxy_lr_factor),),
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            clip_value=optim.clip_value,
-            frozen_norm=model.batchnorm == "frozen",
-        ),
-        mean=tuple(data.mean),
-        std=tuple(data.std),
-        mixup_alpha=config.mixup.alpha if config.mixup.enabled else 0.0,
-        seed=config.seed,
-    )
-    test_transform = transforms.ResizeCenterCrop(size, data.resize)
-    return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)
-
-
-def _create_model(config: ConfigDict) -> Any:
-    model = config.model
-    try:
-        return create_model(
-            model.name,
-            embedding_dim=model.embedding_dim,
-            uncertainty_dim=model.uncertainty_dim,
-            uncertainty_head=model.uncertainty_head,
-            uncertainty_hidden=model.uncertainty_hidden,
-            uncertainty_scale=model.uncertainty_scale,
-            pooling=model.pooling,
-            frozen_statistics=model.batchnorm != "live",
-            dtype=model.dtype,
-        )
-    except ValueError as error:
-        raise UserError(f"{error} (config.model)") from error
 
 
 def _embed(run: Run, state: TrainState, partners: np.ndarray | None = None) -> evaluate.Embedded:
@@ -285,8 +156,6 @@ def _train(
     writer: MetricWriter,
     speed: _Speed,
 ) -> TrainState:
-    from idml_jax.data import pipeline
-
     config, per_epoch = run.config, run.sampler.steps_per_epoch
     data = config.data
     batches = pipeline.train_batches(

@@ -34,7 +34,7 @@ install_into_venv() {
   log="$ROOT/.venv/install.log"
   if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1; then
     tail -n 15 "$log" >&2
-    if grep -qiE "NewConnectionError|Temporary failure|Name or service|Network is unreachable|timed out|Max retries|ConnectionError" "$log"; then
+    if grep -qiE "NewConnectionError|Temporary failure|Name or service|Network is unreachable|timed out|Max retries|ConnectionError|from versions: none" "$log"; then
       fail "the packages could not be downloaded: no network, or the package index is not reachable (whole log: $log)"
     fi
     fail "installing the packages failed (whole log: $log)"

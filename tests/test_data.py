@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from idml_jax.data import pipeline, samplers, sources, transforms
+from idml_jax.data import datasets, pipeline, samplers, sources, transforms
 from idml_jax.data.transforms import DecodeError, RandomResizedCrop, ResizeCenterCrop, decode
 from idml_jax.errors import UserError
 
@@ -262,12 +262,12 @@ def make_folder(root, classes, per_class=3):
 class TestFolders:
     def test_class_disjoint_split(self, tmp_path):
         root = make_folder(tmp_path, 6)
-        splits = sources.load_dataset("folder", root=str(root))
+        splits = datasets.load_dataset("folder", root=str(root))
         assert splits.train.class_names == ["c0", "c1", "c2"] and splits.test.class_names == ["c3", "c4", "c5"]
         assert set(splits.test.labels) == {0, 1, 2} and len(splits.test) == 9
         assert splits.test.name(0).endswith("c3/0.jpg")
         decode(splits.test.read(0))
-        splits = sources.load_dataset("folder", root=str(root), train_classes=4.0)
+        splits = datasets.load_dataset("folder", root=str(root), train_classes=4.0)
         assert len(splits.train.class_names) == 4 and len(splits.test.class_names) == 2
 
     def test_given_split_and_nested_files(self, tmp_path):
@@ -277,22 +277,22 @@ class TestFolders:
         nested.mkdir()
         (tmp_path / "train" / "c0" / "0.jpg").rename(nested / "0.JPG")
         (tmp_path / "train" / "c0" / "notes.txt").write_text("x")
-        splits = sources.load_dataset("folder", root=str(tmp_path))
+        splits = datasets.load_dataset("folder", root=str(tmp_path))
         assert len(splits.train) == 6 and len(splits.test) == 9
 
     def test_validation_classes_come_out_of_the_training_classes(self, tmp_path):
         root = make_folder(tmp_path, 12)
-        splits = sources.load_dataset("folder", root=str(root), validation_classes=0.34)
+        splits = datasets.load_dataset("folder", root=str(root), validation_classes=0.34)
         train, validation = set(splits.train.class_names), set(splits.validation.class_names)
         assert len(train) == 4 and len(validation) == 2
         assert train | validation == {f"c{i}" for i in (0, 1, 10, 11, 2, 3)}
-        again = sources.load_dataset("folder", root=str(root), validation_classes=0.34)
+        again = datasets.load_dataset("folder", root=str(root), validation_classes=0.34)
         assert again.validation.class_names == splits.validation.class_names
 
     def test_unusable_folders_are_refused(self, tmp_path):
         def refuses(match, **options):
             with pytest.raises(UserError, match=match):
-                sources.load_dataset("folder", warn=logging.warning, **options)
+                datasets.load_dataset("folder", warn=logging.warning, **options)
 
         refuses("config.data.root is empty", root="")
         refuses("no such folder", root=str(tmp_path / "nowhere"))
@@ -304,18 +304,18 @@ class TestFolders:
         make_folder(tmp_path / "three", 3)
         refuses("both sides need at least 2", root=str(tmp_path / "three"))
         with pytest.raises(UserError, match="unknown data set 'cubs'.*known: folder, glyphs, tfds"):
-            sources.load_dataset("cubs")
+            datasets.load_dataset("cubs")
 
     def test_classes_with_one_image(self, tmp_path):
         root = make_folder(tmp_path, 8)
         for i in (1, 2):
             (root / "c1" / f"{i}.jpg").unlink()
         with pytest.raises(UserError, match=r"1 of 4 classes have a single image, the first .*c1/0\.jpg"):
-            sources.load_dataset("folder", root=str(root))
+            datasets.load_dataset("folder", root=str(root))
         said = []
-        splits = sources.load_dataset("folder", root=str(root), on_small_class="skip", warn=said.append)
+        splits = datasets.load_dataset("folder", root=str(root), on_small_class="skip", warn=said.append)
         assert splits.train.class_names == ["c0", "c2", "c3"] and "left out" in said[0]
-        splits = sources.load_dataset("folder", root=str(root), on_small_class="keep", warn=said.append)
+        splits = datasets.load_dataset("folder", root=str(root), on_small_class="keep", warn=said.append)
         assert len(splits.train.class_names) == 4
 
     @pytest.mark.parametrize("content", [b"", b"not a picture at all", None])
@@ -324,13 +324,13 @@ class TestFolders:
         victim = root / "c2" / "1.jpg"
         victim.write_bytes(victim.read_bytes()[:-200] if content is None else content)
         with pytest.raises(UserError, match=r"c2/1\.jpg: .*on_corrupt=skip"):
-            sources.load_dataset("folder", root=str(root))
+            datasets.load_dataset("folder", root=str(root))
         said = []
-        splits = sources.load_dataset("folder", root=str(root), on_corrupt="skip", warn=said.append)
+        splits = datasets.load_dataset("folder", root=str(root), on_corrupt="skip", warn=said.append)
         assert len(splits.train) + len(splits.test) == 11
         assert said and said[0].startswith("1 of 12 files") and "c2/1.jpg" in said[0]
         with pytest.raises(UserError, match="known: refuse, skip"):
-            sources.load_dataset("folder", root=str(root), on_corrupt="ignore")
+            datasets.load_dataset("folder", root=str(root), on_corrupt="ignore")
 
 
 def test_tfds_records_become_a_source(tmp_path):
@@ -338,11 +338,11 @@ def test_tfds_records_become_a_source(tmp_path):
     from idml_jax.data import glyphs
 
     glyphs.prepare(tmp_path, "tiny")
-    splits = sources.load_dataset("glyphs", data_dir=str(tmp_path), variant="tiny")
+    splits = datasets.load_dataset("glyphs", data_dir=str(tmp_path), variant="tiny")
     assert len(splits.train.class_names) >= 2 and not set(splits.train.class_names) & set(splits.test.class_names)
     assert splits.test.fields["ambiguity"].shape == (len(splits.test),)
     assert decode(splits.test.read(3), channels=1).ndim == 3
-    both = sources.load_dataset("tfds", data_dir=str(tmp_path), variant="glyphs/tiny")
+    both = datasets.load_dataset("tfds", data_dir=str(tmp_path), variant="glyphs/tiny")
     assert len(both.train) + len(both.test) == len(splits.train) + len(splits.test)
     with pytest.raises(UserError, match="not prepared as array_record"):
-        sources.load_dataset("tfds", data_dir=str(tmp_path), variant="no_such_set_anywhere")
+        datasets.load_dataset("tfds", data_dir=str(tmp_path), variant="no_such_set_anywhere")

@@ -39,8 +39,8 @@ def tiny(frozen=False):
 
 def setup(model=None, **changes):
     model = model or tiny()
-    settings = dict(model=model, objective=objective(), optimizer=optimizer(), mean=(0.5,), std=(0.25,), mixup_alpha=1.0)
-    return steps.StepSetup(**{**settings, **changes})
+    settings = dict(model=model, objective=objective(), optimizer=optimizer(), mixup_alpha=1.0)
+    return steps.StepSetup(**{**settings, "mean": (0.5,), "std": (0.25,), **changes})
 
 
 def batch(n=16, seed=0):
@@ -81,12 +81,14 @@ class TestSchedule:
 
 
 class TestOptimizer:
-    params = {"trunk": {"conv1": jnp.full((3,), 2.0), "bn1": {"scale": jnp.ones(3)}}, "loss": {"proxies": jnp.ones(2)}}
-    grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32) * 30 - 20, params)
+    def setup_method(self):
+        trunk = {"conv1": jnp.full((3,), 2.0), "bn1": {"scale": jnp.ones(3)}}
+        self.params = {"trunk": trunk, "loss": {"proxies": jnp.ones(2)}}
+        self.grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32) * 30 - 20, self.params)
 
     def test_adamw_is_optaxs_with_a_rate_per_group(self):
         rule = optimizer(clip_value=0.0)
-        params, state = rule.update(self.grads, rule.init(self.params), self.params, jnp.asarray(0))
+        params, _ = rule.update(self.grads, rule.init(self.params), self.params, jnp.asarray(0))
         for group, rate in (("trunk", 1e-2), ("loss", 1e-1)):
             reference = optax.adamw(rate, weight_decay=1e-2)
             updates, _ = reference.update(

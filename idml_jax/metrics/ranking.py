@@ -220,7 +220,7 @@ def _device_k(k, columns: int) -> int | None:
     """Length of a list made on the device, rounded up so that few programs are compiled; None: the host makes it."""
     if jax.default_backend() == "cpu" and k > 32:
         return None  # numpy's vectorised selection is several times as fast as XLA's there
-    step = max(1, 1 << (int(k).bit_length() - 3))
+    step = 1 << max(0, int(k).bit_length() - 3)
     return min(columns, -(-int(k) // step) * step)
 
 
