@@ -26,7 +26,7 @@ def loss_options(name: str) -> dict[str, Any]:
     return {
         p.name: p.default
         for p in parameters
-        if p.kind is p.KEYWORD_ONLY and isinstance(p.default, int | float | str | bool)
+        if p.kind is p.KEYWORD_ONLY and isinstance(p.default, int | float) and p.name != "dimension"
     }
 
 
@@ -36,6 +36,7 @@ def default_config() -> ConfigDict:
     config.seed = 0
     config.batch_size = 120
     config.epochs = 60
+    config.max_steps = 0  # end earlier, after so many steps; 0: after all epochs
 
     config.data = ConfigDict()
     config.data.name = "folder"
@@ -78,8 +79,13 @@ def default_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.name = "proxy_anchor"
+    config.loss.learned = "none"  # or shared, per_class: the margin loss's beta
     for name in LOSSES:
         config.loss[name] = ConfigDict(loss_options(name))
+
+    config.memory = ConfigDict()  # cross-batch memory, for losses on pairs
+    config.memory.size = 0  # embeddings; 0: no memory
+    config.memory.warmup_epochs = 1  # before it is used
 
     config.mixup = ConfigDict()
     config.mixup.enabled = True
@@ -95,6 +101,7 @@ def default_config() -> ConfigDict:
     config.optim.step_factor = 0.5
     config.optim.warmup_epochs = 5  # in which only heads and proxies train
     config.optim.proxy_lr_factor = 100.0
+    config.optim.loss_lr_factor = 1.0  # of other numbers that a loss learns
     config.optim.clip_value = 10.0
 
     config.eval = ConfigDict()
@@ -145,8 +152,9 @@ def validate(config: ConfigDict) -> None:
                   "model.embedding_dim", "model.uncertainty_dim", "model.uncertainty_hidden", "data.image_size",
                   "optim.step_epochs"):  # fmt: skip
         _at_least(config, field, 1)
-    for field in ("seed", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay", "optim.clip_value",
-                  "optim.proxy_lr_factor", "data.workers", "data.rotation", "mixup.alpha"):  # fmt: skip
+    for field in ("seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay", "optim.clip_value",
+                  "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation", "mixup.alpha",
+                  "memory.size", "memory.warmup_epochs"):  # fmt: skip
         _at_least(config, field, 0)
     _choice(config, "loss.name", tuple(sorted(LOSSES)))
     _choice(config, "model.batchnorm", ("frozen", "frozen_statistics", "live"))

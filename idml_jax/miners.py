@@ -24,7 +24,9 @@ __all__ = [
 # Up to here a pass over the matrix for each positive of an anchor is faster than sorting the rows.
 _MOST_PASSES = 128
 # Draws per row and iteration.
-_DRAWS = 16
+_DRAWS = 8
+# Entries that a running sum adds up by one small matrix product.
+_BLOCK = 32
 
 
 def multi_similarity_pairs(similarity: Float[Array, "n m"], pairs: Pairs, epsilon: float = 0.1) -> Pairs:
@@ -193,10 +195,11 @@ def draw_negatives(
     n, m = probabilities.shape
     if n == 0 or m == 0:
         return probabilities
-    cumulative = jnp.cumsum(probabilities, axis=1)
+    cumulative = _running_sum(probabilities)
     total = cumulative[:, -1:]
-    # Rounding in a parallel sum can leave a step where the probability is 0; such a draw goes to the likeliest entry.
-    likeliest = jnp.argmax(probabilities, axis=1)[:, None]
+    # Rounding can leave a step where the probability is 0; such a draw goes to the likeliest entry.
+    largest = jnp.max(probabilities, axis=1, keepdims=True)
+    likeliest = jnp.min(jnp.where(probabilities == largest, jnp.arange(m)[None, :], m), axis=1, keepdims=True)
     draws = jnp.where(total[:, 0] > 0, draws, 0)
     rows = jnp.arange(n)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + rows)
@@ -214,3 +217,12 @@ def draw_negatives(
     most = jnp.max(draws)
     state = (most * 0, probabilities * 0)
     return jax.lax.while_loop(lambda s: s[0] < most, draw, state)[1]
+
+
+def _running_sum(x: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    """``cumsum`` along the rows, within blocks by a product with a triangle: several times faster than XLA's."""
+    n, m = x.shape
+    blocks = jnp.pad(x, ((0, 0), (0, -m % _BLOCK))).reshape(n, -1, _BLOCK)
+    sums = jnp.matmul(blocks, jnp.triu(jnp.ones((_BLOCK, _BLOCK), x.dtype)), precision=jax.lax.Precision.HIGHEST)
+    before = jnp.cumsum(sums[..., -1], axis=1) - sums[..., -1]
+    return (sums + before[..., None]).reshape(n, -1)[:, :m]

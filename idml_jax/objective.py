@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from idml_jax import ism
+from idml_jax import ism, losses, memory
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
-from idml_jax.losses import LOSSES, pairs_from_labels
+from idml_jax.losses import LOSSES
 from idml_jax.models import init_proxies
 
 ISM_VARIANTS = ("relative", "absolute", "released")
+LEARNED = ("none", "shared", "per_class")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class Objective:
       variant: ``relative``, ``absolute`` or ``released`` (proxy_anchor only).
       temperature: tau of ISM.
       num_classes: training classes, one proxy each.
-      dim: width of the semantic embedding.
+      dim: d, width of the semantic embedding.
+      uncertainty_dim: k, width of the uncertainty embedding.
+      learned: whether the loss's learnable numbers (the margin loss's beta) are learned: ``none``, ``shared`` by all
+        classes or ``per_class``.
+      memory_size: embeddings in the cross-batch memory; 0: none.
+      memory_warmup: steps before the memory is used.
     """
 
     loss: str
@@ -36,6 +42,10 @@ class Objective:
     temperature: float
     num_classes: int
     dim: int
+    uncertainty_dim: int
+    learned: str = "none"
+    memory_size: int = 0
+    memory_warmup: int = 0
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -46,44 +56,92 @@ class Objective:
             raise UserError(f"config.ism.variant = 'released' exists for proxy_anchor only, not for {self.loss}")
         if not self.temperature > 0:
             raise UserError(f"config.ism.temperature = {self.temperature} must be above 0")
+        if self.learned not in LEARNED:
+            raise UserError(f"config.loss.learned = {self.learned!r}; known: {', '.join(LEARNED)}")
+        if self.learned != "none" and not self.spec.parameters:
+            able = ", ".join(name for name, spec in LOSSES.items() if spec.parameters)
+            raise UserError(f"config.loss.learned: {self.loss} has nothing to learn; these do: {able}")
+        if self.memory_size and self.spec.references != "batch":
+            raise UserError(f"config.memory.size: {self.loss} compares with proxies; a memory is for losses on pairs")
 
-    def init(self, key: Array) -> dict[str, Array]:
-        """The loss's own parameters: ``proxies`` [classes, dim] where the loss has them."""
-        if LOSSES[self.loss].references == "proxies":
-            return {"proxies": init_proxies(key, self.num_classes, self.dim)}
-        return {}
+    @property
+    def spec(self) -> losses.LossSpec:
+        """How the loss is fed."""
+        return LOSSES[self.loss]
 
-    def matrix(self, embedding: Embedding, references: Embedding | None, reads: str) -> Float[Array, "n m"]:
-        """Distances or similarities of the batch to the references, introspective or plain."""
+    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
+        """The loss's own groups of parameters: ``proxies`` [classes, dim] and ``loss``, its learned numbers, if any."""
+        params: dict[str, Any] = {}
+        if self.spec.references == "proxies":
+            params["proxies"] = init_proxies(key, self.num_classes, self.dim)
+        if self.learned != "none":
+            start = losses.init_parameters(self.spec, self.num_classes if self.learned == "per_class" else None)
+            # A setting of that name is where it starts.
+            params["loss"] = {k: jnp.full_like(v, dict(self.options).get(k, v)) for k, v in start.items()}
+        return params
+
+    def init_memory(self) -> memory.Memory | tuple[()]:
+        """An empty cross-batch memory, ``()`` where there is none."""
+        if not self.memory_size:
+            return ()
+        return memory.create(self.memory_size, self.dim, self.uncertainty_dim if self.introspective else None)
+
+    def remember(
+        self, store: memory.Memory | tuple[()], embedding: Embedding, labels: Int[Array, "n"]
+    ) -> memory.Memory | tuple[()]:
+        """The memory with a batch in it, to be called after its loss."""
+        return memory.enqueue(store, embedding, labels) if self.memory_size else store
+
+    def matrix(self, embedding: Embedding, references: Embedding | None) -> Float[Array, "n m"]:
+        """Distances or similarities of the batch to the references (``None``: itself), introspective or plain."""
         if self.introspective and self.variant == "released":
             return ism.released_similarity(embedding, references.semantic)
-        if references is not None:
-            # Proxies are compared by direction, like the embeddings; and they are certain.
-            references = Embedding(ism.l2_normalize(references.semantic), None)
         if not self.introspective:
             embedding = Embedding(embedding.semantic, None)
+            references = None if references is None else Embedding(references.semantic, None)
         settings = {"temperature": self.temperature, "relative": self.variant == "relative"}
-        if reads == "similarity":
+        if self.spec.reads == "similarity":
             return ism.introspective_similarity(embedding, references, **settings)
         return ism.introspective_distance(embedding, references, **settings)
 
     def __call__(
-        self, params: dict[str, Array], embedding: Embedding, labels: Int[Array, "n"]
+        self,
+        params: dict[str, Any],
+        embedding: Embedding,
+        labels: Int[Array, "n"],
+        *,
+        key: PRNGKeyArray | None = None,
+        store: memory.Memory | tuple[()] = (),
+        step: Int[Array, ""] | int = 0,
     ) -> Float[Array, ""]:
         """The loss of a batch.
 
         Args:
-          params: as ``init`` gives.
+          params: holds what ``init`` gives.
           embedding: ``n`` embeddings.
           labels: ``[n]`` in ``[0, num_classes)``.
+          key: for losses that draw at random.
+          store: the cross-batch memory.
+          step: of training, for the memory's warm-up.
 
         Returns:
           The loss, a scalar.
         """
-        spec = LOSSES[self.loss]
-        if spec.references == "proxies":
-            references = Embedding(params["proxies"])
-            pairs = pairs_from_labels(labels, jnp.arange(self.num_classes))
+        if self.spec.references == "proxies":
+            proxies = params["proxies"]
+            # Proxies are certain, and compared by direction like the embeddings, except in the released code.
+            raw = self.introspective and self.variant == "released"
+            references = Embedding(proxies if raw else ism.l2_normalize(proxies), None)
+            pairs = losses.pairs_from_labels(labels, jnp.arange(self.num_classes))
+        elif self.memory_size:
+            references = memory.with_batch(store, embedding)
+            pairs = memory.pairs_with_batch(store, labels, active=step >= self.memory_warmup)
         else:
-            references, pairs = None, pairs_from_labels(labels)
-        return spec.function(self.matrix(embedding, references, spec.reads), pairs, **dict(self.options))
+            references, pairs = None, losses.pairs_from_labels(labels)
+        options = dict(self.options)
+        options.update(losses.parameters_of_rows(params.get("loss", {}), labels))
+        if self.spec.needs_dimension:
+            options["dimension"] = self.dim
+        if self.spec.needs_key:
+            options["key"] = key
+        return self.spec.function(self.matrix(embedding, references), pairs, **options)

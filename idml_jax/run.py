@@ -88,7 +88,8 @@ def build(config: ConfigDict) -> Run:
     else:
         sampler = samplers.ShuffledSampler(len(splits.train), config.batch_size, config.seed)
     per_epoch = sampler.steps_per_epoch
-    total_steps = config.epochs * per_epoch
+    all_steps = config.epochs * per_epoch
+    total_steps = min(config.max_steps or all_steps, all_steps)
 
     size = data.image_size
     train_transform = transforms.RandomResizedCrop(
@@ -96,6 +97,10 @@ def build(config: ConfigDict) -> Run:
     )
     model = config.model
     num_classes = len(splits.train.class_names)
+    if config.memory.size and config.memory.size < config.batch_size:
+        raise UserError(
+            f"config.memory.size ({config.memory.size}) must be 0 or at least config.batch_size ({config.batch_size})"
+        )
     optim = config.optim
     setup = steps.StepSetup(
         model=_create_model(config),
@@ -107,13 +112,17 @@ def build(config: ConfigDict) -> Run:
             temperature=config.ism.temperature,
             num_classes=num_classes,
             dim=model.embedding_dim,
+            uncertainty_dim=model.uncertainty_dim,
+            learned=config.loss.learned,
+            memory_size=config.memory.size,
+            memory_warmup=config.memory.warmup_epochs * per_epoch,
         ),
         optimizer=GroupOptimizer(
             name=optim.name,
             schedule=Schedule(
-                optim.schedule, optim.learning_rate, total_steps, optim.step_epochs * per_epoch, optim.step_factor
+                optim.schedule, optim.learning_rate, all_steps, optim.step_epochs * per_epoch, optim.step_factor
             ),
-            factors=(("loss", optim.proxy_lr_factor),),
+            factors=(("proxies", optim.proxy_lr_factor), ("loss", optim.loss_lr_factor)),
             weight_decay=optim.weight_decay,
             momentum=optim.momentum,
             clip_value=optim.clip_value,

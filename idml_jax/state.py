@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
+from idml_jax.memory import Memory
 from idml_jax.models import EmbeddingModel
 from idml_jax.objective import Objective
 from idml_jax.optim import GroupOptimizer
@@ -17,15 +18,17 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: steps done.
-      params: by group: ``trunk``, ``heads``, and ``loss`` (proxies and the like).
+      params: by group: ``trunk``, ``heads``, and, where the loss has them, ``proxies`` and ``loss`` (learned numbers).
       batch_stats: running statistics of the trunk.
       opt_state: optimizer state by group.
+      memory: cross-batch memory, ``()`` where there is none.
     """
 
     step: Int[Array, ""]
     params: dict[str, Any]
     batch_stats: Any
     opt_state: dict[str, Any]
+    memory: Memory | tuple[()] = ()
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -50,10 +53,11 @@ def create_state(
     """
     model_key, loss_key = jax.random.split(key)
     variables = model.init(model_key, jnp.zeros((1, *image_shape), jnp.float32))
-    params = {**variables["params"], "loss": objective.init(loss_key)}
+    params = {**variables["params"], **objective.init(loss_key)}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
+        memory=objective.init_memory(),
     )

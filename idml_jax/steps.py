@@ -67,20 +67,22 @@ def _loss(
     batch: dict[str, Array],
     setup: StepSetup,
     train_trunk: bool,
-) -> tuple[Array, tuple[Any, dict[str, Array]]]:
+) -> tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]:
     params = {**trained, **resting}
     labels = batch["label"]
     images = normalize(batch["image"], setup.mean, setup.std)
-    criterion = lambda out, labels: setup.objective(
-        params["loss"], Embedding(out["semantic"], out["uncertainty"]), labels
-    )
+    mixup_key, *draws = jax.random.split(jax.random.fold_in(jax.random.key(setup.seed), state.step), 4)
+
+    def criterion(out: dict[str, Array], labels: Array, key: Array) -> Array:
+        embedding = Embedding(out["semantic"], out["uncertainty"])
+        return setup.objective(params, embedding, labels, key=key, store=state.memory, step=state.step)
+
     if not setup.mixup_alpha:
         out, batch_stats = _forward(setup, params, state.batch_stats, images, train_trunk)
-        loss = criterion(out, labels)
-        return loss, (batch_stats, {"loss": loss, "uncertainty": _mean_length(out)})
+        loss = criterion(out, labels, draws[0])
+        return loss, (batch_stats, out, {"loss": loss, "uncertainty": _mean_length(out)})
 
-    key = jax.random.fold_in(jax.random.key(setup.seed), state.step)
-    mixed = mixing.mixup(key, images, setup.mixup_alpha)
+    mixed = mixing.mixup(mixup_key, images, setup.mixup_alpha)
     if setup.model.trunk.frozen_statistics:
         # Rows do not see each other in the trunk, so one pass over both is the same as two.
         both, batch_stats = _forward(
@@ -92,9 +94,9 @@ def _loss(
     else:
         out, batch_stats = _forward(setup, params, state.batch_stats, images, train_trunk)
         out_mixed, batch_stats = _forward(setup, params, batch_stats, mixed.images, train_trunk)
-    original = criterion(out, labels)
-    loss_mixed = mixed.lam * criterion(out_mixed, labels)
-    loss_mixed += (1.0 - mixed.lam) * criterion(out_mixed, jnp.take(labels, mixed.partner))
+    original = criterion(out, labels, draws[0])
+    loss_mixed = mixed.lam * criterion(out_mixed, labels, draws[1])
+    loss_mixed += (1.0 - mixed.lam) * criterion(out_mixed, jnp.take(labels, mixed.partner), draws[2])
     metrics = {
         "loss": original + loss_mixed,
         "loss_original": original,
@@ -102,7 +104,7 @@ def _loss(
         "uncertainty": _mean_length(out),
         "uncertainty_mixed": _mean_length(out_mixed),
     }
-    return original + loss_mixed, (batch_stats, metrics)
+    return original + loss_mixed, (batch_stats, out, metrics)
 
 
 def _mean_length(out: dict[str, Array]) -> Float[Array, ""]:
@@ -126,16 +128,19 @@ def train_step(
       The state after the step and scalar metrics: ``loss`` and its parts, mean length of the uncertainty embedding
       (``uncertainty``, ``uncertainty_mixed``), ``gradient_norm`` before clipping and ``learning_rate``.
     """
-    groups = ("trunk", "heads", "loss") if train_trunk else ("heads", "loss")
-    trained = {k: state.params[k] for k in groups}
-    resting = {k: v for k, v in state.params.items() if k not in groups}
-    grads, (batch_stats, metrics) = jax.grad(_loss, has_aux=True)(
+    trained = {k: v for k, v in state.params.items() if train_trunk or k != "trunk"}
+    resting = {k: v for k, v in state.params.items() if k not in trained}
+    grads, (batch_stats, out, metrics) = jax.grad(_loss, has_aux=True)(
         trained, resting, state, batch, setup, train_trunk
     )
     params, opt_state = setup.optimizer.update(grads, state.opt_state, state.params, state.step)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = setup.optimizer.schedule(state.step)
-    return state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), metrics
+    memory = setup.objective.remember(state.memory, Embedding(out["semantic"], out["uncertainty"]), batch["label"])
+    state = state.replace(
+        step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, memory=memory
+    )
+    return state, metrics
 
 
 def embed_step(variables: Any, images: UInt8[Array, "n h w c"], *, setup: StepSetup) -> dict[str, Array]:

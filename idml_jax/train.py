@@ -178,8 +178,9 @@ def _train(
             logger.info("first step done %.1f s after the start", speed.first_step)
             progress.measure(step)
         progress.tick(step)
-        end_of_epoch = step % per_epoch == 0
-        epoch = step // per_epoch
+        last = step == run.total_steps
+        end_of_epoch = step % per_epoch == 0 or last
+        epoch = -(-step // per_epoch)
         if step % config.log.every_steps == 0 or end_of_epoch:
             means = window.flush()
             rate, remaining = progress.measure(step)
@@ -189,21 +190,20 @@ def _train(
             writer.write(step, {**{f"train/{k}": v for k, v in means.items()}, "train/images_per_second": images})
             logger.info(
                 "epoch %d/%d  step %d/%d  loss %.4f  %.0f images/s  %s to go",
-                -(-step // per_epoch), config.epochs, step, run.total_steps, means["loss"], images,
+                epoch, config.epochs, step, run.total_steps, means["loss"], images,
                 format_seconds(remaining),
             )  # fmt: skip
         if not end_of_epoch:
             continue
         paused = time.monotonic()
         metrics = None
-        last = step == run.total_steps
         if epoch % config.eval.every_epochs == 0 or last:
             metrics = _retrieval(run, state)
             record["history"].append({"step": step, **_without_nan(metrics)})
             writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
             took = time.monotonic() - paused
             logger.info("epoch %d  %s  (%.1f s)", epoch, describe(metrics, config.eval.ks), took)
-        if metrics is not None or epoch % config.checkpoint.every_epochs == 0:
+        if last or metrics is not None or epoch % config.checkpoint.every_epochs == 0:
             checkpoints.save(step, state, _without_nan(record), _without_nan(metrics) if metrics else None)
         progress.pause(time.monotonic() - paused)
     return state

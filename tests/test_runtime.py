@@ -20,14 +20,15 @@ from idml_jax.state import create_state
 
 def objective(**changes):
     settings = dict(
-        loss="proxy_anchor", options=(), introspective=True, variant="relative", temperature=5.0, num_classes=4, dim=8
-    )
+        loss="proxy_anchor", options=(), introspective=True, variant="relative", temperature=5.0, num_classes=4, dim=8,
+        uncertainty_dim=4,
+    )  # fmt: skip
     return Objective(**{**settings, **changes})
 
 
 def optimizer(**changes):
     settings = dict(
-        name="adamw", schedule=Schedule("constant", 1e-2, 100), factors=(("loss", 10.0),), weight_decay=1e-2,
+        name="adamw", schedule=Schedule("constant", 1e-2, 100), factors=(("proxies", 10.0),), weight_decay=1e-2,
         clip_value=10.0,
     )  # fmt: skip
     return GroupOptimizer(**{**settings, **changes})
@@ -51,8 +52,11 @@ def batch(n=16, seed=0):
     }
 
 
+jit_create_state = jax.jit(create_state, static_argnums=(1, 2, 3, 4))
+
+
 def fresh(setup, seed=0):
-    return create_state(jax.random.key(seed), setup.model, setup.objective, setup.optimizer, (8, 8, 1))
+    return jit_create_state(jax.random.key(seed), setup.model, setup.objective, setup.optimizer, (8, 8, 1))
 
 
 def changed(before, after):
@@ -83,13 +87,13 @@ class TestSchedule:
 class TestOptimizer:
     def setup_method(self):
         trunk = {"conv1": jnp.full((3,), 2.0), "bn1": {"scale": jnp.ones(3)}}
-        self.params = {"trunk": trunk, "loss": {"proxies": jnp.ones(2)}}
+        self.params = {"trunk": trunk, "proxies": jnp.ones(2)}
         self.grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32) * 30 - 20, self.params)
 
     def test_adamw_is_optaxs_with_a_rate_per_group(self):
         rule = optimizer(clip_value=0.0)
         params, _ = rule.update(self.grads, rule.init(self.params), self.params, jnp.asarray(0))
-        for group, rate in (("trunk", 1e-2), ("loss", 1e-1)):
+        for group, rate in (("trunk", 1e-2), ("proxies", 1e-1)):
             reference = optax.adamw(rate, weight_decay=1e-2)
             updates, _ = reference.update(
                 self.grads[group], reference.init(self.params[group]), self.params[group]
@@ -120,10 +124,10 @@ class TestOptimizer:
     def test_a_resting_group_keeps_values_and_state_to_the_bit(self):
         rule = optimizer()
         state = rule.init(self.params)
-        params, new_state = rule.update({"loss": self.grads["loss"]}, state, self.params, jnp.asarray(0))
+        params, new_state = rule.update({"proxies": self.grads["proxies"]}, state, self.params, jnp.asarray(0))
         chex.assert_trees_all_equal(params["trunk"], self.params["trunk"])
         chex.assert_trees_all_equal(new_state["trunk"], state["trunk"])
-        assert changed(self.params["loss"], params["loss"])
+        assert changed(self.params["proxies"], params["proxies"])
 
     def test_frozen_normalisation_neither_moves_nor_decays(self):
         rule = optimizer(frozen_norm=True)
@@ -187,7 +191,8 @@ class TestTrainStep:
         state, data = fresh(s), batch()
         after, metrics = steps.jit_train_step(fresh(s), data, setup=s)
 
-        mixed = mixing.mixup(jax.random.fold_in(jax.random.key(0), 0), steps.normalize(data["image"], s.mean, s.std))
+        key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 4)[0]
+        mixed = mixing.mixup(key, steps.normalize(data["image"], s.mean, s.std))
 
         def total(params):
             variables = {"params": {k: params[k] for k in ("trunk", "heads")}, "batch_stats": state.batch_stats}
@@ -196,7 +201,7 @@ class TestTrainStep:
             )
             out_mixed, _ = s.model.apply(variables, mixed.images, True, mutable=["batch_stats"])
             loss = lambda o, labels: s.objective(
-                params["loss"], Embedding(o["semantic"], o["uncertainty"]), labels
+                params, Embedding(o["semantic"], o["uncertainty"]), labels
             )
             return (
                 loss(out, data["label"])
@@ -229,7 +234,7 @@ class TestTrainStep:
         chex.assert_trees_all_equal(before.params["trunk"], jax.tree.map(np.asarray, state.params["trunk"]))
         chex.assert_trees_all_equal(before.opt_state["trunk"], jax.tree.map(np.asarray, state.opt_state["trunk"]))
         assert changed(before.params["heads"], state.params["heads"]) and changed(
-            before.params["loss"], state.params["loss"]
+            before.params["proxies"], state.params["proxies"]
         )
 
     def test_frozen_batchnorm_really_freezes(self):
@@ -261,6 +266,56 @@ class TestTrainStep:
         first = steps.jit_train_step(state, batch(), setup=s)[1]["loss_mixed"]
         later = steps.jit_train_step(fresh(s).replace(step=jnp.asarray(1)), batch(), setup=s)[1]["loss_mixed"]
         assert float(first) != float(later)
+
+
+ROWS = [(name, introspective) for name in sorted(losses.LOSSES) for introspective in (True, False)]
+
+
+@pytest.mark.parametrize("name,introspective", ROWS)
+def test_every_loss_trains_plain_and_introspective(name, introspective):
+    """Some steps on one P x K batch: the loss of the batch falls, and u learns exactly when it is asked."""
+    rule = objective(loss=name, introspective=introspective)
+    s = setup(objective=rule, mixup_alpha=0.0, optimizer=optimizer(weight_decay=0.0))
+    state, data = fresh(s), batch()
+    data["label"] = jnp.repeat(jnp.arange(4), 4)
+    start = jax.tree.map(np.asarray, state.params["heads"])
+    values = []
+    for _ in range(25):
+        state, metrics = steps.jit_train_step(state, data, setup=s)
+        values.append(float(metrics["loss"]))
+    assert np.isfinite(values).all() and np.mean(values[-3:]) < 0.8 * np.mean(values[:3])
+    moved = changed(start, state.params["heads"])
+    assert any("uncertainty" in k for k in moved) is introspective and any("semantic" in k for k in moved)
+
+
+@pytest.mark.parametrize("learned,shape", [("shared", ()), ("per_class", (4,))])
+def test_a_learned_boundary_is_a_parameter(learned, shape):
+    rule = objective(loss="margin_distance_weighted", learned=learned, options=(("beta", 1.1),))
+    s = setup(objective=rule)
+    state = fresh(s)
+    assert set(state.params) == {"trunk", "heads", "loss"}
+    np.testing.assert_allclose(state.params["loss"]["beta"], np.full(shape, 1.1, np.float32))
+    state, _ = steps.jit_train_step(state, batch(), setup=s)
+    assert np.all(np.asarray(state.params["loss"]["beta"]) != np.float32(1.1))
+    with pytest.raises(UserError, match="contrastive has nothing to learn; these do: margin_distance_weighted"):
+        objective(loss="contrastive", learned="shared")
+
+
+def test_a_memory_fills_after_its_warm_up_adds_pairs_and_is_left_out_before():
+    plain = setup(objective=objective(loss="contrastive"), mixup_alpha=0.0)
+    s = setup(objective=objective(loss="contrastive", memory_size=48, memory_warmup=2), mixup_alpha=0.0)
+    state, reference = fresh(s), fresh(plain)
+    losses_seen = []
+    for step in range(4):
+        state, metrics = steps.jit_train_step(state, batch(seed=step), setup=s)
+        reference, expected = steps.jit_train_step(reference, batch(seed=step), setup=plain)
+        losses_seen.append((float(metrics["loss"]), float(expected["loss"])))
+    assert losses_seen[0][0] == pytest.approx(losses_seen[0][1], rel=1e-5)
+    assert losses_seen[1][0] == pytest.approx(losses_seen[1][1], rel=1e-5)
+    assert losses_seen[2][0] != pytest.approx(losses_seen[2][1], rel=1e-5)
+    assert int(state.memory.valid.sum()) == 48 and int(state.memory.position) == 16
+    with pytest.raises(UserError, match="proxy_anchor compares with proxies"):
+        objective(memory_size=48)
 
 
 def test_batches_that_do_not_split_over_the_devices_are_refused():

@@ -24,13 +24,16 @@ _BLOCK_BYTES = 2**26  # of distances at a time on the top-k way
 
 
 class Task(NamedTuple):
-    """Queries and gallery on the host. Classes are numbered by falling size in the gallery."""
+    """Queries and gallery on the host. Classes are numbered by falling size in the gallery.
+
+    For a distance other than the Euclidean one `queries` and `gallery` are trees of arrays, without norms.
+    """
 
     queries: Float[np.ndarray, "n d"]
-    query_norms: Float[np.ndarray, "n"]  # squared
+    query_norms: Float[np.ndarray, "n"] | None  # squared
     labels: Int[np.ndarray, "n"]
     gallery: Float[np.ndarray, "m d"]
-    norms: Float[np.ndarray, "m"]
+    norms: Float[np.ndarray, "m"] | None
     gallery_labels: Int[np.ndarray, "m"]
     sizes: Int[np.ndarray, "classes"]
     same_set: bool
@@ -47,6 +50,16 @@ class Found(NamedTuple):
     r_precision: Float[np.ndarray, "n"]
     average_precision: Float[np.ndarray, "n"]
     nearest: Float[np.ndarray, "n"]
+
+
+def make_task(queries, query_norms, labels, gallery, norms, gallery_labels, same_set: bool) -> Task:
+    """A task from labels of any kind; a class that only the queries have gets size 0."""
+    rows = len(gallery_labels)
+    codes = np.unique(np.concatenate([gallery_labels, labels]), return_inverse=True)[1]
+    sizes = np.bincount(codes[:rows], minlength=codes.max() + 1)
+    order = np.argsort(-sizes, kind="stable")
+    codes = np.argsort(order)[codes]
+    return Task(queries, query_norms, codes[rows:], gallery, norms, codes[:rows], sizes[order], same_set)
 
 
 def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Device]) -> Found:
@@ -92,39 +105,46 @@ def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Devi
     return Found(ranks[0], np.sum(inside, axis=0) / share, average, nearest.reshape(-1)[slots])
 
 
-def by_top_k(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Device]) -> Found:
-    """The same results for queries with any number of positives, at least one."""
+def by_top_k(
+    task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Device], distance=tiles.euclidean_squared
+) -> Found:
+    """The same for queries with any number of positives and for any distance of two trees of arrays."""
     order = np.argsort(-task.positives[chosen], kind="stable")
     chosen = chosen[order]
     positives = task.positives[chosen]
-    mesh, gallery, norms = _shared_gallery(task.gallery, task.norms, devices)
-    labels = np.pad(task.gallery_labels, (0, len(norms) - len(task.gallery)), constant_values=-1).astype(np.int32)
-    height = _height(len(chosen), len(norms), len(devices))
+    queries, size = task.queries, len(task.gallery_labels)
+    gallery = task.gallery
+    if distance is tiles.euclidean_squared:
+        queries, gallery = (queries, task.query_norms), (gallery, task.norms)
+    mesh, gallery, columns = _shared_gallery(gallery, devices)
+    labels = np.pad(task.gallery_labels, (0, columns - size), constant_values=-1).astype(np.int32)
+    height = _height(len(chosen), columns, len(devices))
     ids = chosen if task.same_set else np.full(len(chosen), -2)
 
     def start(rows):
         return tiles.rank_block(
-            _padded(task.queries[chosen[rows]], height),
-            _padded(task.query_norms[chosen[rows]], height),
+            jax.tree.map(lambda x: _padded(x[chosen[rows]], height), queries),
             _padded(ids[rows].astype(np.int32), height, -2),
             _padded(task.labels[chosen[rows]].astype(np.int32), height, -2),
             gallery,
-            norms,
             labels,
-            k=_device_k(positives[rows.start], len(norms)),
+            size,
+            distance=distance,
+            k=_device_k(max(1, positives[rows.start]), columns),
             mesh=mesh,
         )
 
     parts = []
     for rows, (listed, before, nearest) in _two_ahead(start, len(chosen), height):
         r = positives[rows, None]
-        size, most = len(r), r.max()
-        listed = listed[:size, :most] if _device_k(most, len(norms)) else tiles.smallest(listed[:size], most)
+        count, most = len(r), max(1, r.max())
+        listed = listed[:count, :most] if _device_k(most, columns) else tiles.smallest(listed[:count], most)
         hits = labels[listed] == task.labels[chosen[rows], None]
         rank = np.arange(1, most + 1)
         inside = hits & (rank <= r)
         average = np.sum(inside * (np.cumsum(hits, axis=1) / rank), axis=1)
-        parts.append((before[:size] + 1, np.sum(inside, axis=1) / r[:, 0], average / r[:, 0], nearest[:size]))
+        share = np.maximum(r[:, 0], 1)
+        parts.append((before[:count] + 1, np.sum(inside, axis=1) / share, average / share, nearest[:count]))
     back = np.argsort(order)
     return Found(*(np.concatenate(column)[back] for column in zip(*parts, strict=True)))
 
@@ -139,15 +159,18 @@ def nearest_rows(
     devices: list[jax.Device],
 ) -> Int[np.ndarray, "n k"]:
     """Gallery indices of the k nearest rows of each query, nearest first, equal distances by index."""
-    mesh, gallery, norms = _shared_gallery(gallery, norms, devices)
-    height = _height(len(queries), len(norms), len(devices))
+    size = len(gallery)
+    mesh, gallery, columns = _shared_gallery((gallery, norms), devices)
+    height = _height(len(queries), columns, len(devices))
     ids = np.arange(len(queries), dtype=np.int32) if same_set else np.full(len(queries), -2, np.int32)
-
-    device_k = _device_k(k, len(norms))
+    device_k = _device_k(k, columns)
 
     def start(rows):
-        q, n, i = _padded(queries[rows], height), _padded(query_norms[rows], height), _padded(ids[rows], height, -2)
-        return tiles.list_block(q, n, i, gallery, norms, k=device_k, mesh=mesh)
+        block = _padded(queries[rows], height), _padded(query_norms[rows], height)
+        block_ids = _padded(ids[rows], height, -2)
+        return tiles.list_block(
+            block, block_ids, gallery, size, distance=tiles.euclidean_squared, k=device_k, mesh=mesh
+        )
 
     index = np.empty((len(queries), k), np.int32)
     for rows, listed in _two_ahead(start, len(queries), height):
@@ -191,14 +214,13 @@ def _class_starts(sizes: Int[np.ndarray, "classes"], tile: int) -> Int[np.ndarra
     return starts
 
 
-def _shared_gallery(gallery, norms, devices):
-    """The gallery on every device, filled up to a round number of rows that are infinitely far."""
-    size = len(gallery)
-    extra = (-(-size // 1024) * 1024 if size > 1024 else _power_of_two(size, least=64)) - size
+def _shared_gallery(gallery, devices):
+    """The arrays of the gallery on every device, filled up to a round number of rows."""
+    size = len(jax.tree.leaves(gallery)[0])
+    columns = -(-size // 1024) * 1024 if size > 1024 else _power_of_two(size, least=64)
     mesh = Mesh(np.array(devices), ("data",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    gallery = jax.device_put(np.pad(gallery, ((0, extra), (0, 0))), everywhere)
-    return mesh, gallery, jax.device_put(np.pad(norms, (0, extra), constant_values=np.inf), everywhere)
+    filled = jax.tree.map(lambda x: _padded(x, columns), gallery)
+    return mesh, jax.device_put(filled, NamedSharding(mesh, PartitionSpec())), columns
 
 
 def _tile(rows: int) -> int:

@@ -9,8 +9,8 @@ Check", ECCV 2020.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from idml_jax.metrics import ranking
 from idml_jax.metrics.checks import embedding_rows, label_column
+
+
+Tree = Any  # an array, or a tuple or dict of arrays with the same first axis
 
 
 class Ranks(NamedTuple):
@@ -99,16 +102,40 @@ def retrieval_ranks(
     parts = [(rows, rank(task, rows, devices)) for rank, rows in ways if len(rows)]
     back = np.argsort(np.concatenate([rows for rows, _ in parts]))
     found = ranking.Found(*(np.concatenate(c)[back] for c in zip(*(part for _, part in parts), strict=True)))
-    some = task.positives > 0
-    first_hit = np.where(some, found.first_hit, 0).astype(np.int32)
-    return Ranks(
-        first_hit=first_hit,
-        nearest_correct=first_hit == 1,
-        r_precision=np.where(some, found.r_precision, np.nan),
-        average_precision=np.where(some, found.average_precision, np.nan),
-        positives=task.positives.astype(np.int32),
-        nearest_distance=np.sqrt(np.maximum(found.nearest, 0)),
-    )
+    return _as_ranks(task, found, np.sqrt(np.maximum(found.nearest, 0)))
+
+
+def ranks_by_distance(
+    distance: Callable[[Tree, Tree], Float[Array, "n m"]],
+    queries: Tree,
+    labels: Int[Array, "n"],
+    gallery: Tree | None = None,
+    gallery_labels: Int[Array, "m"] | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Ranks:
+    """Per-query results under any distance: distance(a, b) -> [rows of a, rows of b], smaller = more alike.
+
+    queries and gallery are arrays, or trees of arrays such as `ism.Embedding`, with one entry per image in front. The
+    distance is jitted and sees some queries and the whole gallery at a time, filled up with zeros. It is compiled
+    again for every new function object: pass a named function, not a lambda made in a loop. Raises ValueError for
+    empty or mismatched input and for a distance that gives NaN.
+    """
+    _check_pair(gallery, gallery_labels)
+    queries, labels = _tree_set(queries, labels, "queries", "labels")
+    same_set = gallery is None
+    if same_set:
+        if len(labels) < 2:
+            raise ValueError("queries: a single row has nothing to retrieve; give at least 2 rows or a gallery")
+        gallery, gallery_labels = queries, labels
+    else:
+        gallery, gallery_labels = _tree_set(gallery, gallery_labels, "gallery", "gallery_labels")
+    task = ranking.make_task(queries, None, labels, gallery, None, gallery_labels, same_set)
+    devices = list(jax.local_devices() if devices is None else devices)
+    found = ranking.by_top_k(task, np.arange(len(labels)), devices, distance)
+    if np.isnan(found.nearest).any():
+        raise ValueError("distance: gave NaN")
+    return _as_ranks(task, found, found.nearest)
 
 
 def neighbours(
@@ -141,9 +168,7 @@ def neighbours(
 
 
 def _task(embeddings, labels, gallery, gallery_labels) -> ranking.Task:
-    if (gallery is None) != (gallery_labels is None):
-        missing = "gallery" if gallery is None else "gallery_labels"
-        raise ValueError(f"{missing}: missing; gallery and gallery_labels go together")
+    _check_pair(gallery, gallery_labels)
     queries, query_norms = embedding_rows(embeddings, "embeddings")
     labels = label_column(labels, len(queries), "labels", "embeddings")
     if gallery is None:
@@ -154,13 +179,35 @@ def _task(embeddings, labels, gallery, gallery_labels) -> ranking.Task:
         rows, norms = embedding_rows(gallery, "gallery")
         row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery")
         _check_width(queries, rows)
-    # Classes numbered by falling size in the gallery; a class of the queries alone has size 0.
-    codes = np.unique(np.concatenate([row_labels, labels]), return_inverse=True)[1]
-    sizes = np.bincount(codes[: len(rows)], minlength=codes.max() + 1)
-    order = np.argsort(-sizes, kind="stable")
-    codes = np.argsort(order)[codes]
-    query_codes, row_codes = codes[len(rows) :], codes[: len(rows)]
-    return ranking.Task(queries, query_norms, query_codes, rows, norms, row_codes, sizes[order], gallery is None)
+    return ranking.make_task(queries, query_norms, labels, rows, norms, row_labels, gallery is None)
+
+
+def _as_ranks(task, found, nearest_distance) -> Ranks:
+    some = task.positives > 0
+    first_hit = np.where(some, found.first_hit, 0).astype(np.int32)
+    return Ranks(
+        first_hit=first_hit,
+        nearest_correct=first_hit == 1,
+        r_precision=np.where(some, found.r_precision, np.nan),
+        average_precision=np.where(some, found.average_precision, np.nan),
+        positives=task.positives.astype(np.int32),
+        nearest_distance=nearest_distance,
+    )
+
+
+def _tree_set(tree, labels, name, labels_name):
+    tree = jax.tree.map(np.asarray, tree)
+    leaves = jax.tree.leaves(tree)
+    sizes = {leaf.shape[:1] for leaf in leaves}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(f"{name}: expected arrays with the same number of rows, got {[x.shape for x in leaves]}")
+    return tree, label_column(labels, len(leaves[0]), labels_name, name)
+
+
+def _check_pair(gallery, gallery_labels):
+    if (gallery is None) != (gallery_labels is None):
+        missing = "gallery" if gallery is None else "gallery_labels"
+        raise ValueError(f"{missing}: missing; gallery and gallery_labels go together")
 
 
 def _check_width(queries, gallery):

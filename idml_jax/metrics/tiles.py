@@ -42,6 +42,11 @@ def squared_distances(
     return jnp.maximum((a_norms[:, None] + b_norms[None, :]) - 2 * product, 0)
 
 
+def euclidean_squared(a, b):
+    """`squared_distances` of two pairs (rows, squared norms)."""
+    return squared_distances(*a, *b)
+
+
 def count_before(
     queries: Blocks, columns: Blocks, targets: Targets, own_pairs: np.ndarray, devices: list[jax.Device]
 ) -> tuple[Int[np.ndarray, "b r t"], Float[np.ndarray, "b t"]]:
@@ -167,45 +172,40 @@ def _cut_rows(x):
     return [(slice(u, u + height), x[u : u + height]) for u in range(0, len(x), height)]
 
 
-@partial(jax.jit, static_argnames=("k", "mesh"))
+@partial(jax.jit, static_argnames=("distance", "k", "mesh"))
 def list_block(
-    queries: Float[Array, "n d"],
-    query_norms: Float[Array, "n"],
-    query_ids: Int[Array, "n"],
-    gallery: Float[Array, "m d"],
-    norms: Float[Array, "m"],
-    *,
-    k: int | None,
-    mesh: Mesh,
+    queries, query_ids: Int[Array, "n"], gallery, size: int, *, distance, k: int | None, mesh: Mesh
 ) -> Array:
-    """Indices [n, k] of the nearest gallery rows of each query; for k None the squared distances [n, m] instead."""
+    """Indices [n, k] of the nearest of the first `size` gallery rows; for k None the distances [n, m] instead.
 
-    def local(queries, query_norms, query_ids, gallery, norms):
-        return _listed(_without_self(queries, query_norms, query_ids, gallery, norms), k)
+    distance(queries, gallery) gives the distances [n, m] of two trees of arrays; a query's own id is left out.
+    """
+
+    def local(queries, query_ids, gallery, size):
+        return _listed(_among_others(distance(queries, gallery), query_ids, size), k)
 
     rows, all_ = P("data"), P()
-    specs = (rows, rows, rows, all_, all_)
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-    return sharded(queries, query_norms, query_ids, gallery, norms)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, all_, all_), out_specs=rows, check_vma=False)
+    return sharded(queries, query_ids, gallery, size)
 
 
-@partial(jax.jit, static_argnames=("k", "mesh"))
+@partial(jax.jit, static_argnames=("distance", "k", "mesh"))
 def rank_block(
-    queries: Float[Array, "n d"],
-    query_norms: Float[Array, "n"],
+    queries,
     query_ids: Int[Array, "n"],
     query_labels: Int[Array, "n"],
-    gallery: Float[Array, "m d"],
-    norms: Float[Array, "m"],
+    gallery,
     labels: Int[Array, "m"],
+    size: int,
     *,
+    distance,
     k: int | None,
     mesh: Mesh,
 ) -> tuple[Array, Int[Array, "n"], Float[Array, "n"]]:
-    """What `list_block` gives, how many rows come before the nearest positive, and the least squared distance."""
+    """What `list_block` gives, how many rows come before the nearest positive, and the least distance."""
 
-    def local(queries, query_norms, query_ids, query_labels, gallery, norms, labels):
-        distances = _without_self(queries, query_norms, query_ids, gallery, norms)
+    def local(queries, query_ids, query_labels, gallery, labels, size):
+        distances = _among_others(distance(queries, gallery), query_ids, size)
         place = jnp.arange(len(labels), dtype=jnp.int32)
         positive = (labels[None, :] == query_labels[:, None]) & (distances < jnp.inf)
         closest = _fold_columns(jnp.minimum, jnp.where(positive, distances, jnp.inf))
@@ -214,27 +214,33 @@ def rank_block(
         return _listed(distances, k), before, _fold_columns(jnp.minimum, distances)
 
     rows, all_ = P("data"), P()
-    specs = (rows, rows, rows, rows, all_, all_, all_)
+    specs = (rows, rows, rows, all_, all_, all_)
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-    return sharded(queries, query_norms, query_ids, query_labels, gallery, norms, labels)
+    return sharded(queries, query_ids, query_labels, gallery, labels, size)
 
 
 def smallest(distances: Float[np.ndarray, "n m"], k: int) -> Int[np.ndarray, "n k"]:
     """Host version of the list for long lists: columns of the k smallest, in order, equal ones by column."""
-    # One sortable number for each pair: the bits of a float >= 0 grow with it; the sign bit may be a negative zero's.
-    keys = (distances.view(np.int32) & 0x7FFFFFFF).astype(np.int64)
-    keys <<= 32
-    keys |= np.arange(distances.shape[1])
-    keys.partition(k - 1, axis=1)
-    return np.sort(keys[:, :k], axis=1) & 0xFFFFFFFF
+    # One sortable number per pair: a float's bits, made to grow with it (negative floats count backwards, and adding
+    # 0 turns -0 into 0), then the column. A few rows at a time, so that they stay in the cache.
+    result = np.empty((len(distances), k), np.int32)
+    columns = np.arange(distances.shape[1])
+    step = max(1, 2**16 // distances.shape[1])
+    for start in range(0, len(distances), step):
+        bits = (distances[start : start + step] + np.float32(0)).view(np.int32)
+        keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+        keys <<= 32
+        keys |= columns
+        keys.partition(k - 1, axis=1)
+        result[start : start + step] = np.sort(keys[:, :k], axis=1) & 0xFFFFFFFF
+    return result
 
 
 def _listed(distances, k):
     return distances if k is None else jax.lax.top_k(-distances, k)[1]
 
 
-def _without_self(queries, query_norms, query_ids, gallery, norms):
-    distances = squared_distances(queries, query_norms, gallery, norms)
-    place = jnp.arange(len(norms), dtype=jnp.int32)
-    distances = jnp.where(place[None, :] == query_ids[:, None], jnp.inf, distances)
-    return jax.lax.optimization_barrier(distances)
+def _among_others(distances, query_ids, size):
+    place = jnp.arange(distances.shape[1], dtype=jnp.int32)
+    out = (place[None, :] == query_ids[:, None]) | (place[None, :] >= size)
+    return jax.lax.optimization_barrier(jnp.where(out, jnp.inf, distances.astype(jnp.float32)))

@@ -1,28 +1,323 @@
-"""What an uncertainty score knows (placeholder of the three functions that evaluate.py calls; rewrite freely, keep the names)."""
+"""Does an uncertainty know which answers are wrong? Scores are per query, and larger means less sure.
+
+Everything is judged beside free baselines (`free_scores`), which need no learned uncertainty at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from idml_jax.metrics.checks import embedding_rows, score_column
+from idml_jax.metrics.retrieval import neighbours
 
 
-def _ranks(x):
-    x = np.asarray(x, np.float64)
-    values, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]
+class RiskCoverage(NamedTuple):
+    """Risk as the least certain answers are dropped (Geifman, Uziel, El-Yaniv, ICLR 2019).
+
+    coverage: 1/n, 2/n, ..., 1, the share of answers kept, the most certain first.
+    risk: share of wrong answers among those kept.
+    aurc: mean risk over all coverages (area under the curve); 0 is perfect.
+    excess_aurc: aurc less that of an oracle which drops all wrong answers first; 0 is the best possible ordering.
+    """
+
+    coverage: Float[np.ndarray, "n"]
+    risk: Float[np.ndarray, "n"]
+    aurc: float
+    excess_aurc: float
 
 
-def r_auroc(uncertainty, nearest_correct):
-    wrong = ~np.asarray(nearest_correct, bool)
-    if wrong.all() or not wrong.any():
+class Interval(NamedTuple):
+    """A value and its bootstrap confidence interval; all NaN where the value is undefined."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Threshold(NamedTuple):
+    """Answer when the score is <= value, abstain otherwise.
+
+    reached: whether the wanted precision is to be had. If not, value is -inf: abstain always.
+    coverage: share of the held-out queries that are answered.
+    precision: share of right answers among them; if not reached, the best of any threshold.
+    bound: the lower confidence bound of that precision, which was compared with the wanted one.
+    """
+
+    value: float
+    reached: bool
+    coverage: float
+    precision: float
+    bound: float
+
+
+def r_auroc(uncertainty: Float[Array, "n"], nearest_correct: Bool[Array, "n"]) -> float:
+    """AUROC of a query's uncertainty predicting that its nearest neighbour is of another class.
+
+    The probability that a query answered wrongly is less certain than one answered rightly, ties counted half: 1 is
+    perfect, 0.5 knows nothing. NaN where it is undefined, because all answers are right or all wrong (R@1 is 0 or 1;
+    `r_auroc_undefined` says which). Kirchhof et al., "URL: A Representation Learning Benchmark for Transferable
+    Uncertainty Estimates", NeurIPS 2023.
+
+    Raises ValueError for empty, mismatched or NaN input.
+    """
+    uncertainty = score_column(uncertainty, "uncertainty")
+    wrong = ~_correct(nearest_correct, "nearest_correct", len(uncertainty))
+    if r_auroc_undefined(~wrong):
         return float("nan")
-    ranks = _ranks(uncertainty)
-    w, c = wrong.sum(), (~wrong).sum()
-    return float((ranks[wrong].sum() - w * (w + 1) / 2) / (w * c))
+    wrongs = int(wrong.sum())
+    return float((_ranks(uncertainty)[wrong].sum() - wrongs * (wrongs + 1) / 2) / (wrongs * (len(wrong) - wrongs)))
 
 
-def spearman(a, b):
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+def r_auroc_undefined(nearest_correct: Bool[Array, "n"]) -> str | None:
+    """Why R-AUROC has no value for these answers, in words; None where it has one."""
+    correct = np.asarray(nearest_correct, bool)
+    if correct.all():
+        return "every nearest neighbour is right (R@1 = 1): there is no error to predict"
+    return None if correct.any() else "every nearest neighbour is wrong (R@1 = 0): there is no success to tell apart"
 
 
-def probability_greater(changed, original):
-    changed, original = np.asarray(changed), np.asarray(original)
-    return float(np.mean(changed > original) + 0.5 * np.mean(changed == original))
+def risk_coverage(uncertainty: Float[Array, "n"], correct: Bool[Array, "n"]) -> RiskCoverage:
+    """The curve of risk over coverage, its area, and the area's excess over the oracle's; see `RiskCoverage`.
+
+    Equally uncertain answers share their errors evenly, so the order of the input does not matter. Raises ValueError
+    for empty, mismatched or NaN input.
+    """
+    uncertainty = score_column(uncertainty, "uncertainty")
+    wrong = ~_correct(correct, "correct", len(uncertainty))
+    kept = np.arange(1, len(wrong) + 1)
+    group, size = np.unique(uncertainty, return_inverse=True, return_counts=True)[1:]
+    shared = np.bincount(group, weights=wrong) / size
+    risk = np.cumsum(np.repeat(shared, size)) / kept
+    oracle = np.maximum(kept - (len(wrong) - wrong.sum()), 0) / kept
+    return RiskCoverage(kept / len(wrong), risk, float(risk.mean()), float(risk.mean() - oracle.mean()))
+
+
+def spearman(a: Float[Array, "n"], b: Float[Array, "n"]) -> float:
+    """Spearman's rank correlation, ties averaged; NaN where one side is constant or there is one entry only."""
+    a = score_column(a, "a")
+    b = score_column(b, "b", len(a))
+    return _pearson(_ranks(a), _ranks(b))
+
+
+def probability_greater(changed: Float[Array, "n"], original: Float[Array, "n"]) -> float:
+    """P(u(changed) > u(original)) over pairs of the same image, ties counted half; 0.5 knows nothing."""
+    original = score_column(original, "original")
+    changed = score_column(changed, "changed", len(original))
+    return float(np.mean((changed > original) + 0.5 * (changed == original)))
+
+
+def free_scores(
+    embeddings: Float[Array, "n d"],
+    gallery: Float[Array, "m d"] | None = None,
+    *,
+    norms: Float[Array, "n"] | None = None,
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """Baselines that cost no training, one value per query, larger = less sure.
+
+    nearest_distance: Euclidean distance to the nearest row.
+    margin_2, margin_10, margin_20: minus the cosine similarity to the nearest row less that to the 2nd (10th, 20th).
+        Left out where the gallery has fewer rows.
+    norm: minus the length of the embedding. Pass `norms` [n], the lengths before normalising, for rows that are
+        normalised already; left out where all rows have the same length, which tells nothing.
+
+    Without a gallery every row queries all the others. Raises ValueError as `retrieval.neighbours`.
+    """
+    queries, squares = embedding_rows(embeddings, "embeddings")
+    others = len(queries) - 1 if gallery is None else len(gallery)
+    depth = max(1, min(20, others))
+    found = neighbours(queries, gallery, depth)
+    rows = queries if gallery is None else np.asarray(gallery, np.float32)
+    scores = {"nearest_distance": found.distance[:, 0].astype(np.float64)}
+    nearest = _cosine(queries, rows[found.index[:, 0]])
+    for place in (2, 10, 20):
+        if place <= depth:
+            scores[f"margin_{place}"] = _cosine(queries, rows[found.index[:, place - 1]]) - nearest
+    norms = np.sqrt(squares) if norms is None else score_column(norms, "norms", len(queries))
+    if np.ptp(norms) > 1e-3 * norms.max():
+        scores["norm"] = -norms.astype(np.float64)
+    return scores
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *columns: Array,
+    seed: int = 0,
+    samples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap interval of statistic(*columns) [n], queries drawn again with replacement (Efron, 1979).
+
+    Draws without a value (NaN) are left out. Raises ValueError for mismatched columns and a level outside (0, 1).
+    """
+    columns = [np.asarray(column) for column in columns]
+    size = len(columns[0])
+    if any(len(column) != size for column in columns):
+        raise ValueError(f"columns: different lengths {[len(column) for column in columns]}")
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(0, size, size) for _ in range(samples))
+    return _interval(statistic(*columns), [statistic(*(c[draw] for c in columns)) for draw in draws], level)
+
+
+def recall_interval(
+    nearest_correct: Bool[Array, "n"], *, seed: int = 0, samples: int = 1000, level: float = 0.95
+) -> Interval:
+    """R@1 and its bootstrap interval over queries."""
+    correct = _correct(nearest_correct, "nearest_correct", len(nearest_correct))
+    # The mean of a resample of zeros and ones is binomial.
+    draws = np.random.default_rng(seed).binomial(len(correct), correct.mean(), samples) / len(correct)
+    return _interval(float(correct.mean()), draws, level)
+
+
+def r_auroc_interval(
+    uncertainty: Float[Array, "n"],
+    nearest_correct: Bool[Array, "n"],
+    *,
+    seed: int = 0,
+    samples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """R-AUROC and its bootstrap interval over queries; NaN where R-AUROC is undefined."""
+    value = r_auroc(uncertainty, nearest_correct)
+    order = np.argsort(np.asarray(uncertainty), kind="stable")
+    scores, correct = np.asarray(uncertainty)[order], np.asarray(nearest_correct, bool)[order]
+    starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(samples):
+        # Sorted once: a draw only changes how often each query counts.
+        times = np.bincount(rng.integers(0, len(order), len(order)), minlength=len(order))
+        right = np.add.reduceat(times * correct, starts)
+        wrong = np.add.reduceat(times * ~correct, starts)
+        pairs = right.sum() * wrong.sum()
+        below = np.cumsum(right) - 0.5 * right
+        draws.append(np.sum(wrong * below) / pairs if pairs else np.nan)
+    return _interval(value, draws, level)
+
+
+def similarity_correlation(
+    semantic: Float[Array, "n d"], uncertainty: Float[Array, "n k"], *, rows: int = 2048
+) -> float:
+    """Do s and u say the same? Correlation over pairs of images of their similarities in s and in u.
+
+    Pearson's coefficient of the centred inner products <s_i, s_j> and <u_i, u_j>, i < j: independent of the bases and
+    widths of the two spaces, 1 where u is a rotation of s, about 0 where it has nothing to do with it. On `rows`
+    evenly spaced images; NaN where one side is constant.
+    """
+    semantic, uncertainty = embedding_rows(semantic, "semantic")[0], embedding_rows(uncertainty, "uncertainty")[0]
+    if len(semantic) != len(uncertainty):
+        raise ValueError(f"uncertainty: {len(uncertainty)} rows, semantic has {len(semantic)}")
+    some = np.unique(np.linspace(0, len(semantic) - 1, rows).astype(int))
+    pairs = np.triu_indices(len(some), 1)
+    grams = []
+    for side in (semantic[some], uncertainty[some]):
+        side = (side - side.mean(axis=0)).astype(np.float64)
+        grams.append((side @ side.T)[pairs])
+    return _pearson(*grams)
+
+
+def failure_signs(
+    semantic: Float[Array, "n d"], uncertainty: Float[Array, "n k"], *, small: float = 0.01, correlated: float = 0.8
+) -> list[str]:
+    """What is wrong with an uncertainty head, one line each; empty where nothing is.
+
+    Collapsed: 95% of all images have |u| < small (with semantic distances about 1 and temperature 5 it then weakens
+    no distance by more than half a percent). Constant: |u| varies by less than a thousandth of its mean. Copy:
+    |`similarity_correlation`| above `correlated`.
+    """
+    norms = np.sqrt(embedding_rows(uncertainty, "uncertainty")[1].astype(np.float64))
+    signs = []
+    if (large := np.quantile(norms, 0.95)) < small:
+        signs.append(f"uncertainty collapsed: 95% of |u| are below {large:.2g}, so it changes no distance")
+    if norms.std() < 1e-3 * norms.mean():
+        signs.append(f"uncertainty is constant: |u| = {norms.mean():.4g} for every image")
+    correlation = similarity_correlation(semantic, uncertainty)
+    if abs(correlation) > correlated:
+        signs.append(f"uncertainty copies the semantic embedding: their similarities correlate at {correlation:.2f}")
+    return signs
+
+
+def threshold_for_precision(
+    uncertainty: Float[Array, "n"],
+    correct: Bool[Array, "n"],
+    precision: float,
+    *,
+    confidence: float | None = 0.95,
+) -> Threshold:
+    """The threshold that answers most while `precision` of the answers are right, chosen on held-out data.
+
+    The held-out queries must be of classes that the model was not trained on, and not those it is reported on. With
+    a confidence, precision must be reached by the lower Wilson bound (1927) and not just by the few held-out queries
+    at hand: three right answers of three do not prove 99%. Wanting more than the data can show gives reached=False
+    and a threshold that always abstains. Raises ValueError for bad input or levels outside (0, 1].
+    """
+    uncertainty = score_column(uncertainty, "uncertainty")
+    correct = _correct(correct, "correct", len(uncertainty))
+    if not 0 < precision <= 1:
+        raise ValueError(f"precision: expected in (0, 1], got {precision}")
+    if confidence is not None and not 0.5 <= confidence < 1:
+        raise ValueError(f"confidence: expected in [0.5, 1) or None, got {confidence}")
+    order = np.argsort(uncertainty, kind="stable")
+    scores = uncertainty[order]
+    last = np.flatnonzero(np.r_[scores[1:] != scores[:-1], True])  # a threshold cannot part equal scores
+    kept = last + 1
+    share = np.cumsum(correct[order])[last] / kept
+    z = 0.0 if confidence is None else NormalDist().inv_cdf(confidence)
+    spread = z * np.sqrt(share * (1 - share) / kept + (z / (2 * kept)) ** 2)
+    bound = (share + z**2 / (2 * kept) - spread) / (1 + z**2 / kept)
+    good = np.flatnonzero(bound >= precision)
+    if len(good):
+        i = good[-1]
+        return Threshold(float(scores[last[i]]), True, float(kept[i] / len(scores)), float(share[i]), float(bound[i]))
+    best = np.argmax(bound)
+    return Threshold(float("-inf"), False, 0.0, float(share[best]), float(bound[best]))
+
+
+def selective(
+    uncertainty: Float[Array, "n"], correct: Bool[Array, "n"], threshold: float | Threshold
+) -> dict[str, float]:
+    """What a threshold does on other data: 'coverage', 'precision' (NaN if nothing is answered), 'answers'."""
+    uncertainty = score_column(uncertainty, "uncertainty")
+    correct = _correct(correct, "correct", len(uncertainty))
+    answered = uncertainty <= (threshold.value if isinstance(threshold, Threshold) else threshold)
+    right = float(correct[answered].mean()) if answered.any() else float("nan")
+    return {"coverage": float(answered.mean()), "precision": right, "answers": int(answered.sum())}
+
+
+def _correct(correct, name: str, size: int) -> Bool[np.ndarray, "n"]:
+    column = score_column(correct, name, size)
+    if not np.isin(column, (0, 1)).all():
+        raise ValueError(f"{name}: expected booleans")
+    return column.astype(bool)
+
+
+def _ranks(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """1 for the smallest; equal entries share the mean of their ranks."""
+    group, counts = np.unique(x, return_inverse=True, return_counts=True)[1:]
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]
+
+
+def _pearson(a, b) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    spread = np.sqrt(np.sum(a * a) * np.sum(b * b))
+    return float(np.sum(a * b) / spread) if spread > 0 else float("nan")
+
+
+def _cosine(a, b) -> Float[np.ndarray, "n"]:
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.einsum("nd,nd->n", a, b) / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def _interval(value, draws, level: float) -> Interval:
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected in (0, 1), got {level}")
+    draws = np.asarray(draws, np.float64)
+    draws = draws[~np.isnan(draws)]
+    if np.isnan(value) or not len(draws):
+        return Interval(float(value), float("nan"), float("nan"))
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(value), float(low), float(high))

@@ -1,0 +1,87 @@
+"""Retrieval with the uncertainty taken into account: ranking by the introspective distance, and how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from idml_jax import ism
+from idml_jax.metrics.retrieval import Ranks, neighbours, ranks_by_distance, retrieval_ranks, summarise
+from idml_jax.metrics.uncertainty import free_scores
+
+
+class IntrospectiveDistance(NamedTuple):
+    """`ism.introspective_distance` with its settings; equal settings share one compiled program."""
+
+    temperature: float = ism.DEFAULT_TEMPERATURE
+    relative: bool = True
+
+    def __call__(self, a: ism.Embedding, b: ism.Embedding) -> Float[Array, "n m"]:
+        return ism.introspective_distance(a, b, temperature=self.temperature, relative=self.relative)
+
+
+class Comparison(NamedTuple):
+    """Per-query results of the same queries under both distances."""
+
+    semantic: Ranks
+    introspective: Ranks
+
+
+def compare(
+    embedding: ism.Embedding,
+    labels: Int[Array, "n"],
+    gallery: ism.Embedding | None = None,
+    gallery_labels: Int[Array, "m"] | None = None,
+    *,
+    temperature: float = ism.DEFAULT_TEMPERATURE,
+    relative: bool = True,
+    devices: Sequence[jax.Device] | None = None,
+) -> Comparison:
+    """Retrieval by semantic distance and by introspective distance (IDML, arXiv 2309.09982), side by side.
+
+    Same protocol and errors as `retrieval.retrieval_ranks`; `retrieval.summarise` turns each side into metrics.
+    """
+    semantic = None if gallery is None else gallery.semantic
+    distance = IntrospectiveDistance(temperature, relative)
+    return Comparison(
+        retrieval_ranks(embedding.semantic, labels, semantic, gallery_labels, devices=devices),
+        ranks_by_distance(distance, embedding, labels, gallery, gallery_labels, devices=devices),
+    )
+
+
+def compare_metrics(comparison: Comparison, ks: Sequence[int] = (1, 2, 4, 8)) -> dict[str, float]:
+    """One flat dictionary: 'semantic/R@1', ..., 'introspective/R@1', ..., as `retrieval.summarise` names them."""
+    sides = comparison._asdict().items()
+    return {f"{side}/{name}": value for side, ranks in sides for name, value in summarise(ranks, ks).items()}
+
+
+def answer_scores(
+    embedding: ism.Embedding,
+    gallery: ism.Embedding | None = None,
+    *,
+    norms: Float[Array, "n"] | None = None,
+    temperature: float = ism.DEFAULT_TEMPERATURE,
+    relative: bool = True,
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """How unsure the semantic nearest neighbour of each query is as an answer; larger = less sure.
+
+    The free scores of `uncertainty.free_scores` and, where the embedding has an uncertainty: 'uncertainty' |u| of
+    the query, 'pair_uncertainty' |u + u'| of query and answer, 'introspective_distance' between the two.
+    """
+    others = embedding if gallery is None else gallery
+    scores = free_scores(embedding.semantic, None if gallery is None else gallery.semantic, norms=norms)
+    if embedding.uncertainty is None or others.uncertainty is None:
+        return scores
+    answer = neighbours(embedding.semantic, None if gallery is None else gallery.semantic).index[:, 0]
+    answer = jax.tree.map(lambda x: np.asarray(x)[answer], others)
+    u = np.asarray(embedding.uncertainty, np.float64)
+    scores["uncertainty"] = np.linalg.norm(u, axis=1)
+    scores["pair_uncertainty"] = np.linalg.norm(u + np.asarray(answer.uncertainty, np.float64), axis=1)
+    distance = IntrospectiveDistance(temperature, relative)
+    one = lambda a, b: distance(*(jax.tree.map(lambda x: x[None], side) for side in (a, b)))[0, 0]
+    scores["introspective_distance"] = np.asarray(jax.jit(jax.vmap(one))(embedding, answer), np.float64)
+    return scores
