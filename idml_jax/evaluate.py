@@ -112,10 +112,23 @@ def retrieval_report(embedded: Embedded, ks: Sequence[int]) -> dict[str, float]:
     return {**metrics, "uncertainty_mean": float(length.mean()), "uncertainty_std": float(length.std())}
 
 
+def baseline_report(embedded: Embedded) -> dict[str, float]:
+    """What the distance to the nearest neighbour, which costs nothing, knows about wrong answers.
+
+    Args:
+      embedded: the images.
+
+    Returns:
+      ``R-AUROC(distance)`` (Kirchhof et al., URL benchmark, 2023).
+    """
+    ranks = retrieval.retrieval_ranks(embedded.semantic, embedded.labels)
+    return {"R-AUROC(distance)": float(uncertainty.r_auroc(ranks.nearest_distance, ranks.nearest_correct))}
+
+
 def uncertainty_report(
     embedded: Embedded, mixed: Embedded, ambiguity: Float[np.ndarray, "n"] | None = None
 ) -> dict[str, float]:
-    """What the uncertainty's length knows, beside the free baseline of the nearest distance.
+    """What the uncertainty's length knows, beside the baseline.
 
     Args:
       embedded: the images.
@@ -123,15 +136,15 @@ def uncertainty_report(
       ambiguity: true ambiguity of each image, ``[n]``, where it is known.
 
     Returns:
-      ``P(u_mixed>u)``, ``R-AUROC(u)`` and ``R-AUROC(distance)`` (Kirchhof et al., 2023), and ``spearman(u,ambiguity)``.
+      ``P(u_mixed>u)``, ``R-AUROC(u)``, ``R-AUROC(distance)`` and, if the truth is known, ``spearman(u,ambiguity)``.
     """
     score = embedded.uncertainty_norm
     ranks = retrieval.retrieval_ranks(embedded.semantic, embedded.labels)
     report = {
-        "P(u_mixed>u)": uncertainty.probability_greater(mixed.uncertainty_norm, score),
-        "R-AUROC(u)": uncertainty.r_auroc(score, ranks.nearest_correct),
-        "R-AUROC(distance)": uncertainty.r_auroc(ranks.nearest_distance, ranks.nearest_correct),
+        "P(u_mixed>u)": float(uncertainty.probability_greater(mixed.uncertainty_norm, score)),
+        "R-AUROC(u)": float(uncertainty.r_auroc(score, ranks.nearest_correct)),
+        **baseline_report(embedded),
     }
     if ambiguity is not None:
-        report["spearman(u,ambiguity)"] = uncertainty.spearman(score, ambiguity)
-    return {k: float(v) for k, v in report.items()}
+        report["spearman(u,ambiguity)"] = float(uncertainty.spearman(score, ambiguity))
+    return report

@@ -43,8 +43,8 @@ def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
     source = run.eval_source
     embedded = _embed(run, state)
     report = evaluate.retrieval_report(embedded, run.config.eval.ks)
-    if run.config.model.uncertainty_head == "none":
-        return report
+    if not run.config.ism.enabled:  # nothing has taught the uncertainty head anything
+        return {**report, **evaluate.baseline_report(embedded)}
     mixed = _embed(run, state, evaluate.partners_of_other_classes(source.labels, run.config.seed))
     return {**report, **evaluate.uncertainty_report(embedded, mixed, source.fields.get("ambiguity"))}
 

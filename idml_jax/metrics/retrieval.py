@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 from idml_jax.metrics import ranking
 from idml_jax.metrics.checks import embedding_rows, label_column
 
-
 Tree = Any  # an array, or a tuple or dict of arrays with the same first axis
 
 

@@ -162,6 +162,13 @@ def _fold_rows(op, x: Float[Array, "n m"]) -> Float[Array, "m"]:
     return x[0]
 
 
+def least_column(x: Float[Array, "n m"]) -> tuple[Float[Array, "n"], Int[Array, "n"]]:
+    """The least value of each row and the first column that has it."""
+    least = _fold_columns(jnp.minimum, x)
+    place = jnp.arange(x.shape[1], dtype=jnp.int32)
+    return least, _fold_columns(jnp.minimum, jnp.where(x == least[:, None], place[None, :], x.shape[1]))
+
+
 def _cut_columns(x):
     width = max(32, x.shape[1] // 32)
     return [(slice(u, u + width), x[:, u : u + width]) for u in range(0, x.shape[1], width)]
@@ -208,9 +215,7 @@ def rank_block(
         distances = _among_others(distance(queries, gallery), query_ids, size)
         place = jnp.arange(len(labels), dtype=jnp.int32)
         positive = (labels[None, :] == query_labels[:, None]) & (distances < jnp.inf)
-        closest = _fold_columns(jnp.minimum, jnp.where(positive, distances, jnp.inf))
-        at = jnp.where(positive & (distances == closest[:, None]), place[None, :], len(labels))
-        before = _before_in_rows(distances, place, closest, _fold_columns(jnp.minimum, at))
+        before = _before_in_rows(distances, place, *least_column(jnp.where(positive, distances, jnp.inf)))
         return _listed(distances, k), before, _fold_columns(jnp.minimum, distances)
 
     rows, all_ = P("data"), P()

@@ -1,0 +1,315 @@
+"""k-means that is exact and fits in memory for thousands of clusters, and the agreement of two clusterings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from idml_jax.metrics import tiles
+from idml_jax.metrics.checks import embedding_rows, label_column
+
+
+class KMeans(NamedTuple):
+    """labels: cluster of each row; centres; inertia: sum of squared distances to them; iterations: of the best run."""
+
+    labels: Int[np.ndarray, "n"]
+    centres: Float[np.ndarray, "k d"]
+    inertia: float
+    iterations: int
+
+
+def kmeans(
+    embeddings: Float[Array, "n d"],
+    k: int,
+    key: Array | int = 0,
+    *,
+    restarts: int = 1,
+    iterations: int = 100,
+    devices: Sequence[jax.Device] | None = None,
+) -> KMeans:
+    """Lloyd's k-means (1982) from k-means++ seeds (Arthur and Vassilvitskii, SODA 2007); the best of some restarts.
+
+    embeddings [n, d] of any norm; key: a jax random key or a whole number, the same one giving the same clusters on
+    any number of `devices`. Each restart ends after `iterations` or as soon as no row changes its cluster. A row as
+    near to two centres goes to the first; a cluster that lost all its rows restarts at the row that is farthest from
+    its own centre (it stays empty only where fewer distinct rows than clusters exist).
+
+    Needs memory for the rows, the centres and one tile of distances. Raises ValueError, naming the argument, for empty
+    or non-finite rows and for k outside 1..n.
+    """
+    rows, norms = embedding_rows(embeddings, "embeddings")
+    if not 1 <= k <= len(rows):
+        raise ValueError(f"k: expected 1 to {len(rows)}, the number of rows, got {k}")
+    for name, value in (("restarts", restarts), ("iterations", iterations)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    seed = key if isinstance(key, int) else np.asarray(jax.random.key_data(key)).ravel().tolist()
+    search = _Search(rows, norms, list(jax.local_devices() if devices is None else devices))
+    runs = (_run(search, int(k), rng, iterations) for rng in np.random.default_rng(seed).spawn(restarts))
+    return min(runs, key=lambda run: run.inertia)
+
+
+class _Search:
+    """Nearest centre for rows that lie on the devices."""
+
+    def __init__(self, rows, norms, devices):
+        self.rows, self.norms = rows, norms
+        self.tile = min(1024, max(64, 1 << (len(rows) - 1).bit_length()))
+        self.mesh = Mesh(np.array(devices), ("data",))
+        everywhere = jax.sharding.NamedSharding(self.mesh, P())
+        self.on_device = jax.device_put((rows, norms), everywhere)
+
+    def nearest(self, which: Int[np.ndarray, "w"], centres: Float[np.ndarray, "c d"]):
+        """Squared distance and index of the nearest centre, the first of equals, for the rows in `which`."""
+        hands = self.mesh.size
+        blocks = -(-len(self.rows) // self.tile)
+        blocks = -(-blocks // hands) * hands
+        work = np.zeros((blocks, self.tile), np.int32)
+        work.reshape(-1)[: len(which)] = which
+        needed = -(-len(which) // self.tile)
+        # Block b is dealt to device b % hands, so that a few blocks are spread too.
+        dealt = work.reshape(-1, hands, self.tile).swapaxes(0, 1)
+        ends = np.array([len(range(hand, needed, hands)) for hand in range(hands)], np.int32)
+        size = len(centres)
+        width = min(1024, max(64, 1 << (size - 1).bit_length()))
+        count = -(-size // width)
+        # Room for a power of two of blocks: few programs to compile, and only the blocks in use are worked on.
+        room = 1 << (count - 1).bit_length()
+        filled = np.zeros((room * width, centres.shape[1]), np.float32)
+        filled[:size] = centres
+        squares = np.full(room * width, np.inf, np.float32)
+        squares[:size] = np.einsum("kd,kd->k", centres, centres)
+        result = _nearest_centres(
+            *self.on_device,
+            dealt,
+            ends,
+            filled.reshape(room, width, -1),
+            squares.reshape(room, width),
+            np.int32(count),
+            mesh=self.mesh,
+        )
+        squared, index = (np.asarray(x).swapaxes(0, 1).reshape(-1)[: len(which)] for x in result)
+        return squared, index
+
+
+@partial(jax.jit, static_argnames=("mesh",))
+def _nearest_centres(rows, norms, work, ends, centres, squares, count, *, mesh):
+    width = centres.shape[1]
+
+    def local(rows, norms, work, ends, centres, squares, count):
+        def block(b, carry):
+            mine, mine_norms = rows[work[0, b]], norms[work[0, b]]
+
+            def step(c, best):
+                distances = tiles.squared_distances(mine, mine_norms, centres[c], squares[c])
+                distances = jax.lax.optimization_barrier(distances)
+                least, at = tiles.least_column(distances)
+                nearer = least < best[0]
+                return jnp.where(nearer, least, best[0]), jnp.where(nearer, at + c * width, best[1])
+
+            start = jnp.full(mine_norms.shape, jnp.inf), jnp.zeros(mine_norms.shape, jnp.int32)
+            best = jax.lax.fori_loop(0, count, step, start)
+            return carry[0].at[0, b].set(best[0]), carry[1].at[0, b].set(best[1])
+
+        return jax.lax.fori_loop(0, ends[0], block, (jnp.zeros(work.shape), jnp.zeros(work.shape, jnp.int32)))
+
+    specs = (P(), P(), P("data"), P("data"), P(), P(), P())
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+    return sharded(rows, norms, work, ends, centres, squares, count)
+
+
+def _run(search: _Search, k: int, rng: np.random.Generator, iterations: int) -> KMeans:
+    everything = np.arange(len(search.rows))
+    centres = search.rows[_seeds(search, k, rng)]
+    squared, labels = search.nearest(everything, centres)
+    changed = np.full(k, True)
+    done = 0
+    while done < iterations and changed.any():
+        done += 1
+        before = labels.copy()
+        _fill_empty(search, labels, squared, k)
+        changed[labels[labels != before]] = changed[before[labels != before]] = True
+        centres, moved = _updated(search.rows, labels, centres, changed)
+        if not moved.any():
+            break
+        # Lloyd's assignment without what cannot have changed: where a row's own centre stayed, the others that
+        # stayed are still not nearer, so only those that moved are looked at.
+        labels, squared = labels.copy(), squared.copy()
+        old = labels.copy()
+        whole = moved[labels]
+        rest, some = everything[~whole], np.flatnonzero(moved)
+        if whole.any():
+            squared[whole], labels[whole] = search.nearest(everything[whole], centres)
+        if len(rest):
+            least, at = search.nearest(rest, centres[some])
+            at = some[at]
+            nearer = (least < squared[rest]) | ((least == squared[rest]) & (at < labels[rest]))
+            squared[rest[nearer]], labels[rest[nearer]] = least[nearer], at[nearer]
+        swapped = labels != old
+        changed = np.full(k, False)
+        changed[labels[swapped]] = changed[old[swapped]] = True
+    return KMeans(labels.astype(np.int32), centres, _inertia(search.rows, labels, centres), done)
+
+
+def _seeds(search: _Search, k: int, rng: np.random.Generator) -> Int[np.ndarray, "k"]:
+    """k-means++: each next seed drawn with the squared distance to the nearest seed so far as its weight.
+
+    Drawn in batches from weights that are out of date, each candidate kept with the ratio of its true weight to the
+    old one: rejection sampling, hence the very distribution of one draw after the other, by matrix products.
+    """
+    rows, norms = search.rows, search.norms
+    everything = np.arange(len(rows))
+    seeds = [int(rng.integers(len(rows)))]
+    weights = search.nearest(everything, rows[seeds])[0].astype(np.float64)
+    weights[weights <= 1e-6 * norms] = 0  # the seed and its duplicates, but for rounding
+    while len(seeds) < k:
+        total = np.cumsum(weights)
+        if not total[-1] > 0:  # fewer distinct rows than clusters
+            left = np.setdiff1d(everything, seeds)
+            seeds += rng.choice(left, k - len(seeds), replace=False).tolist()
+            break
+        wanted = min(k - len(seeds), len(seeds), 1024)
+        drawn = np.searchsorted(total, rng.random(2 * wanted) * total[-1], side="right")
+        chance = rng.random(len(drawn)) * weights[drawn]
+        true = weights[drawn].copy()
+        mutual = norms[drawn][:, None] + norms[drawn][None, :] - 2 * (rows[drawn] @ rows[drawn].T)
+        kept = []
+        for i, candidate in enumerate(drawn):
+            if chance[i] < true[i] and len(kept) < wanted:
+                kept.append(int(candidate))
+                true = np.minimum(true, np.where(mutual[i] <= 1e-6 * norms[drawn], 0, mutual[i]))
+        if kept:
+            weights = np.minimum(weights, search.nearest(everything, rows[kept])[0])
+            weights[weights <= 1e-6 * norms] = 0
+            seeds += kept
+    return np.array(seeds)
+
+
+def _fill_empty(search, labels, squared, k) -> None:
+    """In place: every cluster without rows gets the row that is farthest from its centre, of a cluster that has more."""
+    sizes = np.bincount(labels, minlength=k)
+    empty = np.flatnonzero(sizes == 0)
+    if not len(empty):
+        return
+    farthest = iter(np.argsort(-squared, kind="stable"))
+    for cluster in empty:
+        for row in farthest:
+            if squared[row] <= 1e-6 * search.norms[row]:
+                return  # the rest lie on their centres
+            if sizes[labels[row]] > 1:
+                sizes[labels[row]] -= 1
+                labels[row], squared[row], sizes[cluster] = cluster, 0, 1
+                break
+
+
+def _updated(rows, labels, centres, changed):
+    """Centres with the changed clusters' means, and which of them moved; an empty cluster stays where it is."""
+    members = np.flatnonzero(changed[labels])
+    members = members[np.argsort(labels[members], kind="stable")]
+    found, starts, sizes = np.unique(labels[members], return_index=True, return_counts=True)
+    centres = centres.copy()
+    old = centres[found]
+    if len(found):
+        centres[found] = np.add.reduceat(rows[members], starts, axis=0) / sizes[:, None].astype(np.float32)
+    moved = np.full(len(centres), False)
+    moved[found] = np.any(centres[found] != old, axis=1)
+    return centres, moved
+
+
+def _inertia(rows, labels, centres) -> float:
+    total = 0.0
+    for start in range(0, len(rows), 4096):
+        gap = rows[start : start + 4096] - centres[labels[start : start + 4096]]
+        total += float(np.sum(np.square(gap), dtype=np.float64))
+    return total
+
+
+def nmi(labels: Int[Array, "n"], clusters: Int[Array, "n"]) -> float:
+    """Normalised mutual information, arithmetic mean of the entropies, in [0, 1].
+
+    1 where both sides put everything in one cluster. Raises ValueError for empty or mismatched input.
+    """
+    table, a, b = _contingency(labels, clusters)
+    if len(a) == len(b) == 1:
+        return 1.0
+    information = max(0.0, _information(table, a, b))
+    return min(1.0, information / (0.5 * (_entropy(a) + _entropy(b))))
+
+
+def ami(labels: Int[Array, "n"], clusters: Int[Array, "n"]) -> float:
+    """Adjusted mutual information, arithmetic mean: 0 expected by chance, 1 for equal clusterings.
+
+    Vinh, Epps and Bailey, "Information theoretic measures for clusterings comparison", JMLR 2010. Raises ValueError
+    for empty or mismatched input.
+    """
+    table, a, b = _contingency(labels, clusters)
+    if len(a) == len(b) == 1 or len(a) == len(b) == a.sum():
+        return 1.0
+    expected = _expected_information(a, b)
+    gap = 0.5 * (_entropy(a) + _entropy(b)) - expected
+    tiny = np.finfo(np.float64).eps
+    return float((_information(table, a, b) - expected) / (min(gap, -tiny) if gap < 0 else max(gap, tiny)))
+
+
+def f1(labels: Int[Array, "n"], clusters: Int[Array, "n"]) -> float:
+    """F1 of the decision "same cluster" over all pairs of rows, by counting: no n x n table.
+
+    As in the clustering evaluation of Song, Xiang, Jegelka and Savarese, CVPR 2016. 1 where no pair is together on
+    either side. Raises ValueError for empty or mismatched input.
+    """
+    table, a, b = _contingency(labels, clusters)
+    both, in_labels, in_clusters = (int(np.sum(x * (x - 1) // 2)) for x in (table[2], a, b))
+    return 2 * both / (in_labels + in_clusters) if in_labels + in_clusters else 1.0
+
+
+def _contingency(labels, clusters):
+    """(row, column, count) of the cells that are not 0, and the sizes on both sides."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or len(labels) == 0:
+        raise ValueError(f"labels: expected shape (n,) with n >= 1, got {labels.shape}")
+    clusters = label_column(clusters, len(labels), "clusters", "labels")
+    a = np.unique(label_column(labels, len(labels), "labels", "labels"), return_inverse=True)[1]
+    b = np.unique(clusters, return_inverse=True)[1]
+    cells, counts = np.unique(a.astype(np.int64) * (b.max() + 1) + b, return_counts=True)
+    return (*np.divmod(cells, b.max() + 1), counts), np.bincount(a), np.bincount(b)
+
+
+def _entropy(sizes) -> float:
+    share = sizes / sizes.sum()
+    return float(-np.sum(share * np.log(share)))
+
+
+def _information(table, a, b) -> float:
+    row, column, count = table
+    n = a.sum()
+    return float(np.sum(count / n * (np.log(count) + np.log(n) - np.log(a[row]) - np.log(b[column]))))
+
+
+def _expected_information(a, b) -> float:
+    """Mean mutual information of clusterings with these sizes (hypergeometric), by distinct pairs of sizes."""
+    n = int(a.sum())
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    total = 0.0
+    sizes_b, times_b = np.unique(b, return_counts=True)
+    for size_a, times_a in zip(*np.unique(a, return_counts=True), strict=True):
+        for size_b, times in zip(sizes_b, times_b, strict=True):
+            cell = np.arange(max(1, size_a + size_b - n), min(size_a, size_b) + 1)
+            log_probability = (
+                log_factorial[[size_a, size_b, n - size_a, n - size_b]].sum()
+                - log_factorial[n]
+                - log_factorial[cell]
+                - log_factorial[size_a - cell]
+                - log_factorial[size_b - cell]
+                - log_factorial[n - size_a - size_b + cell]
+            )
+            gain = cell / n * (np.log(n) + np.log(cell) - np.log(size_a) - np.log(size_b))
+            total += int(times_a) * int(times) * float(np.sum(gain * np.exp(log_probability)))
+    return total
