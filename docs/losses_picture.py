@@ -33,7 +33,7 @@ PULL, PUSH, INK = "#1f6fb2", "#c8442c", "#444444"
 
 
 def weights(name, grid, kind):
-    """|dL/dd| of one positive (or negative) pair at each distance of the grid, averaged over the anchors."""
+    """dL/dd of one positive pair, or -dL/dd of a negative, at each distance of the grid, averaged over the anchors."""
     spec = losses.LOSSES[name]
     rng = np.random.default_rng(0)
     # For one image a proxy loss knows one positive, its class's proxy.
@@ -54,7 +54,8 @@ def weights(name, grid, kind):
         return spec.function(matrix.reshape(shape), pairs)
 
     gradient = jax.vmap(jax.vmap(jax.grad(loss), (None, 0)), (0, None))(grid, others)
-    return np.abs(np.mean(np.asarray(gradient), axis=1))
+    mean = np.mean(np.asarray(gradient), axis=1)
+    return mean if kind == "positive" else -mean
 
 
 def main():
@@ -69,7 +70,8 @@ def main():
         axis.plot(grid, pull / scale, color=PULL, lw=2, label="pull of a positive pair")
         axis.plot(grid, push / scale, color=PUSH, lw=2, ls=(0, (5, 1.5)), label="push of a negative pair")
         axis.set_title(title, fontsize=10)
-        axis.set(xlim=(0, 1.9), ylim=(0, 1.05), xlabel="distance of the pair")
+        axis.axhline(0, color=INK, lw=0.5)
+        axis.set(xlim=(0, 1.9), ylim=(-0.08, 1.05), xlabel="distance of the pair")
     last = axes.flat[-1]
     beta = jnp.linspace(0, 12, 100)
     for relative, style, label in ((True, "-", "relative"), (False, (0, (5, 1.5)), "absolute")):

@@ -65,7 +65,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
       workdir: folder of the run.
 
     Returns:
-      The content of ``result.json``: metrics ``untrained``, ``final`` and ``best``, the settings, versions and speed.
+      The content of ``result.json``: metrics ``untrained``, ``final`` and ``best`` (``None`` where one is undefined),
+      the settings, versions and speed.
 
     Raises:
       UserError: for settings or data that cannot work, and if the loss is no longer a number.
@@ -107,10 +108,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         speed = _Speed(started)
         state = _train(run, state, step, record, checkpoints, writer, speed)
         checkpoints.wait()
-        result = _finish(run, state, record, checkpoints, speed)
+        result = _without_nan(_finish(run, state, record, checkpoints, speed))
         if first_host:
-            config_lib.write_json(workdir / "result.json", _without_nan(result))
-        writer.write(run.total_steps, {f"final/{k}": v for k, v in result["final"].items()})
+            config_lib.write_json(workdir / "result.json", result)
+        writer.write(run.total_steps, {f"final/{k}": v for k, v in result["final"].items() if v is not None})
         logger.info("checkpoints      %s", workdir / "checkpoints")
         logger.info("TensorBoard logs %s", workdir / "tensorboard" if writer.tensorboard else "none")
         logger.info("all figures      %s", workdir / "result.json")

@@ -33,7 +33,7 @@ def shapes_picture(label: int, rng: np.random.Generator, size: int = 24) -> np.n
     angle, width = (label % 4) * np.pi / 4, 3 + 2 * (label // 4)
     y, x = np.mgrid[:size, :size]
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) / width * 2 * np.pi + rng.uniform(0, 6.28))
-    return np.clip(128 + 90 * wave + rng.normal(0, 12, (size, size)), 0, 255).astype(np.uint8)
+    return np.clip(128 + 50 * wave + rng.normal(0, 60, (size, size)), 0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")

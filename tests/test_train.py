@@ -85,38 +85,58 @@ def test_training_helps(image_folder, tmp_path):
     assert result["final"]["MAP@R"] > result["untrained"]["MAP@R"] + 0.1
 
 
-def test_stopped_and_resumed_equals_uninterrupted(image_folder, finished, tmp_path, monkeypatch):
-    """Killed in the middle of the second epoch and started again: same parameters, same log, to the bit."""
-    reference_dir, _ = finished
+def train_killed_at(config, workdir, call, monkeypatch):
+    """Trains until the given step is about to run, then as if killed there, then to the end."""
     real, calls = train.steps.jit_train_step, []
 
     def dies(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == call:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
     monkeypatch.setattr(train.steps, "jit_train_step", dies)
     with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(small_config(image_folder), tmp_path)
+        train.train_and_evaluate(config, workdir)
     monkeypatch.setattr(train.steps, "jit_train_step", real)
-    assert not (tmp_path / "result.json").exists()
-    train.train_and_evaluate(small_config(image_folder), tmp_path)
+    assert not (workdir / "result.json").exists()
+    return train.train_and_evaluate(config, workdir)
 
-    def state_of(workdir):
-        run = train.build(small_config(image_folder))
-        checkpoints = train.Checkpoints(workdir / "checkpoints", "R@1", read_only=True)
-        state, record = checkpoints.restore(9, run.initial_state())
-        checkpoints.close()
-        return jax.tree.map(np.asarray, state), record
 
-    (expected, expected_record), (got, record) = state_of(reference_dir), state_of(tmp_path)
+def last_state(config, workdir):
+    run = train.build(config)
+    checkpoints = train.Checkpoints(workdir / "checkpoints", "R@1", read_only=True)
+    state, record = checkpoints.restore(checkpoints.latest, run.initial_state())
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state), record
+
+
+def assert_same_run(config, one, other):
+    (expected, expected_record), (got, record) = last_state(config, one), last_state(config, other)
     jax.tree.map(np.testing.assert_array_equal, expected, got)
     assert record == expected_record
     timeless = lambda workdir: [
         {k: v for k, v in row.items() if k != "train/images_per_second"} for row in rows(workdir)
     ]
-    assert timeless(tmp_path) == timeless(reference_dir)
+    assert timeless(other) == timeless(one)
+    return got
+
+
+def test_stopped_and_resumed_equals_uninterrupted(image_folder, finished, tmp_path, monkeypatch):
+    """Killed in the middle of the second epoch and started again: same parameters, same log, to the bit."""
+    reference, _ = finished
+    config = small_config(image_folder)
+    train_killed_at(config, tmp_path, 5, monkeypatch)
+    assert_same_run(config, reference, tmp_path)
+
+
+def test_memory_and_learned_boundary_survive_a_stop(image_folder, tmp_path, monkeypatch):
+    changes = {"loss.name": "margin_distance_weighted", "loss.learned": "per_class", "memory.size": 64, "epochs": 2}
+    config = small_config(image_folder, **changes, **{"eval.untrained": False, "optim.warmup_epochs": 0})
+    train.train_and_evaluate(config, tmp_path / "whole")
+    train_killed_at(config, tmp_path / "stopped", 5, monkeypatch)
+    state = assert_same_run(config, tmp_path / "whole", tmp_path / "stopped")
+    assert state.memory.valid.all() and state.params["loss"]["beta"].shape == (8,)
 
 
 def test_a_finished_run_only_evaluates_again(image_folder, finished, tmp_path):

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from idml_jax.metrics import tiles
 from idml_jax.metrics.checks import embedding_rows, label_column
+
+_ROUNDING = 1e-6  # squared distances below this part of the squared norm are nothing but rounding
 
 
 class KMeans(NamedTuple):
@@ -68,7 +70,8 @@ class _Search:
         self.on_device = jax.device_put((rows, norms), everywhere)
 
     def nearest(self, which: Int[np.ndarray, "w"], centres: Float[np.ndarray, "c d"]):
-        """Squared distance and index of the nearest centre, the first of equals, for the rows in `which`."""
+        """Of the rows in `which`: squared distance to the nearest centre, its index (the first of equals), and the
+        squared distance to the next one (infinite if there is none)."""
         hands = self.mesh.size
         blocks = -(-len(self.rows) // self.tile)
         blocks = -(-blocks // hands) * hands
@@ -79,7 +82,7 @@ class _Search:
         dealt = work.reshape(-1, hands, self.tile).swapaxes(0, 1)
         ends = np.array([len(range(hand, needed, hands)) for hand in range(hands)], np.int32)
         size = len(centres)
-        width = min(1024, max(64, 1 << (size - 1).bit_length()))
+        width = min(256, max(64, 1 << (size - 1).bit_length()))
         count = -(-size // width)
         # Room for a power of two of blocks: few programs to compile, and only the blocks in use are worked on.
         room = 1 << (count - 1).bit_length()
@@ -96,8 +99,12 @@ class _Search:
             np.int32(count),
             mesh=self.mesh,
         )
-        squared, index = (np.asarray(x).swapaxes(0, 1).reshape(-1)[: len(which)] for x in result)
-        return squared, index
+        return tuple(np.asarray(x).swapaxes(0, 1).reshape(-1)[: len(which)].copy() for x in result)
+
+    def distance(self, which: Int[np.ndarray, "w"], centres: Float[np.ndarray, "w d"]) -> Float[np.ndarray, "w"]:
+        """Squared distances of rows to one centre each."""
+        squares = np.einsum("wd,wd->w", centres, centres)
+        return np.maximum(self.norms[which] + squares - 2 * np.einsum("wd,wd->w", self.rows[which], centres), 0)
 
 
 @partial(jax.jit, static_argnames=("mesh",))
@@ -110,16 +117,17 @@ def _nearest_centres(rows, norms, work, ends, centres, squares, count, *, mesh):
 
             def step(c, best):
                 distances = tiles.squared_distances(mine, mine_norms, centres[c], squares[c])
-                distances = jax.lax.optimization_barrier(distances)
-                least, at = tiles.least_column(distances)
+                least, at, after = tiles.two_least(jax.lax.optimization_barrier(distances))
                 nearer = least < best[0]
-                return jnp.where(nearer, least, best[0]), jnp.where(nearer, at + c * width, best[1])
+                second = jnp.minimum(jnp.where(nearer, best[0], least), jnp.where(nearer, after, best[2]))
+                return jnp.where(nearer, least, best[0]), jnp.where(nearer, at + c * width, best[1]), second
 
-            start = jnp.full(mine_norms.shape, jnp.inf), jnp.zeros(mine_norms.shape, jnp.int32)
-            best = jax.lax.fori_loop(0, count, step, start)
-            return carry[0].at[0, b].set(best[0]), carry[1].at[0, b].set(best[1])
+            far, none = jnp.full(mine_norms.shape, jnp.inf), jnp.zeros(mine_norms.shape, jnp.int32)
+            best = jax.lax.fori_loop(0, count, step, (far, none, far))
+            return tuple(column.at[0, b].set(value) for column, value in zip(carry, best, strict=True))
 
-        return jax.lax.fori_loop(0, ends[0], block, (jnp.zeros(work.shape), jnp.zeros(work.shape, jnp.int32)))
+        start = (jnp.zeros(work.shape), jnp.zeros(work.shape, jnp.int32), jnp.zeros(work.shape))
+        return jax.lax.fori_loop(0, ends[0], block, start)
 
     specs = (P(), P(), P("data"), P("data"), P(), P(), P())
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
@@ -129,32 +137,28 @@ def _nearest_centres(rows, norms, work, ends, centres, squares, count, *, mesh):
 def _run(search: _Search, k: int, rng: np.random.Generator, iterations: int) -> KMeans:
     everything = np.arange(len(search.rows))
     centres = search.rows[_seeds(search, k, rng)]
-    squared, labels = search.nearest(everything, centres)
-    changed = np.full(k, True)
-    done = 0
+    squared, labels, second = search.nearest(everything, centres)
+    changed, done = np.full(k, True), 0
     while done < iterations and changed.any():
         done += 1
-        before = labels.copy()
-        _fill_empty(search, labels, squared, k)
-        changed[labels[labels != before]] = changed[before[labels != before]] = True
+        changed |= _fill_empty(search, labels, squared, second, k)
         centres, moved = _updated(search.rows, labels, centres, changed)
         if not moved.any():
             break
-        # Lloyd's assignment without what cannot have changed: where a row's own centre stayed, the others that
-        # stayed are still not nearer, so only those that moved are looked at.
-        labels, squared = labels.copy(), squared.copy()
         old = labels.copy()
-        whole = moved[labels]
-        rest, some = everything[~whole], np.flatnonzero(moved)
-        if whole.any():
-            squared[whole], labels[whole] = search.nearest(everything[whole], centres)
-        if len(rest):
-            least, at = search.nearest(rest, centres[some])
-            at = some[at]
-            nearer = (least < squared[rest]) | ((least == squared[rest]) & (at < labels[rest]))
-            squared[rest[nearer]], labels[rest[nearer]] = least[nearer], at[nearer]
-        swapped = labels != old
+        # Lloyd's assignment without the distances that cannot matter: `second` bounds the distance to every centre
+        # but a row's own from below, and only centres that moved can come nearer than it says.
+        unsure = everything
+        if moved.mean() < 0.8:
+            mine = np.flatnonzero(moved[labels])
+            squared[mine] = search.distance(mine, centres[labels[mine]])
+            some = np.flatnonzero(moved)
+            least, at, after = search.nearest(everything, centres[some])
+            second = np.minimum(second, np.where(some[at] == labels, after, least))
+            unsure = np.flatnonzero(squared >= second - 1e-5 * (search.norms + second))  # more than rounding
+        squared[unsure], labels[unsure], second[unsure] = search.nearest(unsure, centres)
         changed = np.full(k, False)
+        swapped = labels != old
         changed[labels[swapped]] = changed[old[swapped]] = True
     return KMeans(labels.astype(np.int32), centres, _inertia(search.rows, labels, centres), done)
 
@@ -169,7 +173,7 @@ def _seeds(search: _Search, k: int, rng: np.random.Generator) -> Int[np.ndarray,
     everything = np.arange(len(rows))
     seeds = [int(rng.integers(len(rows)))]
     weights = search.nearest(everything, rows[seeds])[0].astype(np.float64)
-    weights[weights <= 1e-6 * norms] = 0  # the seed and its duplicates, but for rounding
+    weights[weights <= _ROUNDING * norms] = 0  # the seed and its duplicates, but for rounding
     while len(seeds) < k:
         total = np.cumsum(weights)
         if not total[-1] > 0:  # fewer distinct rows than clusters
@@ -185,29 +189,32 @@ def _seeds(search: _Search, k: int, rng: np.random.Generator) -> Int[np.ndarray,
         for i, candidate in enumerate(drawn):
             if chance[i] < true[i] and len(kept) < wanted:
                 kept.append(int(candidate))
-                true = np.minimum(true, np.where(mutual[i] <= 1e-6 * norms[drawn], 0, mutual[i]))
+                true = np.minimum(true, np.where(mutual[i] <= _ROUNDING * norms[drawn], 0, mutual[i]))
         if kept:
             weights = np.minimum(weights, search.nearest(everything, rows[kept])[0])
-            weights[weights <= 1e-6 * norms] = 0
+            weights[weights <= _ROUNDING * norms] = 0
             seeds += kept
     return np.array(seeds)
 
 
-def _fill_empty(search, labels, squared, k) -> None:
-    """In place: every cluster without rows gets the row that is farthest from its centre, of a cluster that has more."""
+def _fill_empty(search, labels, squared, second, k) -> Bool[np.ndarray, "k"]:
+    """Give each empty cluster the row that is farthest from its centre, in place; returns the clusters that changed."""
     sizes = np.bincount(labels, minlength=k)
     empty = np.flatnonzero(sizes == 0)
+    changed = np.full(k, False)
     if not len(empty):
-        return
+        return changed
     farthest = iter(np.argsort(-squared, kind="stable"))
     for cluster in empty:
         for row in farthest:
-            if squared[row] <= 1e-6 * search.norms[row]:
-                return  # the rest lie on their centres
+            if squared[row] <= _ROUNDING * search.norms[row]:
+                return changed  # the rest lie on their centres
             if sizes[labels[row]] > 1:
                 sizes[labels[row]] -= 1
-                labels[row], squared[row], sizes[cluster] = cluster, 0, 1
+                changed[[labels[row], cluster]] = True
+                labels[row], squared[row], second[row] = cluster, 0, 0
                 break
+    return changed
 
 
 def _updated(rows, labels, centres, changed):

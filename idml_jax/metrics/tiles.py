@@ -169,6 +169,13 @@ def least_column(x: Float[Array, "n m"]) -> tuple[Float[Array, "n"], Int[Array, 
     return least, _fold_columns(jnp.minimum, jnp.where(x == least[:, None], place[None, :], x.shape[1]))
 
 
+def two_least(x: Float[Array, "n m"]) -> tuple[Float[Array, "n"], Int[Array, "n"], Float[Array, "n"]]:
+    """`least_column` and the least value of the other columns (infinite if there is none)."""
+    least, at = least_column(x)
+    place = jnp.arange(x.shape[1], dtype=jnp.int32)
+    return least, at, _fold_columns(jnp.minimum, jnp.where(place[None, :] == at[:, None], jnp.inf, x))
+
+
 def _cut_columns(x):
     width = max(32, x.shape[1] // 32)
     return [(slice(u, u + width), x[:, u : u + width]) for u in range(0, x.shape[1], width)]

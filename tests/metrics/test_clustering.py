@@ -1,0 +1,191 @@
+"""k-means against a naive Lloyd and scikit-learn; NMI, AMI and F1 against scikit-learn and by hand."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from idml_jax.metrics import clustering
+from idml_jax.metrics.clustering import ami, f1, kmeans, nmi
+
+sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed (extra 'test')")
+from sklearn.cluster import KMeans as SklearnKMeans  # noqa: E402
+from sklearn.cluster import kmeans_plusplus  # noqa: E402
+
+
+def blobs(size, width, classes, spread, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, size)
+    return (rng.normal(size=(classes, width))[labels] + spread * rng.normal(size=(size, width))).astype(
+        np.float32
+    ), labels
+
+
+def naive_lloyd(rows, centres, iterations):
+    """Labels and centres of plain Lloyd in float64, none of whose clusters runs empty."""
+    rows, centres = rows.astype(np.float64), centres.astype(np.float64)
+    labels = np.argmin(((rows[:, None] - centres[None]) ** 2).sum(2), axis=1)
+    for _ in range(iterations):
+        centres = np.array([rows[labels == c].mean(axis=0) for c in range(len(centres))])
+        labels = np.argmin(((rows[:, None] - centres[None]) ** 2).sum(2), axis=1)
+    return labels, centres
+
+
+@pytest.mark.parametrize("size, k", [(300, 7), (1500, 40), (1500, 300)])
+def test_same_clusters_as_a_naive_lloyd(monkeypatch, size, k):
+    # The shortcuts leave out only what cannot matter: the result is Lloyd's.
+    rows, _ = blobs(size, 8, k, 0.8)
+    starts = np.random.default_rng(1).choice(size, k, replace=False)
+    monkeypatch.setattr(clustering, "_seeds", lambda search, k, rng: starts)
+    for iterations in (1, 4, 30):
+        found = kmeans(rows, k, iterations=iterations)
+        labels, centres = naive_lloyd(rows, rows[starts], iterations)
+        np.testing.assert_array_equal(found.labels, labels)
+        np.testing.assert_allclose(found.centres, centres, rtol=1e-4, atol=1e-5)
+        assert found.inertia == pytest.approx(np.sum((rows - centres[labels]) ** 2), rel=1e-4)
+        assert found.iterations <= iterations
+
+
+def test_inertia_within_one_percent_of_scikit_learn():
+    rows, _ = blobs(2000, 32, 100, 0.9)
+    ours = min(kmeans(rows, 100, seed, iterations=50).inertia for seed in range(5))
+    theirs = []
+    for seed in range(5):
+        start, _ = kmeans_plusplus(rows, 100, random_state=seed, n_local_trials=1)
+        theirs.append(SklearnKMeans(100, init=start, n_init=1, max_iter=50, tol=0).fit(rows).inertia_)
+    assert ours <= 1.01 * min(theirs)
+
+
+def test_seeds_follow_the_squared_distance():
+    # Three places: a (900 rows), b (50), c (50), c twice as far from a as b is. A first seed at a, as in nine of ten
+    # runs, leaves b and c the weights 50 * 1 and 50 * 4.
+    rows = np.repeat(np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]], np.float32), [900, 50, 50], axis=0)
+    norms = np.sum(rows * rows, axis=1)
+    search = clustering._Search(rows, norms, jax.devices()[:1])
+    second = []
+    for seed in range(150):
+        first, next_ = clustering._seeds(search, 2, np.random.default_rng(seed))
+        if first < 900:
+            second.append(next_ >= 950)
+    assert np.mean(second) == pytest.approx(0.8, abs=0.12)
+
+
+def test_seeds_in_batches_reach_the_quality_of_single_draws():
+    rows, _ = blobs(1500, 16, 60, 0.5)
+    search = clustering._Search(rows, np.sum(rows * rows, axis=1), jax.devices()[:1])
+    ours, theirs = [], []
+    for seed in range(8):
+        seeds = clustering._seeds(search, 60, np.random.default_rng(seed))
+        assert len(set(seeds)) == 60
+        ours.append(search.nearest(np.arange(1500), rows[seeds])[0].sum())
+        centres, _ = kmeans_plusplus(rows, 60, random_state=seed, n_local_trials=1)
+        theirs.append(search.nearest(np.arange(1500), centres)[0].sum())
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.1)
+
+
+def test_same_key_same_clusters_on_any_number_of_devices():
+    rows, _ = blobs(700, 12, 30, 1.0)
+    one = kmeans(rows, 30, jax.random.key(3), devices=jax.devices()[:1])
+    eight = kmeans(rows, 30, jax.random.key(3), devices=jax.devices())
+    jax.tree.map(np.testing.assert_array_equal, one, eight)
+    again = kmeans(rows, 30, jax.random.PRNGKey(3))
+    np.testing.assert_array_equal(one.labels, again.labels)
+    assert not np.array_equal(one.labels, kmeans(rows, 30, 4).labels)
+
+
+def test_restarts_keep_the_best():
+    rows, _ = blobs(300, 6, 20, 1.0)
+    single, best = kmeans(rows, 20, 1), kmeans(rows, 20, 1, restarts=6)
+    assert best.inertia < single.inertia
+
+
+def test_separated_blobs_are_found():
+    rows, labels = blobs(900, 16, 12, 0.05)
+    found = kmeans(rows, 12, 0)
+    assert nmi(labels, found.labels) == ami(labels, found.labels) == f1(labels, found.labels) == pytest.approx(1)
+
+
+def test_an_empty_cluster_starts_again(monkeypatch):
+    # The third start lies on the second: it gets no row, and then the farthest one.
+    rows = np.array([[0.0], [0.1], [5.0], [5.1], [5.2], [9.0]], np.float32)
+    monkeypatch.setattr(clustering, "_seeds", lambda search, k, rng: np.array([0, 2, 2]))
+    found = kmeans(rows, 3)
+    np.testing.assert_array_equal(found.labels, [0, 0, 1, 1, 1, 2])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 40])
+def test_fewer_distinct_rows_than_clusters(k):
+    rows = np.repeat(np.array([[0.3, 1.0, -2.0], [4.0, 0.1, 1.0], [7.0, 7.7, 0.0]], np.float32), [20, 10, 10], axis=0)
+    found = kmeans(rows, k)
+    assert found.centres.shape == (k, 3) and np.isfinite(found.centres).all()
+    assert found.iterations < 10
+    if k >= 3:
+        assert found.inertia < 1e-6
+        assert len({tuple(found.labels[part]) for part in (slice(0, 20), slice(20, 30), slice(30, 40))}) == 3
+
+
+def test_as_many_clusters_as_rows():
+    rows, _ = blobs(70, 5, 3, 1.0)
+    found = kmeans(rows, 70)
+    assert found.inertia == pytest.approx(0, abs=1e-6)
+    assert len(set(found.labels)) == 70
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((np.zeros((0, 2)), 1), "embeddings: no rows"),
+        ((np.full((3, 2), np.nan), 1), "embeddings: NaN"),
+        ((np.zeros((3, 2)), 0), "k: expected 1 to 3"),
+        ((np.zeros((3, 2)), 4), "k: expected 1 to 3"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kmeans(*arguments)
+
+
+def test_bad_numbers_of_runs():
+    with pytest.raises(ValueError, match="restarts"):
+        kmeans(np.zeros((3, 2)), 1, restarts=0)
+    with pytest.raises(ValueError, match="iterations"):
+        kmeans(np.zeros((3, 2)), 1, iterations=0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 12), st.booleans(), st.integers(0, 2**32 - 1))
+def test_agreement_against_scikit_learn(size, classes, clusters, related, seed):
+    rng = np.random.default_rng(seed)
+    a = rng.integers(0, classes, size)
+    b = (
+        np.where(rng.random(size) < 0.7, a, rng.integers(0, clusters, size))
+        if related
+        else rng.integers(0, clusters, size)
+    )
+    assert nmi(a, b) == pytest.approx(sklearn_metrics.normalized_mutual_info_score(a, b), abs=1e-9)
+    assert ami(a, b) == pytest.approx(sklearn_metrics.adjusted_mutual_info_score(a, b), abs=1e-7)
+    (_, false_positive), (false_negative, both) = sklearn_metrics.cluster.pair_confusion_matrix(a, b)
+    pairs = 2 * both + false_positive + false_negative
+    assert f1(a, b) == pytest.approx(2 * both / pairs if pairs else 1.0)
+
+
+def test_agreement_at_a_larger_size():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 150, 5000)
+    b = np.where(rng.random(5000) < 0.5, a, rng.integers(0, 150, 5000))
+    assert nmi(a, b) == pytest.approx(sklearn_metrics.normalized_mutual_info_score(a, b), abs=1e-9)
+    assert ami(a, b) == pytest.approx(sklearn_metrics.adjusted_mutual_info_score(a, b), abs=1e-7)
+
+
+def test_agreement_by_hand():
+    a, b = ["x", "x", "x", "y"], [0, 0, 1, 1]
+    # Pairs together: in a {01, 02, 12}, in b {01, 23}, in both {01}.
+    assert f1(a, b) == pytest.approx(2 * 1 / (3 + 2))
+    assert f1([0, 1, 2], [2, 1, 0]) == nmi([0, 1, 2], [2, 1, 0]) == ami([0, 1, 2], [2, 1, 0]) == 1
+    assert nmi([0, 0], [1, 1]) == ami([0, 0], [1, 1]) == f1([0, 0], [1, 1]) == 1
+    for measure in (nmi, ami, f1):
+        with pytest.raises(ValueError, match="clusters: expected shape"):
+            measure([0, 1], [0])
+        with pytest.raises(ValueError, match="labels: expected shape"):
+            measure([], [])
