@@ -4,7 +4,7 @@
 
 The first half of the classes trains, the second half tests. The settings are the protocol's for IDML-ProxyAnchor on
 CUB-200-2011, from random weights (the paper starts from ImageNet's, so expect less). Made for a GPU or TPU;
-``configs/cub100.py:cpu`` is twelve steps on small batches and one evaluation, to see it work on a laptop.
+``configs/cub100.py:cpu`` is sixteen steps on small batches and one evaluation, to see it work on a laptop.
 """
 
 from idml_jax.config import default_config
@@ -26,9 +26,9 @@ def get_config(arg: str = ""):
         config.model.dtype = "float32"
         config.batch_size = 16
         config.epochs = 1
-        config.max_steps = 12
+        config.max_steps = 16
+        config.mixup.enabled = False
         config.eval.batch_size = 16
         config.eval.untrained = False
         config.log.every_steps = 2
-        config.optim.proxy_lr_factor = 10.0
     return config

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,10 @@ def default_config() -> ConfigDict:
     config.eval.ks = (1, 2, 4, 8)
     config.eval.untrained = True  # measure the random network first
     config.eval.best_metric = "R@1"
+    # Of the evaluation at the end:
+    config.eval.cluster = True  # NMI, AMI and F1 of k-means
+    config.eval.ambiguity_images = 500  # test pictures that are mixed, cropped, blurred, noised, occluded; 0: none
+    config.eval.precision = 0.9  # of the answers, wanted of the threshold that held-out classes choose
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
@@ -152,9 +157,9 @@ def validate(config: ConfigDict) -> None:
                   "model.embedding_dim", "model.uncertainty_dim", "model.uncertainty_hidden", "data.image_size",
                   "optim.step_epochs"):  # fmt: skip
         _at_least(config, field, 1)
-    for field in ("seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay", "optim.clip_value",
-                  "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation", "mixup.alpha",
-                  "memory.size", "memory.warmup_epochs"):  # fmt: skip
+    for field in ("seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay",
+                  "optim.clip_value", "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation",
+                  "mixup.alpha", "memory.size", "memory.warmup_epochs", "eval.ambiguity_images"):  # fmt: skip
         _at_least(config, field, 0)
     _choice(config, "loss.name", tuple(sorted(LOSSES)))
     _choice(config, "model.batchnorm", ("frozen", "frozen_statistics", "live"))
@@ -190,6 +195,8 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.eval.ks = {tuple(config.eval.ks)} must be whole numbers of at least 1")
     known = (*(f"R@{k}" for k in config.eval.ks), "RP", "MAP@R")
     _choice(config, "eval.best_metric", known)
+    if not 0 < config.eval.precision <= 1:
+        raise UserError(f"config.eval.precision = {config.eval.precision} must be in (0, 1]")
     if config.eval.split == "validation" and not config.data.validation_classes:
         raise UserError("config.eval.split = 'validation' needs config.data.validation_classes above 0")
 
@@ -259,3 +266,14 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     temporary.replace(path)
+
+
+def without_nan(value: Any) -> Any:
+    """NaN, which JSON does not have, to null."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,7 +1,19 @@
-"""Evaluation: embed every image once, tail included, then all metrics on the whole set."""
+"""Evaluation: embed every image once, tail included, then all figures of the whole set.
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+Embeddings saved by anyone are evaluated from the shell::
+
+    python -m idml_jax.evaluate --embeddings=x.npz [--gallery=y.npz] [--held_out=z.npz --precision=0.9] [--out=m.json]
+
+A file holds ``semantic`` (or ``embeddings``) [n, d] and ``labels`` [n], and may hold ``uncertainty`` [n, k],
+``semantic_norm`` [n] and ``ambiguity`` [n].
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,32 +21,15 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from idml_jax import sharding, steps
+from idml_jax.config import without_nan, write_json
 from idml_jax.data import pipeline
 from idml_jax.data.sources import Source
-from idml_jax.data.transforms import Transform
-from idml_jax.metrics import retrieval, uncertainty
+from idml_jax.data.transforms import CHANGES, Changed, Transform
+from idml_jax.errors import UserError
+from idml_jax.metrics.report import Embedded, Ism, ambiguity_report, full_report
 from idml_jax.steps import StepSetup
 
-
-class Embedded(NamedTuple):
-    """Embeddings of a whole source, on the host, in its order.
-
-    Attributes:
-      semantic: ``[n, d]``.
-      uncertainty: ``[n, k]``.
-      semantic_norm: ``[n]``, length of the semantic embedding before normalising.
-      labels: ``[n]``.
-    """
-
-    semantic: Float[np.ndarray, "n d"]
-    uncertainty: Float[np.ndarray, "n k"]
-    semantic_norm: Float[np.ndarray, "n"]
-    labels: Int[np.ndarray, "n"]
-
-    @property
-    def uncertainty_norm(self) -> Float[np.ndarray, "n"]:
-        """Length of the uncertainty embedding, the score of a single image."""
-        return np.linalg.norm(self.uncertainty, axis=1)
+STRENGTHS = (0.25, 0.5, 0.75)
 
 
 def embed(
@@ -65,7 +60,7 @@ def embed(
       threads: that read and decode.
 
     Returns:
-      The embeddings, padding removed.
+      The embeddings in that order, padding removed.
     """
     order = np.arange(len(source)) if order is None else np.asarray(order)
     options = dict(
@@ -85,66 +80,143 @@ def embed(
     # Hosts hold the parts of one global batch side by side, so the padding is at the end of the whole.
     arrays = [sharding.to_host(part) for part in parts]
     whole = {k: np.concatenate([a[k] for a in arrays])[: len(order)] for k in arrays[0]}
-    return Embedded(**whole, labels=source.labels[order])
+    return Embedded(labels=source.labels[order], **whole)
 
 
-def partners_of_other_classes(labels: Int[np.ndarray, "n"], seed: int) -> Int[np.ndarray, "n"]:
-    """For every image a random one of another class.
+def partners_of_other_classes(
+    labels: Int[np.ndarray, "n"], chosen: Int[np.ndarray, "m"], seed: int
+) -> Int[np.ndarray, "m"]:
+    """For every chosen image a random one of another class.
 
     Args:
       labels: ``[n]`` with at least two classes.
+      chosen: ``[m]`` records.
       seed: of the choice.
 
     Returns:
-      ``[n]`` records.
+      ``[m]`` records.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
-    partner = rng.permutation(len(labels))
-    while (same := np.flatnonzero(labels[partner] == labels)).size:
+    partner = rng.integers(0, len(labels), len(chosen))
+    while (same := np.flatnonzero(labels[partner] == labels[chosen])).size:
         partner[same] = rng.integers(0, len(labels), same.size)
     return partner
 
 
-def retrieval_report(embedded: Embedded, ks: Sequence[int]) -> dict[str, float]:
-    """R@K, RP, MAP@R of the semantic embeddings, and mean and deviation of the uncertainty's length."""
-    metrics = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, ks=ks)
-    length = embedded.uncertainty_norm
-    return {**metrics, "uncertainty_mean": float(length.mean()), "uncertainty_std": float(length.std())}
-
-
-def baseline_report(embedded: Embedded) -> dict[str, float]:
-    """What the distance to the nearest neighbour, which costs nothing, knows about wrong answers.
-
-    Args:
-      embedded: the images.
-
-    Returns:
-      ``R-AUROC(distance)`` (Kirchhof et al., URL benchmark, 2023).
-    """
-    ranks = retrieval.retrieval_ranks(embedded.semantic, embedded.labels)
-    return {"R-AUROC(distance)": float(uncertainty.r_auroc(ranks.nearest_distance, ranks.nearest_correct))}
-
-
-def uncertainty_report(
-    embedded: Embedded, mixed: Embedded, ambiguity: Float[np.ndarray, "n"] | None = None
+def ambiguity(
+    variables: Any,
+    source: Source,
+    transform: Transform,
+    setup: StepSetup,
+    mesh: Mesh,
+    *,
+    images: int,
+    seed: int,
+    kinds: Iterable[str] = CHANGES,
+    **options: Any,
 ) -> dict[str, float]:
-    """What the uncertainty's length knows, beside the baseline.
+    """Does the uncertainty rise when test pictures are mixed, cropped, blurred, noised or occluded?
 
     Args:
-      embedded: the images.
-      mixed: each of them blended with one of another class.
-      ambiguity: true ambiguity of each image, ``[n]``, where it is known.
+      variables: of the model.
+      source: images.
+      transform: test transform.
+      setup: of the steps.
+      mesh: devices.
+      images: how many pictures, drawn at random, the tests are made on.
+      seed: of the drawing.
+      kinds: changes beside mixing, at the strengths 0.25, 0.5 and 0.75.
+      **options: of ``embed``.
 
     Returns:
-      ``P(u_mixed>u)``, ``R-AUROC(u)``, ``R-AUROC(distance)`` and, if the truth is known, ``spearman(u,ambiguity)``.
+      As ``metrics.report.ambiguity_report``; mixing is at equal weights with a picture of another class.
     """
-    score = embedded.uncertainty_norm
-    ranks = retrieval.retrieval_ranks(embedded.semantic, embedded.labels)
-    report = {
-        "P(u_mixed>u)": float(uncertainty.probability_greater(mixed.uncertainty_norm, score)),
-        "R-AUROC(u)": float(uncertainty.r_auroc(score, ranks.nearest_correct)),
-        **baseline_report(embedded),
-    }
-    if ambiguity is not None:
-        report["spearman(u,ambiguity)"] = float(uncertainty.spearman(score, ambiguity))
-    return report
+    rng = np.random.Generator(np.random.PCG64(seed))
+    chosen = np.sort(rng.permutation(len(source))[:images])
+    run = lambda transform, **more: embed(
+        variables, source, transform, setup, mesh, order=chosen, **options, **more
+    ).uncertainty_norm
+    changed = {"mixed": {0.5: run(transform, partners=partners_of_other_classes(source.labels, chosen, seed))}}
+    for kind in kinds:
+        changed[kind] = {strength: run(Changed(transform, kind, strength)) for strength in STRENGTHS}
+    return ambiguity_report(run(transform), changed)
+
+
+def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] | None]:
+    """Reads embeddings from an ``.npz`` file; pickled content is refused.
+
+    Args:
+      path: of the file, see the module's docstring for its names.
+
+    Returns:
+      The embeddings, and the true ambiguity if the file holds one.
+
+    Raises:
+      UserError: naming the file and what is wrong with it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except Exception as error:
+        raise UserError(f"{path}: not an .npz file of plain arrays ({str(error).splitlines()[0]})") from error
+    semantic = arrays.get("semantic", arrays.get("embeddings"))
+    if semantic is None or "labels" not in arrays:
+        names = ", ".join(sorted(arrays)) or "nothing"
+        raise UserError(f"{path}: needs the arrays semantic (or embeddings) [n, d] and labels [n]; it holds {names}")
+    for name in ("labels", "uncertainty", "semantic_norm", "ambiguity"):
+        if name in arrays and (semantic.ndim != 2 or arrays[name].shape[:1] != semantic.shape[:1]):
+            raise UserError(f"{path}: {name} has the shape {arrays[name].shape}, the embeddings {semantic.shape}")
+    embedded = Embedded(semantic, arrays["labels"], arrays.get("uncertainty"), arrays.get("semantic_norm"))
+    return embedded, arrays.get("ambiguity")
+
+
+def show(report: dict[str, float]) -> str:
+    """A line per figure."""
+    return "\n".join(f"{name:32s} {value:.4f}" for name, value in report.items())
+
+
+def _evaluate_files(arguments: argparse.Namespace) -> None:
+    start = time.monotonic()
+    embedded, truth = load_embeddings(arguments.embeddings)
+    gallery = load_embeddings(arguments.gallery)[0] if arguments.gallery else None
+    held_out = load_embeddings(arguments.held_out)[0] if arguments.held_out else None
+    try:
+        ks = tuple(int(k) for k in arguments.ks.split(","))
+    except ValueError as error:
+        raise UserError(f"--ks={arguments.ks}: whole numbers, e.g. 1,2,4,8") from error
+    report, warnings = full_report(
+        embedded, gallery, ks=ks, settings=Ism(arguments.temperature, not arguments.absolute), ambiguity=truth,
+        held_out=held_out, precision=arguments.precision, cluster=not arguments.no_clustering, seed=arguments.seed,
+    )  # fmt: skip
+    if arguments.out:
+        write_json(Path(arguments.out), without_nan(report))
+    print(show(report))
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(f"{len(embedded.labels)} queries in {time.monotonic() - start:.1f} s")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line for saved embeddings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--embeddings", required=True, help="queries, and gallery too if none is given")
+    parser.add_argument("--gallery", help="what is searched")
+    parser.add_argument("--held_out", help="embeddings of held-out classes, which choose the threshold of answers")
+    parser.add_argument("--precision", type=float, default=0.9, help="wanted share of right answers")
+    parser.add_argument("--ks", default="1,2,4,8")
+    parser.add_argument("--temperature", type=float, default=Ism().temperature)
+    parser.add_argument("--absolute", action="store_true", help="the absolute reading of the uncertainty")
+    parser.add_argument("--no_clustering", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="JSON file for the figures")
+    try:
+        _evaluate_files(parser.parse_args(argv))
+    except (UserError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,36 +17,62 @@ from idml_jax import config as config_lib
 from idml_jax import evaluate, sharding, steps
 from idml_jax.checkpoint import Checkpoints
 from idml_jax.data import pipeline
+from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
+from idml_jax.metrics.report import Embedded, Ism, full_report, retrieval_report
 from idml_jax.run import Run, build
 from idml_jax.state import TrainState
 from idml_jax.writers import MetricWriter, format_seconds
 
 logger = logging.getLogger("idml_jax")
 
+# Of the many figures of the last evaluation, those told on the console; all are in result.json.
+SHOWN = (
+    "NMI", "P(u_mixed>u)", "P(u_occlusion>u)", "spearman(u,ambiguity)", "R-AUROC(uncertainty)",
+    "R-AUROC(nearest_distance)", "R-AUROC(margin_10)", "answered", "answered_precision",
+)  # fmt: skip
 
-def _embed(run: Run, state: TrainState, partners: np.ndarray | None = None) -> evaluate.Embedded:
+
+def _embed_options(run: Run) -> dict[str, Any]:
     config = run.config
-    return evaluate.embed(
-        state.variables, run.eval_source, run.test_transform, run.setup, run.mesh,
-        batch_size=config.eval.batch_size, partners=partners, channels=config.data.channels,
-        threads=config.data.threads,
-    )  # fmt: skip
+    return {
+        "batch_size": config.eval.batch_size, "channels": config.data.channels, "threads": config.data.threads,
+    }  # fmt: skip
+
+
+def _embed(run: Run, state: TrainState, source: Source | None = None) -> Embedded:
+    source = run.eval_source if source is None else source
+    embedded = evaluate.embed(
+        state.variables, source, run.test_transform, run.setup, run.mesh, **_embed_options(run)
+    )
+    # In a plain run nothing has taught the uncertainty head anything.
+    return embedded if run.config.ism.enabled else embedded._replace(uncertainty=None)
 
 
 def _retrieval(run: Run, state: TrainState) -> dict[str, float]:
-    return evaluate.retrieval_report(_embed(run, state), run.config.eval.ks)
+    return retrieval_report(_embed(run, state), run.config.eval.ks)
 
 
 def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
-    """Retrieval metrics and what the uncertainty knows."""
-    source = run.eval_source
-    embedded = _embed(run, state)
-    report = evaluate.retrieval_report(embedded, run.config.eval.ks)
-    if not run.config.ism.enabled:  # nothing has taught the uncertainty head anything
-        return {**report, **evaluate.baseline_report(embedded)}
-    mixed = _embed(run, state, evaluate.partners_of_other_classes(source.labels, run.config.seed))
-    return {**report, **evaluate.uncertainty_report(embedded, mixed, source.fields.get("ambiguity"))}
+    """Retrieval, clustering and what the uncertainty knows; see ``metrics.report``."""
+    started, config, source = time.monotonic(), run.config, run.eval_source
+    # Held-out classes choose the threshold of answers, unless they are what is evaluated.
+    validation = run.splits.validation if config.eval.split == "test" else None
+    truth = source.fields.get("ambiguity")
+    report, warnings = full_report(
+        _embed(run, state), ks=config.eval.ks, seed=config.seed, ambiguity=truth if config.ism.enabled else None,
+        settings=Ism(config.ism.temperature, config.ism.variant != "absolute"), precision=config.eval.precision,
+        held_out=None if validation is None else _embed(run, state, validation), cluster=config.eval.cluster,
+    )  # fmt: skip
+    if config.ism.enabled and config.eval.ambiguity_images:
+        report |= evaluate.ambiguity(
+            state.variables, source, run.test_transform, run.setup, run.mesh, seed=config.seed,
+            images=config.eval.ambiguity_images, **_embed_options(run),
+        )  # fmt: skip
+    for warning in warnings:
+        logger.warning("warning: %s", warning)
+    logger.info("full evaluation of %d images: %.1f s", len(source), time.monotonic() - started)
+    return report
 
 
 def describe(metrics: dict[str, float], ks: tuple[int, ...]) -> str:
@@ -108,7 +134,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         speed = _Speed(started)
         state = _train(run, state, step, record, checkpoints, writer, speed)
         checkpoints.wait()
-        result = _without_nan(_finish(run, state, record, checkpoints, speed))
+        result = config_lib.without_nan(_finish(run, state, record, checkpoints, speed))
         if first_host:
             config_lib.write_json(workdir / "result.json", result)
         writer.write(run.total_steps, {f"final/{k}": v for k, v in result["final"].items() if v is not None})
@@ -200,12 +226,12 @@ def _train(
         metrics = None
         if epoch % config.eval.every_epochs == 0 or last:
             metrics = _retrieval(run, state)
-            record["history"].append({"step": step, **_without_nan(metrics)})
+            record["history"].append({"step": step, **config_lib.without_nan(metrics)})
             writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
             took = time.monotonic() - paused
             logger.info("epoch %d  %s  (%.1f s)", epoch, describe(metrics, config.eval.ks), took)
         if last or metrics is not None or epoch % config.checkpoint.every_epochs == 0:
-            checkpoints.save(step, state, _without_nan(record), _without_nan(metrics) if metrics else None)
+            checkpoints.save(step, state, config_lib.without_nan(record), config_lib.without_nan(metrics))
         progress.pause(time.monotonic() - paused)
     return state
 
@@ -254,9 +280,9 @@ def _finish(
     logger.info("trained    %s", describe(final, ks))
     if best_step != run.total_steps:
         logger.info("best       %s  (step %d by %s)", describe(best, ks), best_step, run.config.eval.best_metric)
-    for name in ("P(u_mixed>u)", "R-AUROC(u)", "R-AUROC(distance)", "spearman(u,ambiguity)"):
+    for name in SHOWN:
         if name in final:
-            logger.info("%-22s %.3f", name, final[name])
+            logger.info("%-26s %.3f", name, final[name])
     return {
         "untrained": record["untrained"],
         "final": final,
@@ -300,7 +326,7 @@ def evaluate_checkpoint(workdir: str | Path, overrides: ConfigDict | None = None
     metrics = {"step": step, **full_evaluation(run, state)}
     logger.info("step %d: %s", step, describe(metrics, run.config.eval.ks))
     if jax.process_index() == 0:
-        config_lib.write_json(workdir / "eval.json", _without_nan(metrics))
+        config_lib.write_json(workdir / "eval.json", config_lib.without_nan(metrics))
     return metrics
 
 
@@ -314,14 +340,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN, which JSON does not have, to null."""
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

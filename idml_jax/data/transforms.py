@@ -179,3 +179,51 @@ class ResizeCenterCrop:
         # torchvision's centre: half the difference, rounded.
         top, left = round((new_height - self.size) / 2), round((new_width - self.size) / 2)
         return np.ascontiguousarray(image[top : top + self.size, left : left + self.size])
+
+
+CHANGES = ("crop", "blur", "noise", "occlusion")
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Another transform, after which the picture is made harder to recognise; for tests of the uncertainty.
+
+    Attributes:
+      transform: gives the picture.
+      kind: ``crop`` keeps a random part of the area (1 - strength) and enlarges it; ``blur`` is Gaussian with a
+        standard deviation of ``strength / 8`` of the side; ``noise`` replaces the share ``strength`` of the contrast
+        by uniform noise; ``occlusion`` covers a random square of the area ``strength`` with the picture's mean colour.
+      strength: in [0, 1).
+    """
+
+    transform: Transform
+    kind: str
+    strength: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in CHANGES:
+            raise ValueError(f"unknown change {self.kind!r}; known: {', '.join(CHANGES)}")
+        if not 0 <= self.strength < 1:
+            raise ValueError(f"strength {self.strength} must be in [0, 1)")
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        image = self.transform(image, rng)
+        size = image.shape[0]
+        if self.kind == "blur":
+            return self._blur(image)
+        if self.kind == "noise":
+            noise = rng.uniform(0, 255, image.shape)
+            return ((1 - self.strength) * image + self.strength * noise).round().astype(np.uint8)
+        share = self.strength if self.kind == "occlusion" else 1 - self.strength
+        side = max(1, round(size * math.sqrt(share)))
+        top, left = rng.integers(0, size - side + 1, 2)
+        if self.kind == "crop":
+            return np.ascontiguousarray(_resize(image[top : top + side, left : left + side], size, size))
+        covered = image.copy()
+        covered[top : top + side, left : left + side] = image.mean(axis=(0, 1)).round().astype(np.uint8)
+        return image if self.strength == 0 else covered
+
+    def _blur(self, image: np.ndarray) -> np.ndarray:
+        sigma = self.strength * image.shape[0] / 8
+        blurred = cv2.GaussianBlur(image, (0, 0), sigma) if sigma > 0 else image
+        return blurred if blurred.ndim == 3 else blurred[:, :, None]

@@ -222,10 +222,13 @@ def _updated(rows, labels, centres, changed):
     members = np.flatnonzero(changed[labels])
     members = members[np.argsort(labels[members], kind="stable")]
     found, starts, sizes = np.unique(labels[members], return_index=True, return_counts=True)
+    sums = np.empty((len(found), rows.shape[1]), np.float32)
+    for i, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
+        # One by one is an order of magnitude faster than `np.add.reduceat`, and needs no copy of all rows.
+        np.add.reduce(rows[members[start : start + size]], axis=0, out=sums[i])
     centres = centres.copy()
     old = centres[found]
-    if len(found):
-        centres[found] = np.add.reduceat(rows[members], starts, axis=0) / sizes[:, None].astype(np.float32)
+    centres[found] = sums / sizes[:, None].astype(np.float32)
     moved = np.full(len(centres), False)
     moved[found] = np.any(centres[found] != old, axis=1)
     return centres, moved
@@ -263,7 +266,7 @@ def ami(labels: Int[Array, "n"], clusters: Int[Array, "n"]) -> float:
     expected = _expected_information(a, b)
     gap = 0.5 * (_entropy(a) + _entropy(b)) - expected
     tiny = np.finfo(np.float64).eps
-    return float((_information(table, a, b) - expected) / (min(gap, -tiny) if gap < 0 else max(gap, tiny)))
+    return min(1.0, (_information(table, a, b) - expected) / (min(gap, -tiny) if gap < 0 else max(gap, tiny)))
 
 
 def f1(labels: Int[Array, "n"], clusters: Int[Array, "n"]) -> float:

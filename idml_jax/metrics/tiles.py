@@ -57,37 +57,41 @@ def count_before(
     """
     symmetric = queries is columns
     pairs = np.stack(np.indices((len(queries.rows), len(columns.rows))), -1).reshape(-1, 2)
-    pairs = pairs[pairs[:, 0] <= pairs[:, 1]] if symmetric else pairs
-    devices = devices[: len(pairs)]
-    hands = [pairs[start :: len(devices)] for start in range(len(devices))]
-    # Every device reads the targets' distances for itself, then counts its share of the pairs.
-    work = np.zeros((len(devices), len(own_pairs) + len(hands[0]), 2), np.int32)
-    for share, hand in zip(work, hands, strict=True):
-        share[: len(own_pairs)] = own_pairs
-        share[len(own_pairs) : len(own_pairs) + len(hand)] = hand
-    ends = np.array([len(own_pairs) + len(hand) for hand in hands], np.int32)
+    if symmetric:  # the targets of a block lie in the block itself: there it is read and counted in one go
+        pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+    devices = devices[: max(1, len(pairs))]
+    # Every device reads all targets' distances for itself, then counts its share of the pairs.
+    shares = []
+    for hand in range(len(devices)):
+        count_own = (np.arange(len(own_pairs)) % len(devices) == hand) if symmetric else np.zeros(len(own_pairs))
+        mine = pairs[hand :: len(devices)]
+        first = np.column_stack([own_pairs, np.ones(len(own_pairs)), count_own])
+        shares.append(np.concatenate([first, np.column_stack([mine, np.zeros(len(mine)), np.ones(len(mine))])]))
+    ends = np.array([len(share) for share in shares], np.int32)
+    work = np.zeros((len(devices), ends.max(), 4), np.int32)
+    for hand, share in enumerate(shares):
+        work[hand, : len(share)] = share
     counts, nearest = _count_before(
         queries,
         None if symmetric else columns,
         targets,
         work,
         ends,
-        np.int32(len(own_pairs)),
         mesh=Mesh(np.array(devices), ("data",)),
     )
     return np.sum(jax.device_get(counts), axis=0), np.min(jax.device_get(nearest), axis=0)
 
 
 @partial(jax.jit, static_argnames=("mesh",))
-def _count_before(queries, columns, targets, work, ends, first, *, mesh):
+def _count_before(queries, columns, targets, work, ends, *, mesh):
     symmetric = columns is None
     columns = queries if symmetric else columns
     tile = columns.rows.shape[1]
 
-    def local(queries, columns, targets, work, ends, first):
+    def local(queries, columns, targets, work, ends):
         def step(k, carry):
             found, counts, nearest = carry
-            i, j = work[0, k, 0], work[0, k, 1]
+            i, j, reading, counting = work[0, k]  # blocks, and whether the tile is there for this
             distances = squared_distances(queries.rows[i], queries.norms[i], columns.rows[j], columns.norms[j])
             distances = jnp.where(queries.ids[i][:, None] == columns.ids[j][None, :], jnp.inf, distances)
             # Without the barrier the compiler may repeat this work in every pass that reads it.
@@ -106,13 +110,12 @@ def _count_before(queries, columns, targets, work, ends, first, *, mesh):
                 count = _before_in_columns(distances, queries.ids[i], found[j, r], targets.ids[j, r])
                 return counts.at[j, r].add(count)
 
-            # One loop body with one product serves both phases; a loop of no turns skips the other one.
-            counting = k >= first
-            found = jax.lax.fori_loop(0, jnp.where(counting, 0, 1), read, found)
-            counts = jax.lax.fori_loop(0, jnp.where(counting, targets.limits[i], 0), count_for_rows, counts)
+            # One loop body with one product for both purposes; a loop of no turns skips what is not wanted.
+            found = jax.lax.fori_loop(0, reading, read, found)
+            counts = jax.lax.fori_loop(0, counting * targets.limits[i], count_for_rows, counts)
             nearest = nearest.at[i].min(_fold_columns(jnp.minimum, distances))
             if symmetric:
-                turns = jnp.where(counting & (i != j), targets.limits[j], 0)
+                turns = jnp.where(i == j, 0, counting * targets.limits[j])
                 counts = jax.lax.fori_loop(0, turns, count_for_columns, counts)
                 nearest = nearest.at[j].min(_fold_rows(jnp.minimum, distances))
             return found, counts, nearest
@@ -123,9 +126,9 @@ def _count_before(queries, columns, targets, work, ends, first, *, mesh):
         _, counts, nearest = jax.lax.fori_loop(0, ends[0], step, (found, counts, nearest))
         return counts[None], nearest[None]
 
-    specs = (P(), P(), P(), P("data"), P("data"), P())
+    specs = (P(), P(), P(), P("data"), P("data"))
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
-    return sharded(queries, columns, targets, work, ends, first)
+    return sharded(queries, columns, targets, work, ends)
 
 
 def _before(distances, ids, threshold, target):

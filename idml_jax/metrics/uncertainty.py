@@ -190,7 +190,7 @@ def r_auroc_interval(
     draws = []
     for _ in range(samples):
         # Sorted once: a draw only changes how often each query counts.
-        times = np.bincount(rng.integers(0, len(order), len(order)), minlength=len(order))
+        times = np.bincount(rng.integers(0, len(order), len(order)), minlength=len(order))[order]
         right = np.add.reduceat(times * correct, starts)
         wrong = np.add.reduceat(times * ~correct, starts)
         pairs = right.sum() * wrong.sum()
