@@ -30,5 +30,6 @@ def get_config(arg: str = ""):
         config.mixup.enabled = False
         config.eval.batch_size = 16
         config.eval.untrained = False
+        config.eval.ambiguity_images = 0
         config.log.every_steps = 2
     return config

@@ -53,31 +53,27 @@ def count_before(
     """For each target the number of gallery rows before it; for each query the squared distance to the nearest row.
 
     A column with the query's own id is left out; equal distances are ordered by id. own_pairs [p, 2] lists the (query
-    block, column block) pairs that hold the targets. When `queries is columns` half of the product is computed.
+    block, column block) pairs that hold the targets. When `queries is columns` these must be the pairs (i, i), and half
+    of the product is computed.
     """
     symmetric = queries is columns
     pairs = np.stack(np.indices((len(queries.rows), len(columns.rows))), -1).reshape(-1, 2)
-    if symmetric:  # the targets of a block lie in the block itself: there it is read and counted in one go
-        pairs = pairs[pairs[:, 0] < pairs[:, 1]]
+    if symmetric:  # the tiles on the diagonal hold the targets, and are counted as soon as these are read
+        own_pairs, pairs = pairs[pairs[:, 0] == pairs[:, 1]], pairs[pairs[:, 0] < pairs[:, 1]]
     devices = devices[: max(1, len(pairs))]
     # Every device reads all targets' distances for itself, then counts its share of the pairs.
     shares = []
     for hand in range(len(devices)):
-        count_own = (np.arange(len(own_pairs)) % len(devices) == hand) if symmetric else np.zeros(len(own_pairs))
+        here = symmetric & (np.arange(len(own_pairs)) % len(devices) == hand)
         mine = pairs[hand :: len(devices)]
-        first = np.column_stack([own_pairs, np.ones(len(own_pairs)), count_own])
+        first = np.column_stack([own_pairs, np.ones(len(own_pairs)), here])
         shares.append(np.concatenate([first, np.column_stack([mine, np.zeros(len(mine)), np.ones(len(mine))])]))
     ends = np.array([len(share) for share in shares], np.int32)
     work = np.zeros((len(devices), ends.max(), 4), np.int32)
     for hand, share in enumerate(shares):
         work[hand, : len(share)] = share
     counts, nearest = _count_before(
-        queries,
-        None if symmetric else columns,
-        targets,
-        work,
-        ends,
-        mesh=Mesh(np.array(devices), ("data",)),
+        queries, None if symmetric else columns, targets, work, ends, mesh=Mesh(np.array(devices), ("data",))
     )
     return np.sum(jax.device_get(counts), axis=0), np.min(jax.device_get(nearest), axis=0)
 
