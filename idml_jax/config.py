@@ -250,7 +250,11 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{workdir} holds no run (no config.json)") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error})") from error
-    return ConfigDict(_tuples(values))
+    # Settings that are newer than the run have their defaults.
+    config = default_config()
+    with config.unlocked():
+        config.update(_tuples(values))
+    return config
 
 
 def _tuples(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """A run: from settings and a workdir to a trained embedding and its figures."""
 
+import json
 import logging
 import math
 import platform
@@ -84,7 +85,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     """Trains, or goes on training, in a workdir and evaluates.
 
     The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end,
-    ``result.json``. The same call on the same workdir goes on from the newest checkpoint with the same batches.
+    ``result.json``. The same call on the same workdir goes on from the newest checkpoint with the same batches, and
+    returns the result of a run that is finished.
 
     Args:
       config: settings, see ``idml_jax.config.default_config``.
@@ -102,6 +104,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     run = build(config)
     first_host = jax.process_index() == 0
     _prepare(workdir, config, first_host)
+
+    finished = workdir / "result.json"
+    if finished.exists():
+        logger.info("this run is finished: %s; --mode=eval evaluates its best checkpoint again", finished)
+        return json.loads(finished.read_text())
 
     train, test = run.splits.train, run.eval_source
     logger.info(

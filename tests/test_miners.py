@@ -139,7 +139,7 @@ def test_average_of_draws_is_the_expectation():
     probabilities = np.random.default_rng(1).dirichlet(np.ones(5), 3).astype(np.float32)
     draws = jnp.array([4, 8, 2])
     keys = jax.random.split(jax.random.key(0), 4000)
-    mean = np.mean(jax.vmap(lambda key: miners.draw_negatives(key, probabilities, draws))(keys), axis=0)
+    mean = np.mean(jax.jit(jax.vmap(lambda key: miners.draw_negatives(key, probabilities, draws)))(keys), axis=0)
     np.testing.assert_allclose(mean, np.asarray(draws)[:, None] * probabilities, atol=0.15)
 
 
@@ -154,5 +154,5 @@ def test_nothing_is_differentiated():
         mined = miners.multi_similarity_pairs(x, pairs)
         return sum(jnp.sum(jnp.asarray(y, jnp.float32)) for y in (*counts, probabilities, drawn, *mined))
 
-    value, gradient = jax.value_and_grad(everything)(matrix)
+    value, gradient = jax.jit(jax.value_and_grad(everything))(matrix)
     assert value > 0 and not np.any(gradient)

@@ -139,10 +139,13 @@ def test_memory_and_learned_boundary_survive_a_stop(image_folder, tmp_path, monk
     assert state.memory.valid.all() and state.params["loss"]["beta"].shape == (8,)
 
 
-def test_a_finished_run_only_evaluates_again(image_folder, finished, tmp_path):
+def test_a_finished_run_is_left_alone_and_a_missing_result_made_again(image_folder, finished, tmp_path):
     workdir, result = finished
     shutil.copytree(workdir, tmp_path / "copy")
-    again = train.train_and_evaluate(small_config(image_folder), tmp_path / "copy")
+    assert train.train_and_evaluate(small_config(image_folder), tmp_path / "copy") == result
+    (tmp_path / "copy" / "result.json").unlink()
+    # And fields that do not change the outcome may differ.
+    again = train.train_and_evaluate(small_config(image_folder, **{"data.threads": 1}), tmp_path / "copy")
     assert again["final"] == result["final"] and again["history"] == result["history"]
 
 
@@ -161,14 +164,9 @@ def test_another_config_or_architecture_in_the_workdir_is_refused(image_folder, 
     shutil.copytree(workdir, tmp_path / "copy")
     changed = small_config(image_folder, **{"model.embedding_dim": 24})
     config_lib.write_json(tmp_path / "copy" / "config.json", changed.to_dict())
+    (tmp_path / "copy" / "result.json").unlink()
     with pytest.raises(UserError, match=r"another architecture: .*semantic.* is \(16,\) there, \(24,\) here"):
         train.train_and_evaluate(changed, tmp_path / "copy")
-
-
-def test_fields_that_do_not_change_the_outcome_may_differ(image_folder, finished, tmp_path):
-    workdir, _ = finished
-    shutil.copytree(workdir, tmp_path / "copy")
-    train.train_and_evaluate(small_config(image_folder, **{"data.threads": 1}), tmp_path / "copy")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(image_folder, tmp_path):

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -47,16 +46,20 @@ def kmeans(
     Needs memory for the rows, the centres and one tile of distances. Raises ValueError, naming the argument, for empty
     or non-finite rows and for k outside 1..n.
     """
-    rows, norms = embedding_rows(embeddings, "embeddings")
+    rows, _ = embedding_rows(embeddings, "embeddings")
     if not 1 <= k <= len(rows):
         raise ValueError(f"k: expected 1 to {len(rows)}, the number of rows, got {k}")
     for name, value in (("restarts", restarts), ("iterations", iterations)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     seed = key if isinstance(key, int) else np.asarray(jax.random.key_data(key)).ravel().tolist()
+    # Squared distances from a product lose digits where the rows lie far from the origin.
+    middle = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+    rows, norms = embedding_rows(rows - middle, "embeddings")
     search = _Search(rows, norms, list(jax.local_devices() if devices is None else devices))
     runs = (_run(search, int(k), rng, iterations) for rng in np.random.default_rng(seed).spawn(restarts))
-    return min(runs, key=lambda run: run.inertia)
+    best = min(runs, key=lambda run: run.inertia)
+    return best._replace(centres=best.centres + middle)
 
 
 class _Search:
@@ -65,7 +68,7 @@ class _Search:
     def __init__(self, rows, norms, devices):
         self.rows, self.norms = rows, norms
         self.tile = min(1024, max(64, 1 << (len(rows) - 1).bit_length()))
-        self.mesh = Mesh(np.array(devices), ("data",))
+        self.mesh = tiles.mesh_of(devices)
         everywhere = jax.sharding.NamedSharding(self.mesh, P())
         self.on_device = jax.device_put((rows, norms), everywhere)
 

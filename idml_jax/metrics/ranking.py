@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from idml_jax.metrics import tiles
@@ -140,11 +140,12 @@ def by_top_k(
         count, most = len(r), max(1, r.max())
         listed = listed[:count, :most] if _device_k(most, columns) else tiles.smallest(listed[:count], most)
         hits = labels[listed] == task.labels[chosen[rows], None]
-        rank = np.arange(1, most + 1)
-        inside = hits & (rank <= r)
-        average = np.sum(inside * (np.cumsum(hits, axis=1) / rank), axis=1)
+        row, place = np.nonzero(hits & (np.arange(most) < r))
+        # Added up one by one, so that the sum does not depend on how long the lists of this block are.
+        precision = np.cumsum(hits, axis=1)[row, place] / (place + 1)
         share = np.maximum(r[:, 0], 1)
-        parts.append((before[:count] + 1, np.sum(inside, axis=1) / share, average / share, nearest[:count]))
+        average = np.bincount(row, precision, minlength=count) / share
+        parts.append((before[:count] + 1, np.bincount(row, minlength=count) / share, average, nearest[:count]))
     back = np.argsort(order)
     return Found(*(np.concatenate(column)[back] for column in zip(*parts, strict=True)))
 
@@ -218,7 +219,7 @@ def _shared_gallery(gallery, devices):
     """The arrays of the gallery on every device, filled up to a round number of rows."""
     size = len(jax.tree.leaves(gallery)[0])
     columns = -(-size // 1024) * 1024 if size > 1024 else _power_of_two(size, least=64)
-    mesh = Mesh(np.array(devices), ("data",))
+    mesh = tiles.mesh_of(devices)
     filled = jax.tree.map(lambda x: _padded(x, columns), gallery)
     return mesh, jax.device_put(filled, NamedSharding(mesh, PartitionSpec())), columns
 

@@ -34,6 +34,11 @@ class Targets(NamedTuple):
     limits: Int[Array, "b"]  # the most positives that a row of the block has
 
 
+def mesh_of(devices: list[jax.Device]) -> Mesh:
+    """The devices in a row, axis `data`."""
+    return Mesh(np.array(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
 def squared_distances(
     a: Float[Array, "n d"], a_norms: Float[Array, "n"], b: Float[Array, "m d"], b_norms: Float[Array, "m"]
 ) -> Float[Array, "n m"]:
@@ -72,9 +77,7 @@ def count_before(
     work = np.zeros((len(devices), ends.max(), 4), np.int32)
     for hand, share in enumerate(shares):
         work[hand, : len(share)] = share
-    counts, nearest = _count_before(
-        queries, None if symmetric else columns, targets, work, ends, mesh=Mesh(np.array(devices), ("data",))
-    )
+    counts, nearest = _count_before(queries, None if symmetric else columns, targets, work, ends, mesh=mesh_of(devices))
     return np.sum(jax.device_get(counts), axis=0), np.min(jax.device_get(nearest), axis=0)
 
 

@@ -198,14 +198,14 @@ def test_squared_distance_has_the_right_gradient_at_zero():
     x, p = jnp.array([[1.0, 0.0]]), jnp.array([[1.0, 0.0], [0.0, 1.0]])
     push = jax.nn.softmax(-jnp.array([0.0, 2.0]))[1]
     expected = -push * 2 * (x - p[1:])
-    np.testing.assert_allclose(jax.grad(loss)(x, p), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x, p), expected, rtol=1e-5)
 
 
 def test_proxy_nca_keeps_the_images_that_underflow():
     """An image at distance 2 from its proxy and on top of another: softmax first gives exp(-128) = 0 in float32."""
     distance = jnp.array([[2.0, 0.0], [0.1, 1.0]])
     pairs = losses.pairs_from_labels(jnp.array([0, 0]), jnp.arange(2))
-    value, gradient = jax.value_and_grad(losses.proxy_nca)(distance, pairs)
+    value, gradient = value_and_gradient("proxy_nca", distance, pairs)
     np.testing.assert_allclose(losses.proxy_nca(distance, pairs, reduction="none")[0], 128.0)
     np.testing.assert_allclose(value, 64.0, rtol=1e-5)
     np.testing.assert_allclose(gradient[0, 0], 64.0)  # 32 * 2 d / 2 images
@@ -214,7 +214,7 @@ def test_proxy_nca_keeps_the_images_that_underflow():
 def test_multi_similarity_without_positives_still_separates():
     similarity = jnp.array([[1.0, 0.9], [0.9, 1.0]])
     pairs = losses.pairs_from_labels(jnp.array([0, 1]))
-    value, gradient = jax.value_and_grad(losses.multi_similarity)(similarity, pairs)
+    value, gradient = value_and_gradient("multi_similarity", similarity, pairs)
     np.testing.assert_allclose(value, np.log1p(np.exp(50 * 0.4)) / 50, rtol=1e-6)
     assert gradient[0, 1] > 0 and gradient[1, 0] > 0
 
@@ -223,7 +223,7 @@ def test_margin_without_near_negatives_keeps_its_positives():
     distance = jnp.array([[0.0, 1.3, 1.9], [1.3, 0.0, 1.9], [1.9, 1.9, 0.0]])
     pairs = losses.pairs_from_labels(jnp.array([0, 0, 1]))
     for key in (None, jax.random.key(0)):
-        value = losses.margin_distance_weighted(distance, pairs, key)
+        value = jax.jit(losses.margin_distance_weighted)(distance, pairs, key)
         np.testing.assert_allclose(value, 1.3 - 1.2 + 0.2, rtol=1e-5)
 
 
@@ -231,4 +231,4 @@ def test_equal_distances_are_not_semihard():
     """d_an = d_ap and d_an = d_ap + margin both lie outside (exact in binary: eighths)."""
     distance = jnp.array([[0.0, 0.5, 0.5, 0.625, 0.5625]])
     pairs = Pairs(jnp.array([[False, True, False, False, False]]), jnp.array([[False, False, True, True, True]]))
-    assert float(losses.triplet_semihard(distance, pairs, margin=0.125)) == 0.0625
+    assert float(jax.jit(losses.triplet_semihard)(distance, pairs, margin=0.125)) == 0.0625

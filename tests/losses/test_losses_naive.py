@@ -106,7 +106,7 @@ def test_expected_margin_loss_is_the_mean_of_numerator_and_denominator():
     probabilities = naive.sampling_probabilities(matrix, np.asarray(pairs.negative), dimension=8)
     drawn = np.asarray(pairs.positive).sum(1, keepdims=True) * probabilities
     expected = naive.margin_given_draws(matrix, np.asarray(pairs.positive), np.asarray(pairs.negative), weights, drawn)
-    value = losses.margin_distance_weighted(matrix, pairs, dimension=8, weights=weights)
+    value = jax.jit(lambda x: losses.margin_distance_weighted(x, pairs, dimension=8, weights=weights))(matrix)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 

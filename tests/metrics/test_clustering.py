@@ -115,6 +115,13 @@ def test_an_empty_cluster_starts_again(monkeypatch):
     np.testing.assert_array_equal(found.labels, [0, 0, 1, 1, 1, 2])
 
 
+def test_far_from_the_origin():
+    rows, labels = blobs(400, 5, 8, 0.05)
+    found = kmeans(rows + 300, 8, 0, restarts=3)
+    assert nmi(labels, found.labels) > 0.95
+    np.testing.assert_allclose(found.centres.mean(axis=0), 300, atol=3)
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 40])
 def test_fewer_distinct_rows_than_clusters(k):
     rows = np.repeat(np.array([[0.3, 1.0, -2.0], [4.0, 0.1, 1.0], [7.0, 7.7, 0.0]], np.float32), [20, 10, 10], axis=0)
