@@ -67,7 +67,10 @@ def _safe_sqrt(x: Array) -> Array:
 
 
 def _common_scale(*arrays: Array) -> Array:
-    """A divisor for magnitudes whose squares would leave the float range; 1 for ordinary ones."""
+    """A divisor for magnitudes whose squares would leave the float range; 1 for ordinary ones.
+
+    One for all rows: beside rows of length 1e20 the distances between rows of length 1 vanish.
+    """
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0.0) for a in arrays]))
     largest = jax.lax.stop_gradient(largest)
     extreme = (largest > 1e15) | ((largest < 1e-15) & (largest > 0))
@@ -265,7 +268,7 @@ def introspective_similarity(
       relative: ``beta~ = beta / alpha`` if true, ``beta`` if false.
 
     Returns:
-      ``[n, m]``, at least ``c`` and at most 1.
+      ``[n, m]``, at least ``c`` and, to rounding, at most 1.
 
     Raises:
       ValueError: if the shapes do not fit.

@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 
 from idml_jax.metrics import tiles
 
-COUNTING_LIMIT = 48
+COUNTING_LIMIT = 40
+_DEVICE_LIST_LIMIT = 32  # on a CPU numpy's vectorised selection beats XLA's for longer lists
 _BLOCK_BYTES = 2**26  # of distances at a time on the top-k way
 
 
@@ -122,32 +123,44 @@ def by_top_k(
     ids = chosen if task.same_set else np.full(len(chosen), -2)
 
     def start(rows):
+        block = jax.tree.map(lambda x: _padded(x[chosen[rows]], height), queries)
+        block_ids = _padded(ids[rows].astype(np.int32), height, -2)
+        k = _device_k(max(1, positives[rows.start]), columns)
+        if k is None:
+            return tiles.list_block(block, block_ids, gallery, size, distance=distance, k=k, mesh=mesh)
+        block_labels = _padded(task.labels[chosen[rows]].astype(np.int32), height, -2)
         return tiles.rank_block(
-            jax.tree.map(lambda x: _padded(x[chosen[rows]], height), queries),
-            _padded(ids[rows].astype(np.int32), height, -2),
-            _padded(task.labels[chosen[rows]].astype(np.int32), height, -2),
-            gallery,
-            labels,
-            size,
-            distance=distance,
-            k=_device_k(max(1, positives[rows.start]), columns),
-            mesh=mesh,
+            block, block_ids, block_labels, gallery, labels, size, distance=distance, k=k, mesh=mesh
         )
 
     parts = []
-    for rows, (listed, before, nearest) in _two_ahead(start, len(chosen), height):
-        r = positives[rows, None]
-        count, most = len(r), max(1, r.max())
-        listed = listed[:count, :most] if _device_k(most, columns) else tiles.smallest(listed[:count], most)
-        hits = labels[listed] == task.labels[chosen[rows], None]
-        row, place = np.nonzero(hits & (np.arange(most) < r))
+    for rows, (listed, nearest, *before) in _two_ahead(start, len(chosen), height):
+        r, own = positives[rows, None], task.labels[chosen[rows]]
+        count, most = len(own), max(1, r.max())
+        distances = listed[:count]
+        listed = distances[:, :most] if before else tiles.smallest(distances, most)
+        hits = (labels[listed] == own[:, None]) & (np.arange(most) < r)
+        first = before[0][:count] + 1 if before else _first_hits(distances, hits, labels, own)
+        row, place = np.nonzero(hits)
         # Added up one by one, so that the sum does not depend on how long the lists of this block are.
         precision = np.cumsum(hits, axis=1)[row, place] / (place + 1)
         share = np.maximum(r[:, 0], 1)
         average = np.bincount(row, precision, minlength=count) / share
-        parts.append((before[:count] + 1, np.bincount(row, minlength=count) / share, average, nearest[:count]))
+        parts.append((first, np.bincount(row, minlength=count) / share, average, nearest[:count]))
     back = np.argsort(order)
     return Found(*(np.concatenate(column)[back] for column in zip(*parts, strict=True)))
+
+
+def _first_hits(distances, hits, labels, own):
+    """Rank of the first hit: from the list, or by counting where the list has none."""
+    first = np.argmax(hits, axis=1) + 1
+    for row in np.flatnonzero(~hits.any(axis=1)):
+        mine = np.where(labels == own[row], distances[row], np.inf)
+        at = np.argmin(mine)
+        ahead = distances[row] < mine[at]
+        ahead[:at] |= distances[row, :at] == mine[at]
+        first[row] = ahead.sum() + 1
+    return first
 
 
 def nearest_rows(
@@ -174,7 +187,7 @@ def nearest_rows(
         )
 
     index = np.empty((len(queries), k), np.int32)
-    for rows, listed in _two_ahead(start, len(queries), height):
+    for rows, (listed, _) in _two_ahead(start, len(queries), height):
         listed = listed[: len(ids[rows])]
         index[rows] = listed[:, :k] if device_k else tiles.smallest(listed, k)
     return index
@@ -241,8 +254,8 @@ def _power_of_two(size, least: int) -> int:
 
 def _device_k(k, columns: int) -> int | None:
     """Length of a list made on the device, rounded up so that few programs are compiled; None: the host makes it."""
-    if jax.default_backend() == "cpu" and k > 32:
-        return None  # numpy's vectorised selection is several times as fast as XLA's there
+    if jax.default_backend() == "cpu" and k > _DEVICE_LIST_LIMIT:
+        return None
     step = 1 << max(0, int(k).bit_length() - 3)
     return min(columns, -(-int(k) // step) * step)
 

@@ -191,14 +191,16 @@ def _cut_rows(x):
 @partial(jax.jit, static_argnames=("distance", "k", "mesh"))
 def list_block(
     queries, query_ids: Int[Array, "n"], gallery, size: int, *, distance, k: int | None, mesh: Mesh
-) -> Array:
-    """Indices [n, k] of the nearest of the first `size` gallery rows; for k None the distances [n, m] instead.
+) -> tuple[Array, Float[Array, "n"]]:
+    """Indices [n, k] of the nearest of the first `size` gallery rows, and the least distance; NaN if there is a NaN.
 
-    distance(queries, gallery) gives the distances [n, m] of two trees of arrays; a query's own id is left out.
+    distance(queries, gallery) gives the distances [n, m] of two trees of arrays; a query's own id is left out. For k
+    None the distances come instead of the indices.
     """
 
     def local(queries, query_ids, gallery, size):
-        return _listed(_among_others(distance(queries, gallery), query_ids, size), k)
+        distances = _among_others(distance(queries, gallery), query_ids, size)
+        return _listed(distances, k), _fold_columns(jnp.minimum, distances)
 
     rows, all_ = P("data"), P()
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, all_, all_), out_specs=rows, check_vma=False)
@@ -215,17 +217,17 @@ def rank_block(
     size: int,
     *,
     distance,
-    k: int | None,
+    k: int,
     mesh: Mesh,
-) -> tuple[Array, Int[Array, "n"], Float[Array, "n"]]:
-    """What `list_block` gives, how many rows come before the nearest positive, and the least distance."""
+) -> tuple[Int[Array, "n k"], Float[Array, "n"], Int[Array, "n"]]:
+    """What `list_block` gives, and how many rows come before the nearest positive."""
 
     def local(queries, query_ids, query_labels, gallery, labels, size):
         distances = _among_others(distance(queries, gallery), query_ids, size)
         place = jnp.arange(len(labels), dtype=jnp.int32)
         positive = (labels[None, :] == query_labels[:, None]) & (distances < jnp.inf)
         before = _before_in_rows(distances, place, *least_column(jnp.where(positive, distances, jnp.inf)))
-        return _listed(distances, k), before, _fold_columns(jnp.minimum, distances)
+        return _listed(distances, k), _fold_columns(jnp.minimum, distances), before
 
     rows, all_ = P("data"), P()
     specs = (rows, rows, rows, all_, all_, all_)
