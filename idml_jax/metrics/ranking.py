@@ -208,13 +208,13 @@ def _two_ahead(start, total: int, height: int) -> Iterator[tuple[slice, tuple]]:
 
 def _blocks(rows, norms, ids, slots, tile) -> tiles.Blocks:
     blocks = slots.max() // tile + 1
-    placed = np.zeros((blocks * tile, rows.shape[1]), np.float32)
+    source = np.zeros(blocks * tile, np.int64)  # any row does for padding: it is infinitely far
+    source[slots] = np.arange(len(rows))
     placed_norms = np.full(blocks * tile, np.inf, np.float32)
     placed_ids = np.full(blocks * tile, -1, np.int32)
-    placed[slots], placed_norms[slots], placed_ids[slots] = rows, norms, ids
-    return tiles.Blocks(
-        placed.reshape(blocks, tile, -1), placed_norms.reshape(blocks, tile), placed_ids.reshape(blocks, tile)
-    )
+    placed_norms[slots], placed_ids[slots] = norms, ids
+    placed = np.take(rows, source, axis=0).reshape(blocks, tile, -1)
+    return tiles.Blocks(placed, placed_norms.reshape(blocks, tile), placed_ids.reshape(blocks, tile))
 
 
 def _class_starts(sizes: Int[np.ndarray, "classes"], tile: int) -> Int[np.ndarray, "classes"]:
