@@ -25,6 +25,7 @@ def get_config(arg: str = ""):
     if arg == "cpu":
         config.model.dtype = "float32"
         config.batch_size = 16
+        config.optim.learning_rate = 1e-4  # small batches
         config.epochs = 1
         config.max_steps = 16
         config.mixup.enabled = False
