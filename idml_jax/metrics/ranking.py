@@ -19,8 +19,7 @@ from jaxtyping import Float, Int
 
 from idml_jax.metrics import tiles
 
-COUNTING_LIMIT = 40
-_DEVICE_LIST_LIMIT = 32  # on a CPU numpy's vectorised selection beats XLA's for longer lists
+COUNTING_LIMIT = 48
 _BLOCK_BYTES = 2**26  # of distances at a time on the top-k way
 
 
@@ -123,44 +122,32 @@ def by_top_k(
     ids = chosen if task.same_set else np.full(len(chosen), -2)
 
     def start(rows):
-        block = jax.tree.map(lambda x: _padded(x[chosen[rows]], height), queries)
-        block_ids = _padded(ids[rows].astype(np.int32), height, -2)
-        k = _device_k(max(1, positives[rows.start]), columns)
-        if k is None:
-            return tiles.list_block(block, block_ids, gallery, size, distance=distance, k=k, mesh=mesh)
-        block_labels = _padded(task.labels[chosen[rows]].astype(np.int32), height, -2)
         return tiles.rank_block(
-            block, block_ids, block_labels, gallery, labels, size, distance=distance, k=k, mesh=mesh
+            jax.tree.map(lambda x: _padded(x[chosen[rows]], height), queries),
+            _padded(ids[rows].astype(np.int32), height, -2),
+            _padded(task.labels[chosen[rows]].astype(np.int32), height, -2),
+            gallery,
+            labels,
+            size,
+            distance=distance,
+            k=_device_k(max(1, positives[rows.start]), columns),
+            mesh=mesh,
         )
 
     parts = []
-    for rows, (listed, nearest, *before) in _two_ahead(start, len(chosen), height):
-        r, own = positives[rows, None], task.labels[chosen[rows]]
-        count, most = len(own), max(1, r.max())
-        distances = listed[:count]
-        listed = distances[:, :most] if before else tiles.smallest(distances, most)
-        hits = (labels[listed] == own[:, None]) & (np.arange(most) < r)
-        first = before[0][:count] + 1 if before else _first_hits(distances, hits, labels, own)
-        row, place = np.nonzero(hits)
+    for rows, (listed, before, nearest) in _two_ahead(start, len(chosen), height):
+        r = positives[rows, None]
+        count, most = len(r), max(1, r.max())
+        listed = listed[:count, :most] if _device_k(most, columns) else tiles.smallest(listed[:count], most)
+        hits = labels[listed] == task.labels[chosen[rows], None]
+        row, place = np.nonzero(hits & (np.arange(most) < r))
         # Added up one by one, so that the sum does not depend on how long the lists of this block are.
         precision = np.cumsum(hits, axis=1)[row, place] / (place + 1)
         share = np.maximum(r[:, 0], 1)
         average = np.bincount(row, precision, minlength=count) / share
-        parts.append((first, np.bincount(row, minlength=count) / share, average, nearest[:count]))
+        parts.append((before[:count] + 1, np.bincount(row, minlength=count) / share, average, nearest[:count]))
     back = np.argsort(order)
     return Found(*(np.concatenate(column)[back] for column in zip(*parts, strict=True)))
-
-
-def _first_hits(distances, hits, labels, own):
-    """Rank of the first hit: from the list, or by counting where the list has none."""
-    first = np.argmax(hits, axis=1) + 1
-    for row in np.flatnonzero(~hits.any(axis=1)):
-        mine = np.where(labels == own[row], distances[row], np.inf)
-        at = np.argmin(mine)
-        ahead = distances[row] < mine[at]
-        ahead[:at] |= distances[row, :at] == mine[at]
-        first[row] = ahead.sum() + 1
-    return first
 
 
 def nearest_rows(
@@ -187,7 +174,7 @@ def nearest_rows(
         )
 
     index = np.empty((len(queries), k), np.int32)
-    for rows, (listed, _) in _two_ahead(start, len(queries), height):
+    for rows, listed in _two_ahead(start, len(queries), height):
         listed = listed[: len(ids[rows])]
         index[rows] = listed[:, :k] if device_k else tiles.smallest(listed, k)
     return index
@@ -208,13 +195,13 @@ def _two_ahead(start, total: int, height: int) -> Iterator[tuple[slice, tuple]]:
 
 def _blocks(rows, norms, ids, slots, tile) -> tiles.Blocks:
     blocks = slots.max() // tile + 1
-    source = np.zeros(blocks * tile, np.int64)  # any row does for padding: it is infinitely far
-    source[slots] = np.arange(len(rows))
+    placed = np.zeros((blocks * tile, rows.shape[1]), np.float32)
     placed_norms = np.full(blocks * tile, np.inf, np.float32)
     placed_ids = np.full(blocks * tile, -1, np.int32)
-    placed_norms[slots], placed_ids[slots] = norms, ids
-    placed = np.take(rows, source, axis=0).reshape(blocks, tile, -1)
-    return tiles.Blocks(placed, placed_norms.reshape(blocks, tile), placed_ids.reshape(blocks, tile))
+    placed[slots], placed_norms[slots], placed_ids[slots] = rows, norms, ids
+    return tiles.Blocks(
+        placed.reshape(blocks, tile, -1), placed_norms.reshape(blocks, tile), placed_ids.reshape(blocks, tile)
+    )
 
 
 def _class_starts(sizes: Int[np.ndarray, "classes"], tile: int) -> Int[np.ndarray, "classes"]:
@@ -254,8 +241,8 @@ def _power_of_two(size, least: int) -> int:
 
 def _device_k(k, columns: int) -> int | None:
     """Length of a list made on the device, rounded up so that few programs are compiled; None: the host makes it."""
-    if jax.default_backend() == "cpu" and k > _DEVICE_LIST_LIMIT:
-        return None
+    if jax.default_backend() == "cpu" and k > 32:
+        return None  # numpy's vectorised selection is several times as fast as XLA's there
     step = 1 << max(0, int(k).bit_length() - 3)
     return min(columns, -(-int(k) // step) * step)
 

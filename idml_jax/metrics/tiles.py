@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Blocks(NamedTuple):
-    """One side of the product, cut into b blocks of t rows; padding rows have an infinite norm."""
+    """One side of the product, cut into b blocks of t rows; padding rows are zero with an infinite norm."""
 
     rows: Float[Array, "b t d"]
     norms: Float[Array, "b t"]  # squared
@@ -93,6 +93,8 @@ def _count_before(queries, columns, targets, work, ends, *, mesh):
             i, j, reading, counting = work[0, k]  # blocks, and whether the tile is there for this
             distances = squared_distances(queries.rows[i], queries.norms[i], columns.rows[j], columns.norms[j])
             distances = jnp.where(queries.ids[i][:, None] == columns.ids[j][None, :], jnp.inf, distances)
+            # Without the barrier the compiler may repeat this work in every pass that reads it.
+            distances = jax.lax.optimization_barrier(distances)
 
             def read(_, found):
                 place = targets.slots[i] - j * tile
@@ -110,11 +112,11 @@ def _count_before(queries, columns, targets, work, ends, *, mesh):
             # One loop body with one product for both purposes; a loop of no turns skips what is not wanted.
             found = jax.lax.fori_loop(0, reading, read, found)
             counts = jax.lax.fori_loop(0, counting * targets.limits[i], count_for_rows, counts)
-            nearest = nearest.at[i].min(_least(distances, 1))
+            nearest = nearest.at[i].min(_fold_columns(jnp.minimum, distances))
             if symmetric:
                 turns = jnp.where(i == j, 0, counting * targets.limits[j])
                 counts = jax.lax.fori_loop(0, turns, count_for_columns, counts)
-                nearest = nearest.at[j].min(_least(distances, 0))
+                nearest = nearest.at[j].min(_fold_rows(jnp.minimum, distances))
             return found, counts, nearest
 
         found = jnp.full(targets.slots.shape, -jnp.inf)
@@ -132,67 +134,71 @@ def _before(distances, ids, threshold, target):
     return ((distances < threshold) | ((distances == threshold) & (ids < target))).astype(jnp.int32)
 
 
-# XLA on the CPU writes a whole mask to memory before it reduces it, and runs what is merged with an update in place on
-# one thread. Sums of slices are elementwise, so they fuse, vectorise and run on all threads; and what is read by as many
-# slices as this is not computed again by each of its readers.
-_PARTS = 16
+# XLA on the CPU does not fuse a comparison into a reduction: it would write the whole mask to memory first. Sums of
+# slices are elementwise, so they fuse and vectorise, and leave little to reduce.
 
 
 def _before_in_rows(distances, ids, threshold, target):
     """For each row the number of columns before its target."""
-    terms = [_before(part, ids[None, cut], threshold[:, None], target[:, None]) for cut, part in _cut(distances, 1)]
-    return _fold(jnp.add, reduce(jnp.add, terms), 1)
+    terms = [
+        _before(part, ids[None, cut], threshold[:, None], target[:, None]) for cut, part in _cut_columns(distances)
+    ]
+    return jnp.sum(reduce(jnp.add, terms), axis=1)
 
 
 def _before_in_columns(distances, ids, threshold, target):
     """For each column the number of rows before its target."""
-    terms = [_before(part, ids[cut, None], threshold[None, :], target[None, :]) for cut, part in _cut(distances, 0)]
-    return _fold(jnp.add, reduce(jnp.add, terms), 0)
+    terms = [_before(part, ids[cut, None], threshold[None, :], target[None, :]) for cut, part in _cut_rows(distances)]
+    return _fold_rows(jnp.add, reduce(jnp.add, terms))
 
 
-def _least(x: Float[Array, "n m"], axis: int) -> Float[Array, "..."]:
-    return _fold(jnp.minimum, x, axis)
+def _fold_columns(op, x: Float[Array, "n m"]) -> Float[Array, "n"]:
+    folded = reduce(op, [part for _, part in _cut_columns(x)])
+    return jnp.min(folded, axis=1) if op is jnp.minimum else jnp.sum(folded, axis=1)
 
 
-def _fold(op, x, axis):
-    while x.shape[axis] % _PARTS == 0:
-        x = reduce(op, [part for _, part in _cut(x, axis)])
-    return jnp.min(x, axis) if op is jnp.minimum else jnp.sum(x, axis)
-
-
-def _cut(x, axis):
-    size = x.shape[axis] // _PARTS
-    cuts = [slice(start, start + size) for start in range(0, x.shape[axis], size)]
-    return [(cut, x[cut] if axis == 0 else x[:, cut]) for cut in cuts]
+def _fold_rows(op, x: Float[Array, "n m"]) -> Float[Array, "m"]:
+    while len(x) > 1:
+        # The barrier keeps the steps apart: one loop over all rows would read too many lines of the cache at once.
+        x = jax.lax.optimization_barrier(reduce(op, [part for _, part in _cut_rows(x)]))
+    return x[0]
 
 
 def least_column(x: Float[Array, "n m"]) -> tuple[Float[Array, "n"], Int[Array, "n"]]:
-    """The least value of each row and the first column that has it; m must be a multiple of 16."""
-    least = _least(x, 1)
+    """The least value of each row and the first column that has it."""
+    least = _fold_columns(jnp.minimum, x)
     place = jnp.arange(x.shape[1], dtype=jnp.int32)
-    return least, _least(jnp.where(x == least[:, None], place[None, :], x.shape[1]), 1)
+    return least, _fold_columns(jnp.minimum, jnp.where(x == least[:, None], place[None, :], x.shape[1]))
 
 
 def two_least(x: Float[Array, "n m"]) -> tuple[Float[Array, "n"], Int[Array, "n"], Float[Array, "n"]]:
     """`least_column` and the least value of the other columns (infinite if there is none)."""
     least, at = least_column(x)
     place = jnp.arange(x.shape[1], dtype=jnp.int32)
-    return least, at, _least(jnp.where(place[None, :] == at[:, None], jnp.inf, x), 1)
+    return least, at, _fold_columns(jnp.minimum, jnp.where(place[None, :] == at[:, None], jnp.inf, x))
+
+
+def _cut_columns(x):
+    width = max(32, x.shape[1] // 32)
+    return [(slice(u, u + width), x[:, u : u + width]) for u in range(0, x.shape[1], width)]
+
+
+def _cut_rows(x):
+    height = max(1, len(x) // 16)
+    return [(slice(u, u + height), x[u : u + height]) for u in range(0, len(x), height)]
 
 
 @partial(jax.jit, static_argnames=("distance", "k", "mesh"))
 def list_block(
     queries, query_ids: Int[Array, "n"], gallery, size: int, *, distance, k: int | None, mesh: Mesh
-) -> tuple[Array, Float[Array, "n"]]:
-    """Indices [n, k] of the nearest of the first `size` gallery rows, and the least distance; NaN if there is a NaN.
+) -> Array:
+    """Indices [n, k] of the nearest of the first `size` gallery rows; for k None the distances [n, m] instead.
 
-    distance(queries, gallery) gives the distances [n, m] of two trees of arrays; a query's own id is left out. For k
-    None the distances come instead of the indices.
+    distance(queries, gallery) gives the distances [n, m] of two trees of arrays; a query's own id is left out.
     """
 
     def local(queries, query_ids, gallery, size):
-        distances = _among_others(distance(queries, gallery), query_ids, size)
-        return _listed(distances, k), _least(distances, 1)
+        return _listed(_among_others(distance(queries, gallery), query_ids, size), k)
 
     rows, all_ = P("data"), P()
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, all_, all_), out_specs=rows, check_vma=False)
@@ -209,17 +215,17 @@ def rank_block(
     size: int,
     *,
     distance,
-    k: int,
+    k: int | None,
     mesh: Mesh,
-) -> tuple[Int[Array, "n k"], Float[Array, "n"], Int[Array, "n"]]:
-    """What `list_block` gives, and how many rows come before the nearest positive."""
+) -> tuple[Array, Int[Array, "n"], Float[Array, "n"]]:
+    """What `list_block` gives, how many rows come before the nearest positive, and the least distance."""
 
     def local(queries, query_ids, query_labels, gallery, labels, size):
         distances = _among_others(distance(queries, gallery), query_ids, size)
         place = jnp.arange(len(labels), dtype=jnp.int32)
         positive = (labels[None, :] == query_labels[:, None]) & (distances < jnp.inf)
         before = _before_in_rows(distances, place, *least_column(jnp.where(positive, distances, jnp.inf)))
-        return _listed(distances, k), _least(distances, 1), before
+        return _listed(distances, k), before, _fold_columns(jnp.minimum, distances)
 
     rows, all_ = P("data"), P()
     specs = (rows, rows, rows, all_, all_, all_)

@@ -10,8 +10,7 @@ from naive_retrieval import naive_metrics, naive_ranks
 from idml_jax.metrics import ranking
 from idml_jax.metrics.retrieval import neighbours, retrieval_metrics, retrieval_ranks, summarise
 
-# The most positives that are counted, and the longest list that the device makes.
-WAYS = {"counting": (1000, 32), "device lists": (0, 1000), "host lists": (0, 0), "mixed": (3, 0)}
+WAYS = {"counting": 1000, "top-k": 0, "mixed": 3}
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
@@ -20,15 +19,10 @@ def assert_same(ranks, expected):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-def take(way, monkeypatch):
-    monkeypatch.setattr(ranking, "COUNTING_LIMIT", WAYS[way][0])
-    monkeypatch.setattr(ranking, "_DEVICE_LIST_LIMIT", WAYS[way][1])
-
-
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """Every way of ranking, whatever the number of positives."""
-    take(request.param, monkeypatch)
+    monkeypatch.setattr(ranking, "COUNTING_LIMIT", WAYS[request.param])
     return request.param
 
 
@@ -97,7 +91,7 @@ def test_query_equal_to_itself_in_a_gallery_is_an_answer(way):
 small_sets = st.tuples(st.integers(2, 40), st.integers(1, 12), st.integers(0, 2**32 - 1))
 
 
-@settings(max_examples=75, **COMMON)
+@settings(max_examples=100, **COMMON)
 @given(small_sets)
 def test_same_set_against_naive(way, case):
     size, classes, seed = case
@@ -108,7 +102,7 @@ def test_same_set_against_naive(way, case):
     assert retrieval_metrics(embeddings, labels) == pytest.approx(naive_metrics(embeddings, labels), nan_ok=True)
 
 
-@settings(max_examples=75, **COMMON)
+@settings(max_examples=100, **COMMON)
 @given(small_sets, st.integers(1, 40))
 def test_query_and_gallery_against_naive(way, case, gallery_size):
     size, classes, seed = case
@@ -164,12 +158,12 @@ def test_one_device_equals_eight(way, size):
     jax.tree.map(np.testing.assert_array_equal, one, neighbours(embeddings, k=1))
 
 
-def test_all_ways_agree(monkeypatch):
+def test_counting_and_top_k_agree(monkeypatch):
     rng = np.random.default_rng(0)
     embeddings, labels = rng.normal(size=(1500, 32)), rng.integers(0, 40, 1500)
     results = []
-    for way in WAYS:
-        take(way, monkeypatch)
+    for limit in WAYS.values():
+        monkeypatch.setattr(ranking, "COUNTING_LIMIT", limit)
         results.append(retrieval_ranks(embeddings, labels))
     for name, *columns in zip(results[0]._fields, *results, strict=True):
         for column in columns[1:]:
