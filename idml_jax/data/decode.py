@@ -22,7 +22,7 @@ cv2.setNumThreads(0)
 MAX_PIXELS = 89_478_485
 # What OpenCV decodes as Pillow does, and faster; all else goes to Pillow.
 _FAST_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
-_FAST_MODES = ("L", "RGB", "RGBA", "LA", "1", "P")
+_FAST_MODES = ("L", "RGB", "RGBA", "LA", "1")
 # EXIF orientation to what undoes it.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -86,6 +86,8 @@ def _open(data: bytes) -> Image.Image:
     """Reads the header alone, which tells format and size before anything is allocated."""
     if not data:
         raise DecodeError("the file is empty")
+    if data[:8] == b"\x89PNG\r\n\x1a\n":  # before Pillow, which warns of such sizes
+        _check_size(int.from_bytes(data[20:24]), int.from_bytes(data[16:20]))
     try:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:

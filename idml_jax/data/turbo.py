@@ -88,15 +88,23 @@ def decode_part(
     handle = getattr(_local, "handle", None)
     if handle is None:
         handle = _local.handle = _Handle(turbo)
-    if not handle.pointer or turbo.tj3DecompressHeader(handle.pointer, data, len(data)):
+    out = _decode(turbo, handle.pointer, data, box, size, channels) if handle.pointer else None
+    if out is None:
+        _local.handle = None  # after an error it would refuse whole files too
+    return out
+
+
+def _decode(
+    turbo: ctypes.CDLL, handle: int, data: bytes, box: tuple[int, int, int, int], size: tuple[int, int], channels: int
+) -> np.ndarray | None:
+    if turbo.tj3DecompressHeader(handle, data, len(data)):
         return None
     top, left, height, width = box
     x, y = max(0, (left - _MARGIN) // _ALIGN * _ALIGN), max(0, top - _MARGIN)
     right, bottom = min(size[1], left + width + _MARGIN), min(size[0], top + height + _MARGIN)
-    if turbo.tj3SetCroppingRegion(handle.pointer, _Region(x, y, right - x, bottom - y)):
+    if turbo.tj3SetCroppingRegion(handle, _Region(x, y, right - x, bottom - y)):
         return None
     out = np.empty((bottom - y, right - x, channels), np.uint8)
-    pixel_format = _RGB if channels == 3 else _GREY
-    if turbo.tj3Decompress8(handle.pointer, data, len(data), out.ctypes.data, 0, pixel_format):
+    if turbo.tj3Decompress8(handle, data, len(data), out.ctypes.data, 0, _RGB if channels == 3 else _GREY):
         return None
     return out[top - y : top - y + height, left - x : left - x + width]
