@@ -110,7 +110,7 @@ def train_batches(
       host: index of this host.
       hosts: number of hosts.
       threads: reading and decoding threads.
-      prefetch: batches held ready; memory is ``prefetch`` batches of uint8 pictures.
+      prefetch: batches made or held ready; with the one in use, memory is ``prefetch`` + 1 batches of uint8 pictures.
       workers: worker processes instead of threads in this process, for hosts with many cores.
 
     Yields:
