@@ -31,7 +31,8 @@ EDGES = {
     "tensorflow_datasets": {"data.glyphs", "data.datasets"},
     "matplotlib": {"data.glyphs_draw"},
     "grain": {"data.pipeline"},
-    "cv2": {"data.transforms", "data.glyphs_draw", "data.glyphs"},
+    "cv2": {"data.colour", "data.decode", "data.resample", "data.transforms", "data.glyphs_draw", "data.glyphs"},
+    "PIL": {"data.decode", "data.resample", "data.glyphs_draw", "data.glyphs"},
     "ml_collections": {"config", "run", "train", "main"},
     "scipy": set(),
 }
