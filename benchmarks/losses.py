@@ -155,10 +155,10 @@ def compare(name, size, options):
     workers = [Worker(library, name, size, options) for library in ("ours", "theirs")]
     for worker in workers:
         worker.evaluate(record=False)  # compiles, and fills caches on both sides
-    rounds = options.rounds or {256: 20, 1024: 8}.get(size, 3)
+    rounds = options.rounds or {256: 8, 1024: 5}.get(size, 2)
     for _ in range(rounds):
         for worker in workers:
-            worker.evaluate(times=10 if size <= 1024 else 2)
+            worker.evaluate(times=10 if size <= 1024 else 1)
     for worker in workers:
         worker.close()
     ours, theirs = workers
@@ -175,7 +175,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
     parser.add_argument("--sizes", nargs="+", type=int, default=(256, 1024, 4096), help="batch sizes, 4 per class")
-    parser.add_argument("--rounds", type=int, default=0, help="evaluations of each; 0: 20, 8 or 3 by size")
+    parser.add_argument("--rounds", type=int, default=0, help="turns of each; 0: 8, 5 or 2 by size")
     parser.add_argument("--limit-gib", type=float, default=16, help="address space of one process")
     parser.add_argument("--cores", type=int, default=0, help="cores of each process; 0: all. 1 is steady under load")
     parser.add_argument("--introspective", action="store_true", help="ours reads the introspective metric")
