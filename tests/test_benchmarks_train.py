@@ -1,5 +1,6 @@
 """Stored sets in use: labels read once, tfds' own sets, query and gallery, one training step on every benchmark."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -68,9 +69,16 @@ def small(dataset, data_dir):
     return config
 
 
+@pytest.fixture(scope="module")
+def setup(stored):
+    """Settings of a step that fit every set, so that it is compiled once."""
+    setup = build(small("cifar100", stored)).setup
+    return dataclasses.replace(setup, objective=dataclasses.replace(setup.objective, num_classes=20))
+
+
 @pytest.mark.parametrize("dataset", list(prepare_lib.LAYOUTS))
-def test_one_training_step(stored, dataset):
-    run = build(small(dataset, stored))
+def test_one_training_step(stored, setup, dataset):
+    run = build(small(dataset, stored))._replace(setup=setup)
     batch = next(
         pipeline.train_batches(run.splits.train, run.sampler, run.train_transform, seed=0, start=0, stop=1, threads=1)
     )
@@ -92,7 +100,7 @@ def test_one_training_step(stored, dataset):
 def test_queries_search_the_gallery_in_a_run(stored, tmp_path, caplog):
     config = small("inshop", stored)
     config.epochs, config.eval.ks, config.log.tensorboard = 1, (1, 10), False
-    config.eval.ambiguity_images = 4
+    config.eval.ambiguity_images, config.eval.cluster = 0, False
     result = train.train_and_evaluate(config, tmp_path)
     for part in ("untrained", "final"):
         # Twelve queries, none of which is its own neighbour; each item has two gallery images.
@@ -138,7 +146,7 @@ class TestIndex:
     def scans(self, data_dir, **options):
         said = []
         splits = datasets.load_dataset("cub", data_dir=str(data_dir), warn=said.append, **options)
-        return splits, [line for line in said if "once" in line]
+        return splits, [line for line in said if line.startswith("reading the labels of")]
 
     @pytest.fixture
     def foreign(self, stored, tmp_path):
@@ -156,7 +164,7 @@ class TestIndex:
     def test_scanned_once(self, foreign, monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         first, scans = self.scans(tmp_path / "sets")
-        assert len(scans) == 2 and "36" not in scans[0]
+        assert len(scans) == 2
         again, scans = self.scans(tmp_path / "sets")
         assert not scans and not (tmp_path / "cache").exists()
         for a, b in zip(first[:2], again[:2], strict=True):
@@ -318,7 +326,7 @@ def test_tensorflow_is_never_imported(tmp_path):
         f"prepare.main(['--dataset=cars', '--source={tmp_path}/cars', '--data_dir={tmp_path}', '--allow_incomplete']);"
         f"splits = datasets.load_dataset('cars', data_dir='{tmp_path}', warn=lambda line: None);"
         "transforms.decode(splits.test.read(0));"
-        "print(len(splits.train), [m for m in ('tensorflow', 'jax', 'torch') if m in sys.modules])"
+        "print(len(splits.train), [m for m in ('tensorflow', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1:] == ["16 []"], done.stdout + done.stderr

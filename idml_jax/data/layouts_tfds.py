@@ -58,7 +58,7 @@ def plan(dataset: str, source: Path) -> Plan:
         raise UserError(f"{source}: has the features {', '.join(builder.info.features)}; expected image and label")
     file_key = next((key for key in ("file_name", "image/filename") if key in builder.info.features), None)
     keys = ["image", label_key, *([file_key] if file_key else [])]
-    features = tfds.decode.PartialDecoding(keys).extract_features(builder.info.features)
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
     decoders = {"image": tfds.decode.SkipDecoding()}
     bound = benchmark.train_classes if benchmark else None
     known = [s for s in ("train", "test", "validation") if s in builder.info.splits]
