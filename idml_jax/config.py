@@ -8,6 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from idml_jax.data.resample import METHODS
+from idml_jax.data.transforms import TRANSFORMS
 from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES
 
@@ -49,13 +51,18 @@ def default_config() -> ConfigDict:
     config.data.validation_images = 0.0  # classification: share of every class's training images to hold out
     config.data.on_corrupt = "refuse"  # or skip
     config.data.on_small_class = "refuse"  # or skip, keep: classes with a single image
+    config.data.transform = "retrieval"  # or imagenet, cifar
     config.data.image_size = 224
     config.data.resize = 256  # shorter side before the central crop of a test picture
     config.data.channels = 3  # or 1
     config.data.crop_scale = (0.08, 1.0)
     config.data.crop_ratio = (3 / 4, 4 / 3)
     config.data.flip = True
-    config.data.rotation = 0.0  # degrees
+    config.data.rotation = 0.0  # degrees, of retrieval
+    config.data.color_jitter = 0.4  # of imagenet: brightness, contrast, saturation
+    config.data.lighting = 0.1  # of imagenet: deviation of the multiples of the principal components of colour
+    config.data.pad = 4  # pixels around a picture before the crop, of cifar
+    config.data.resample = "fast"  # or exact: Pillow's pixels, slower
     config.data.mean = IMAGENET_MEAN
     config.data.std = IMAGENET_STD
     config.data.per_class = -1  # K of P x K batches; 0: plain shuffling; -1: 4 for losses on pairs, else 0
@@ -160,7 +167,8 @@ def validate(config: ConfigDict) -> None:
         _at_least(config, field, 1)
     for field in ("seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay",
                   "optim.clip_value", "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation",
-                  "mixup.alpha", "memory.size", "memory.warmup_epochs", "eval.ambiguity_images"):  # fmt: skip
+                  "data.pad", "mixup.alpha", "memory.size", "memory.warmup_epochs",
+                  "eval.ambiguity_images"):  # fmt: skip
         _at_least(config, field, 0)
     _choice(config, "loss.name", tuple(sorted(LOSSES)))
     _choice(config, "model.batchnorm", ("frozen", "frozen_statistics", "live"))
@@ -168,6 +176,15 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "model.uncertainty_head", ("mlp", "linear", "none"))
     _choice(config, "model.pooling", ("avg", "max", "avg_max"))
     _choice(config, "eval.split", ("test", "validation"))
+    _choice(config, "data.transform", TRANSFORMS)
+    _choice(config, "data.resample", METHODS)
+    for field in ("color_jitter", "lighting"):
+        if not 0 <= config.data[field] <= 1:
+            raise UserError(f"config.data.{field} = {config.data[field]} must be in [0, 1]")
+    if config.data.transform != "retrieval" and config.data.rotation:
+        raise UserError(f"config.data.rotation = {config.data.rotation} needs config.data.transform = 'retrieval'")
+    if config.data.transform == "imagenet" and config.data.lighting and config.data.channels != 3:
+        raise UserError("config.data.lighting is of colours; config.data.channels = 1 needs config.data.lighting=0.0")
     if config.data.channels not in (1, 3):
         raise UserError(f"config.data.channels = {config.data.channels}; known: 1 (grey), 3 (colour)")
     for field in ("mean", "std"):

@@ -26,7 +26,7 @@ from idml_jax.data import pipeline
 from idml_jax.data.sources import Source
 from idml_jax.data.transforms import CHANGES, Changed, Transform
 from idml_jax.errors import UserError
-from idml_jax.metrics.report import Embedded, Ism, ambiguity_report, full_report
+from idml_jax.metrics.report import Embedded, Ism, ambiguity_report, corrupted_report, full_report
 from idml_jax.steps import StepSetup
 
 STRENGTHS = (0.25, 0.5, 0.75)
@@ -112,10 +112,12 @@ def ambiguity(
     *,
     images: int,
     seed: int,
+    gallery: Embedded,
+    settings: Ism = Ism(),  # noqa: B008 (immutable)
     kinds: Iterable[str] = CHANGES,
     **options: Any,
 ) -> dict[str, float]:
-    """Does the uncertainty rise when test pictures are mixed, cropped, blurred, noised or occluded?
+    """Does the uncertainty rise, and tell wrong answers, when pictures are mixed, cropped, blurred, noised or occluded?
 
     Args:
       variables: of the model.
@@ -125,21 +127,32 @@ def ambiguity(
       mesh: devices.
       images: how many pictures, drawn at random, the tests are made on.
       seed: of the drawing.
+      gallery: embeddings of the whole source; without an uncertainty only the free scores are judged.
+      settings: of the introspective metric.
       kinds: changes beside mixing, at the strengths 0.25, 0.5 and 0.75.
       **options: of ``embed``.
 
     Returns:
-      As ``metrics.report.ambiguity_report``; mixing is at equal weights with a picture of another class.
+      As ``metrics.report.ambiguity_report``, mixing being at equal weights with a picture of another class, and
+      ``metrics.report.corrupted_report`` over the changed pictures, without the mixed ones, whose class is not one.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     chosen = np.sort(rng.permutation(len(source))[:images])
-    run = lambda transform, **more: embed(
-        variables, source, transform, setup, mesh, order=chosen, **options, **more
-    ).uncertainty_norm
-    changed = {"mixed": {0.5: run(transform, partners=partners_of_other_classes(source.labels, chosen, seed))}}
-    for kind in kinds:
-        changed[kind] = {strength: run(Changed(transform, kind, strength)) for strength in STRENGTHS}
-    return ambiguity_report(run(transform), changed)
+    introspective = gallery.uncertainty is not None
+
+    def run(transform: Transform, **more: Any) -> Embedded:
+        embedded = embed(variables, source, transform, setup, mesh, order=chosen, **options, **more)
+        return embedded if introspective else embedded._replace(uncertainty=None)
+
+    original = run(transform)
+    changed = {kind: {s: run(Changed(transform, kind, s)) for s in STRENGTHS} for kind in kinds}
+    every = [embedded for by_strength in changed.values() for embedded in by_strength.values()]
+    report = corrupted_report(original, every, gallery, chosen, settings)
+    if not introspective:
+        return report
+    changed["mixed"] = {0.5: run(transform, partners=partners_of_other_classes(source.labels, chosen, seed))}
+    lengths = {kind: {s: e.uncertainty_norm for s, e in by_strength.items()} for kind, by_strength in changed.items()}
+    return ambiguity_report(original.uncertainty_norm, lengths) | report
 
 
 def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] | None]:

@@ -157,9 +157,7 @@ def pair_uncertainty(ua: Float[Array, "n k"], ub: Float[Array, "m k"] | None) ->
 
 
 def _beta(a: Embedding, b: Embedding) -> Float[Array, "n #m"]:
-    if a.uncertainty is None and b.uncertainty is None:
-        (semantic,) = _promote(a.semantic)
-        return jnp.zeros((semantic.shape[0], 1), semantic.dtype)
+    """Of pairs with an uncertainty on at least one side."""
     if a.uncertainty is None:
         return pair_uncertainty(b.uncertainty, None).T
     return pair_uncertainty(a.uncertainty, b.uncertainty)
@@ -228,6 +226,8 @@ def introspective_distance(
     """
     b = a if b is None else b
     alpha = semantic_distance(a.semantic, b.semantic)
+    if a.uncertainty is None and b.uncertainty is None:
+        return alpha
     beta = _beta(a, b).astype(alpha.dtype)
     return alpha * _weakening(alpha, beta, temperature, relative)
 

@@ -16,6 +16,7 @@ from idml_jax.pairs import Pairs
 __all__ = [
     "TripletCounts",
     "distance_weighted_probabilities",
+    "distance_weights",
     "draw_negatives",
     "multi_similarity_pairs",
     "semihard_counts",
@@ -130,7 +131,7 @@ def _count_by_sorting(distance: Array, pairs: Pairs, margin: Array | float) -> T
     return TripletCounts(positive, negative)
 
 
-def distance_weighted_probabilities(
+def distance_weights(
     distance: Float[Array, "n m"],
     pairs: Pairs,
     *,
@@ -138,12 +139,12 @@ def distance_weighted_probabilities(
     cutoff: float = 0.5,
     nonzero_cutoff: float = 1.4,
 ) -> Float[Array, "n m"]:
-    """Probability of drawing each negative, Wu et al., ICCV 2017, section 4.
+    """Weight of each negative in the draw, Wu et al., ICCV 2017, section 4.
 
     Inverse to the density ``q(d) ~ d^(dimension - 2) (1 - d^2 / 4)^((dimension - 3) / 2)`` of distances between
-    points spread evenly over the unit sphere, so that all distances are drawn alike. Weights are normalised row by
-    row in the log domain: taken as they are they span hundreds of orders of magnitude, and rows whose weights all
-    underflow against the largest one of the batch would lose their negatives.
+    points spread evenly over the unit sphere, so that all distances are drawn alike. Weights are scaled row by row in
+    the log domain: taken as they are they span hundreds of orders of magnitude, and rows whose weights all underflow
+    against the largest one of the batch would lose their negatives.
 
     Args:
       distance: ``[n, m]``, of normalised vectors.
@@ -153,7 +154,8 @@ def distance_weighted_probabilities(
       nonzero_cutoff: negatives at or beyond this distance are not drawn.
 
     Returns:
-      ``[n, m]``; each row sums to 1, or to 0 when it has no negative within ``nonzero_cutoff``.
+      ``[n, m]``; the likeliest negative of each row has weight 1; a row without a negative within
+      ``nonzero_cutoff`` is 0.
 
     Raises:
       ValueError: unless ``0 < cutoff < nonzero_cutoff <= 2``.
@@ -167,13 +169,25 @@ def distance_weighted_probabilities(
     logits = (2.0 - dimension) * jnp.log(d) - 0.5 * (dimension - 3.0) * jnp.log1p(-0.25 * d * d)
     logits = jnp.where(eligible, logits, -jnp.inf)
     largest = jnp.max(logits, axis=1, keepdims=True, initial=-jnp.inf)
-    weights = jnp.where(eligible, jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0.0)), 0.0)
+    return jnp.where(eligible, jnp.exp(logits - jnp.where(jnp.isfinite(largest), largest, 0.0)), 0.0)
+
+
+def distance_weighted_probabilities(
+    distance: Float[Array, "n m"],
+    pairs: Pairs,
+    *,
+    dimension: int = 512,
+    cutoff: float = 0.5,
+    nonzero_cutoff: float = 1.4,
+) -> Float[Array, "n m"]:
+    """``distance_weights`` with rows that sum to 1, or to 0 without a negative within ``nonzero_cutoff``."""
+    weights = distance_weights(distance, pairs, dimension=dimension, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff)
     return weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
 
 
 def draw_negatives(
     key: PRNGKeyArray,
-    probabilities: Float[Array, "n m"],
+    weights: Float[Array, "n m"],
     draws: Int[Array, "n"],
     first_row: Int[Array, ""] | int = 0,
 ) -> Float[Array, "n m"]:
@@ -184,22 +198,22 @@ def draw_negatives(
 
     Args:
       key: a random key.
-      probabilities: ``[n, m]``, rows that sum to 1 or are 0.
-      draws: ``[n]``, how many to draw for each row; nothing is drawn where the probabilities are 0.
+      weights: ``[n, m]`` at least 0; an entry is drawn with its share of the row's sum.
+      draws: ``[n]``, how many to draw for each row; nothing is drawn from a row of zeros.
       first_row: index of the first row among the rows of all devices.
 
     Returns:
-      ``[n, m]`` counts, in the type of the probabilities; a row sums to its ``draws`` or to 0.
+      ``[n, m]`` counts, in the type of the weights; a row sums to its ``draws`` or to 0.
     """
-    probabilities = jax.lax.stop_gradient(probabilities)
-    n, m = probabilities.shape
+    weights = jax.lax.stop_gradient(weights)
+    n, m = weights.shape
     if n == 0 or m == 0:
-        return probabilities
-    cumulative = _running_sum(probabilities)
+        return weights
+    cumulative = _running_sum(weights)
     total = cumulative[:, -1:]
-    # Rounding can leave a step where the probability is 0; such a draw goes to the likeliest entry.
-    largest = jnp.max(probabilities, axis=1, keepdims=True)
-    likeliest = jnp.min(jnp.where(probabilities == largest, jnp.arange(m)[None, :], m), axis=1, keepdims=True)
+    # Rounding can leave a step where the weight is 0; such a draw goes to the likeliest entry.
+    largest = jnp.max(weights, axis=1, keepdims=True)
+    likeliest = jnp.min(jnp.where(weights == largest, jnp.arange(m)[None, :], m), axis=1, keepdims=True)
     draws = jnp.where(total[:, 0] > 0, draws, 0)
     rows = jnp.arange(n)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + rows)
@@ -209,13 +223,13 @@ def draw_negatives(
         uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, done), (_DRAWS,), total.dtype))(keys)
         column = jax.vmap(lambda a, v: jnp.searchsorted(a, v, side="right"))(cumulative, uniform * total)
         column = jnp.minimum(column, m - 1)
-        possible = jnp.take_along_axis(probabilities, column, axis=1) > 0
+        possible = jnp.take_along_axis(weights, column, axis=1) > 0
         column = jnp.where(possible, column, likeliest)
         wanted = done + jnp.arange(_DRAWS)[None, :] < draws[:, None]
         return done + _DRAWS, counts.at[rows[:, None], column].add(wanted.astype(counts.dtype))
 
     most = jnp.max(draws)
-    state = (most * 0, probabilities * 0)
+    state = (most * 0, jnp.zeros_like(weights))
     return jax.lax.while_loop(lambda s: s[0] < most, draw, state)[1]
 
 

@@ -121,7 +121,7 @@ def margin_distance_weighted(
         ( sum_pos max(0, d - beta + margin) + sum_drawn max(0, beta - d + margin) ) / number of non-zero terms
 
     As in the paper, every positive pair takes part once, and for each of them its anchor draws one negative, with
-    replacement, inversely to the density of distances on the sphere (``miners.distance_weighted_probabilities``).
+    replacement, inversely to the density of distances on the sphere (``miners.distance_weights``).
     An anchor without a negative within ``nonzero_cutoff`` keeps its positives. (pytorch-metric-learning draws the
     positives at random as well, one more than there are, and drops such anchors.)
 
@@ -153,24 +153,28 @@ def margin_distance_weighted(
     if beta.shape not in ((), (distance.shape[0],)):
         raise ValueError(f"beta needs the shape [] or {(distance.shape[0],)}; got {beta.shape}")
     beta = jnp.broadcast_to(beta, distance.shape[:1])[:, None]
-    probabilities = miners.distance_weighted_probabilities(
-        distance, pairs, dimension=dimension, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff
-    )
+    density = {"dimension": dimension, "cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff}
     positives = jnp.sum(pairs.positive, axis=1)
     if key is None:
-        drawn = positives[:, None] * probabilities
+        drawn = positives[:, None] * miners.distance_weighted_probabilities(distance, pairs, **density)
     else:
-        drawn = miners.draw_negatives(key, probabilities, positives, row_offset(distance.shape[0], axis_name))
-    positive = jnp.where(pairs.positive, jax.nn.relu(distance - beta + margin), 0.0)
-    negative = jnp.where(pairs.negative, jax.nn.relu(beta - distance + margin), 0.0)
-    weights = weights[:, None]
-    if reduction == "none":
-        return weights * (positive + drawn * negative)
-    nonzero = (positive > 0) + drawn * (negative > 0)
-    return ratio(
-        total(weights * (positive + drawn * negative), axis_name),
-        total(weights * nonzero, axis_name),
+        sampling = miners.distance_weights(distance, pairs, **density)
+        drawn = miners.draw_negatives(key, sampling, positives, row_offset(distance.shape[0], axis_name))
+    # A hinge that is open is linear in the distance, so one matrix of slopes holds the loss and its gradient.
+    offset = distance - beta
+    slopes = jax.lax.stop_gradient(
+        jnp.where(
+            pairs.positive,
+            jnp.where(offset + margin > 0, 1.0, 0.0),
+            jnp.where(pairs.negative & (margin - offset > 0), -drawn, 0.0),
+        )
     )
+    often = jnp.abs(slopes)
+    weights = weights[:, None]
+    terms = weights * (slopes * offset + often * margin)
+    if reduction == "none":
+        return terms
+    return ratio(total(terms, axis_name), total(weights * often, axis_name))
 
 
 def multi_similarity(

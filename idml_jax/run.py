@@ -98,9 +98,11 @@ def build(config: ConfigDict) -> Run:
     total_steps = min(config.max_steps or all_steps, all_steps)
 
     size = data.image_size
-    train_transform = transforms.RandomResizedCrop(
-        size, tuple(data.crop_scale), tuple(data.crop_ratio), data.flip, data.rotation
-    )
+    train_transform, test_transform = transforms.create(
+        data.transform, size=size, resize=data.resize, crop_scale=tuple(data.crop_scale),
+        crop_ratio=tuple(data.crop_ratio), flip=data.flip, rotation=data.rotation, pad=data.pad,
+        color_jitter=data.color_jitter, lighting=data.lighting, resample=data.resample,
+    )  # fmt: skip
     model = config.model
     num_classes = len(splits.train.class_names)
     if config.memory.size and config.memory.size < config.batch_size:
@@ -139,7 +141,6 @@ def build(config: ConfigDict) -> Run:
         mixup_alpha=config.mixup.alpha if config.mixup.enabled else 0.0,
         seed=config.seed,
     )
-    test_transform = transforms.ResizeCenterCrop(size, data.resize)
     return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)
 
 

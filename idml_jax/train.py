@@ -64,16 +64,16 @@ def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
     # Held-out classes choose the threshold of answers, unless they are what is evaluated.
     validation = run.splits.validation if config.eval.split == "test" else None
     truth = source.fields.get("ambiguity")
+    settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state)
     report, warnings = full_report(
-        _embed(run, state), _gallery(run, state), ks=config.eval.ks, seed=config.seed,
-        ambiguity=truth if config.ism.enabled else None,
-        settings=Ism(config.ism.temperature, config.ism.variant != "absolute"), precision=config.eval.precision,
+        embedded, _gallery(run, state), ks=config.eval.ks, seed=config.seed,
+        ambiguity=truth if config.ism.enabled else None, settings=settings, precision=config.eval.precision,
         held_out=None if validation is None else _embed(run, state, validation), cluster=config.eval.cluster,
     )  # fmt: skip
-    if config.ism.enabled and config.eval.ambiguity_images:
+    if config.eval.ambiguity_images:
         report |= evaluate.ambiguity(
             state.variables, source, run.test_transform, run.setup, run.mesh, seed=config.seed,
-            images=config.eval.ambiguity_images, **_embed_options(run),
+            images=config.eval.ambiguity_images, gallery=embedded, settings=settings, **_embed_options(run),
         )  # fmt: skip
     for warning in warnings:
         logger.warning("warning: %s", warning)

@@ -13,7 +13,7 @@ from idml_jax import evaluate, sharding, steps
 from idml_jax.data import sources, transforms
 from idml_jax.data.transforms import CHANGES, Changed, ResizeCenterCrop
 from idml_jax.errors import UserError
-from idml_jax.metrics.report import Embedded, ambiguity_report, full_report
+from idml_jax.metrics.report import Embedded, Ism, ambiguity_report, corrupted_report, full_report
 from idml_jax.models import EmbeddingModel
 from idml_jax.models.convnet import ConvNet
 from idml_jax.models.heads import Heads
@@ -62,11 +62,13 @@ class TestEmbed:
 
         report = evaluate.ambiguity(
             sharding.replicate(variables, mesh), source, ResizeCenterCrop(12, 12), setup, mesh, images=20, seed=0,
-            batch_size=24, channels=1,
+            gallery=whole, batch_size=24, channels=1,
         )  # fmt: skip
-        assert set(report) == {
+        corrupted = {name for name in report if name.startswith("corrupted/")}
+        assert set(report) - corrupted == {
             *(f"P(u_{k}>u)" for k in ("mixed", *CHANGES)), *(f"spearman(u,{k})" for k in CHANGES)
         }  # fmt: skip
+        assert {"corrupted/R@1", "corrupted/R-AUROC(uncertainty)", "corrupted/R-AUROC(margin_10)"} < corrupted
         assert all(-1 <= v <= 1 for v in report.values())
 
     def test_partners_are_of_other_classes(self):
@@ -133,6 +135,28 @@ class TestReport:
         gallery = Embedded(*(x[20:] if x is not None else None for x in data))
         report, _ = full_report(queries, gallery, cluster=False)
         assert report["queries"] == 20
+
+    def test_clean_and_corrupted_queries_together(self):
+        rng = np.random.default_rng(0)
+        data = clusters()
+        own = rng.permutation(len(data.labels))[:30]
+        clean = Embedded(*(None if x is None else x[own] for x in data))
+        blind = clean._replace(  # whatever the class, pictures of noise, and known to be
+            semantic=rng.normal(size=clean.semantic.shape).astype(np.float32), uncertainty=clean.uncertainty + 100
+        )
+        report = corrupted_report(clean, [blind], data, own, Ism())
+        # By hand: each query against all rows but its own.
+        queries = np.concatenate([clean.semantic, blind.semantic])
+        distance = np.linalg.norm(queries[:, None] - data.semantic[None], axis=2)
+        distance[np.arange(60), np.tile(own, 2)] = np.inf
+        correct = data.labels[distance.argmin(axis=1)] == np.tile(clean.labels, 2)
+        assert report["corrupted/R@1"] == pytest.approx(correct.mean())
+        score = np.concatenate([clean.uncertainty_norm, blind.uncertainty_norm])
+        wins = (score[~correct][:, None] > score[correct][None]) + 0.5 * (score[~correct][:, None] == score[correct])
+        assert report["corrupted/R-AUROC(uncertainty)"] == pytest.approx(wins.mean())
+        assert report["corrupted/R-AUROC(uncertainty)"] > 0.6
+        plain = corrupted_report(*(e._replace(uncertainty=None) for e in (clean,)), [blind], data, own, Ism())
+        assert "corrupted/R-AUROC(margin_10)" in plain and "corrupted/R-AUROC(uncertainty)" not in plain
 
     def test_ambiguity_report(self):
         original = np.arange(10.0)

@@ -33,7 +33,11 @@ EDGES = {
     "array_record": {"data.shards"},
     "matplotlib": {"data.glyphs_draw"},
     "grain": {"data.pipeline"},
-    "cv2": {"data.transforms", "data.glyphs_draw", "data.glyphs", "data.layouts_classification"},
+    "cv2": {
+        "data.colour", "data.decode", "data.resample", "data.transforms", "data.glyphs_draw", "data.glyphs",
+        "data.layouts_classification",
+    },
+    "PIL": {"data.decode", "data.resample", "data.glyphs_draw", "data.glyphs"},
     "ml_collections": {"config", "protocols", "run", "train", "main"},
     "scipy": {"data.layouts_retrieval", "data.layouts_classification"},  # MATLAB files
 }

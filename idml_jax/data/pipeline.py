@@ -2,67 +2,74 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import numpy as np
 
 from idml_jax.data.samplers import Sampler
 from idml_jax.data.sources import Source
-from idml_jax.data.transforms import DecodeError, Transform, decode
+from idml_jax.data.transforms import DecodeError, Picture, Transform
 from idml_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 
-class _Slots:
-    """Slot number and record of every place in this host's part of the batches of some steps."""
+class _Batches:
+    """This host's part of the batches of some steps, by number; randomness depends on (seed, slot) alone.
 
-    def __init__(self, sampler: Sampler, start: int, stop: int, host: int, hosts: int):
+    A whole batch is one element for Grain: its threads make several at a time, and each is put together in place.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sampler: Sampler,
+        transform: Transform,
+        *,
+        seed: int,
+        start: int,
+        stop: int,
+        channels: int,
+        host: int,
+        hosts: int,
+    ):
         if sampler.batch_size % hosts:
             raise UserError(f"config.batch_size ({sampler.batch_size}) must be a multiple of the {hosts} hosts")
-        self._sampler, self._start, self._steps = sampler, start, max(stop - start, 0)
+        self._source, self._sampler, self._transform = source, sampler, transform
+        self._seed, self._start, self._steps, self._channels = seed, start, max(stop - start, 0), channels
         self._local = sampler.batch_size // hosts
         self._offset = host * self._local
-        self._last: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def __len__(self) -> int:
-        return self._steps * self._local
+        return self._steps
 
-    def __getitem__(self, place: int) -> tuple[int, int]:
-        step, position = divmod(int(place), self._local)
-        step += self._start
-        # One tuple, replaced as a whole: threads may compute a batch twice but never see half of one.
-        known, records = self._last
-        if known != step:
-            records = self._sampler.batch(step)
-            self._last = (step, records)
-        position += self._offset
-        return step * self._sampler.batch_size + position, int(records[position])
-
-
-class _Load:
-    """Slot and record to an example; randomness depends on (seed, slot) alone."""
-
-    def __init__(self, source: Source, transform: Transform, channels: int, seed: int):
-        self._source, self._transform, self._channels, self._seed = source, transform, channels, seed
-
-    def __call__(self, slot_and_record: tuple[int, int]) -> dict[str, Any]:
-        slot, record = slot_and_record
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, slot))))
-        try:
-            image = decode(self._source.read(record), self._channels)
-        except DecodeError as error:
-            raise UserError(f"{self._source.name(record)}: {error}") from error
+    def __getitem__(self, number: int) -> Batch:
+        step = self._start + int(number)
+        records = self._sampler.batch(step)[self._offset : self._offset + self._local]
+        first_slot = step * self._sampler.batch_size + self._offset
+        images = None
+        for place, record in enumerate(records.tolist()):
+            image = self._load(record, first_slot + place)
+            if images is None:
+                images = np.empty((self._local, *image.shape), np.uint8)
+            images[place] = image
         return {
-            "image": self._transform(image, rng),
-            "label": np.int32(self._source.labels[record]),
-            "index": np.int32(record),
+            "image": images,
+            "label": self._source.labels[records].astype(np.int32),
+            "index": records.astype(np.int32),
         }
 
+    def _load(self, record: int, slot: int) -> np.ndarray:
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, slot))))
+        try:
+            return self._transform(Picture(self._source.read(record), self._channels), rng)
+        except DecodeError as error:
+            raise UserError(f"{self._source.name(record)}: {error}") from error
 
-def _iterate(dataset: grain.MapDataset, threads: int, prefetch: int, workers: int) -> Iterator[Batch]:
-    chain = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+
+def _iterate(batches: _Batches, threads: int, prefetch: int, workers: int) -> Iterator[Batch]:
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    chain = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
         chain = chain.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
     iterator = iter(chain)
@@ -103,7 +110,7 @@ def train_batches(
       host: index of this host.
       hosts: number of hosts.
       threads: reading and decoding threads.
-      prefetch: batches held ready; memory is ``prefetch`` batches of uint8 pictures.
+      prefetch: batches made or held ready; with the one in use, memory is ``prefetch`` + 1 batches of uint8 pictures.
       workers: worker processes instead of threads in this process, for hosts with many cores.
 
     Yields:
@@ -112,9 +119,10 @@ def train_batches(
     Raises:
       UserError: naming an unreadable file.
     """
-    slots = _Slots(sampler, start, stop, host, hosts)
-    dataset = grain.MapDataset.source(slots).map(_Load(source, transform, channels, seed))
-    yield from _iterate(dataset.batch(sampler.batch_size // hosts), threads, prefetch, workers)
+    batches = _Batches(
+        source, sampler, transform, seed=seed, start=start, stop=stop, channels=channels, host=host, hosts=hosts
+    )
+    yield from _iterate(batches, threads, prefetch, workers)
 
 
 class _InOrder:
@@ -165,10 +173,12 @@ def eval_batches(
     """
     records = np.arange(len(source)) if order is None else np.asarray(order)
     sampler = _InOrder(records, batch_size)
-    slots = _Slots(sampler, 0, sampler.steps_per_epoch, host, hosts)
     local = batch_size // hosts
-    dataset = grain.MapDataset.source(slots).map(_Load(source, transform, channels, 0)).batch(local)
-    for step, batch in enumerate(_iterate(dataset, threads, prefetch, 0)):
+    batches = _Batches(
+        source, sampler, transform, seed=0, start=0, stop=sampler.steps_per_epoch, channels=channels, host=host,
+        hosts=hosts,
+    )  # fmt: skip
+    for step, batch in enumerate(_iterate(batches, threads, prefetch, 0)):
         places = step * batch_size + host * local + np.arange(local)
         batch["mask"] = places < len(records)
         yield batch

@@ -6,6 +6,7 @@ iterators hold state that could be lost.
 """
 
 import functools
+import math
 from typing import Protocol
 
 import numpy as np
@@ -53,6 +54,27 @@ def _class_order(classes: int, per_batch: int, seed: int, number: int) -> np.nda
     return order
 
 
+@functools.lru_cache(maxsize=4)
+def _class_block(classes: int, per_batch: int, seed: int, number: int) -> Int[np.ndarray, "batches per_batch"]:
+    """Whole batches of classes from as many orders as fill them without remainder, for few classes.
+
+    Where a batch holds the end of one order and the head of the next, the head is freed of what the end holds. As
+    ``per_batch`` is at most ``classes``, there are always enough others.
+    """
+    rounds = per_batch // math.gcd(classes, per_batch)
+    orders: list[np.ndarray] = []
+    for i in range(rounds):
+        order = _random_order(classes, seed, 1, number * rounds + i).copy()
+        filled = i * classes % per_batch
+        if filled:
+            head, recent = per_batch - filled, orders[-1][-filled:]
+            clashes = np.flatnonzero(np.isin(order[:head], recent))
+            spare = head + np.flatnonzero(~np.isin(order[head:], recent))[: len(clashes)]
+            order[clashes], order[spare] = order[spare], order[clashes]
+        orders.append(order)
+    return np.concatenate(orders).reshape(-1, per_batch)
+
+
 class ShuffledSampler:
     """Every epoch a new random order of all records; the incomplete last batch is dropped.
 
@@ -82,8 +104,7 @@ class BalancedSampler:
     """P x K batches: ``P = batch_size / K`` different classes with ``K`` images each, for losses on pairs.
 
     Classes come in random orders, one order after the other: every class once before any comes again, and none twice
-    in a batch. (With fewer than ``3 P`` classes that cannot be had across the border of two orders, and the
-    ``classes % P`` last ones of an order are left out.) A class's images are drawn without replacement within a batch;
+    in a batch. A class's images are drawn without replacement within a batch;
     a class with fewer than ``K`` is completed with replacement. An epoch has as many steps as one over all images.
 
     Args:
@@ -116,8 +137,8 @@ class BalancedSampler:
     def _classes(self, step: int) -> np.ndarray:
         total, width = len(self._members), self._per_batch
         if total < 3 * width:
-            number, position = divmod(step, total // width)
-            return _class_order(total, width, self.seed, number)[position * width : (position + 1) * width]
+            number, position = divmod(step, total // math.gcd(total, width))
+            return _class_block(total, width, self.seed, number)[position]
         places = step * width + np.arange(width)
         return np.asarray([_class_order(total, width, self.seed, int(p) // total)[int(p) % total] for p in places])
 

@@ -64,19 +64,22 @@ def answer_scores(
     gallery: ism.Embedding | None = None,
     *,
     norms: Float[Array, "n"] | None = None,
+    own: Int[Array, "n"] | None = None,
     temperature: float = ism.DEFAULT_TEMPERATURE,
     relative: bool = True,
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """How unsure the semantic nearest neighbour of each query is as an answer; larger = less sure.
 
     The free scores of `uncertainty.free_scores` and, where the embedding has an uncertainty: 'uncertainty' |u| of
-    the query, 'pair_uncertainty' |u + u'| of query and answer, 'introspective_distance' between the two.
+    the query, 'pair_uncertainty' |u + u'| of query and answer, 'introspective_distance' between the two. `own` as in
+    `retrieval.neighbours`.
     """
     others = embedding if gallery is None else gallery
-    scores = free_scores(embedding.semantic, None if gallery is None else gallery.semantic, norms=norms)
+    searched = None if gallery is None else gallery.semantic
+    scores = free_scores(embedding.semantic, searched, norms=norms, own=own)
     if embedding.uncertainty is None or others.uncertainty is None:
         return scores
-    answer = neighbours(embedding.semantic, None if gallery is None else gallery.semantic).index[:, 0]
+    answer = neighbours(embedding.semantic, searched, own=own).index[:, 0]
     answer = jax.tree.map(lambda x: np.asarray(x)[answer], others)
     u = np.asarray(embedding.uncertainty, np.float64)
     scores["uncertainty"] = np.linalg.norm(u, axis=1)

@@ -156,14 +156,17 @@ def nearest_rows(
     gallery: Float[np.ndarray, "m d"],
     norms: Float[np.ndarray, "m"],
     k: int,
-    same_set: bool,
+    own: Int[np.ndarray, "n"],
     devices: list[jax.Device],
 ) -> Int[np.ndarray, "n k"]:
-    """Gallery indices of the k nearest rows of each query, nearest first, equal distances by index."""
+    """Gallery indices of the k nearest rows of each query, nearest first, equal distances by index.
+
+    `own` is the gallery row that each query leaves out, -2 for none.
+    """
     size = len(gallery)
     mesh, gallery, columns = _shared_gallery((gallery, norms), devices)
     height = _height(len(queries), columns, len(devices))
-    ids = np.arange(len(queries), dtype=np.int32) if same_set else np.full(len(queries), -2, np.int32)
+    ids = own.astype(np.int32)
     device_k = _device_k(k, columns)
 
     def start(rows):

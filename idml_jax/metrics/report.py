@@ -167,6 +167,35 @@ def _threshold_report(
     }
 
 
+def corrupted_report(
+    clean: Embedded, changed: Sequence[Embedded], gallery: Embedded, own: Int[np.ndarray, "n"], settings: Ism
+) -> dict[str, float]:
+    """Which score tells the wrong answers among clean and corrupted queries together?
+
+    Args:
+      clean: some pictures of the gallery as queries, ``n`` of them.
+      changed: the same pictures in the same order, changed; one entry per change.
+      gallery: all pictures, unchanged.
+      own: ``[n]``, the gallery row of each picture, which it and its changed forms leave out.
+      settings: of the introspective metric.
+
+    Returns:
+      ``corrupted/R@1`` over all these queries, and ``corrupted/R-AUROC(score)`` for every score of
+      ``introspective.answer_scores``; NaN where all answers are right or all are wrong.
+    """
+    sets = [clean, *changed]
+    joined = lambda name: None if getattr(clean, name) is None else np.concatenate([getattr(s, name) for s in sets])
+    queries = Embedded(*(joined(name) for name in Embedded._fields))
+    own = np.tile(own, len(sets))
+    answer = retrieval.neighbours(queries.semantic, gallery.semantic, own=own).index[:, 0]
+    correct = gallery.labels[answer] == queries.labels
+    scores = introspective.answer_scores(
+        queries.embedding, gallery.embedding, norms=queries.semantic_norm, own=own, **settings._asdict()
+    )
+    report = {f"R-AUROC({name})": uncertainty.r_auroc(score, correct) for name, score in scores.items()}
+    return {f"corrupted/{name}": float(value) for name, value in ({"R@1": correct.mean()} | report).items()}
+
+
 def ambiguity_report(
     original: Float[np.ndarray, "n"], changed: Mapping[str, Mapping[float, Float[np.ndarray, "n"]]]
 ) -> dict[str, float]:

@@ -142,11 +142,13 @@ def neighbours(
     gallery: Float[Array, "m d"] | None = None,
     k: int = 1,
     *,
+    own: Int[Array, "n"] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Neighbours:
     """The k nearest rows of each of n queries, nearest first, equal distances by index; exact.
 
-    Without a gallery every row queries all the others. Distances are Euclidean, computed from the difference of the
+    Without a gallery every row queries all the others. With one, `own` [n] may name the gallery row that each query
+    leaves out (its own unchanged picture, say; -1: none). Distances are Euclidean, computed from the difference of the
     two rows. Raises ValueError, naming the argument, for empty, mismatched or non-finite input and for a k that the
     gallery cannot serve.
     """
@@ -154,16 +156,29 @@ def neighbours(
     same_set = gallery is None
     rows, norms = (queries, query_norms) if same_set else embedding_rows(gallery, "gallery")
     _check_width(queries, rows)
-    if not 1 <= k <= len(rows) - same_set:
-        raise ValueError(f"k: expected 1 to {len(rows) - same_set}, the rows there are to find, got {k}")
+    own = _own_rows(own, same_set, len(queries), len(rows))
+    leaves_out = bool(np.any(own >= 0))
+    if not 1 <= k <= len(rows) - leaves_out:
+        raise ValueError(f"k: expected 1 to {len(rows) - leaves_out}, the rows there are to find, got {k}")
     devices = list(jax.local_devices() if devices is None else devices)
-    index = ranking.nearest_rows(queries, query_norms, rows, norms, int(k), same_set, devices)
+    index = ranking.nearest_rows(queries, query_norms, rows, norms, int(k), own, devices)
     distance = np.empty(index.shape, np.float32)
     step = max(1, 2**24 // (int(k) * queries.shape[1]))
     for start in range(0, len(queries), step):
         cut = slice(start, start + step)
         distance[cut] = np.linalg.norm(queries[cut, None, :] - rows[index[cut]], axis=2)
     return Neighbours(distance, index)
+
+
+def _own_rows(own, same_set: bool, size: int, rows: int) -> Int[np.ndarray, "n"]:
+    if own is None:
+        return np.arange(size) if same_set else np.full(size, -2)
+    own = np.asarray(own)
+    if same_set:
+        raise ValueError("own: needs a gallery; without one every query leaves itself out")
+    if own.shape != (size,) or not np.issubdtype(own.dtype, np.integer) or own.min() < -1 or own.max() >= rows:
+        raise ValueError(f"own: expected {size} whole numbers from -1 to {rows - 1}, indices of gallery rows")
+    return np.where(own < 0, -2, own)
 
 
 def _task(embeddings, labels, gallery, gallery_labels) -> ranking.Task:

@@ -10,7 +10,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from idml_jax.metrics.checks import embedding_rows, score_column
 from idml_jax.metrics.retrieval import neighbours
@@ -116,6 +116,7 @@ def free_scores(
     gallery: Float[Array, "m d"] | None = None,
     *,
     norms: Float[Array, "n"] | None = None,
+    own: Int[Array, "n"] | None = None,
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """Baselines that cost no training, one value per query, larger = less sure.
 
@@ -125,12 +126,12 @@ def free_scores(
     norm: minus the length of the embedding. Pass `norms` [n], the lengths before normalising, for rows that are
         normalised already; left out where all rows have the same length, which tells nothing.
 
-    Without a gallery every row queries all the others. Raises ValueError as `retrieval.neighbours`.
+    Without a gallery every row queries all the others; `own` as in `retrieval.neighbours`, which also tells the errors.
     """
     queries, squares = embedding_rows(embeddings, "embeddings")
-    others = len(queries) - 1 if gallery is None else len(gallery)
+    others = len(queries) - 1 if gallery is None else len(gallery) - (own is not None)
     depth = max(1, min(20, others))
-    found = neighbours(queries, gallery, depth)
+    found = neighbours(queries, gallery, depth, own=own)
     rows = queries if gallery is None else np.asarray(gallery, np.float32)
     scores = {"nearest_distance": found.distance[:, 0].astype(np.float64)}
     nearest = _cosine(queries, rows[found.index[:, 0]])
