@@ -42,12 +42,13 @@ def default_config() -> ConfigDict:
     config.max_steps = 0  # end earlier, after so many steps; 0: after all epochs
 
     config.data = ConfigDict()
-    config.data.name = "folder"
+    config.data.name = "folder"  # or glyphs, tfds, cub, cars, sop, inshop, cifar10, cifar100, imagenet
     config.data.root = ""  # of an image folder
     config.data.data_dir = ""  # of prepared tfds data sets; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    config.data.variant = ""  # which tfds data set, or which variant of the glyphs
+    config.data.variant = ""  # which tfds data set, which prepared image folder, or which variant of the glyphs
     config.data.train_classes = 0.5  # share (or number) of classes to train on where the data has no split
     config.data.validation_classes = 0.0  # share of the training classes to hold out
+    config.data.validation_images = 0.0  # classification: share of every class's training images to hold out
     config.data.on_corrupt = "refuse"  # or skip
     config.data.on_small_class = "refuse"  # or skip, keep: classes with a single image
     config.data.transform = "retrieval"  # or imagenet, cifar
@@ -214,8 +215,14 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "eval.best_metric", known)
     if not 0 < config.eval.precision <= 1:
         raise UserError(f"config.eval.precision = {config.eval.precision} must be in (0, 1]")
-    if config.eval.split == "validation" and not config.data.validation_classes:
-        raise UserError("config.eval.split = 'validation' needs config.data.validation_classes above 0")
+    for field in ("data.validation_classes", "data.validation_images"):
+        if not 0 <= _get(config, field) < 1:
+            raise UserError(f"config.{field} = {_get(config, field)} must be a share, at least 0 and below 1")
+    if config.eval.split == "validation" and not (config.data.validation_classes or config.data.validation_images):
+        raise UserError(
+            "config.eval.split = 'validation' needs config.data.validation_classes (classification: "
+            "config.data.validation_images) above 0"
+        )
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

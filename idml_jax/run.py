@@ -49,6 +49,11 @@ class Run(NamedTuple):
         """The images that evaluation goes by."""
         return self.splits.test if self.config.eval.split == "test" else self.splits.validation
 
+    @property
+    def eval_gallery(self) -> Source | None:
+        """What those images search; ``None`` where they search each other, as held-out classes always do."""
+        return self.splits.gallery if self.config.eval.split == "test" else None
+
     def initial_state(self) -> TrainState:
         """A fresh state on the mesh."""
         size, channels = self.config.data.image_size, self.config.data.channels
@@ -75,6 +80,7 @@ def build(config: ConfigDict) -> Run:
     splits = datasets.load_dataset(
         data.name,
         validation_classes=data.validation_classes,
+        validation_images=data.validation_images,
         on_small_class=data.on_small_class,
         seed=config.seed,
         warn=logger.warning,

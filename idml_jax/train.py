@@ -50,8 +50,12 @@ def _embed(run: Run, state: TrainState, source: Source | None = None) -> Embedde
     return embedded if run.config.ism.enabled else embedded._replace(uncertainty=None)
 
 
+def _gallery(run: Run, state: TrainState) -> Embedded | None:
+    return None if run.eval_gallery is None else _embed(run, state, run.eval_gallery)
+
+
 def _retrieval(run: Run, state: TrainState) -> dict[str, float]:
-    return retrieval_report(_embed(run, state), run.config.eval.ks)
+    return retrieval_report(_embed(run, state), run.config.eval.ks, _gallery(run, state))
 
 
 def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
@@ -62,8 +66,8 @@ def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
     truth = source.fields.get("ambiguity")
     settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state)
     report, warnings = full_report(
-        embedded, ks=config.eval.ks, seed=config.seed, ambiguity=truth if config.ism.enabled else None,
-        settings=settings, precision=config.eval.precision,
+        embedded, _gallery(run, state), ks=config.eval.ks, seed=config.seed,
+        ambiguity=truth if config.ism.enabled else None, settings=settings, precision=config.eval.precision,
         held_out=None if validation is None else _embed(run, state, validation), cluster=config.eval.cluster,
     )  # fmt: skip
     if config.eval.ambiguity_images:
@@ -73,7 +77,8 @@ def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
         )  # fmt: skip
     for warning in warnings:
         logger.warning("warning: %s", warning)
-    logger.info("full evaluation of %d images: %.1f s", len(source), time.monotonic() - started)
+    count = len(source) + len(run.eval_gallery or ())
+    logger.info("full evaluation of %d images: %.1f s", count, time.monotonic() - started)
     return report
 
 
@@ -113,8 +118,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
 
     train, test = run.splits.train, run.eval_source
     logger.info(
-        "%s: %d training images of %d classes, %d %s images of %d classes",
+        "%s: %d training images of %d classes, %d %s images of %d classes%s",
         config.data.name, len(train), len(train.class_names), len(test), config.eval.split, len(test.class_names),
+        "" if run.eval_gallery is None else f", searching {len(run.eval_gallery)} gallery images",
     )  # fmt: skip
     state = run.initial_state()
     logger.info(

@@ -303,7 +303,7 @@ class TestFolders:
         refuses("1 class", root=str(tmp_path / "loose"))
         make_folder(tmp_path / "three", 3)
         refuses("both sides need at least 2", root=str(tmp_path / "three"))
-        with pytest.raises(UserError, match="unknown data set 'cubs'.*known: folder, glyphs, tfds"):
+        with pytest.raises(UserError, match="unknown data set 'cubs'.*known: cars, .*folder, glyphs, .*tfds"):
             datasets.load_dataset("cubs")
 
     def test_classes_with_one_image(self, tmp_path):

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
 MATHS = ("ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing")
 RUNTIME = (
-    "config", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate", "run", "train",
+    "config", "protocols", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate",
+    "run", "train",
 )  # fmt: skip
 ROOMS = {
     "errors": {"errors"},
@@ -28,13 +29,17 @@ EDGES = {
     "clu": {"writers"},
     "tensorflow": set(),
     "torch": set(),
-    "tensorflow_datasets": {"data.glyphs", "data.datasets"},
+    "tensorflow_datasets": {"data.glyphs", "data.shards", "data.prepared", "data.layouts_tfds"},
+    "array_record": {"data.shards"},
     "matplotlib": {"data.glyphs_draw"},
     "grain": {"data.pipeline"},
-    "cv2": {"data.colour", "data.decode", "data.resample", "data.transforms", "data.glyphs_draw", "data.glyphs"},
+    "cv2": {
+        "data.colour", "data.decode", "data.resample", "data.transforms", "data.glyphs_draw", "data.glyphs",
+        "data.layouts_classification",
+    },
     "PIL": {"data.decode", "data.resample", "data.glyphs_draw", "data.glyphs"},
-    "ml_collections": {"config", "run", "train", "main"},
-    "scipy": set(),
+    "ml_collections": {"config", "protocols", "run", "train", "main"},
+    "scipy": {"data.layouts_retrieval", "data.layouts_classification"},  # MATLAB files
 }
 
 

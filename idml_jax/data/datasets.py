@@ -1,24 +1,30 @@
-"""Data sets by name: folders of images, the built-in glyphs, and tfds sets stored as array_record."""
+"""Data sets by name: the benchmarks, image folders, the built-in glyphs, and tfds sets stored as array_record."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from idml_jax.data import prepared as prepared_lib
+from idml_jax.data.protocol import BENCHMARKS, Count, differences
 from idml_jax.data.sources import (
     Joined,
     Source,
     Subset,
-    TfdsSource,
     check_classes,
     drop_unreadable,
     hold_out_classes,
+    hold_out_images,
     scan_folder,
+    select_classes,
     split_by_class,
 )
 from idml_jax.errors import UserError
+
+# Share of the training images that stands in for a missing ImageNet validation split: about 50 of a class.
+_TRAIN_ONLY_SHARE = 0.04
 
 
 class Splits(NamedTuple):
@@ -26,35 +32,49 @@ class Splits(NamedTuple):
 
     Attributes:
       train: images to learn from.
-      test: images on which the final figures are taken.
-      validation: images of classes held out of the training classes, for choosing settings; ``None`` if none are.
+      test: images on which the final figures are taken; the queries, where there is a gallery.
+      validation: images held out of the training images, for choosing settings; ``None`` if none are. Of classes of
+        their own, unless the test images too show the training classes (classification).
+      gallery: what the test images search, with the same labels; ``None`` where they search each other.
     """
 
     train: Source
     test: Source
     validation: Source | None = None
+    gallery: Source | None = None
 
 
 def load_folder(
     *,
-    root: str,
+    root: str = "",
+    data_dir: str = "",
+    variant: str = "",
     train_classes: float = 0.5,
     on_corrupt: str = "refuse",
     warn: Callable[[str], None] = print,
     **_: object,
-) -> tuple[Source, Source]:
+) -> Splits:
     """A folder of images: ``root/train/<class>/`` and ``root/test/<class>/`` (or ``val``), or ``root/<class>/`` alone,
-    which is split by class."""
+    which is split by class; or, without ``root``, the prepared one that ``variant`` names."""
+    if not root and variant:
+        found = prepared_lib.find("folder", data_dir or default_data_dir(), variant)
+        parts = {split: prepared_lib.source(found, split, say=warn) for split in found.splits}
+        if "images" in parts:
+            return Splits(*split_by_class(parts["images"], train_classes))
+        return _separate(parts)
     if not root:
-        raise UserError("config.data.root is empty; give the folder that holds one folder per class")
+        raise UserError(
+            "config.data.root is empty; give the folder that holds one folder per class (or config.data.variant, the "
+            "name of a prepared one)"
+        )
     test_root = next((Path(root) / name for name in ("test", "val") if (Path(root) / name).is_dir()), None)
     if test_root is not None and (Path(root) / "train").is_dir():
         parts = [scan_folder(Path(root) / "train"), scan_folder(test_root)]
-        return tuple(drop_unreadable(part, on_corrupt, warn) for part in parts)
+        return Splits(*(drop_unreadable(part, on_corrupt, warn) for part in parts))
     everything = drop_unreadable(scan_folder(root), on_corrupt, warn)
     if len(everything.class_names) < 2:
         raise UserError(f"{root}: 1 class ({everything.class_names[0]}); metric learning needs at least 2")
-    return split_by_class(everything, train_classes)
+    return Splits(*split_by_class(everything, train_classes))
 
 
 def default_data_dir() -> str:
@@ -62,52 +82,103 @@ def default_data_dir() -> str:
     return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
 
 
-def load_glyphs(*, data_dir: str = "", variant: str = "default", **_: object) -> tuple[Source, Source]:
-    """The built-in characters; made on first use."""
-    import tensorflow_datasets as tfds
+def _dense(source: Source, classes: np.ndarray | None = None) -> Subset:
+    return Subset(source, np.arange(len(source)), classes)
 
+
+def _separate(parts: Mapping[str, Source]) -> Splits:
+    """Splits with labels of their own; query and gallery share theirs."""
+    if "query" not in parts:
+        return Splits(_dense(parts["train"]), _dense(parts["test"]))
+    both = np.union1d(parts["query"].labels, parts["gallery"].labels)
+    query, gallery = _dense(parts["query"], both), _dense(parts["gallery"], both)
+    return Splits(_dense(parts["train"]), query, gallery=gallery)
+
+
+def load_glyphs(*, data_dir: str = "", variant: str = "default", **_: object) -> Splits:
+    """The built-in characters; made on first use."""
     from idml_jax.data import glyphs
 
     builder = glyphs.prepare(data_dir or default_data_dir(), variant or "default")
-    names = builder.info.features["label"].names
-    skip = {"image": tfds.decode.SkipDecoding()}
-    parts = []
-    for split in ("train", "test"):
-        records = builder.as_data_source(split, decoders=skip)
-        fields = ("ambiguity", "kind")
-        source = TfdsSource(records, f"glyphs/{split}", names, field_keys=fields)
-        parts.append(Subset(source, np.arange(len(source))))
-    return parts[0], parts[1]
+    found = prepared_lib.Prepared(Path(builder.data_path), builder, True, None)
+    say = lambda line: None
+    train, test = (
+        prepared_lib.source(found, split, field_keys=("ambiguity", "kind"), say=say) for split in ("train", "test")
+    )
+    return _separate({"train": train, "test": test})
 
 
 def load_tfds(
-    *, data_dir: str = "", variant: str = "", train_classes: float = 0.5, **_: object
-) -> tuple[Source, Source]:
+    *,
+    data_dir: str = "",
+    variant: str = "",
+    train_classes: float = 0.5,
+    warn: Callable[[str], None] = print,
+    **_: object,
+) -> Splits:
     """A tfds data set that is already prepared as array_record: all its splits together, split by class."""
-    import tensorflow_datasets as tfds
-
     if not variant:
         raise UserError("config.data.variant is empty; give the tfds data set, e.g. cars196 or my_set:1.0.0")
     data_dir = data_dir or default_data_dir()
-    try:
-        builder = tfds.builder(variant, data_dir=data_dir, file_format="array_record")
-        splits = list(builder.info.splits)
-        if not splits:
-            raise FileNotFoundError(f"nothing is prepared for {variant}")
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = f"tfds data set {variant!r} is not prepared as array_record under {data_dir}"
-        raise UserError(f"{where}: {reason}") from error
-    skip = {"image": tfds.decode.SkipDecoding()}
-    names = builder.info.features["label"].names
-    parts = [TfdsSource(builder.as_data_source(s, decoders=skip), f"{variant}/{s}", names) for s in splits]
-    return split_by_class(Joined(parts), train_classes)
+    name, _, version = variant.partition(":")
+    home = Path(data_dir).expanduser() / name
+    folder = home / version if version else prepared_lib.version_folder(home)
+    if folder is None or not (folder / "dataset_info.json").exists():
+        raise UserError(f"tfds data set {variant!r} is not prepared as array_record under {data_dir}")
+    found = prepared_lib.open_folder(folder)
+    return Splits(
+        *split_by_class(Joined([prepared_lib.source(found, s, say=warn) for s in found.splits]), train_classes)
+    )
 
 
-DATASETS: dict[str, Callable[..., tuple[Source, Source]]] = {
+def load_benchmark(
+    name: str, *, data_dir: str = "", seed: int = 0, warn: Callable[[str], None] = print, **_: object
+) -> Splits:
+    """A benchmark with its protocol's splits, prepared by us or by tfds.
+
+    Args:
+      name: key of ``protocol.BENCHMARKS``.
+      data_dir: folder of data sets.
+      seed: of the images that stand in for ImageNet's validation split where there is none.
+      warn: receives a line if the set is not complete.
+
+    Raises:
+      UserError: if it is not there, or lacks a split.
+    """
+    data_dir, benchmark = data_dir or default_data_dir(), BENCHMARKS[name]
+    found = prepared_lib.find(name, data_dir)
+    wanted = ("train", "test") if benchmark.train_classes and not found.ours else tuple(benchmark.splits)
+    parts = {s: prepared_lib.source(found, s, say=warn) for s in wanted if s in found.splits}
+    if benchmark.train_classes and not found.ours:
+        # The official splits together, divided by class.
+        whole = Joined([parts[s] for s in wanted if s in parts])
+        bound, last = benchmark.train_classes, len(whole.class_names)
+        parts = {"train": select_classes(whole, range(bound)), "test": select_classes(whole, range(bound, last))}
+    missing = [s for s in benchmark.splits if s not in parts and not (name == "imagenet" and s == "validation")]
+    if missing:
+        raise UserError(f"{found.folder}: lacks the split {missing[0]!r} of {benchmark.title}")
+    counts = {s: Count(len(p), len(np.unique(p.labels))) for s, p in parts.items()}
+    if wrong := differences(name, counts):
+        if found.complete:
+            raise UserError(f"{found.folder}: {'; '.join(wrong)}; delete it and prepare it again")
+        warn(f"{found.folder} is not the complete {benchmark.title}: {'; '.join(wrong)}")
+    if not benchmark.shared_classes:
+        return _separate(parts)
+    if "validation" not in parts and "test" not in parts:
+        warn(f"{found.folder} has no validation images; {_TRAIN_ONLY_SHARE:.0%} of the training images stand in")
+        return Splits(*hold_out_images(parts["train"], _TRAIN_ONLY_SHARE, seed))
+    return Splits(parts["train"], parts["test"] if "test" in parts else parts["validation"])
+
+
+def _benchmark_loader(name: str) -> Callable[..., Splits]:
+    return lambda **options: load_benchmark(name, **options)
+
+
+DATASETS: dict[str, Callable[..., Splits]] = {
     "folder": load_folder,
     "glyphs": load_glyphs,
     "tfds": load_tfds,
+    **{name: _benchmark_loader(name) for name in BENCHMARKS},
 }
 
 
@@ -115,6 +186,7 @@ def load_dataset(
     name: str,
     *,
     validation_classes: float = 0.0,
+    validation_images: float = 0.0,
     on_small_class: str = "refuse",
     seed: int = 0,
     warn: Callable[[str], None] = print,
@@ -125,8 +197,9 @@ def load_dataset(
     Args:
       name: key of ``DATASETS``.
       validation_classes: share of the training classes to hold out for choosing settings.
+      validation_images: share of every training class's images to hold out, for classification.
       on_small_class: see ``check_classes``.
-      seed: of the choice of validation classes.
+      seed: of the choice of what is held out.
       warn: receives lines about what was left out.
       **options: ``root``, ``data_dir``, ``variant``, ``train_classes``, ``on_corrupt``; each loader takes what it
         needs.
@@ -139,10 +212,39 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r} (config.data.name); known: {', '.join(sorted(DATASETS))}")
-    train, test = DATASETS[name](warn=warn, **options)
-    train = check_classes(train, "training images", on_small_class, warn)
-    test = check_classes(test, "test images", on_small_class, warn)
+    shared = name in BENCHMARKS and BENCHMARKS[name].shared_classes
+    if shared and validation_classes:
+        raise UserError(
+            f"config.data.validation_classes: the test images of {name} show the training classes, so images are held "
+            "out instead; use config.data.validation_images"
+        )
+    if validation_images and not shared:
+        raise UserError(
+            f"config.data.validation_images: the test classes of {name} are not the training classes, so classes are "
+            "held out instead; use config.data.validation_classes"
+        )
+    splits = DATASETS[name](warn=warn, seed=seed, **options)
+    if shared:
+        if not validation_images:
+            return splits
+        train, validation = hold_out_images(splits.train, validation_images, seed)
+        return splits._replace(train=train, validation=validation)
+    train = check_classes(splits.train, "training images", on_small_class, warn)
+    # With a gallery a class needs no second query.
+    test = splits.test if splits.gallery else check_classes(splits.test, "test images", on_small_class, warn)
+    if splits.gallery:
+        _check_gallery(test, splits.gallery, warn)
+    splits = splits._replace(train=train, test=test)
     if not validation_classes:
-        return Splits(train, test)
+        return splits
     train, validation = hold_out_classes(train, validation_classes, seed)
-    return Splits(train, test, validation)
+    return splits._replace(train=train, validation=validation)
+
+
+def _check_gallery(query: Source, gallery: Source, warn: Callable[[str], None]) -> None:
+    absent = np.setdiff1d(query.labels, gallery.labels)
+    if len(absent):
+        first = query.class_names[absent[0]]
+        warn(f"{len(absent)} classes of the queries are not in the gallery and count as misses; the first: {first}")
+    if len(np.unique(query.labels)) < 2 or len(np.unique(gallery.labels)) < 2:
+        raise UserError("query and gallery need at least 2 classes each")

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -63,12 +63,12 @@ class TfdsSource:
     """A split of a tfds data set stored as array_record; TensorFlow is not needed to read it.
 
     Args:
-      records: what ``builder.as_data_source(split, decoders={image_key: SkipDecoding()})`` gives.
+      records: gives dictionaries with the encoded ``image``, and the file's name if ``file_key`` is given.
       name: for messages, e.g. ``cub/test``.
       class_names: name of every label.
-      image_key: feature with the encoded image.
-      label_key: feature with the label.
-      field_keys: further features to hold in ``fields``.
+      labels: ``[n]``, dense from 0.
+      fields: further values per image, each ``[n, ...]``.
+      file_key: feature with the name that the image's file had.
     """
 
     def __init__(
@@ -76,29 +76,27 @@ class TfdsSource:
         records: Sequence[dict],
         name: str,
         class_names: Sequence[str],
-        image_key: str = "image",
-        label_key: str = "label",
-        field_keys: Sequence[str] = (),
+        labels: Int[np.ndarray, "n"],
+        fields: Mapping[str, np.ndarray] | None = None,
+        file_key: str | None = None,
     ):
-        self.records, self._name, self._image_key = records, name, image_key
+        self.records, self._name, self._file_key = records, name, file_key
         self.class_names = list(class_names)
-        keys = (label_key, *field_keys)
-        columns: dict[str, list] = {key: [] for key in keys}
-        for index in range(len(records)):
-            record = records[index]
-            for key in keys:
-                columns[key].append(record[key])
-        self.labels = np.asarray(columns[label_key], np.int32)
-        self.fields = {key: np.asarray(columns[key]) for key in field_keys}
+        self.labels = np.asarray(labels, np.int32)
+        self.fields = dict(fields or {})
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        return self.records[index][self._image_key]
+        return self.records[index]["image"]
 
     def name(self, index: int) -> str:
-        return f"{self._name} record {index}"
+        name = f"{self._name} record {index}"
+        if self._file_key is None:
+            return name
+        file = self.records[index][self._file_key]
+        return f"{name} ({file.decode() if isinstance(file, bytes) else file})"
 
 
 class Subset:
@@ -107,12 +105,17 @@ class Subset:
     Args:
       source: all images.
       indices: ``[m]`` which to keep, in this order.
+      classes: the source's labels that become 0, 1, ...; those of the images by default. Given where several parts
+        have to agree on their labels: query and gallery, training and test images of classification.
     """
 
-    def __init__(self, source: Source, indices: Int[np.ndarray, "m"]):
+    def __init__(self, source: Source, indices: Int[np.ndarray, "m"], classes: Sequence[int] | None = None):
         self._source, self._indices = source, np.asarray(indices)
-        kept, labels = np.unique(source.labels[self._indices], return_inverse=True)
-        self.labels = labels.astype(np.int32)
+        own = source.labels[self._indices]
+        kept = np.unique(own if classes is None else np.asarray(classes))
+        if not np.isin(own, kept).all():
+            raise ValueError("an image's class is none of the given classes")
+        self.labels = np.searchsorted(kept, own).astype(np.int32)
         self.class_names = [source.class_names[label] for label in kept]
         self.fields = {key: value[self._indices] for key, value in source.fields.items()}
 
@@ -204,6 +207,36 @@ def hold_out_classes(source: Source, fraction: float, seed: int) -> tuple[Subset
         )
     order = np.random.Generator(np.random.PCG64(seed)).permutation(total)
     return select_classes(source, order[count:]), select_classes(source, order[:count])
+
+
+def hold_out_images(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
+    """Splits the images of every class at random, for classification, where held-out images have known classes.
+
+    Args:
+      source: training images.
+      fraction: share of every class's images to hold out, at least one.
+      seed: of the choice.
+
+    Returns:
+      Training and held-out images, with the same labels.
+
+    Raises:
+      UserError: if a class would be left without training images.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    held_out = []
+    order = np.argsort(source.labels, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(source.labels[order])) + 1):
+        label = source.labels[members[0]]
+        count = max(round(len(members) * fraction), 1)
+        if count >= len(members):
+            raise UserError(
+                f"holding out {fraction} of the {len(members)} images of class {source.class_names[label]} leaves none "
+                "to train on"
+            )
+        held_out.append(rng.permutation(members)[:count])
+    chosen, classes = np.sort(np.concatenate(held_out)), range(len(source.class_names))
+    return Subset(source, np.setdiff1d(np.arange(len(source)), chosen), classes), Subset(source, chosen, classes)
 
 
 def scan_folder(root: str | os.PathLike) -> FolderSource:

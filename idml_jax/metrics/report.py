@@ -44,9 +44,12 @@ class Ism(NamedTuple):
     relative: bool = True
 
 
-def retrieval_report(embedded: Embedded, ks: Sequence[int] = (1, 2, 4, 8)) -> dict[str, float]:
+def retrieval_report(
+    embedded: Embedded, ks: Sequence[int] = (1, 2, 4, 8), gallery: Embedded | None = None
+) -> dict[str, float]:
     """What is followed during training: R@K, RP, MAP@R, MRR, and mean and deviation of the uncertainty's length."""
-    report = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, ks=ks)
+    searched = (None, None) if gallery is None else (gallery.semantic, gallery.labels)
+    report = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, *searched, ks=ks)
     if embedded.uncertainty is not None:
         length = embedded.uncertainty_norm
         report |= {"uncertainty_mean": float(length.mean()), "uncertainty_std": float(length.std())}

@@ -1,0 +1,18 @@
+"""CUB-200-2011: birds, classes 1 to 100 for training, 101 to 200 for testing.
+
+    python -m idml_jax.prepare --dataset=cub --source=CUB_200_2011.tgz
+    python -m idml_jax.main --config=configs/cub200.py --workdir=runs/cub200
+
+The settings are the paper's, which start from a ResNet-50 trained on ImageNet; from random weights use
+``configs/cub200.py:scratch``. Published, R@1: 70.7 (introspective), 69.0 (``:plain``). Meant for a GPU or TPU;
+``configs/cub200.py:quick`` is for a laptop.
+The words after a colon (``plain``, a loss, ``scratch``, ``quick``) are in ``idml_jax/protocols.py``. To choose settings
+without looking at test classes: ``--config.data.validation_classes=0.2 --config.eval.split=validation``.
+"""
+
+from idml_jax.protocols import retrieval_config
+
+
+def get_config(arg: str = ""):
+    """``arg``: see ``idml_jax.protocols.retrieval_config``."""
+    return retrieval_config("cub", arg)

@@ -1,0 +1,18 @@
+"""Stanford Online Products: 11,318 products for training, 11,316 others for testing.
+
+    python -m idml_jax.prepare --dataset=sop --source=Stanford_Online_Products.zip
+    python -m idml_jax.main --config=configs/sop.py --workdir=runs/sop
+
+The settings are the paper's, which start from a ResNet-50 trained on ImageNet; from random weights use
+``configs/sop.py:scratch``. Published, R@1: 81.5 (introspective), 79.5 (``:plain``). Meant for a GPU or TPU;
+``configs/sop.py:quick`` is for a laptop with patience.
+The words after a colon (``plain``, a loss, ``scratch``, ``quick``) are in ``idml_jax/protocols.py``. To choose settings
+without looking at test classes: ``--config.data.validation_classes=0.2 --config.eval.split=validation``.
+"""
+
+from idml_jax.protocols import retrieval_config
+
+
+def get_config(arg: str = ""):
+    """``arg``: see ``idml_jax.protocols.retrieval_config``."""
+    return retrieval_config("sop", arg)

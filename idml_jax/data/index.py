@@ -1,0 +1,112 @@
+"""Labels of a stored data set: scanned once, then read from a file beside the set, or from the user's cache where the
+set cannot be written to."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+Columns = dict[str, np.ndarray]
+FOLDER = "idml_jax_index"
+_CHUNK = 256
+
+
+def fingerprint(folder: Path, split: str) -> str:
+    """What changes whenever a stored set does: its metadata, and name and size of every file of the split."""
+    digest = hashlib.sha256()
+    for name in ("dataset_info.json", "features.json"):
+        path = folder / name
+        digest.update(path.read_bytes() if path.exists() else b"")
+    for path in sorted(folder.glob(f"*-{split}.array_record*")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def user_cache() -> Path:
+    """Where indices of sets that cannot be written to are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idml_jax" / "index"
+
+
+def _paths(folder: Path, split: str) -> tuple[Path, Path]:
+    name = hashlib.sha256(f"{folder.resolve()}".encode()).hexdigest()[:24]
+    return folder / FOLDER / f"{split}.npz", user_cache() / f"{name}-{split}.npz"
+
+
+def read(folder: Path, split: str, keys: Sequence[str]) -> Columns | None:
+    """A stored index that fits the set and has all wanted columns, else ``None``."""
+    wanted = fingerprint(folder, split)
+    for path in _paths(folder, split):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if str(file["fingerprint"]) == wanted and all(f"column/{key}" in file.files for key in keys):
+                    return {key: file[f"column/{key}"] for key in keys}
+        except Exception:  # missing or damaged alike: the set is scanned again
+            continue
+    return None
+
+
+def write(folder: Path, split: str, columns: Mapping[str, np.ndarray]) -> Path | None:
+    """Stores an index beside the set, else in the user's cache; ``None`` if neither can be written."""
+    content = {f"column/{key}": value for key, value in columns.items()}
+    content["fingerprint"] = np.asarray(fingerprint(folder, split))
+    for path in _paths(folder, split):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        except OSError:
+            continue
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **content)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            return path
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+    return None
+
+
+def load(
+    folder: Path,
+    split: str,
+    records: Callable[[], Sequence[dict]],
+    keys: Sequence[str],
+    say: Callable[[str], None] = lambda line: None,
+) -> Columns:
+    """Columns of a split, from its index or, once, from its records.
+
+    Args:
+      folder: of the stored set, with ``dataset_info.json``.
+      split: name.
+      records: gives random access to the records, dictionaries with the wanted keys.
+      keys: scalar features to read of every record.
+      say: receives a line before a scan.
+
+    Returns:
+      ``[n]`` array by key.
+    """
+    keys = list(keys)
+    known = read(folder, split, keys)
+    if known is not None:
+        return known
+    opened = records()
+    total = len(opened)
+    say(f"reading the labels of {total:,} records of {folder.parent.name}/{split} once")
+
+    def chunk(start: int) -> list[tuple]:
+        return [
+            tuple(record[key] for key in keys)
+            for record in map(opened.__getitem__, range(start, min(start + _CHUNK, total)))
+        ]
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        rows = [row for part in pool.map(chunk, range(0, total, _CHUNK)) for row in part]
+    columns = {key: np.asarray([row[i] for row in rows]) for i, key in enumerate(keys)}
+    # Text comes as bytes objects, which would have to be pickled.
+    columns = {key: value.astype("S") if value.dtype == object else value for key, value in columns.items()}
+    write(folder, split, columns)
+    return columns
