@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
 MATHS = ("ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing")
 RUNTIME = (
-    "config", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate", "run", "train",
+    "config", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate", "pretrained", "run",
+    "train",
 )  # fmt: skip
 ROOMS = {
     "errors": {"errors"},
@@ -27,7 +28,8 @@ EDGES = {
     "orbax": {"checkpoint"},
     "clu": {"writers"},
     "tensorflow": set(),
-    "torch": set(),
+    "torch": {"pretrained"},
+    "safetensors": {"pretrained"},
     "tensorflow_datasets": {"data.glyphs", "data.datasets"},
     "matplotlib": {"data.glyphs_draw"},
     "grain": {"data.pipeline"},
