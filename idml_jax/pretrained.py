@@ -243,7 +243,8 @@ def _first_line(error: Exception) -> str:
 def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
     """A model with the heads that the tensors have, and the parts to load."""
     shape = {n: v.shape for n, v in tensors.values.items()}
-    semantic, uncertainty, hidden = (shape.get(f"{n}.weight") for n in ("embedding", "uncertainty", "uncertainty_hidden"))
+    names = ("embedding", "uncertainty", "uncertainty_hidden")
+    semantic, uncertainty, hidden = (shape.get(f"{name}.weight") for name in names)
     if semantic is None:
         return create_model(name), "trunk"
     return create_model(

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
 MATHS = ("ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing")
 RUNTIME = (
-    "config", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate", "pretrained", "run",
-    "train",
+    "config", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate", "pretrained",
+    "run", "train",
 )  # fmt: skip
 ROOMS = {
     "errors": {"errors"},

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 

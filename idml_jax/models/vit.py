@@ -61,7 +61,8 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "n h w c"]) -> Float[Array, "n t d"]:
         side = (self.patch, self.patch)
-        x = nn.Conv(self.width, side, side, padding="VALID", dtype=self.dtype, kernel_init=_truncated, name="proj")(images)
+        project = partial(nn.Conv, padding="VALID", dtype=self.dtype, kernel_init=_truncated)
+        x = project(self.width, side, side, name="proj")(images)
         return x.reshape(x.shape[0], -1, self.width)
 
 
@@ -91,7 +92,7 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n ..."]:
-        """The last, normalised tokens: the map of the patches ``[n, h2, w2, width]``, or the class token ``[n, width]``.
+        """The last tokens, normalised: the map of the patches ``[n, h2, w2, width]`` or the class token ``[n, width]``.
 
         Raises:
           ValueError: if a picture is not a whole number of patches.
