@@ -118,7 +118,7 @@ def test_blocks_computed_again_give_the_same_gradient(name, run):
         model = models.create_model(name, embedding_dim=4, uncertainty_dim=3, remat=remat)
         variables = variables or jax.jit(model.init)(jax.random.key(0), images)
 
-        def loss(params, model=model):
+        def loss(params, model=model, variables=variables):
             out, updated = model.apply({**variables, "params": params}, images, True, mutable=["batch_stats"])
             return jnp.sum(out["semantic"][:, 0]), updated
 

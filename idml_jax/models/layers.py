@@ -36,7 +36,9 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
         x = x.astype(self.dtype)
         if self.kernel_size == (1, 1) and self.padding == 0 and jax.default_backend() == "cpu":
-            return x[:, :: self.strides[0], :: self.strides[1]] @ kernel[0, 0]
+            x = x[:, :: self.strides[0], :: self.strides[1]]
+            # Two axes only: the gradient by the kernel is then two to three times as fast as over four.
+            return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], self.features)
         return jax.lax.conv_general_dilated(
             x, kernel, self.strides, [(self.padding, self.padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
