@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -128,3 +129,67 @@ def _differences(stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
     problems = [f"{n} is {stored[n]} there, {wanted[n]} here" for n in both if stored[n] != wanted[n]]
     problems += [f"{n} is missing there" for n in sorted(set(wanted) - set(stored))]
     return problems + [f"{n} is only there" for n in sorted(set(stored) - set(wanted))]
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether the folder of a run's checkpoints has any."""
+    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+
+
+def save_variables(folder: Path, variables: dict[str, Any]) -> None:
+    """Writes ``params`` and ``batch_stats`` alone, without optimizer or record, whole or not at all.
+
+    Args:
+      folder: new.
+      variables: nested dictionaries of arrays.
+    """
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(Path(folder).absolute(), variables)
+
+
+def find_state(path: Path, metric: str) -> Path:
+    """The folder of a stored tree.
+
+    Args:
+      path: what ``save_variables`` wrote, one checkpoint of a run, its folder ``checkpoints``, or the run's folder.
+      metric: what the best of a run goes by.
+
+    Returns:
+      The folder to read; of a run, that of its best checkpoint.
+
+    Raises:
+      UserError: if there is none.
+    """
+    path = Path(path).absolute()
+    if (path / "_METADATA").is_file():
+        return path
+    if (path / "state").is_dir():
+        return path / "state"
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not has_checkpoints(folder):
+        raise UserError(f"{path}: neither weights of this package nor the folder of a run with checkpoints")
+    checkpoints = Checkpoints(folder, metric, read_only=True)
+    try:
+        return folder / str(checkpoints.best) / "state"
+    finally:
+        checkpoints.close()
+
+
+def read_variables(folder: Path) -> dict[str, Any]:
+    """``params`` (of ``trunk`` and ``heads``) and ``batch_stats`` of a stored tree, as numpy arrays.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(folder).item_metadata.tree
+            params = {k: v for k, v in stored["params"].items() if k in ("trunk", "heads")}
+            wanted = {"params": params, "batch_stats": stored.get("batch_stats", {})}
+            item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            return checkpointer.restore(
+                folder, args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+            )
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be read ({_first_line(error)})") from error

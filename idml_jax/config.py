@@ -77,9 +77,12 @@ def default_config() -> ConfigDict:
     config.model.uncertainty_head = "mlp"  # or linear, none
     config.model.uncertainty_hidden = 128
     config.model.uncertainty_scale = 1.0  # on the initial weights of the last uncertainty layer
-    config.model.pooling = "avg_max"  # or avg, max
+    config.model.pooling = "avg_max"  # or avg, max, token (the class token of a transformer)
     config.model.batchnorm = "frozen"  # or frozen_statistics (scale and bias learn), live
     config.model.dtype = "float32"  # or bfloat16, of the trunk
+    config.model.remat = False  # keep no activations inside a block, compute them again: less memory, slower
+    config.model.init_from = ""  # weights to start from: .safetensors, .pth, a run's folder; see idml_jax.pretrained
+    config.model.init_parts = "trunk"  # of it; or semantic (with the semantic head), all (with both heads)
 
     config.ism = ConfigDict()
     config.ism.enabled = True
@@ -112,6 +115,7 @@ def default_config() -> ConfigDict:
     config.optim.proxy_lr_factor = 100.0
     config.optim.loss_lr_factor = 1.0  # of other numbers that a loss learns
     config.optim.clip_value = 10.0
+    config.optim.accumulate = 1  # parts in which the trunk sees a batch; the loss is still over all of it
 
     config.eval = ConfigDict()
     config.eval.every_epochs = 1
@@ -163,7 +167,7 @@ def validate(config: ConfigDict) -> None:
     for field in ("batch_size", "epochs", "data.threads", "data.prefetch", "eval.every_epochs", "eval.batch_size",
                   "checkpoint.every_epochs", "checkpoint.keep_latest", "checkpoint.keep_best", "log.every_steps",
                   "model.embedding_dim", "model.uncertainty_dim", "model.uncertainty_hidden", "data.image_size",
-                  "optim.step_epochs"):  # fmt: skip
+                  "optim.step_epochs", "optim.accumulate"):  # fmt: skip
         _at_least(config, field, 1)
     for field in ("seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay",
                   "optim.clip_value", "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation",
@@ -174,7 +178,8 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "model.batchnorm", ("frozen", "frozen_statistics", "live"))
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "model.uncertainty_head", ("mlp", "linear", "none"))
-    _choice(config, "model.pooling", ("avg", "max", "avg_max"))
+    _choice(config, "model.pooling", ("avg", "max", "avg_max", "token"))
+    _choice(config, "model.init_parts", ("trunk", "semantic", "all"))
     _choice(config, "eval.split", ("test", "validation"))
     _choice(config, "data.transform", TRANSFORMS)
     _choice(config, "data.resample", METHODS)

@@ -1,14 +1,15 @@
 """A run put together from its settings: data, order, transforms, network, loss, optimizer, devices."""
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from idml_jax import config as config_lib
-from idml_jax import sharding, steps
+from idml_jax import pretrained, sharding, steps
 from idml_jax.data import datasets, samplers, transforms
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
@@ -63,6 +64,23 @@ class Run(NamedTuple):
         state = create(key, setup.model, setup.objective, setup.optimizer, (size, size, channels))
         return sharding.replicate(state, self.mesh)
 
+    def with_variables(self, state: TrainState, variables: dict[str, Any]) -> TrainState:
+        """A fresh state with what ``pretrained.load`` gives in place of its own weights and statistics."""
+        merged = pretrained.merge(state.variables, variables)
+        state = state.replace(params={**state.params, **merged["params"]}, batch_stats=merged["batch_stats"])
+        return sharding.replicate(state, self.mesh)
+
+    def pretrained(self) -> tuple[dict[str, Any], str]:
+        """The weights that the settings name, and a line about them.
+
+        Raises:
+          UserError: if they do not fit.
+        """
+        size, channels = self.config.data.image_size, self.config.data.channels
+        images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+        like = jax.eval_shape(self.setup.model.init, jax.random.key(0), images)
+        return pretrained.load(self.config.model.init_from, like, self.config.model.init_parts)
+
 
 def build(config: ConfigDict) -> Run:
     """Reads the data and puts a run together; nothing is written.
@@ -73,6 +91,12 @@ def build(config: ConfigDict) -> Run:
     config_lib.validate(config)
     mesh = sharding.data_mesh()
     sharding.check_divisible(config.batch_size, mesh, "config.batch_size")
+    parts = config.optim.accumulate
+    if config.batch_size % (parts * mesh.size):
+        raise UserError(
+            f"config.batch_size ({config.batch_size}) must be a multiple of config.optim.accumulate ({parts}) "
+            f"times the {mesh.size} devices"
+        )
     sharding.check_divisible(config.eval.batch_size, mesh, "config.eval.batch_size")
 
     data = config.data
@@ -140,6 +164,7 @@ def build(config: ConfigDict) -> Run:
         std=tuple(data.std),
         mixup_alpha=config.mixup.alpha if config.mixup.enabled else 0.0,
         seed=config.seed,
+        accumulate=optim.accumulate,
     )
     return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)
 
@@ -157,6 +182,7 @@ def _create_model(config: ConfigDict) -> EmbeddingModel:
             pooling=model.pooling,
             frozen_statistics=model.batchnorm != "live",
             dtype=model.dtype,
+            remat=model.remat,
         )
     except ValueError as error:
         raise UserError(f"{error} (config.model)") from error

@@ -1,5 +1,6 @@
 """The two jitted steps, training and embedding, as functions of state and batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,9 @@ class StepSetup:
       std: per channel.
       mixup_alpha: Beta parameter of Mixup; 0: no Mixup.
       seed: of Mixup's randomness.
+      accumulate: parts in which the trunk sees a batch, for batches whose activations do not fit into memory. The loss
+        is over the whole batch. With frozen statistics (or no BatchNorm) the step is the same as with one part; live
+        ones are those of every part by itself, and the running statistics move once per part.
     """
 
     model: EmbeddingModel
@@ -37,6 +41,7 @@ class StepSetup:
     std: tuple[float, ...]
     mixup_alpha: float = 0.0
     seed: int = 0
+    accumulate: int = 1
 
 
 def normalize(
@@ -47,17 +52,56 @@ def normalize(
     return (images.astype(jnp.float32) / 255.0 - per_channel(mean)) / per_channel(std)
 
 
-def _forward(
-    setup: StepSetup, params: dict[str, Any], batch_stats: Any, images: Array, train_trunk: bool
-) -> tuple[dict[str, Array], Any]:
-    variables = {"params": {k: params[k] for k in ("trunk", "heads")}, "batch_stats": batch_stats}
-    features, updated = setup.model.apply(
-        variables, images, True, method=EmbeddingModel.features, mutable=["batch_stats"]
+def _pooled(
+    setup: StepSetup,
+    trunk: Any,
+    batch_stats: Any,
+    pictures: tuple[Array, ...],
+    prepare: Callable[..., Float[Array, "m k h w c"]],
+    train_trunk: bool,
+) -> tuple[Float[Array, "n k f"], Any]:
+    """Pooled features of ``k`` inputs made of every picture, and the running statistics after them.
+
+    With ``setup.accumulate`` above 1 the trunk sees the batch in so many parts, one after the other, and for the
+    gradient every part is computed again (Gao et al., "Scaling deep contrastive learning batch size under memory
+    limited setup", 2021), so that the activations of one part are all that is held. A part has every
+    ``accumulate``-th picture, so it lies on all devices as the batch does.
+
+    Args:
+      setup: of the step.
+      trunk: parameters.
+      batch_stats: running statistics.
+      pictures: what ``prepare`` takes, arrays ``[n, ...]``.
+      prepare: makes normalised inputs of some of the pictures.
+      train_trunk: whether a gradient is wanted.
+
+    Returns:
+      ``[n, k, f]`` features and the new statistics.
+    """
+
+    def part(trunk: Any, batch_stats: Any, pictures: tuple[Array, ...]) -> tuple[Any, Array]:
+        images = prepare(*pictures)
+        m, k = images.shape[:2]
+        variables = {"params": {"trunk": trunk}, "batch_stats": batch_stats}
+        features, updated = setup.model.apply(
+            variables, images.reshape(m * k, *images.shape[2:]), True, method=EmbeddingModel.features,
+            mutable=["batch_stats"],
+        )  # fmt: skip
+        if not train_trunk:
+            features = jax.lax.stop_gradient(features)
+        return updated.get("batch_stats", batch_stats), features.reshape(m, k, -1)
+
+    count = setup.accumulate
+    if count == 1:
+        batch_stats, features = part(trunk, batch_stats, pictures)
+        return features, batch_stats
+    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+    again = jax.checkpoint(part, prevent_cse=False)
+    batch_stats, features = jax.lax.scan(
+        lambda stats, some: again(trunk, stats, some), batch_stats, jax.tree.map(split, pictures)
     )
-    if not train_trunk:
-        features = jax.lax.stop_gradient(features)
-    out = setup.model.apply(variables, features, method=EmbeddingModel.embed)
-    return out, updated.get("batch_stats", batch_stats)
+    features = jnp.moveaxis(features, 0, 1)
+    return features.reshape(-1, *features.shape[2:]), batch_stats
 
 
 def _loss(
@@ -69,31 +113,40 @@ def _loss(
     train_trunk: bool,
 ) -> tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]:
     params = {**trained, **resting}
-    labels = batch["label"]
-    images = normalize(batch["image"], setup.mean, setup.std)
+    images, labels = batch["image"], batch["label"]
     mixup_key, *draws = jax.random.split(jax.random.fold_in(jax.random.key(setup.seed), state.step), 4)
+    normal = lambda x: normalize(x, setup.mean, setup.std)
+
+    def pooled(batch_stats: Any, pictures: tuple[Array, ...], prepare: Callable[..., Array]) -> tuple[Array, Any]:
+        return _pooled(setup, params["trunk"], batch_stats, pictures, prepare, train_trunk)
+
+    def embed(features: Array) -> dict[str, Array]:
+        return setup.model.apply({"params": {"heads": params["heads"]}}, features, method=EmbeddingModel.embed)
 
     def criterion(out: dict[str, Array], labels: Array, key: Array) -> Array:
         embedding = Embedding(out["semantic"], out["uncertainty"])
         return setup.objective(params, embedding, labels, key=key, store=state.memory, step=state.step)
 
     if not setup.mixup_alpha:
-        out, batch_stats = _forward(setup, params, state.batch_stats, images, train_trunk)
+        features, batch_stats = pooled(state.batch_stats, (images,), lambda x: normal(x)[:, None])
+        out = embed(features[:, 0])
         loss = criterion(out, labels, draws[0])
         return loss, (batch_stats, out, {"loss": loss, "uncertainty": _mean_length(out)})
 
-    mixed = mixing.mixup(mixup_key, images, setup.mixup_alpha)
-    if setup.model.trunk.frozen_statistics:
+    # Who is mixed with whom and how; the pictures themselves are mixed where they are used.
+    mixed = mixing.mixup(mixup_key, jnp.zeros((images.shape[0], 1, 1, 1)), setup.mixup_alpha)
+    blend = lambda x, other: mixing.blend(normal(x), normal(other), mixed.lam)
+    both = (images, jnp.take(images, mixed.partner, axis=0))
+    if setup.model.independent_rows:
         # Rows do not see each other in the trunk, so one pass over both is the same as two.
-        both, batch_stats = _forward(
-            setup, params, state.batch_stats, jnp.concatenate([images, mixed.images]), train_trunk
+        features, batch_stats = pooled(
+            state.batch_stats, both, lambda x, other: jnp.stack([normal(x), blend(x, other)], axis=1)
         )
-        n = images.shape[0]
-        out = jax.tree.map(lambda x: x[:n], both)
-        out_mixed = jax.tree.map(lambda x: x[n:], both)
+        out, out_mixed = embed(features[:, 0]), embed(features[:, 1])
     else:
-        out, batch_stats = _forward(setup, params, state.batch_stats, images, train_trunk)
-        out_mixed, batch_stats = _forward(setup, params, batch_stats, mixed.images, train_trunk)
+        features, batch_stats = pooled(state.batch_stats, both[:1], lambda x: normal(x)[:, None])
+        features_mixed, batch_stats = pooled(batch_stats, both, lambda x, other: blend(x, other)[:, None])
+        out, out_mixed = embed(features[:, 0]), embed(features_mixed[:, 0])
     original = criterion(out, labels, draws[0])
     loss_mixed = mixed.lam * criterion(out_mixed, labels, draws[1])
     loss_mixed += (1.0 - mixed.lam) * criterion(out_mixed, jnp.take(labels, mixed.partner), draws[2])

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import idml_jax
 from idml_jax import config as config_lib
 from idml_jax import evaluate, sharding, steps
-from idml_jax.checkpoint import Checkpoints
+from idml_jax.checkpoint import Checkpoints, has_checkpoints
 from idml_jax.data import pipeline
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
@@ -109,9 +109,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     workdir = Path(workdir).absolute()
     run = build(config)
     first_host = jax.process_index() == 0
+    finished = workdir / "result.json"
+    # Read before anything is written, and not at all once the run has a checkpoint of its own.
+    pretrained = None
+    if config.model.init_from and not finished.exists() and not has_checkpoints(workdir / "checkpoints"):
+        pretrained = run.pretrained()
     _prepare(workdir, config, first_host)
 
-    finished = workdir / "result.json"
     if finished.exists():
         logger.info("this run is finished: %s; --mode=eval evaluates its best checkpoint again", finished)
         return json.loads(finished.read_text())
@@ -138,6 +142,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     if checkpoints.latest is not None:
         state, record = checkpoints.restore(checkpoints.latest, state)
         logger.info("going on from step %d in %s", checkpoints.latest, workdir)
+    elif pretrained is not None:
+        variables, told = pretrained
+        state = run.with_variables(state, variables)
+        logger.info("starting from %s", told)
     step = int(state.step)
     writer = MetricWriter(workdir, active=first_host, tensorboard=config.log.tensorboard, resume_step=step)
     try:

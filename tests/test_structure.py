@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 MATHS = ("ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing")
 RUNTIME = (
     "config", "protocols", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate",
+    "pretrained",
     "run", "train",
 )  # fmt: skip
 ROOMS = {
@@ -28,7 +29,8 @@ EDGES = {
     "orbax": {"checkpoint"},
     "clu": {"writers"},
     "tensorflow": set(),
-    "torch": set(),
+    "torch": {"pretrained"},
+    "safetensors": {"pretrained"},
     "tensorflow_datasets": {"data.glyphs", "data.shards", "data.prepared", "data.layouts_tfds"},
     "array_record": {"data.shards"},
     "matplotlib": {"data.glyphs_draw"},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from idml_jax.models import convnet, resnet
+from idml_jax.models import convnet, pyramidnet, resnet, vit
 from idml_jax.models.heads import Heads, init_proxies
 from idml_jax.models.layers import pool_global
 
@@ -20,9 +20,20 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet101": resnet.ResNet101,
     "resnet152": resnet.ResNet152,
     "resnet18_small": partial(resnet.ResNet18, stem="small"),
+    "resnet50_small": partial(resnet.ResNet50, stem="small"),
     "resnet10_small": resnet.ResNet10Small,
+    "cifar_resnet20": resnet.CifarResNet20,
+    "cifar_resnet32": resnet.CifarResNet32,
+    "cifar_resnet56": resnet.CifarResNet56,
+    "cifar_resnet110": resnet.CifarResNet110,
+    "pyramidnet200": pyramidnet.PyramidNet200,
+    "pyramidnet110": pyramidnet.PyramidNet110,
+    "vit_s16": vit.ViTS16,
+    "vit_b16": vit.ViTB16,
     "convnet4": convnet.ConvNet,
     "resnet_tiny": resnet._ResNetTiny,
+    "pyramidnet_tiny": pyramidnet._PyramidNetTiny,
+    "vit_tiny": vit._ViTTiny,
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -36,12 +47,17 @@ class EmbeddingModel(nn.Module):
     Attributes:
       trunk: network from images to feature maps.
       heads: network from pooled features to embeddings.
-      pooling: see ``pool_global``.
+      pooling: see ``pool_global``; ``token`` where the trunk gives one vector per picture.
     """
 
     trunk: nn.Module
     heads: nn.Module
     pooling: str = "avg_max"
+
+    @property
+    def independent_rows(self) -> bool:
+        """Whether a picture's features in training do not depend on the rest of the batch."""
+        return self.trunk.frozen_statistics or not getattr(self.trunk, "has_statistics", True)
 
     def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> dict[str, Array]:
         """``features`` [n, f] and the heads' outputs (``semantic``, ``uncertainty``, ``semantic_norm``)."""
@@ -50,7 +66,8 @@ class EmbeddingModel(nn.Module):
 
     def features(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n f"]:
         """Pooled features of normalised images."""
-        return pool_global(self.trunk(images, train=train), self.pooling)
+        maps = self.trunk(images, train=train)
+        return maps.astype(jnp.float32) if self.pooling == "token" else pool_global(maps, self.pooling)
 
     def embed(self, features: Float[Array, "n f"]) -> dict[str, Array]:
         """The heads alone."""
@@ -68,6 +85,7 @@ def create_model(
     pooling: str = "avg_max",
     frozen_statistics: bool = False,
     dtype: str = "float32",
+    remat: bool = False,
 ) -> EmbeddingModel:
     """A trunk by name with the two heads.
 
@@ -78,20 +96,29 @@ def create_model(
       uncertainty_head: see ``Heads``.
       uncertainty_hidden: see ``Heads``.
       uncertainty_scale: see ``Heads``.
-      pooling: ``avg``, ``max`` or ``avg_max``.
+      pooling: ``avg``, ``max``, ``avg_max``, or ``token`` (of a vision transformer).
       frozen_statistics: BatchNorm uses its running statistics in training too.
       dtype: ``float32`` or ``bfloat16``, of the trunk; heads are always float32.
+      remat: compute what is inside a block again for the gradient instead of keeping it.
 
     Returns:
       The model; ``model.init(key, images)`` gives its variables.
 
     Raises:
-      ValueError: for an unknown name or dtype, with the known ones.
+      ValueError: for an unknown name or dtype, with the known ones, and for an option that the trunk does not have.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     trunk = MODELS[name](frozen_statistics=frozen_statistics, dtype=DTYPES[dtype])
+    if pooling == "token":
+        if not hasattr(trunk, "class_token"):
+            raise ValueError(f"pooling 'token' needs a class token, which {name} does not have")
+        trunk = trunk.clone(class_token=True)
+    if remat:
+        if not hasattr(trunk, "remat"):
+            raise ValueError(f"remat: {name} has no blocks to compute again")
+        trunk = trunk.clone(remat=True)
     heads = Heads(embedding_dim, uncertainty_dim, uncertainty_head, uncertainty_hidden, uncertainty_scale)
     return EmbeddingModel(trunk, heads, pooling)

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from idml_jax.models.layers import BatchNorm, max_pool_2x2
-from idml_jax.models.resnet import kaiming_normal
+from idml_jax.models.layers import BatchNorm, Conv, max_pool_2x2
 
 
 class ConvNet(nn.Module):
@@ -33,10 +32,7 @@ class ConvNet(nn.Module):
             )
         x = images.astype(self.dtype)
         for layer in range(self.depth):
-            x = nn.Conv(
-                self.width, (3, 3), padding=1, use_bias=False, dtype=self.dtype, kernel_init=kaiming_normal,
-                name=f"conv{layer + 1}",
-            )(x)  # fmt: skip
+            x = Conv(self.width, (3, 3), padding=1, dtype=self.dtype, name=f"conv{layer + 1}")(x)
             x = BatchNorm(not train or self.frozen_statistics, dtype=self.dtype, name=f"bn{layer + 1}")(x)
             x = max_pool_2x2(nn.relu(x))
         return x

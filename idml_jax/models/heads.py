@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from idml_jax.ism import l2_normalize
-from idml_jax.models.resnet import kaiming_normal
+from idml_jax.models.layers import kaiming_normal
 
 UNCERTAINTY_HEADS = ("mlp", "linear", "none")
 

@@ -2,7 +2,8 @@
 
 The stride of a bottleneck sits in its 3 x 3 convolution, padding is explicit (SAME differs at stride 2) and the
 last BatchNorm of a block can start at zero. ``stem='small'`` replaces the 7 x 7 stride-2 convolution and the
-max-pooling by one 3 x 3 convolution, for pictures of 32 to 64 pixels.
+max-pooling by one 3 x 3 convolution, for pictures of 32 to 64 pixels. ``shortcut='pad'`` takes no convolution where
+the width grows but every second pixel and zeros for the new channels: the CIFAR networks of the paper's section 4.2.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from idml_jax.models.layers import BatchNorm
+from idml_jax.models.layers import BatchNorm, Conv, max_pool_3x3
 
 ModuleDef = Callable[..., nn.Module]
-
-kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class BasicBlock(nn.Module):
@@ -26,6 +25,7 @@ class BasicBlock(nn.Module):
     stride: int
     conv: ModuleDef
     norm: ModuleDef
+    shortcut: str = "conv"
     expansion = 1
 
     @nn.compact
@@ -44,6 +44,7 @@ class Bottleneck(nn.Module):
     stride: int
     conv: ModuleDef
     norm: ModuleDef
+    shortcut: str = "conv"
     expansion = 4
 
     @nn.compact
@@ -58,6 +59,9 @@ class Bottleneck(nn.Module):
 def _shortcut(block: BasicBlock | Bottleneck, x: Array, features: int) -> Array:
     if x.shape[-1] == features and block.stride == 1:
         return x
+    if block.shortcut == "pad":
+        x = x[:, :: block.stride, :: block.stride]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
     x = block.conv(features, (1, 1), (block.stride, block.stride), name="downsample_conv")(x)
     return block.norm(name="downsample_bn")(x)
 
@@ -70,7 +74,9 @@ class ResNet(nn.Module):
       block: ``BasicBlock`` or ``Bottleneck``.
       width: channels of the first stage; doubles with every stage.
       stem: ``imagenet`` or ``small``.
+      shortcut: where width or size change: ``conv`` (1 x 1) or ``pad``.
       frozen_statistics: normalise by the running statistics in training too.
+      remat: keep only the input of every block for the gradient and compute the rest again.
       dtype: of convolutions and activations; parameters and statistics stay float32.
     """
 
@@ -78,29 +84,32 @@ class ResNet(nn.Module):
     block: type[BasicBlock] | type[Bottleneck]
     width: int = 64
     stem: str = "imagenet"
+    shortcut: str = "conv"
     frozen_statistics: bool = False
+    remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 f"]:
         """Feature maps of the last stage for normalised images."""
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=kaiming_normal)
+        conv = partial(Conv, dtype=self.dtype)
         norm = partial(BatchNorm, use_running_average=not train or self.frozen_statistics, dtype=self.dtype)
         x = images.astype(self.dtype)
         if self.stem == "imagenet":
             x = conv(self.width, (7, 7), (2, 2), padding=3, name="conv1")(x)
             x = nn.relu(norm(name="bn1")(x))
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool_3x3(x)
         elif self.stem == "small":
             x = conv(self.width, (3, 3), padding=1, name="conv1")(x)
             x = nn.relu(norm(name="bn1")(x))
         else:
             raise ValueError(f"unknown stem {self.stem!r}; known: imagenet, small")
+        block = nn.remat(self.block) if self.remat else self.block
         for stage, blocks in enumerate(self.stage_sizes):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
                 features = self.width * 2**stage
-                x = self.block(features, stride, conv, norm, name=f"layer{stage + 1}_{index}")(x)
+                x = block(features, stride, conv, norm, self.shortcut, name=f"layer{stage + 1}_{index}")(x)
         return x
 
 
@@ -109,6 +118,12 @@ ResNet34 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
 ResNet50 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
 ResNet101 = partial(ResNet, stage_sizes=(3, 4, 23, 3), block=Bottleneck)
 ResNet152 = partial(ResNet, stage_sizes=(3, 8, 36, 3), block=Bottleneck)
+# For CIFAR, of 6 k + 2 layers.
+CifarResNet = partial(ResNet, block=BasicBlock, width=16, stem="small", shortcut="pad")
+CifarResNet20 = partial(CifarResNet, stage_sizes=(3, 3, 3))
+CifarResNet32 = partial(CifarResNet, stage_sizes=(5, 5, 5))
+CifarResNet56 = partial(CifarResNet, stage_sizes=(9, 9, 9))
+CifarResNet110 = partial(CifarResNet, stage_sizes=(18, 18, 18))
 # For pictures of 32 to 64 pixels on a laptop: half the width of a ResNet-18, half its depth.
 ResNet10Small = partial(ResNet, stage_sizes=(1, 1, 1, 1), block=BasicBlock, width=32, stem="small")
 # For tests.
