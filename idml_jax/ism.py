@@ -60,6 +60,17 @@ def _check_matrices(a: Array, b: Array, name: str) -> None:
         raise ValueError(f"{name} need the shapes [n, d] and [m, d]; got {a.shape} and {b.shape}")
 
 
+def _promote_pair(a: Array, b: Array | None, name: str) -> tuple[Array, Array | None]:
+    """Both sides checked and of one floating type; a side that is missing stays missing."""
+    if b is None:
+        (a,) = _promote(a)
+        _check_matrices(a, a, name)
+        return a, None
+    a, b = _promote(a, b)
+    _check_matrices(a, b, name)
+    return a, b
+
+
 def _safe_sqrt(x: Array) -> Array:
     """sqrt with gradient 0 at 0 (the double ``where``: an infinity times 0 would be NaN); a NaN stays one."""
     zero = x <= 0
@@ -77,16 +88,35 @@ def _common_scale(*arrays: Array) -> Array:
     return jnp.where(extreme, largest, 1.0)
 
 
-def _norm_of_sums(a: Float[Array, "n d"], b: Float[Array, "m d"], sign: float) -> Float[Array, "n m"]:
-    """``|| a_i + sign * b_j ||`` for all pairs through one matrix product.
+@jax.custom_jvp
+def _gram(a: Float[Array, "n d"]) -> Float[Array, "n n"]:
+    """``a a^T``; with its tangent written as ``M + M^T`` the gradient takes one matrix product instead of two."""
+    return jnp.matmul(a, a.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@_gram.defjvp
+def _gram_jvp(primals, tangents):
+    (a,), (d_a,) = primals, tangents
+    half = jnp.matmul(d_a, a.T, precision=jax.lax.Precision.HIGHEST)
+    return _gram(a), half + half.T
+
+
+def _products(a: Float[Array, "n d"], b: Float[Array, "m d"] | None) -> Float[Array, "n m"]:
+    """Inner products of all pairs; ``b=None`` stands for ``a``."""
+    return _gram(a) if b is None else jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _norm_of_sums(a: Float[Array, "n d"], b: Float[Array, "m d"] | None, sign: float) -> Float[Array, "n m"]:
+    """``|| a_i + sign * b_j ||`` for all pairs through one matrix product; ``b=None`` stands for ``a``.
 
     The expanded square cancels: where nothing but rounding is left of it the result is exactly 0, so that duplicates
     are at distance 0 and receive no noise for a gradient.
     """
-    scale = _common_scale(a, b)
-    a, b = a / scale, b / scale
-    product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
-    squares = jnp.sum(a * a, axis=1)[:, None] + jnp.sum(b * b, axis=1)[None, :]
+    scale = _common_scale(a, *([] if b is None else [b]))
+    a, b = a / scale, None if b is None else b / scale
+    product = _products(a, b)
+    of_rows = jnp.sum(a * a, axis=1)
+    squares = of_rows[:, None] + (of_rows if b is None else jnp.sum(b * b, axis=1))[None, :]
     total = squares + (2.0 * sign) * product
     rounding = 4.0 * jnp.finfo(total.dtype).eps * squares
     return scale * _safe_sqrt(jnp.where(total <= rounding, 0.0, total))
@@ -125,8 +155,7 @@ def semantic_distance(a: Float[Array, "n d"], b: Float[Array, "m d"] | None = No
     Raises:
       ValueError: if the shapes do not fit.
     """
-    a, b = _promote(a, a if b is None else b)
-    _check_matrices(a, b, "semantic embeddings")
+    a, b = _promote_pair(a, b, "semantic embeddings")
     return _norm_of_sums(a, b, -1.0)
 
 
@@ -151,8 +180,7 @@ def pair_uncertainty(ua: Float[Array, "n k"], ub: Float[Array, "m k"] | None) ->
         _check_matrices(ua, ua, "uncertainty embeddings")
         scale = _common_scale(ua)
         return scale * _safe_sqrt(jnp.sum((ua / scale) ** 2, axis=1, keepdims=True))
-    ua, ub = _promote(ua, ub)
-    _check_matrices(ua, ub, "uncertainty embeddings")
+    ua, ub = _promote_pair(ua, None if ub is ua else ub, "uncertainty embeddings")
     return _norm_of_sums(ua, ub, 1.0)
 
 
@@ -225,7 +253,7 @@ def introspective_distance(
       ValueError: if the shapes do not fit.
     """
     b = a if b is None else b
-    alpha = semantic_distance(a.semantic, b.semantic)
+    alpha = semantic_distance(a.semantic, None if b.semantic is a.semantic else b.semantic)
     if a.uncertainty is None and b.uncertainty is None:
         return alpha
     beta = _beta(a, b).astype(alpha.dtype)
@@ -245,9 +273,8 @@ def cosine_similarity(a: Float[Array, "n d"], b: Float[Array, "m d"] | None = No
     Raises:
       ValueError: if the shapes do not fit.
     """
-    a, b = _promote(a, a if b is None else b)
-    _check_matrices(a, b, "semantic embeddings")
-    return jnp.matmul(l2_normalize(a), l2_normalize(b).T, precision=jax.lax.Precision.HIGHEST)
+    a, b = _promote_pair(a, b, "semantic embeddings")
+    return _products(l2_normalize(a), None if b is None else l2_normalize(b))
 
 
 def introspective_similarity(
@@ -274,7 +301,7 @@ def introspective_similarity(
       ValueError: if the shapes do not fit.
     """
     b = a if b is None else b
-    cosine = cosine_similarity(a.semantic, b.semantic)
+    cosine = cosine_similarity(a.semantic, None if b.semantic is a.semantic else b.semantic)
     if a.uncertainty is None and b.uncertainty is None:
         return cosine
     discrepancy = jnp.maximum(1.0 - cosine, 0.0)  # rounding can leave a cosine just above 1

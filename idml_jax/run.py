@@ -121,6 +121,11 @@ def build(config: ConfigDict) -> Run:
     all_steps = config.epochs * per_epoch
     total_steps = min(config.max_steps or all_steps, all_steps)
 
+    if config.model.batchnorm == "frozen" and not config.model.init_from:
+        logger.warning(
+            "warning: BatchNorm is frozen and the weights are random; name pretrained ones (config.model.init_from) or "
+            "let it learn (config.model.batchnorm=live)"
+        )
     size = data.image_size
     train_transform, test_transform = transforms.create(
         data.transform, size=size, resize=data.resize, crop_scale=tuple(data.crop_scale),
