@@ -12,10 +12,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from idml_jax.metrics import tiles
+from idml_jax.metrics import seeding, tiles
 from idml_jax.metrics.checks import embedding_rows, label_column
-
-_ROUNDING = 1e-6  # squared distances below this part of the squared norm are nothing but rounding
 
 
 class KMeans(NamedTuple):
@@ -34,14 +32,17 @@ def kmeans(
     *,
     restarts: int = 1,
     iterations: int = 100,
+    candidates: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> KMeans:
     """Lloyd's k-means (1982) from k-means++ seeds (Arthur and Vassilvitskii, SODA 2007); the best of some restarts.
 
     embeddings [n, d] of any norm; key: a jax random key or a whole number, the same one giving the same clusters on
-    any number of `devices`. Each restart ends after `iterations` or as soon as no row changes its cluster. A row as
-    near to two centres goes to the first; a cluster that lost all its rows restarts at the row that is farthest from
-    its own centre (it stays empty only where fewer distinct rows than clusters exist).
+    any number of `devices`. `candidates` rows are drawn for each seed, and the one that leaves the least inertia is
+    kept; None: 2 + ln k of them, as in scikit-learn; 1: k-means++ as published, quicker and less good. Each restart
+    ends after `iterations` or as soon as no row changes its cluster. A row as near to two centres goes to the first; a
+    cluster that lost all its rows restarts at the row that is farthest from its own centre (it stays empty only where
+    fewer distinct rows than clusters exist).
 
     Needs memory for the rows, the centres and one tile of distances. Raises ValueError, naming the argument, for empty
     or non-finite rows and for k outside 1..n.
@@ -49,15 +50,16 @@ def kmeans(
     rows, _ = embedding_rows(embeddings, "embeddings")
     if not 1 <= k <= len(rows):
         raise ValueError(f"k: expected 1 to {len(rows)}, the number of rows, got {k}")
-    for name, value in (("restarts", restarts), ("iterations", iterations)):
-        if value < 1:
+    for name, value in (("restarts", restarts), ("iterations", iterations), ("candidates", candidates)):
+        if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     seed = key if isinstance(key, int) else np.asarray(jax.random.key_data(key)).ravel().tolist()
     # Squared distances from a product lose digits where the rows lie far from the origin.
     middle = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
     rows, norms = embedding_rows(rows - middle, "embeddings")
     search = _Search(rows, norms, list(jax.local_devices() if devices is None else devices))
-    runs = (_run(search, int(k), rng, iterations) for rng in np.random.default_rng(seed).spawn(restarts))
+    candidates = 2 + int(np.log(k)) if candidates is None else candidates
+    runs = (_run(search, int(k), rng, iterations, candidates) for rng in np.random.default_rng(seed).spawn(restarts))
     best = min(runs, key=lambda run: run.inertia)
     return best._replace(centres=best.centres + middle)
 
@@ -137,9 +139,9 @@ def _nearest_centres(rows, norms, work, ends, centres, squares, count, *, mesh):
     return sharded(rows, norms, work, ends, centres, squares, count)
 
 
-def _run(search: _Search, k: int, rng: np.random.Generator, iterations: int) -> KMeans:
+def _run(search: _Search, k: int, rng: np.random.Generator, iterations: int, candidates: int) -> KMeans:
     everything = np.arange(len(search.rows))
-    centres = search.rows[_seeds(search, k, rng)]
+    centres = search.rows[seeding.draw(search, k, rng, candidates)]
     squared, labels, second = search.nearest(everything, centres)
     changed, done = np.full(k, True), 0
     while done < iterations and changed.any():
@@ -166,40 +168,6 @@ def _run(search: _Search, k: int, rng: np.random.Generator, iterations: int) -> 
     return KMeans(labels.astype(np.int32), centres, _inertia(search.rows, labels, centres), done)
 
 
-def _seeds(search: _Search, k: int, rng: np.random.Generator) -> Int[np.ndarray, "k"]:
-    """k-means++: each next seed drawn with the squared distance to the nearest seed so far as its weight.
-
-    Drawn in batches from weights that are out of date, each candidate kept with the ratio of its true weight to the
-    old one: rejection sampling, hence the very distribution of one draw after the other, by matrix products.
-    """
-    rows, norms = search.rows, search.norms
-    everything = np.arange(len(rows))
-    seeds = [int(rng.integers(len(rows)))]
-    weights = search.nearest(everything, rows[seeds])[0].astype(np.float64)
-    weights[weights <= _ROUNDING * norms] = 0  # the seed and its duplicates, but for rounding
-    while len(seeds) < k:
-        total = np.cumsum(weights)
-        if not total[-1] > 0:  # fewer distinct rows than clusters
-            left = np.setdiff1d(everything, seeds)
-            seeds += rng.choice(left, k - len(seeds), replace=False).tolist()
-            break
-        wanted = min(k - len(seeds), len(seeds), 1024)
-        drawn = np.searchsorted(total, rng.random(2 * wanted) * total[-1], side="right")
-        chance = rng.random(len(drawn)) * weights[drawn]
-        true = weights[drawn].copy()
-        mutual = norms[drawn][:, None] + norms[drawn][None, :] - 2 * (rows[drawn] @ rows[drawn].T)
-        kept = []
-        for i, candidate in enumerate(drawn):
-            if chance[i] < true[i] and len(kept) < wanted:
-                kept.append(int(candidate))
-                true = np.minimum(true, np.where(mutual[i] <= _ROUNDING * norms[drawn], 0, mutual[i]))
-        if kept:
-            weights = np.minimum(weights, search.nearest(everything, rows[kept])[0])
-            weights[weights <= _ROUNDING * norms] = 0
-            seeds += kept
-    return np.array(seeds)
-
-
 def _fill_empty(search, labels, squared, second, k) -> Bool[np.ndarray, "k"]:
     """Give each empty cluster the row that is farthest from its centre, in place; returns the clusters that changed."""
     sizes = np.bincount(labels, minlength=k)
@@ -210,7 +178,7 @@ def _fill_empty(search, labels, squared, second, k) -> Bool[np.ndarray, "k"]:
     farthest = iter(np.argsort(-squared, kind="stable"))
     for cluster in empty:
         for row in farthest:
-            if squared[row] <= _ROUNDING * search.norms[row]:
+            if squared[row] <= seeding.ROUNDING * search.norms[row]:
                 return changed  # the rest lie on their centres
             if sizes[labels[row]] > 1:
                 sizes[labels[row]] -= 1

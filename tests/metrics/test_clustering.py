@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idml_jax.metrics import clustering
+from idml_jax.metrics import clustering, seeding
 from idml_jax.metrics.clustering import ami, f1, kmeans, nmi
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed (extra 'test')")
@@ -36,7 +36,7 @@ def test_same_clusters_as_a_naive_lloyd(monkeypatch, size, k):
     # The shortcuts leave out only what cannot matter: the result is Lloyd's.
     rows, _ = blobs(size, 8, k, 0.8)
     starts = np.random.default_rng(1).choice(size, k, replace=False)
-    monkeypatch.setattr(clustering, "_seeds", lambda search, k, rng: starts)
+    monkeypatch.setattr(seeding, "draw", lambda search, k, rng, candidates: starts)
     for iterations in (1, 4, 30):
         found = kmeans(rows, k, iterations=iterations)
         labels, centres = naive_lloyd(rows, rows[starts], iterations)
@@ -46,12 +46,13 @@ def test_same_clusters_as_a_naive_lloyd(monkeypatch, size, k):
         assert found.iterations <= iterations
 
 
-def test_inertia_within_one_percent_of_scikit_learn():
+@pytest.mark.parametrize("candidates", [None, 1])
+def test_inertia_within_one_percent_of_scikit_learn(candidates):
     rows, _ = blobs(2000, 32, 100, 0.9)
-    ours = min(kmeans(rows, 100, seed, iterations=50).inertia for seed in range(5))
+    ours = min(kmeans(rows, 100, seed, iterations=50, candidates=candidates).inertia for seed in range(5))
     theirs = []
     for seed in range(5):
-        start, _ = kmeans_plusplus(rows, 100, random_state=seed, n_local_trials=1)
+        start, _ = kmeans_plusplus(rows, 100, random_state=seed, n_local_trials=candidates)
         theirs.append(SklearnKMeans(100, init=start, n_init=1, max_iter=50, tol=0).fit(rows).inertia_)
     assert ours <= 1.01 * min(theirs)
 
@@ -64,21 +65,37 @@ def test_seeds_follow_the_squared_distance():
     search = clustering._Search(rows, norms, jax.devices()[:1])
     second = []
     for seed in range(150):
-        first, next_ = clustering._seeds(search, 2, np.random.default_rng(seed))
+        first, next_ = seeding.plain(search, 2, np.random.default_rng(seed))
         if first < 900:
             second.append(next_ >= 950)
     assert np.mean(second) == pytest.approx(0.8, abs=0.12)
 
 
-def test_seeds_in_batches_reach_the_quality_of_single_draws():
+def test_of_several_candidates_the_best_is_kept():
+    # A heap, a smaller one at distance 10, a lone row at 20: the small heap has the weight 9 * 100, the lone row 400.
+    rows = np.repeat(np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 20.0]], np.float32), [60, 9, 1], axis=0)
+    search = clustering._Search(rows, np.sum(rows * rows, axis=1), jax.devices()[:1])
+    heap = {1: [], 8: []}
+    for candidates, seen in heap.items():
+        for seed in range(60):
+            first, second = seeding.draw(search, 2, np.random.default_rng(seed), candidates)
+            if first < 60:
+                seen.append(60 <= second < 69)
+    # One of 900 : 400 is drawn; of eight all miss the heap in one of ten thousand runs.
+    assert np.mean(heap[1]) == pytest.approx(9 / 13, abs=0.2)
+    assert np.all(heap[8])
+
+
+@pytest.mark.parametrize("candidates", [1, 6])
+def test_seeds_in_batches_reach_the_quality_of_single_draws(candidates):
     rows, _ = blobs(1500, 16, 60, 0.5)
     search = clustering._Search(rows, np.sum(rows * rows, axis=1), jax.devices()[:1])
     ours, theirs = [], []
     for seed in range(8):
-        seeds = clustering._seeds(search, 60, np.random.default_rng(seed))
+        seeds = seeding.draw(search, 60, np.random.default_rng(seed), candidates)
         assert len(set(seeds)) == 60
         ours.append(search.nearest(np.arange(1500), rows[seeds])[0].sum())
-        centres, _ = kmeans_plusplus(rows, 60, random_state=seed, n_local_trials=1)
+        centres, _ = kmeans_plusplus(rows, 60, random_state=seed, n_local_trials=candidates)
         theirs.append(search.nearest(np.arange(1500), centres)[0].sum())
     assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.1)
 
@@ -110,7 +127,7 @@ def test_separated_blobs_are_found():
 def test_an_empty_cluster_starts_again(monkeypatch):
     # The third start lies on the second: it gets no row, and then the farthest one.
     rows = np.array([[0.0], [0.1], [5.0], [5.1], [5.2], [9.0]], np.float32)
-    monkeypatch.setattr(clustering, "_seeds", lambda search, k, rng: np.array([0, 2, 2]))
+    monkeypatch.setattr(seeding, "draw", lambda search, k, rng, candidates: np.array([0, 2, 2]))
     found = kmeans(rows, 3)
     np.testing.assert_array_equal(found.labels, [0, 0, 1, 1, 1, 2])
 
@@ -159,6 +176,8 @@ def test_bad_numbers_of_runs():
         kmeans(np.zeros((3, 2)), 1, restarts=0)
     with pytest.raises(ValueError, match="iterations"):
         kmeans(np.zeros((3, 2)), 1, iterations=0)
+    with pytest.raises(ValueError, match="candidates"):
+        kmeans(np.zeros((3, 2)), 1, candidates=0)
 
 
 @settings(max_examples=150, deadline=None)
