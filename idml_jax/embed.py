@@ -10,6 +10,7 @@ out and listed in ``<out>.skipped.txt``. A stopped command goes on where it was.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,7 +77,14 @@ def _labelled(paths: list[Path], names: list[str]) -> tuple[FolderSource, bool]:
     return FolderSource([str(path) for path in paths], labels, [str(name) for name in classes]), known
 
 
-def embed_all(model: Trained, source: Source, *, threads: int = 4, batch_size: int = 0) -> tuple[Embedded, np.ndarray]:
+def embed_all(
+    model: Trained,
+    source: Source,
+    *,
+    threads: int = 4,
+    batch_size: int = 0,
+    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> tuple[Embedded, np.ndarray]:
     """Embeds a source in memory.
 
     Args:
@@ -84,6 +92,7 @@ def embed_all(model: Trained, source: Source, *, threads: int = 4, batch_size: i
       source: images.
       threads: that read and decode.
       batch_size: 0: the run's.
+      warn: receives a line per image that cannot be read.
 
     Returns:
       The embeddings of the readable images, and their records.
@@ -100,6 +109,8 @@ def embed_all(model: Trained, source: Source, *, threads: int = 4, batch_size: i
             records.append(batch.records)
     if not parts:
         raise UserError(f"{source.name(skipped[0][0])}: {skipped[0][1]}")
+    for record, reason in skipped:
+        warn(f"left out: {source.name(record)}: {reason}")
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     records = np.concatenate(records)
     return Embedded(labels=source.labels[records], **whole), records

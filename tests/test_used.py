@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from test_train import small_config
 
-from idml_jax import embed, embeddings, evaluate, train, trained
+from idml_jax import embed, embeddings, evaluate, pages, search, train, trained
 from idml_jax.errors import UserError
+from idml_jax.metrics.report import Embedded, Ism
+from idml_jax.metrics.uncertainty import threshold_for_precision
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +137,116 @@ class TestEmbed:
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and message in error and "\n" not in error
         assert not list(tmp_path.iterdir())
+
+
+def blobs(seed, n=160, d=6, classes=8):
+    """Embeddings around shared centres; half of the pictures are much further out, and uncertain."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    noise = np.where(rng.random(n) < 0.5, 0.2, 2.0)
+    semantic = np.random.default_rng(9).normal(size=(classes, d))[labels] + noise[:, None] * rng.normal(size=(n, d))
+    uncertainty = noise[:, None] * np.abs(rng.normal(1, 0.2, (n, 3)))
+    return Embedded(semantic.astype(np.float32), labels, uncertainty.astype(np.float32))
+
+
+class TestSearch:
+    def test_answers_are_those_of_a_full_sort(self):
+        queries, gallery = blobs(0), blobs(1)
+        own = np.where(np.arange(160) % 3 == 0, np.arange(160), -1)
+        found = search.search(queries, gallery, 7, own=own, settings=Ism(3.0, True))
+        distance = np.linalg.norm(queries.semantic[:, None] - gallery.semantic[None], axis=2)
+        masked = np.where(own[:, None] == np.arange(160)[None], np.inf, distance)
+        np.testing.assert_array_equal(found.index, np.argsort(masked, axis=1)[:, :7])
+        np.testing.assert_allclose(found.distance, np.sort(masked, axis=1)[:, :7], rtol=1e-5)
+        beta = np.linalg.norm(queries.uncertainty[:, None] + gallery.uncertainty[found.index], axis=2)
+        by_hand = found.distance * np.exp(-beta / found.distance / 3.0)
+        np.testing.assert_allclose(found.introspective, by_hand, rtol=1e-4)
+        assert found.sure is None and found.answered.all()
+
+    def test_the_threshold_of_held_out_classes_keeps_its_promise_on_others(self):
+        calibration = search.calibrate(blobs(3, n=800), Ism())
+        wanted = 0.85
+        threshold = threshold_for_precision(calibration.doubt, calibration.correct, wanted)
+        assert threshold.reached and calibration.correct.mean() < wanted
+        queries, gallery = blobs(4, n=800), blobs(5, n=800)
+        found = search.search(queries, gallery, 10, calibration=calibration, threshold=threshold)
+        right = gallery.labels[found.index[:, 0]] == queries.labels
+        assert 0.2 < found.answered.mean() < 0.95
+        assert right[found.answered].mean() > wanted - 0.03 and right.mean() < wanted
+        # The probability means what it says.
+        for low, high in ((0.0, 0.6), (0.8, 1.0)):
+            some = (found.sure >= low) & (found.sure < high)
+            assert abs(found.sure[some].mean() - right[some].mean()) < 0.1
+
+    def test_one_class_tells_nothing(self):
+        data = blobs(0)
+        with pytest.raises(UserError, match="of one class"):
+            search.calibrate(data._replace(labels=np.zeros(160, int)), Ism())
+
+    def test_rows_of_the_command(self, index, image_folder, tmp_path):
+        out = tmp_path / "a.jsonl"
+        folder = image_folder / "test" / "class_05"
+        search.main([f"--index={index}", f"--query={folder}", "-k", "3", f"--out={out}"])
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["query"] for row in rows] == sorted(str(p) for p in folder.iterdir())
+        stored = embeddings.read(index)
+        for i, row in enumerate(rows):
+            assert row["class"] == "class_05" and 0 < row["sure"] < 1 and row["answered"]
+            assert row["query"] not in [near["file"] for near in row["neighbours"]]
+            distance = np.linalg.norm(stored.embedded.semantic - stored.embedded.semantic[12 + i], axis=1)
+            nearest = np.argsort(distance)[1:4]  # 0 is the picture itself
+            assert [near["file"] for near in row["neighbours"]] == stored.files[nearest].tolist()
+            assert row["neighbours"][0]["introspective_distance"] < row["neighbours"][0]["distance"]
+
+    def test_pages_and_sheets(self, index, image_folder, tmp_path, capsys):
+        query = image_folder / "test" / "class_05" / "03.png"
+        for name in ("a.html", "a.png"):
+            search.main([f"--index={index}", f"--query={query}", "-k", "4", f"--out={tmp_path / name}"])
+        page = (tmp_path / "a.html").read_text()
+        assert page.count("<figure") == 5 and page.count("data:image/png;base64,") == 5
+        assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+        search.main([f"--index={index}", f"--query={query}", "-k", "200", "--keep_same"])
+        shown = capsys.readouterr().out
+        assert f"    1  distance 0.000  D 0.000  class_05  {query}" in shown and "   96  distance" in shown
+
+    def test_what_cannot_be_promised_is_not_answered(self, index, image_folder, capsys):
+        search.main([f"--index={index}", f"--query={image_folder / 'test' / 'class_05'}", "--abstain=0.999"])
+        shown = capsys.readouterr().out
+        assert shown.count("no answer") == 12 and "cannot be had there: nothing is answered" in shown
+
+    def test_refusals(self, index, workdir, image_folder, tmp_path, capsys):
+        query = f"--query={image_folder / 'test' / 'class_05'}"
+        flat = tmp_path / "flat.npz"
+        embed.main([f"--workdir={workdir}", f"--images={image_folder / 'test'}", "--no_labels", f"--out={flat}"])
+        stale = tmp_path / "stale.npz"
+        with np.load(index) as file:
+            about = json.dumps({**json.loads(str(file["about"])), "step": 1})
+            np.savez(stale, **{**file, "about": np.asarray(about)})
+        for words, message in (
+            ([f"--index={tmp_path}/no.npz", query], "no such file (--index)"),
+            ([f"--index={flat}", query, "--abstain=0.9"], "classes are unknown"),
+            ([f"--index={index}", query, "--abstain=90"], "a share of right answers"),
+            ([f"--index={index}", query, "--out=x.pdf"], "must end in"),
+            ([f"--index={index}", f"--query={tmp_path}"], "holds no pictures"),
+            ([f"--index={stale}", query], "cannot be compared; embed the index again"),
+        ):
+            capsys.readouterr()
+            with pytest.raises(SystemExit):
+                search.main(words)
+            error = capsys.readouterr().err.strip()
+            assert error.startswith("error: ") and message in error and "\n" not in error
+        search.main([f"--index={flat}", query, "-k", "1"])
+        assert "how sure answers are is unknown" in capsys.readouterr().out
+
+    def test_a_small_index_has_fewer_margins_than_held_out_pictures(self, index, workdir, image_folder, tmp_path):
+        small = tmp_path / "small.npz"
+        folder = image_folder / "test" / "class_04"
+        embed.main([f"--workdir={workdir}", f"--images={folder}", f"--out={small}"])
+        search.main([
+            f"--index={small}", f"--query={folder / '00.png'}", f"--held_out={index}", f"--out={tmp_path / 'a.jsonl'}"
+        ])  # fmt: skip
+        (row,) = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+        assert 0 < row["sure"] < 1 and len(row["neighbours"]) == 10
+
+    def test_names_cannot_break_a_page(self):
+        assert "<script" not in pages.tile(None, ["<script>"], "", '"><script>')
