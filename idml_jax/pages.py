@@ -11,11 +11,11 @@ h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4
 h3 { font-size: 1rem; margin: 1.3rem 0 .4rem; }
 p { max-width: 48rem; margin: .3rem 0 .8rem; } .muted { color: #64707d; } .small { font-size: 13px; }
 code { background: #f1f3f5; padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; margin: .3rem 0 1.1rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #e6e9ec; }
 td.number, th.number { text-align: right; }
 th { font-weight: 600; color: #4a5560; }
-img.plot { max-width: 100%; height: auto; display: block; }
+img.plot { max-width: 100%; height: auto; display: block; margin: .4rem 0 1.1rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: 10px; margin: .4rem 0 1rem; }
 .row { display: flex; gap: 8px; align-items: flex-start; margin: 0 0 14px; overflow-x: auto; }
 figure { margin: 0; width: 92px; flex: none; font-size: 11.5px; line-height: 1.3; color: #4a5560; }
@@ -23,6 +23,7 @@ figure img { width: 84px; height: 84px; object-fit: contain; border: 4px solid #
   image-rendering: auto; display: block; border-radius: 3px; }
 figure.right img { border-color: #2f8f5b; } figure.wrong img { border-color: #c8423b; }
 figure.query img { border-color: #33658a; } figure.query { margin-right: 12px; width: 104px; }
+.pair { display: flex; margin-right: 22px; } .pair figure.query { width: 92px; margin-right: 4px; }
 figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 6.6em; }
 .badge { display: inline-block; padding: 0 .5em; border-radius: 9px; background: #e6e9ec; font-weight: 600; }
 .badge.yes { background: #d8efe2; color: #1d6b42; } .badge.no { background: #f8dedc; color: #95261f; }

@@ -186,7 +186,7 @@ def matrix(values: Float[np.ndarray, "k k"], names: Sequence[str]) -> bytes:
     figure = Figure(figsize=(side + 1.5, side), layout="constrained")
     axis = figure.subplots()
     drawn = axis.imshow(values, cmap="Blues", vmin=0, vmax=1)
-    short = [name if len(name) <= 24 else name[:23] + "…" for name in names]
+    short = [name if len(name) <= 26 else name[:8] + "…" + name[-17:] for name in names]
     axis.set_xticks(range(len(names)), short, rotation=90, fontsize=8)
     axis.set_yticks(range(len(names)), short, fontsize=8)
     axis.set_xlabel("class of the nearest picture", fontsize=9)

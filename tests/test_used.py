@@ -1,13 +1,16 @@
 """What a trained run is used for: embedding, searching, reporting, exporting."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from test_train import small_config
 
-from idml_jax import embed, embeddings, evaluate, pages, search, train, trained
+from idml_jax import embed, embeddings, evaluate, export, pages, plots, report, report_parts, search, train, trained
 from idml_jax.errors import UserError
 from idml_jax.metrics.report import Embedded, Ism
 from idml_jax.metrics.uncertainty import threshold_for_precision
@@ -250,3 +253,116 @@ class TestSearch:
 
     def test_names_cannot_break_a_page(self):
         assert "<script" not in pages.tile(None, ["<script>"], "", '"><script>')
+
+
+def sections(page):
+    """Body of a page by its second-level titles."""
+    parts = re.split(r"<h2>(.*?)</h2>", page)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.slow
+class TestReport:
+    @pytest.fixture(scope="class")
+    def page(self, workdir, tmp_path_factory):
+        out = tmp_path_factory.mktemp("report") / "page.html"
+        report.main([f"--workdir={workdir}", f"--out={out}", f"--compare={workdir}"])
+        return out.read_text()
+
+    def test_it_needs_nothing_beside_it(self, page):
+        addresses = re.findall(r'(?:src|href)="(.{12})', page)
+        assert len(addresses) > 50 and all(a.startswith("data:image/") for a in addresses)
+        assert "<script" not in page
+
+    def test_every_section_is_there_with_the_figures_of_the_run(self, page, workdir):
+        best = json.loads((workdir / "result.json").read_text())["best"]
+        found = sections(page)
+        assert f"{100 * best['R@1']:.1f} %" in page and f"{100 * best['MAP@R']:.1f} %" in page
+        for title in ("Training", "Does it know when it is wrong?", "Answers", "Map of the embeddings"):
+            assert title in found
+        for name in ("uncertainty", "margin_10", "confidence"):
+            shown = report_parts.SCORE_NAMES[name]
+            assert f"<td>{shown}</td>" in found["Does it know when it is wrong?"]
+            cells = found["Does it know when it is wrong?"].split(f"<td>{shown}</td>")[1]
+            assert float(re.search(r">([0-9.]+)<", cells)[1]) == pytest.approx(best[f"R-AUROC({name})"], abs=2e-3)
+        assert page.count(f"{best['MAP@R']:.3f}") >= 2  # of both runs, which are one here
+
+    def test_right_and_wrong_answers_are_what_their_frames_say(self, page):
+        answers = sections(page)["Answers"]
+        parts = re.split(r"<h3>(.*?)</h3>", answers)
+        folder = lambda title: title.split("/")[-2]
+        seen = 0
+        for title, body in zip(parts[1::2], parts[2::2], strict=True):
+            for row in body.split('<div class="row">')[1:]:
+                tiles = re.findall(r'<figure class="(\w+)" title="([^"]+)"', row)
+                query = folder(tiles[0][1])
+                for kind, name in tiles[1:]:
+                    assert kind == ("right" if folder(name) == query else "wrong")
+                assert tiles[0][0] == "query" and tiles[1][0] == title[:5].lower()
+                seen += 1
+        assert seen >= 10
+
+    def test_most_uncertain_first(self, page):
+        most, least = sections(page)["The most and the least uncertain pictures"].split("Least uncertain")
+        numbers = lambda text: [float(x) for x in re.findall(r"\|u\| ([0-9.]+)<br>", text)]
+        assert len(numbers(most)) == 20
+        assert numbers(most) == sorted(numbers(most), reverse=True) and numbers(least) == sorted(numbers(least))
+        assert min(numbers(most)) >= max(numbers(least))
+
+    def test_other_runs_must_be_finished(self, workdir, tmp_path, capsys):
+        shutil.copy(workdir / "config.json", tmp_path)
+        for other, message in ((tmp_path, "not finished"), (tmp_path / "none", "holds no run")):
+            with pytest.raises(SystemExit):
+                report.main([f"--workdir={workdir}", f"--compare={other}", f"--out={tmp_path / 'page.html'}"])
+            assert message in capsys.readouterr().err
+        assert not (tmp_path / "page.html").exists()
+
+    def test_without_scikit_learn_the_map_is_of_principal_components(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+        rng = np.random.default_rng(0)
+        data = rng.normal(size=(50, 6)) * np.asarray([9, 5, 1, 1, 1, 1])
+        places, how = plots.flatten_to_plane(data)
+        assert "principal components" in how
+        np.testing.assert_allclose(places.var(axis=0).sum(), np.linalg.eigvalsh(np.cov(data.T, bias=True))[-2:].sum())
+
+
+class TestExport:
+    @pytest.fixture(scope="class")
+    def exported(self, workdir, tmp_path_factory):
+        out = tmp_path_factory.mktemp("export") / "model"
+        export.main([f"--workdir={workdir}", f"--out={out}"])
+        return out
+
+    def test_the_exported_model_gives_the_same_vectors_at_any_batch_size(self, exported, workdir):
+        from jax import export as jax_export
+
+        called = jax_export.deserialize((exported / "model.stablehlo").read_bytes())
+        assert called.platforms == ("cpu", "cuda", "tpu")
+        model = trained.load(workdir)
+        images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 1), np.uint8)
+        expected = trained.embed_pictures(model, images, 16)
+        for size in (1, 5, 16):
+            found = called.call(images[:size])
+            assert set(found) == set(expected)
+            for name, value in expected.items():
+                np.testing.assert_allclose(found[name], value[:size], rtol=1e-4, atol=1e-5)
+
+    def test_its_example_loads_it_without_this_package(self, exported, index, image_folder, tmp_path):
+        stored = embeddings.read(index)
+        code = (exported / "example.py").read_text()
+        assert "idml_jax" not in code and len(code.splitlines()) <= 24
+        files = [str(image_folder / "test" / f"class_{c:02d}" / "00.png") for c in (4, 5, 6)]
+        code = code.replace("sys.argv[1:]", "sys.argv[2:]")
+        code += "\nassert 'idml_jax' not in sys.modules\nnp.save(sys.argv[1], found['semantic'])\n"
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "x.npy"), *files], cwd=exported, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        cosine = (np.load(tmp_path / "x.npy") * stored.embedded.semantic[[0, 12, 24]]).sum(axis=1)
+        assert (cosine > 0.999).all(), cosine
+
+    def test_refusals(self, exported, workdir, capsys):
+        for words, message in ((["--platforms=gpu"], "known: cpu, cuda, tpu, rocm"), ([], "already there")):
+            with pytest.raises(SystemExit):
+                export.main([f"--workdir={workdir}", f"--out={exported}", *words])
+            assert message in capsys.readouterr().err
