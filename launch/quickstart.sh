@@ -9,4 +9,6 @@ if [ -f "$WORKDIR/result.json" ]; then
   echo "$WORKDIR holds a finished run; starting afresh"
   rm -rf "$WORKDIR"
 fi
-exec "$VENV_PYTHON" -m idml_jax.main --config="$ROOT/configs/glyphs.py:quick" --workdir="$WORKDIR" "$@"
+"$VENV_PYTHON" -m idml_jax.main --config="$ROOT/configs/glyphs.py:quick" --workdir="$WORKDIR" "$@"
+# A page of what it has learnt; the last line says where it lies.
+exec "$VENV_PYTHON" -m idml_jax.report --workdir="$WORKDIR"

@@ -13,7 +13,7 @@ MATHS = ("ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy
 RUNTIME = (
     "config", "protocols", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate",
     "pretrained",
-    "run", "train",
+    "run", "train", "trained", "embeddings",
 )  # fmt: skip
 ROOMS = {
     "errors": {"errors"},
@@ -33,14 +33,16 @@ EDGES = {
     "safetensors": {"pretrained"},
     "tensorflow_datasets": {"data.glyphs", "data.shards", "data.prepared", "data.layouts_tfds"},
     "array_record": {"data.shards"},
-    "matplotlib": {"data.glyphs_draw"},
+    "matplotlib": {"data.glyphs_draw", "plots"},
+    "sklearn": {"plots"},
+    "pyarrow": {"embeddings"},
     "grain": {"data.pipeline"},
     "cv2": {
         "data.colour", "data.decode", "data.resample", "data.transforms", "data.glyphs_draw", "data.glyphs",
         "data.layouts_classification",
     },
     "PIL": {"data.decode", "data.resample", "data.glyphs_draw", "data.glyphs"},
-    "ml_collections": {"config", "protocols", "run", "train", "main"},
+    "ml_collections": {"config", "protocols", "run", "train", "trained", "main"},
     "scipy": {"data.layouts_retrieval", "data.layouts_classification"},  # MATLAB files
 }
 

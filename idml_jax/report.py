@@ -1,0 +1,150 @@
+"""What a run has learnt, on one self-contained HTML page.
+
+    python -m idml_jax.report --workdir=RUN [--compare=OTHER_RUN] [--out=page.html]
+
+Training curves, right and wrong answers, the most and least uncertain pictures, risk over coverage beside the free
+baselines, uncertainty against the true ambiguity where that is known, a map of the embeddings, confused classes, and a
+second run beside the first. The pictures are the run's test pictures; its best checkpoint embeds them.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from idml_jax import config as config_lib
+from idml_jax import embed, pages, plots, run, search, trained
+from idml_jax import report_parts as parts
+from idml_jax.data.sources import Source
+from idml_jax.errors import UserError, run_command
+from idml_jax.metrics import confidence, retrieval
+from idml_jax.metrics.report import Embedded, retrieval_report
+from idml_jax.report_parts import Pictures, Seen
+
+NEIGHBOURS = 9
+COMPARED = (
+    "R@1", "R@2", "R@4", "R@8", "RP", "MAP@R", "NMI", "AMI", "F1", "R-AUROC(uncertainty)", "R-AUROC(margin_10)",
+    "R-AUROC(nearest_distance)", "R-AUROC(confidence)", "spearman(u,ambiguity)", "corrupted/R@1",
+    "corrupted/R-AUROC(uncertainty)", "corrupted/R-AUROC(margin_10)",
+)  # fmt: skip
+
+
+def look(workdir: str | Path, threads: int = 4) -> Seen:
+    """Embeds the test pictures of a run and searches them.
+
+    Raises:
+      UserError: if there is no run or checkpoint, or its data is gone or damaged.
+    """
+    model = trained.load(workdir)
+    built = run.build(model.config)
+    queries, separate = built.eval_source, built.eval_gallery
+
+    def embedded_of(source: Source) -> Embedded:
+        embedded, kept = embed.embed_all(model, source, threads=threads)
+        if len(kept) < len(source):
+            raise UserError(f"{len(source) - len(kept)} of the run's {len(source)} pictures cannot be read")
+        return embedded
+
+    embedded = embedded_of(queries)
+    searched = embedded if separate is None else embedded_of(separate)
+    own = np.arange(len(queries)) if separate is None else None
+    k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
+    found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
+    scores = search.scores_of(embedded, searched, own, model.settings)
+    held_out = built.splits.validation if model.config.eval.split == "test" else None
+    if held_out is not None:
+        calibration = search.calibrate(embedded_of(held_out), model.settings, scores)
+        scores["confidence"] = 1.0 - confidence.confidence(calibration.model, scores)
+    correct = searched.labels[found.index[:, 0]] == embedded.labels
+    figures = retrieval_report(embedded, model.config.eval.ks, None if separate is None else searched)
+    history, result = read_record(model.workdir)
+    return Seen(
+        model, queries, queries if separate is None else separate, embedded, searched, found.index, found.distance,
+        correct, scores, history, result, figures,
+    )  # fmt: skip
+
+
+def read_record(workdir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of ``metrics.jsonl`` and ``result.json`` of a run; empty where they are missing or cut short."""
+    rows, result = [], {}
+    path = workdir / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a line cut short by a kill
+            continue
+    if (workdir / "result.json").exists():
+        result = json.loads((workdir / "result.json").read_text())
+    return rows, result
+
+
+def comparison(seen: Seen, other: Path) -> str:
+    """Another run's figures beside this one's."""
+    config = config_lib.read(other)
+    rows, result = read_record(other)
+    if not result:
+        raise UserError(f"{other}: holds no result.json: the run is not finished")
+    name = lambda path, introspective: f"{'introspective' if introspective else 'plain'} ({path.name})"
+    names = name(seen.model.workdir, seen.model.introspective), name(other, config.ism.enabled)
+    if names[0] == names[1]:
+        names = names[0], str(other)
+    curves = {n: c for n, r in zip(names, (seen.history, rows), strict=True)
+              for c in [parts.curves(r, {"eval/R@1": n}, 100).get(n)] if c}  # fmt: skip
+    ours, theirs = seen.result.get("best", seen.figures), result["best"]
+    table = [
+        (n, *(float(side[n]) if side.get(n) is not None else "-" for side in (ours, theirs)))
+        for n in COMPARED if n in ours or n in theirs
+    ]  # fmt: skip
+    body = f"<h2>Beside {pages.text(other)}</h2>" + pages.table(("figure", *names), table)
+    if curves:
+        body += pages.plot(plots.lines([("R@1 on test pictures, %", "", curves)], "step"), "R@1 of both runs")
+    return body
+
+
+def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: int = 4) -> Path:
+    """Writes the page of a run.
+
+    Args:
+      workdir: folder of the run.
+      out: file; by default ``report.html`` in that folder.
+      compare: folder of another run.
+      threads: that read and decode.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: see ``look``.
+    """
+    out = Path(out).expanduser() if out else Path(workdir).expanduser() / "report.html"
+    seen = look(workdir, threads)
+    beside = comparison(seen, Path(compare).expanduser().absolute()) if compare else ""
+    picture = Pictures(seen.queries)
+    found = picture if seen.gallery is seen.queries else Pictures(seen.gallery)
+    body = [
+        parts.head(seen), beside, parts.training(seen), parts.knowing(seen), parts.ambiguity(seen),
+        parts.answers(seen, picture, found), parts.extremes(seen, picture), parts.plane(seen),
+        parts.confusion(seen, picture, found),
+    ]  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(pages.page(f"idml_jax: {seen.model.workdir.name}", "\n".join(body)), encoding="utf-8")
+    temporary.replace(out)
+    return out.absolute()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="folder of a run")
+    parser.add_argument("--compare", default="", help="folder of a finished run, e.g. the plain one")
+    parser.add_argument("--out", default="", help="default: report.html in the run's folder")
+    parser.add_argument("--threads", type=int, default=4, help="that read and decode")
+    given = vars(parser.parse_args(argv))
+    run_command(lambda: print(f"report           {make(**given)}"))
+
+
+if __name__ == "__main__":
+    main()
