@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from idml_jax import watch
 from idml_jax.data.resample import METHODS
 from idml_jax.data.transforms import TRANSFORMS
 from idml_jax.errors import UserError
@@ -19,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Fields that change how a run is carried out but not what comes out: a resumed run may differ in them.
 FREE_FIELDS = (
     "data.root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps", "log.tensorboard",
-    "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size",
+    "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size", "debug",
 )  # fmt: skip
 
 
@@ -40,6 +41,7 @@ def default_config() -> ConfigDict:
     config.batch_size = 120
     config.epochs = 60
     config.max_steps = 0  # end earlier, after so many steps; 0: after all epochs
+    config.debug = ""  # checks by jax: nans, infs, leaks, ranks, transfers, several of them with commas, or all; slow
 
     config.data = ConfigDict()
     config.data.name = "folder"  # or glyphs, tfds, cub, cars, sop, inshop, cifar10, cifar100, imagenet
@@ -131,7 +133,7 @@ def default_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
-    config.checkpoint.keep_latest = 1
+    config.checkpoint.keep_latest = 2  # the one before is used should the newest be damaged
     config.checkpoint.keep_best = 1
 
     config.log = ConfigDict()
@@ -174,6 +176,7 @@ def validate(config: ConfigDict) -> None:
                   "data.pad", "mixup.alpha", "memory.size", "memory.warmup_epochs",
                   "eval.ambiguity_images"):  # fmt: skip
         _at_least(config, field, 0)
+    watch.debug_checks(config.debug)
     _choice(config, "loss.name", tuple(sorted(LOSSES)))
     _choice(config, "model.batchnorm", ("frozen", "frozen_statistics", "live"))
     _choice(config, "model.dtype", ("float32", "bfloat16"))

@@ -11,7 +11,7 @@ A file holds ``semantic`` (or ``embeddings``) [n, d] and ``labels`` [n], and may
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def embed(
     partners: np.ndarray | None = None,
     channels: int = 3,
     threads: int = 4,
+    check: Callable[[], None] = lambda: None,
 ) -> Embedded:
     """Embeds every image of a source (or those of ``order``) once.
 
@@ -58,6 +59,7 @@ def embed(
       partners: records to blend each of them with at equal weight, ``[n]``.
       channels: 3 or 1.
       threads: that read and decode.
+      check: called before every batch; may raise to stop.
 
     Returns:
       The embeddings in that order, padding removed.
@@ -70,6 +72,7 @@ def embed(
     others = None if partners is None else pipeline.eval_batches(source, transform, order=partners, **options)
     parts = []
     for batch in batches:
+        check()
         images = sharding.shard_batch({"image": batch["image"]}, mesh)["image"]
         if others is None:
             out = steps.jit_embed_step(variables, images, setup=setup)

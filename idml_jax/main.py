@@ -2,6 +2,9 @@
 
 Settings are overridden one by one: ``--config.optim.learning_rate=1e-4``. ``--mode=eval`` evaluates the best
 checkpoint of a workdir; it needs no ``--config``.
+
+Exit codes: 0, finished; 1, an error, told in one line; 75, stopped by SIGTERM or SIGUSR1 after saving, and 130, stopped
+by Ctrl-C: the same command goes on.
 """
 
 import logging
@@ -44,14 +47,25 @@ def _main(_: list[str]) -> None:
             raise UserError("--workdir is missing: the folder that the run is written to")
         if _MODE.value == "train" and _CONFIG.value is None:
             raise UserError("--config is missing: a settings file, e.g. --config=configs/glyphs.py")
-        from idml_jax import train  # late, so that a wrong flag is answered at once
+        _run()
+    except (UserError, OSError) as error:
+        _stop(error)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
+
+def _run() -> None:
+    from idml_jax import interrupt, train  # late, so that a wrong flag is answered at once
+
+    try:
         if _MODE.value == "eval":
             train.evaluate_checkpoint(_WORKDIR.value, _CONFIG.value)
         else:
             train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-    except (UserError, OSError) as error:
-        _stop(error)
+    except interrupt.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(interrupt.EXIT_CODE)
 
 
 def _stop(error: Exception) -> None:
