@@ -150,8 +150,8 @@ def _choice(config: ConfigDict, field: str, known: tuple[str, ...]) -> None:
 
 def _at_least(config: ConfigDict, field: str, low: float) -> None:
     value = _get(config, field)
-    if not value >= low:
-        raise UserError(f"config.{field} = {value} must be at least {low:g}")
+    if not low <= value < math.inf:  # false for NaN too
+        raise UserError(f"config.{field} = {value} must be at least {low:g}{'' if value < low else ', and finite'}")
 
 
 def _get(config: ConfigDict, field: str) -> Any:
@@ -207,6 +207,9 @@ def validate(config: ConfigDict) -> None:
             f"config.data.resize ({config.data.resize}) must be at least config.data.image_size "
             f"({config.data.image_size})"
         )
+    for field in ("crop_scale", "crop_ratio"):
+        if len(config.data[field]) != 2:
+            raise UserError(f"config.data.{field} = {tuple(config.data[field])} must be two numbers, low and high")
     low, high = config.data.crop_scale
     if not 0 < low <= high <= 1:
         raise UserError(f"config.data.crop_scale = {(low, high)} must be two shares of the area, 0 < low <= high <= 1")
@@ -284,8 +287,12 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} is not valid JSON ({error})") from error
     # Settings that are newer than the run have their defaults.
     config = default_config()
-    with config.unlocked():
-        config.update(_tuples(values))
+    try:
+        with config.unlocked():
+            config.update(_tuples(values))
+    except (TypeError, ValueError, AttributeError) as error:
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} does not hold the settings of a run ({told})") from error
     return config
 
 

@@ -9,7 +9,6 @@ A file holds ``semantic`` (or ``embeddings``) [n, d] and ``labels`` [n], and may
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,7 +24,7 @@ from idml_jax.config import without_nan, write_json
 from idml_jax.data import pipeline
 from idml_jax.data.sources import Source
 from idml_jax.data.transforms import CHANGES, Changed, Transform
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, stop
 from idml_jax.metrics.report import Embedded, Ism, ambiguity_report, corrupted_report, full_report
 from idml_jax.steps import StepSetup
 
@@ -181,6 +180,9 @@ def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] 
     if semantic is None or "labels" not in arrays:
         names = ", ".join(sorted(arrays)) or "nothing"
         raise UserError(f"{path}: needs the arrays semantic (or embeddings) [n, d] and labels [n]; it holds {names}")
+    for name, value in arrays.items():
+        if name != "labels" and value.dtype.kind not in "fiub":
+            raise UserError(f"{path}: {name} holds {value.dtype}, not numbers")
     for name in ("labels", "uncertainty", "semantic_norm", "ambiguity"):
         if name in arrays and (semantic.ndim != 2 or arrays[name].shape[:1] != semantic.shape[:1]):
             raise UserError(f"{path}: {name} has the shape {arrays[name].shape}, the embeddings {semantic.shape}")
@@ -230,8 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _evaluate_files(parser.parse_args(argv))
     except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        stop(error)
 
 
 if __name__ == "__main__":

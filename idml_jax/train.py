@@ -128,7 +128,10 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest) ->
 
     if finished.exists():
         logger.info("this run is finished: %s; --mode=eval evaluates its best checkpoint again", finished)
-        return json.loads(finished.read_text())
+        try:
+            return json.loads(finished.read_text())
+        except ValueError as error:
+            raise UserError(f"{finished} is not valid JSON ({error}); without it the run is evaluated again") from error
 
     train, test = run.splits.train, run.eval_source
     logger.info(

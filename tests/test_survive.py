@@ -184,6 +184,12 @@ def test_no_readable_checkpoint_is_said_plainly(image_folder, copied):
         train.train_and_evaluate(small_config(image_folder), copied)
 
 
+def test_a_result_cut_short_is_said_plainly(image_folder, copied):
+    (copied / "result.json").write_text("{")
+    with pytest.raises(UserError, match="result.json is not valid JSON .*; without it the run is evaluated again"):
+        train.train_and_evaluate(small_config(image_folder), copied)
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(image_folder, tmp_path):
     run = train.build(small_config(image_folder))
     state = run.initial_state()
