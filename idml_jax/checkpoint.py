@@ -1,5 +1,14 @@
-"""Checkpoints: the latest and the best, through Orbax. The only importer of it."""
+"""Checkpoints: the latest and the best, through Orbax. The only importer of it.
 
+A run that is asked to stop between two of them leaves one more in the folder ``stopped``, beside ``checkpoints``; it
+goes once a later one is on disk. One that cannot be read is moved to ``damaged``, and the one before it is used.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +18,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from idml_jax.errors import UserError
+
+logger = logging.getLogger("idml_jax")
+
+_HANDLERS = {"state": ocp.PyTreeCheckpointHandler, "record": ocp.JsonCheckpointHandler}
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read."""
 
 
 class Checkpoints:
@@ -41,8 +58,27 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._tried: list[str] = []
+        for step in _steps(self.folder):
+            self._check_metrics(step, read_only)
+        self._manager = _manager(self.folder, options)
+        self._stopped = self.folder.parent / "stopped"
+
+    def _check_metrics(self, step: int, read_only: bool) -> None:
+        """Orbax opens no folder in which one of these files, which all checkpoints have read at once, is damaged."""
+        path = self.folder / str(step) / "metrics" / "metrics"
+        try:
+            json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            damage = DamagedError(f"checkpoint {self.folder}, step {step}: cannot be read ({path}: {error})")
+            if read_only:
+                raise damage from error
+            self._set_aside(self.folder, step, damage)
+
+    def _set_aside(self, folder: Path, step: int, damage: DamagedError) -> None:
+        self._tried.append(str(damage))
+        aside = _move_aside(folder / str(step), self.folder.parent / "damaged")
+        logger.warning("warning: %s; moved to %s, trying the one before", damage, aside)
 
     @property
     def latest(self) -> int | None:
@@ -50,21 +86,100 @@ class Checkpoints:
         return self._manager.latest_step()
 
     @property
+    def newest(self) -> int | None:
+        """Step of the newest state, one that a stopped run left included."""
+        return max([*self._manager.all_steps(), *_steps(self._stopped)], default=None)
+
+    @property
+    def by_metric(self) -> list[int]:
+        """Steps, the one with the highest metric first; if none was measured the newest alone."""
+        scores = {step: self._score(step) for step in self._manager.all_steps()}
+        measured = sorted(((score, step) for step, score in scores.items() if score is not None), reverse=True)
+        return [step for _, step in measured] or sorted(scores)[-1:]
+
+    @property
     def best(self) -> int | None:
         """Step of the checkpoint with the highest metric, the newest if none was measured."""
-        measured = [s for s in self._manager.all_steps() if self._manager.metrics(s)]
-        if not measured:
-            return self.latest
-        return max(measured, key=lambda s: (float(self._manager.metrics(s)[self.metric]), s))
+        return next(iter(self.by_metric), None)
+
+    def _score(self, step: int) -> float | None:
+        try:
+            return float(self._manager.metrics(step)[self.metric])
+        except Exception:  # not measured, or the file is damaged
+            return None
 
     def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        """Saves in the background; a file is there whole or not at all."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record)),
-            metrics=metrics,
-            force=True,
-        )
+        """Saves in the background; a checkpoint is there whole or not at all.
+
+        Raises:
+          UserError: if this one, or the one before, cannot be written.
+        """
+        with self._writing(step):
+            self._manager.wait_until_finished()
+            self._forget_stopped()
+            self._manager.save(step, args=_save_args(state, record), metrics=metrics, force=True)
+
+    def save_stopped(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Saves, before it returns, the state in which a run is stopped.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
+        with self._writing(step):
+            self._manager.wait_until_finished()
+            manager = _manager(self._stopped, ocp.CheckpointManagerOptions(max_to_keep=1))
+            try:
+                manager.save(step, args=_save_args(state, record), force=True)
+                manager.wait_until_finished()
+            finally:
+                manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise UserError(
+                f"the checkpoint of step {step} cannot be written to {self.folder} ({_reason(error)}); what was saved "
+                "before is whole, and once that is mended the same command goes on from there"
+            ) from error
+
+    def _forget_stopped(self) -> None:
+        """Removes what ``save_stopped`` wrote once a later checkpoint is there."""
+        stopped = _steps(self._stopped)
+        if stopped and jax.process_index() == 0 and (self.latest or 0) >= stopped[-1]:
+            shutil.rmtree(self._stopped, ignore_errors=True)
+
+    def resume(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest readable state and its record; ``None`` where nothing was saved yet.
+
+        One that cannot be read is moved to the folder ``damaged``, with a warning, and the one before is tried.
+
+        Args:
+          like: as for ``restore``.
+
+        Raises:
+          UserError: if none can be read, or the newest is of another architecture.
+        """
+        while True:
+            regular, stopped = self.latest, next(iter(_steps(self._stopped)[::-1]), None)
+            if regular is None and stopped is None:
+                break
+            from_stopped = stopped is not None and stopped > (regular or -1)
+            folder, step = (self._stopped, stopped) if from_stopped else (self.folder, regular)
+            manager = _manager(folder, ocp.CheckpointManagerOptions(read_only=True)) if from_stopped else self._manager
+            try:
+                return self._restore(manager, folder, step, like)
+            except DamagedError as error:
+                self._set_aside(folder, step, error)
+            finally:
+                if from_stopped:
+                    manager.close()
+            if not from_stopped:
+                self._manager.reload()
+        if self._tried:
+            raise UserError(f"{self._tried[0]}, and there is no older one; use another --workdir to start anew")
+        return None
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """State and record of a step.
@@ -77,20 +192,28 @@ class Checkpoints:
           The state and the record.
 
         Raises:
-          UserError: if the checkpoint is of another architecture or cannot be read.
+          UserError: if the checkpoint is of another architecture.
+          DamagedError: if it cannot be read.
         """
-        where = f"{self.folder}, step {step}"
+        return self._restore(self._manager, self.folder, step, like)
+
+    def _restore(
+        self, manager: ocp.CheckpointManager, folder: Path, step: int, like: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        where = f"{folder}, step {step}"
         try:
-            stored = self._manager.item_metadata(step)["state"]
+            stored = manager.item_metadata(step)["state"]
         except Exception as error:
-            raise UserError(f"checkpoint {where}: cannot be read ({_first_line(error)})") from error
+            raise DamagedError(f"checkpoint {where}: cannot be read ({_reason(error)})") from error
+        if stored is None:
+            raise DamagedError(f"checkpoint {where}: cannot be read (no metadata of the state)")
         problems = _differences(_shapes(getattr(stored, "tree", stored)), _shapes(like))
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(f"checkpoint {where} is of another architecture: {'; '.join(problems[:3])}{more}")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            restored = self._manager.restore(
+            restored = manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeRestore(
@@ -100,16 +223,61 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            raise UserError(f"checkpoint {where}: cannot be read ({_first_line(error)})") from error
+            raise DamagedError(f"checkpoint {where}: cannot be read ({_reason(error)})") from error
         return restored["state"], restored["record"]
 
     def wait(self) -> None:
-        """Until everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Until everything saved is on disk.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
+        with self._writing(self.latest or 0):
+            self._manager.wait_until_finished()
+            self._forget_stopped()
 
     def close(self) -> None:
-        """Waits and lets go."""
-        self._manager.close()
+        """Waits and lets go.
+
+        Raises:
+          UserError: if what was saved cannot be written.
+        """
+        with self._writing(self.latest or 0):
+            self._manager.close()
+
+
+def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers = {name: handler() for name, handler in _HANDLERS.items()}
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _save_args(state: Any, record: dict[str, Any]) -> ocp.args.Composite:
+    return ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder; unfinished ones have other names."""
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+
+
+def _move_aside(checkpoint: Path, folder: Path) -> Path:
+    """Moves a checkpoint into a folder under a name that is still free."""
+    folder.mkdir(exist_ok=True)
+    target, count = folder / checkpoint.name, 1
+    while target.exists():
+        target, count = folder / f"{checkpoint.name}_{count}", count + 1
+    return checkpoint.replace(target)
+
+
+def _reason(error: Exception) -> str:
+    """One short line of what an exception, or the one behind it, says."""
+    text = str(error)
+    for known in ("No space left on device", "Read-only file system", "File too large", "Permission denied",
+                  "Disk quota exceeded"):  # fmt: skip
+        if known in text:
+            return known
+    line = _first_line(error)
+    return line if len(line) <= 200 else line[:200] + " ..."
 
 
 def _first_line(error: Exception) -> str:
@@ -132,8 +300,8 @@ def _differences(stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether the folder of a run's checkpoints has any."""
-    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+    """Whether the folder of a run's checkpoints, or the one of a stopped run beside it, has any."""
+    return bool(_steps(folder) or _steps(folder.parent / "stopped"))
 
 
 def save_variables(folder: Path, variables: dict[str, Any]) -> None:
@@ -166,7 +334,7 @@ def find_state(path: Path, metric: str) -> Path:
     if (path / "state").is_dir():
         return path / "state"
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if not has_checkpoints(folder):
+    if not _steps(folder):
         raise UserError(f"{path}: neither weights of this package nor the folder of a run with checkpoints")
     checkpoints = Checkpoints(folder, metric, read_only=True)
     try:

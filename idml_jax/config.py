@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from idml_jax import watch
 from idml_jax.data.resample import METHODS
 from idml_jax.data.transforms import TRANSFORMS
 from idml_jax.errors import UserError
@@ -19,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Fields that change how a run is carried out but not what comes out: a resumed run may differ in them.
 FREE_FIELDS = (
     "data.root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps", "log.tensorboard",
-    "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size",
+    "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size", "debug",
 )  # fmt: skip
 
 
@@ -40,6 +41,7 @@ def default_config() -> ConfigDict:
     config.batch_size = 120
     config.epochs = 60
     config.max_steps = 0  # end earlier, after so many steps; 0: after all epochs
+    config.debug = ""  # checks by jax: nans, infs, leaks, ranks, transfers, several of them with commas, or all; slow
 
     config.data = ConfigDict()
     config.data.name = "folder"  # or glyphs, tfds, cub, cars, sop, inshop, cifar10, cifar100, imagenet
@@ -131,7 +133,7 @@ def default_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
-    config.checkpoint.keep_latest = 1
+    config.checkpoint.keep_latest = 2  # the one before is used should the newest be damaged
     config.checkpoint.keep_best = 1
 
     config.log = ConfigDict()
@@ -148,8 +150,8 @@ def _choice(config: ConfigDict, field: str, known: tuple[str, ...]) -> None:
 
 def _at_least(config: ConfigDict, field: str, low: float) -> None:
     value = _get(config, field)
-    if not value >= low:
-        raise UserError(f"config.{field} = {value} must be at least {low:g}")
+    if not low <= value < math.inf:  # false for NaN too
+        raise UserError(f"config.{field} = {value} must be at least {low:g}{'' if value < low else ', and finite'}")
 
 
 def _get(config: ConfigDict, field: str) -> Any:
@@ -174,6 +176,7 @@ def validate(config: ConfigDict) -> None:
                   "data.pad", "mixup.alpha", "memory.size", "memory.warmup_epochs",
                   "eval.ambiguity_images"):  # fmt: skip
         _at_least(config, field, 0)
+    watch.debug_checks(config.debug)
     _choice(config, "loss.name", tuple(sorted(LOSSES)))
     _choice(config, "model.batchnorm", ("frozen", "frozen_statistics", "live"))
     _choice(config, "model.dtype", ("float32", "bfloat16"))
@@ -204,6 +207,9 @@ def validate(config: ConfigDict) -> None:
             f"config.data.resize ({config.data.resize}) must be at least config.data.image_size "
             f"({config.data.image_size})"
         )
+    for field in ("crop_scale", "crop_ratio"):
+        if len(config.data[field]) != 2:
+            raise UserError(f"config.data.{field} = {tuple(config.data[field])} must be two numbers, low and high")
     low, high = config.data.crop_scale
     if not 0 < low <= high <= 1:
         raise UserError(f"config.data.crop_scale = {(low, high)} must be two shares of the area, 0 < low <= high <= 1")
@@ -281,8 +287,12 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} is not valid JSON ({error})") from error
     # Settings that are newer than the run have their defaults.
     config = default_config()
-    with config.unlocked():
-        config.update(_tuples(values))
+    try:
+        with config.unlocked():
+            config.update(_tuples(values))
+    except (TypeError, ValueError, AttributeError) as error:
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} does not hold the settings of a run ({told})") from error
     return config
 
 

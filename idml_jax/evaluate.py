@@ -9,9 +9,8 @@ A file holds ``semantic`` (or ``embeddings``) [n, d] and ``labels`` [n], and may
 """
 
 import argparse
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from idml_jax.config import without_nan, write_json
 from idml_jax.data import pipeline
 from idml_jax.data.sources import Source
 from idml_jax.data.transforms import CHANGES, Changed, Transform
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, stop
 from idml_jax.metrics.report import Embedded, Ism, ambiguity_report, corrupted_report, full_report
 from idml_jax.steps import StepSetup
 
@@ -44,6 +43,7 @@ def embed(
     partners: np.ndarray | None = None,
     channels: int = 3,
     threads: int = 4,
+    check: Callable[[], None] = lambda: None,
 ) -> Embedded:
     """Embeds every image of a source (or those of ``order``) once.
 
@@ -58,6 +58,7 @@ def embed(
       partners: records to blend each of them with at equal weight, ``[n]``.
       channels: 3 or 1.
       threads: that read and decode.
+      check: called before every batch; may raise to stop.
 
     Returns:
       The embeddings in that order, padding removed.
@@ -70,6 +71,7 @@ def embed(
     others = None if partners is None else pipeline.eval_batches(source, transform, order=partners, **options)
     parts = []
     for batch in batches:
+        check()
         images = sharding.shard_batch({"image": batch["image"]}, mesh)["image"]
         if others is None:
             out = steps.jit_embed_step(variables, images, setup=setup)
@@ -178,6 +180,9 @@ def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] 
     if semantic is None or "labels" not in arrays:
         names = ", ".join(sorted(arrays)) or "nothing"
         raise UserError(f"{path}: needs the arrays semantic (or embeddings) [n, d] and labels [n]; it holds {names}")
+    for name, value in arrays.items():
+        if name != "labels" and value.dtype.kind not in "fiub":
+            raise UserError(f"{path}: {name} holds {value.dtype}, not numbers")
     for name in ("labels", "uncertainty", "semantic_norm", "ambiguity"):
         if name in arrays and (semantic.ndim != 2 or arrays[name].shape[:1] != semantic.shape[:1]):
             raise UserError(f"{path}: {name} has the shape {arrays[name].shape}, the embeddings {semantic.shape}")
@@ -227,8 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _evaluate_files(parser.parse_args(argv))
     except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        stop(error)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 Settings are overridden one by one: ``--config.optim.learning_rate=1e-4``. ``--mode=eval`` evaluates the best
 checkpoint of a workdir; it needs no ``--config``.
+
+Exit codes: 0, finished; 1, an error, told in one line; 75, stopped by SIGTERM or SIGUSR1 after saving, and 130, stopped
+by Ctrl-C: the same command goes on.
 """
 
 import logging
 import sys
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, stop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -25,9 +29,9 @@ def _parse(argv: list[str]) -> list[str]:
     except SystemExit:
         raise
     except Exception as error:  # whatever a config file or an override of a wrong name or type raises
-        _stop(error)
+        stop(error)
     if len(rest) > 1:
-        _stop(UserError(f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"))
+        stop(UserError(f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"))
     return rest
 
 
@@ -44,24 +48,33 @@ def _main(_: list[str]) -> None:
             raise UserError("--workdir is missing: the folder that the run is written to")
         if _MODE.value == "train" and _CONFIG.value is None:
             raise UserError("--config is missing: a settings file, e.g. --config=configs/glyphs.py")
-        from idml_jax import train  # late, so that a wrong flag is answered at once
+        _check_config(_CONFIG.value)
+        _run()
+    except (UserError, OSError) as error:
+        stop(error)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
+
+def _check_config(config: Any) -> None:
+    if config is None or isinstance(config, ConfigDict):
+        return
+    getattr(config, "batch_size", None)  # of a file that could not be read, anything raises the reason
+    raise UserError(f"--config: its get_config() gave {config!r}, not settings (a ConfigDict)")
+
+
+def _run() -> None:
+    from idml_jax import interrupt, train  # late, so that a wrong flag is answered at once
+
+    try:
         if _MODE.value == "eval":
             train.evaluate_checkpoint(_WORKDIR.value, _CONFIG.value)
         else:
             train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-    except (UserError, OSError) as error:
-        _stop(error)
-
-
-def _stop(error: Exception) -> None:
-    if "--traceback" in sys.argv:
-        raise error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if any("Traceback" in line for line in lines):  # ml_collections puts one into its message
-        lines = lines[-1:]
-    print(f"error: {' '.join(lines) or type(error).__name__}", file=sys.stderr)
-    sys.exit(1)
+    except interrupt.Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(interrupt.EXIT_CODE)
 
 
 def main() -> None:

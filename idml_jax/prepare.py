@@ -22,7 +22,7 @@ from idml_jax.data.datasets import default_data_dir
 from idml_jax.data.layouts import Listed, Plan
 from idml_jax.data.prepared import PREFIX
 from idml_jax.data.protocol import BENCHMARKS, differences
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, stop
 
 LAYOUTS: dict[str, Callable[[Path], Plan]] = {
     "cub": layouts_retrieval.cub,
@@ -212,8 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         prepare(**_arguments(argv), say=lambda line: print(line, flush=True))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        stop(error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -12,7 +12,6 @@ a complaint are only classifiers, BatchNorm's counter of batches, and the heads 
 import argparse
 import logging
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import numpy as np
 
 from idml_jax import checkpoint
 from idml_jax import config as config_lib
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, stop
 from idml_jax.models import MODELS, EmbeddingModel, create_model, naming
 
 logger = logging.getLogger("idml_jax")
@@ -314,8 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         print(convert(given.source, given.out, model=given.model, size=given.size, prefix=given.prefix))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        stop(error)
 
 
 if __name__ == "__main__":

@@ -217,5 +217,7 @@ def embed_mixed_step(
 
 
 jit_train_step = jax.jit(train_step, static_argnames=("setup", "train_trunk"), donate_argnames=("state",))
+# For jax's checks: a step that gave NaN is computed once more from the state, which must still be there.
+jit_checked_train_step = jax.jit(train_step, static_argnames=("setup", "train_trunk"))
 jit_embed_step = jax.jit(embed_step, static_argnames=("setup",))
 jit_embed_mixed_step = jax.jit(embed_mixed_step, static_argnames=("setup",))

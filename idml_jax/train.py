@@ -2,28 +2,27 @@
 
 import json
 import logging
-import math
 import platform
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 import idml_jax
 from idml_jax import config as config_lib
-from idml_jax import evaluate, sharding, steps
-from idml_jax.checkpoint import Checkpoints, has_checkpoints
-from idml_jax.data import pipeline
+from idml_jax import evaluate, loop
+from idml_jax.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
+from idml_jax.interrupt import Stopped, StopRequest
 from idml_jax.metrics.report import Embedded, Ism, full_report, retrieval_report
 from idml_jax.run import Run, build
 from idml_jax.state import TrainState
-from idml_jax.writers import MetricWriter, format_seconds
+from idml_jax.writers import MetricWriter
 
 logger = logging.getLogger("idml_jax")
 
@@ -34,6 +33,9 @@ SHOWN = (
 )  # fmt: skip
 
 
+Check = Callable[[], None]
+
+
 def _embed_options(run: Run) -> dict[str, Any]:
     config = run.config
     return {
@@ -41,39 +43,40 @@ def _embed_options(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _embed(run: Run, state: TrainState, source: Source | None = None) -> Embedded:
+def _embed(run: Run, state: TrainState, check: Check, source: Source | None = None) -> Embedded:
     source = run.eval_source if source is None else source
     embedded = evaluate.embed(
-        state.variables, source, run.test_transform, run.setup, run.mesh, **_embed_options(run)
+        state.variables, source, run.test_transform, run.setup, run.mesh, check=check, **_embed_options(run)
     )
     # In a plain run nothing has taught the uncertainty head anything.
     return embedded if run.config.ism.enabled else embedded._replace(uncertainty=None)
 
 
-def _gallery(run: Run, state: TrainState) -> Embedded | None:
-    return None if run.eval_gallery is None else _embed(run, state, run.eval_gallery)
+def _gallery(run: Run, state: TrainState, check: Check) -> Embedded | None:
+    return None if run.eval_gallery is None else _embed(run, state, check, run.eval_gallery)
 
 
-def _retrieval(run: Run, state: TrainState) -> dict[str, float]:
-    return retrieval_report(_embed(run, state), run.config.eval.ks, _gallery(run, state))
+def _retrieval(run: Run, state: TrainState, check: Check) -> dict[str, float]:
+    return retrieval_report(_embed(run, state, check), run.config.eval.ks, _gallery(run, state, check))
 
 
-def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
-    """Retrieval, clustering and what the uncertainty knows; see ``metrics.report``."""
+def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) -> dict[str, float]:
+    """Retrieval, clustering and what the uncertainty knows; see ``metrics.report``. ``check`` may raise to stop."""
     started, config, source = time.monotonic(), run.config, run.eval_source
     # Held-out classes choose the threshold of answers, unless they are what is evaluated.
     validation = run.splits.validation if config.eval.split == "test" else None
     truth = source.fields.get("ambiguity")
-    settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state)
+    settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state, check)
     report, warnings = full_report(
-        embedded, _gallery(run, state), ks=config.eval.ks, seed=config.seed,
+        embedded, _gallery(run, state, check), ks=config.eval.ks, seed=config.seed,
         ambiguity=truth if config.ism.enabled else None, settings=settings, precision=config.eval.precision,
-        held_out=None if validation is None else _embed(run, state, validation), cluster=config.eval.cluster,
+        held_out=None if validation is None else _embed(run, state, check, validation), cluster=config.eval.cluster,
     )  # fmt: skip
     if config.eval.ambiguity_images:
         report |= evaluate.ambiguity(
             state.variables, source, run.test_transform, run.setup, run.mesh, seed=config.seed,
-            images=config.eval.ambiguity_images, gallery=embedded, settings=settings, **_embed_options(run),
+            images=config.eval.ambiguity_images, gallery=embedded, settings=settings, check=check,
+            **_embed_options(run),
         )  # fmt: skip
     for warning in warnings:
         logger.warning("warning: %s", warning)
@@ -104,10 +107,17 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
 
     Raises:
       UserError: for settings or data that cannot work, and if the loss is no longer a number.
+      Stopped: on SIGTERM or SIGUSR1, after saving; the same call goes on, to the same result.
     """
+    with StopRequest() as stop:
+        return _train_and_evaluate(config, Path(workdir).absolute(), stop)
+
+
+def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any]:
     started = time.monotonic()
-    workdir = Path(workdir).absolute()
     run = build(config)
+    if stop.requested:
+        raise Stopped(f"stopped by {stop.requested} before the first step; nothing was changed in {workdir}")
     first_host = jax.process_index() == 0
     finished = workdir / "result.json"
     # Read before anything is written, and not at all once the run has a checkpoint of its own.
@@ -118,7 +128,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
 
     if finished.exists():
         logger.info("this run is finished: %s; --mode=eval evaluates its best checkpoint again", finished)
-        return json.loads(finished.read_text())
+        try:
+            return json.loads(finished.read_text())
+        except ValueError as error:
+            raise UserError(f"{finished} is not valid JSON ({error}); without it the run is evaluated again") from error
 
     train, test = run.splits.train, run.eval_source
     logger.info(
@@ -138,31 +151,40 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         workdir / "checkpoints", config.eval.best_metric,
         keep_latest=config.checkpoint.keep_latest, keep_best=config.checkpoint.keep_best,
     )  # fmt: skip
-    record: dict[str, Any] = {"untrained": None, "history": []}
-    if checkpoints.latest is not None:
-        state, record = checkpoints.restore(checkpoints.latest, state)
-        logger.info("going on from step %d in %s", checkpoints.latest, workdir)
+    record: dict[str, Any] = {"untrained": None, "history": [], "rows": 0}
+    resumed = checkpoints.resume(state)
+    if resumed is not None:
+        state, record = resumed
+        logger.info("going on from step %d in %s", int(state.step), workdir)
     elif pretrained is not None:
         variables, told = pretrained
         state = run.with_variables(state, variables)
         logger.info("starting from %s", told)
     step = int(state.step)
-    writer = MetricWriter(workdir, active=first_host, tensorboard=config.log.tensorboard, resume_step=step)
+    writer = MetricWriter(workdir, active=first_host, tensorboard=config.log.tensorboard, rows=record["rows"])
     try:
         if step == 0 and config.eval.untrained and record["untrained"] is None:
-            record["untrained"] = _retrieval(run, state)
+            record["untrained"] = _retrieval(run, state, stop.check)
             writer.write(0, {f"eval/{k}": v for k, v in record["untrained"].items()})
             logger.info("untrained: %s", describe(record["untrained"], config.eval.ks))
-        speed = _Speed(started)
-        state = _train(run, state, step, record, checkpoints, writer, speed)
+        speed = loop.Speed(started)
+
+        def end_epoch(state: TrainState, step: int) -> None:
+            _end_epoch(run, state, step, record, checkpoints, writer, stop.check)
+
+        state = loop.train(run, state, step, record, checkpoints, writer, speed, stop, end_epoch)
         checkpoints.wait()
-        result = config_lib.without_nan(_finish(run, state, record, checkpoints, speed))
+        result = config_lib.without_nan(_finish(run, state, record, checkpoints, speed, stop.check))
+        # Before the result, which says that the run is finished.
+        writer.write(run.total_steps, {f"final/{k}": v for k, v in result["final"].items() if v is not None})
+        writer.sync()
         if first_host:
             config_lib.write_json(workdir / "result.json", result)
-        writer.write(run.total_steps, {f"final/{k}": v for k, v in result["final"].items() if v is not None})
         logger.info("checkpoints      %s", workdir / "checkpoints")
         logger.info("TensorBoard logs %s", workdir / "tensorboard" if writer.tensorboard else "none")
         logger.info("all figures      %s", workdir / "result.json")
+    except Stopped as stopped:
+        raise _told(stopped, workdir, checkpoints) from None
     finally:
         writer.close()
         checkpoints.close()
@@ -179,124 +201,48 @@ def _prepare(workdir: Path, config: ConfigDict, first_host: bool) -> None:
         raise UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})") from error
 
 
-class _Speed:
-    """Times of a run for its result."""
-
-    def __init__(self, started: float):
-        self.started = started
-        self.first_step: float | None = None
-        self.rates: list[float] = []
-
-    def summary(self) -> dict[str, float | None]:
-        rate = float(np.median(self.rates)) if self.rates else None
-        return {
-            "seconds_to_first_step": self.first_step,
-            "images_per_second": rate,
-            "seconds": time.monotonic() - self.started,
-        }
+def _told(stopped: Stopped, workdir: Path, checkpoints: Checkpoints) -> Stopped:
+    checkpoints.wait()
+    newest = checkpoints.newest
+    kept = "nothing is saved yet" if newest is None else f"saved at step {newest} in {workdir}"
+    return Stopped(f"stopped by {stopped}; {kept}; the same command goes on from there")
 
 
-def _train(
-    run: Run,
-    state: TrainState,
-    step: int,
-    record: dict[str, Any],
-    checkpoints: Checkpoints,
-    writer: MetricWriter,
-    speed: _Speed,
-) -> TrainState:
-    config, per_epoch = run.config, run.sampler.steps_per_epoch
-    data = config.data
-    batches = pipeline.train_batches(
-        run.splits.train, run.sampler, run.train_transform, seed=config.seed, start=step, stop=run.total_steps,
-        channels=data.channels, host=jax.process_index(), hosts=jax.process_count(), threads=data.threads,
-        prefetch=data.prefetch, workers=data.workers,
-    )  # fmt: skip
-    progress = writer.progress(run.total_steps, step)
-    window = _Window()
-    warmup = config.optim.warmup_epochs * per_epoch
-    for batch in batches:
-        place = sharding.shard_batch({k: batch[k] for k in ("image", "label")}, run.mesh)
-        state, metrics = steps.jit_train_step(state, place, setup=run.setup, train_trunk=step >= warmup)
-        step += 1
-        # The figures of a step are fetched after the next is under way, so the device never waits for the host.
-        window.add(step, metrics)
-        if speed.first_step is None:
-            jax.block_until_ready(metrics)
-            speed.first_step = time.monotonic() - speed.started
-            logger.info("first step done %.1f s after the start", speed.first_step)
-            progress.measure(step)
-        progress.tick(step)
-        last = step == run.total_steps
-        end_of_epoch = step % per_epoch == 0 or last
-        epoch = -(-step // per_epoch)
-        if step % config.log.every_steps == 0 or end_of_epoch:
-            means = window.flush()
-            rate, remaining = progress.measure(step)
-            if rate > 0 and math.isfinite(rate) and step > 1:
-                speed.rates.append(rate * config.batch_size)
-            images = rate * config.batch_size
-            writer.write(step, {**{f"train/{k}": v for k, v in means.items()}, "train/images_per_second": images})
-            logger.info(
-                "epoch %d/%d  step %d/%d  loss %.4f  %.0f images/s  %s to go",
-                epoch, config.epochs, step, run.total_steps, means["loss"], images,
-                format_seconds(remaining),
-            )  # fmt: skip
-        if not end_of_epoch:
-            continue
-        paused = time.monotonic()
-        metrics = None
-        if epoch % config.eval.every_epochs == 0 or last:
-            metrics = _retrieval(run, state)
-            record["history"].append({"step": step, **config_lib.without_nan(metrics)})
-            writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
-            took = time.monotonic() - paused
-            logger.info("epoch %d  %s  (%.1f s)", epoch, describe(metrics, config.eval.ks), took)
-        if last or metrics is not None or epoch % config.checkpoint.every_epochs == 0:
-            checkpoints.save(step, state, config_lib.without_nan(record), config_lib.without_nan(metrics))
-        progress.pause(time.monotonic() - paused)
-    return state
-
-
-class _Window:
-    """Averages the figures of the steps since the last log row and stops a run whose loss is no number."""
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._sums: dict[str, float] = {}
-        self._count = 0
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self._pending.append((step, metrics))
-        if len(self._pending) > 1:
-            self._fetch(*self._pending.pop(0))
-
-    def _fetch(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} at step {step}; a lower config.optim.learning_rate may help")
-        for k, v in values.items():
-            self._sums[k] = self._sums.get(k, 0.0) + v
-        self._count += 1
-
-    def flush(self) -> dict[str, float]:
-        while self._pending:
-            self._fetch(*self._pending.pop(0))
-        means = {k: v / self._count for k, v in self._sums.items()}
-        self._sums, self._count = {}, 0
-        return means
+def _end_epoch(
+    run: Run, state: TrainState, step: int, record: dict[str, Any], checkpoints: Checkpoints, writer: MetricWriter,
+    check: Check,
+) -> None:  # fmt: skip
+    config, started = run.config, time.monotonic()
+    epoch, last = -(-step // run.sampler.steps_per_epoch), step == run.total_steps
+    metrics = None
+    if epoch % config.eval.every_epochs == 0 or last:
+        metrics = _retrieval(run, state, check)
+        record["history"].append({"step": step, **config_lib.without_nan(metrics)})
+        writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
+        took = time.monotonic() - started
+        logger.info("epoch %d  %s  (%.1f s)", epoch, describe(metrics, config.eval.ks), took)
+    if last or metrics is not None or epoch % config.checkpoint.every_epochs == 0:
+        writer.sync()
+        whole = config_lib.without_nan({**record, "rows": writer.rows})
+        checkpoints.save(step, state, whole, config_lib.without_nan(metrics))
 
 
 def _finish(
-    run: Run, state: TrainState, record: dict[str, Any], checkpoints: Checkpoints, speed: _Speed
+    run: Run, state: TrainState, record: dict[str, Any], checkpoints: Checkpoints, speed: loop.Speed, check: Check
 ) -> dict[str, Any]:
     ks = run.config.eval.ks
-    final = full_evaluation(run, state)
-    best_step = checkpoints.best
-    best = dict(final)
-    if best_step not in (None, run.total_steps):
-        restored, _ = checkpoints.restore(best_step, state)
-        best = full_evaluation(run, restored)
+    final = full_evaluation(run, state, check)
+    best, best_step = dict(final), run.total_steps
+    for step in checkpoints.by_metric:
+        if step == run.total_steps:
+            break
+        try:
+            restored, _ = checkpoints.restore(step, state)
+        except DamagedError as error:
+            logger.warning("warning: %s; taking the next best", error)
+            continue
+        best, best_step = full_evaluation(run, restored, check), step
+        break
     if record["untrained"]:
         logger.info("untrained  %s", describe(record["untrained"], ks))
     logger.info("trained    %s", describe(final, ks))

@@ -3,21 +3,24 @@
 CLU's writers import TensorFlow and TensorBoard. Where those are missing a run goes on without them, after one warning.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from idml_jax.errors import UserError
 
 logger = logging.getLogger("idml_jax")
 
 
 def _clu() -> tuple[Any, Any] | None:
     """CLU's ``metric_writers`` and ``periodic_actions``, or ``None`` where they cannot be imported."""
-    import os
-
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
@@ -35,17 +38,25 @@ class MetricWriter:
       workdir: gets ``metrics.jsonl`` and ``tensorboard/``.
       active: false on all hosts but the first, which then write nothing.
       tensorboard: write TensorBoard logs too, if possible.
-      resume_step: rows of later steps are dropped from ``metrics.jsonl``, since they will come again.
+      rows: how many of the rows in ``metrics.jsonl`` belong to the state that the run goes on from. Later ones are
+        dropped, since they will come again; a new run has none.
+
+    Attributes:
+      rows: written so far, kept ones included.
     """
 
-    def __init__(self, workdir: Path, *, active: bool = True, tensorboard: bool = True, resume_step: int = 0):
-        self._active = active
+    def __init__(self, workdir: Path, *, active: bool = True, tensorboard: bool = True, rows: int = 0):
+        self._active, self.rows = active, rows
         self._clu = self._tensorboard = self._file = None
         if not active:
             return
         path = workdir / "metrics.jsonl"
-        if path.exists():
-            keep = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+        lines = path.read_text().splitlines() if path.exists() else []
+        keep = [line for line in lines if _is_row(line)][:rows]
+        if len(keep) < rows:
+            logger.warning("warning: %s holds %d of the %d rows that it had; going on", path, len(keep), rows)
+            self.rows = len(keep)
+        if keep != lines:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in keep))
             temporary.replace(path)
@@ -62,16 +73,40 @@ class MetricWriter:
         return self._tensorboard is not None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One row: the scalars of a step."""
+        """One row: the scalars of a step.
+
+        Raises:
+          UserError: if the row cannot be written.
+        """
+        self.rows += 1
         if not self._active:
             return
         values = {k: float(v) for k, v in scalars.items()}
         # JSON has no NaN; null is what other readers understand.
         row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._cannot(error) from error
         if self._tensorboard:
             self._tensorboard.write_scalars(step, values)
+
+    def sync(self) -> None:
+        """The rows to disk, to be called before a checkpoint that counts on them."""
+        if not self._file:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a pipe or a device, which has no disk
+                raise self._cannot(error) from error
+
+    def _cannot(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._file.name}: cannot be written ({error.strerror}); "
+            "once that is mended the same command goes on from the last checkpoint"
+        )
 
     def progress(self, total: int, first: int) -> "Progress":
         """Progress with time to go, told every few seconds."""
@@ -84,14 +119,15 @@ class MetricWriter:
             self._tensorboard.flush()
             self._tensorboard.close()
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # told already, when the row was written
+                self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _is_row(line: str) -> bool:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a kill
+        return "step" in json.loads(line)
+    except (ValueError, TypeError):
+        return False  # a line cut short by a kill
 
 
 class Progress:

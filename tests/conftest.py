@@ -50,3 +50,14 @@ def image_folder(tmp_path_factory):
             for i in range(12):
                 cv2.imwrite(str(folder / f"{i:02d}.png"), shapes_picture(label, rng))
     return root
+
+
+@pytest.fixture(scope="session")
+def finished(image_folder, tmp_path_factory):
+    """Workdir and result of a small run that nothing interrupted."""
+    from runs_made import small_config
+
+    from idml_jax import train
+
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train.train_and_evaluate(small_config(image_folder), workdir)

@@ -11,9 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
 MATHS = ("ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing")
 RUNTIME = (
-    "config", "protocols", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate",
-    "pretrained",
-    "run", "train", "trained", "embeddings",
+    "watch", "interrupt", "config", "protocols", "sharding", "optim", "objective", "state", "steps", "checkpoint",
+    "writers", "evaluate", "pretrained", "run", "loop", "train", "trained", "embeddings",
 )  # fmt: skip
 ROOMS = {
     "errors": {"errors"},

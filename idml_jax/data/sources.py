@@ -239,6 +239,13 @@ def hold_out_images(source: Source, fraction: float, seed: int) -> tuple[Subset,
     return Subset(source, np.setdiff1d(np.arange(len(source)), chosen), classes), Subset(source, chosen, classes)
 
 
+def _is_image(path: Path) -> bool:
+    """Whether a path with an image's ending is a file; a link to nowhere is an image that is missing."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there; remove it or bring the file back")
+    return path.is_file()
+
+
 def scan_folder(root: str | os.PathLike) -> FolderSource:
     """Images below ``root/<class>/``, classes and files in sorted order.
 
@@ -259,7 +266,7 @@ def scan_folder(root: str | os.PathLike) -> FolderSource:
         found = sorted(
             str(p)
             for p in folder.rglob("*")
-            if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and p.is_file()
+            if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and _is_image(p)
         )
         if found:
             labels += [len(names)] * len(found)

@@ -1,0 +1,71 @@
+"""A run that is asked to stop: it saves what it has and ends with an exit code of its own.
+
+Schedulers and clouds announce the end of a machine by SIGTERM, Slurm on wish by SIGUSR1 (``--signal=USR1@120``).
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on.
+EXIT_CODE = 75
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """The run was asked to stop. The message says where it stands."""
+
+
+class StopRequest:
+    """Remembers, inside a ``with``, that one of ``SIGNALS`` came; nothing is interrupted by it.
+
+    With several processes JAX's own service listens to SIGTERM and lets all of them agree on the step to stop after;
+    SIGUSR1 is passed on as one. Outside the main thread no signal can be caught, so none is.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._shared = jax.process_count() > 1
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGUSR1,) if self._shared else SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            with contextlib.suppress(TypeError):  # a handler that was not set from Python
+                signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.requested = signal.Signals(number).name
+        if self._shared:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def check(self) -> None:
+        """To be called where work can be dropped.
+
+        Raises:
+          Stopped: if a signal came. Never with several processes, since they would not stop at the same place.
+        """
+        if self.requested and not self._shared:
+            raise Stopped(self.requested)
+
+    def check_step(self, step: int) -> None:
+        """To be called after every training step.
+
+        Raises:
+          Stopped: on all processes after the same step, once a signal came to any of them.
+        """
+        self.check()
+        if self._shared and multihost_utils.reached_preemption_sync_point(step):
+            raise Stopped(self.requested or "SIGTERM")

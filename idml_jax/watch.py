@@ -1,0 +1,108 @@
+"""The figures of the steps: their averages for the log, and the end of a run whose loss is no number."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from idml_jax.errors import UserError
+
+# What jax checks by its own means when ``config.debug`` names it.
+CHECKS = ("nans", "infs", "leaks", "ranks", "transfers")
+
+
+def debug_checks(setting: str) -> tuple[str, ...]:
+    """``config.debug`` as the checks it names, in the order of ``CHECKS``.
+
+    Raises:
+      UserError: for an unknown one.
+    """
+    names = {name.strip() for name in setting.split(",") if name.strip()}
+    if names == {"all"}:
+        return CHECKS
+    if unknown := sorted(names - set(CHECKS)):
+        raise UserError(f"config.debug = {setting!r}: {unknown[0]!r} is no check; known: {', '.join(CHECKS)}, all")
+    return tuple(name for name in CHECKS if name in names)
+
+
+@contextlib.contextmanager
+def debugging(checks: tuple[str, ...]) -> Iterator[None]:
+    """JAX's checks around a step: NaN and Inf, leaked tracers, rank promotion, implicit transfers."""
+    contexts = {
+        "nans": lambda: jax.debug_nans(True),
+        "infs": lambda: jax.debug_infs(True),
+        "leaks": jax.checking_leaks,
+        "ranks": lambda: jax.numpy_rank_promotion("raise"),
+        "transfers": lambda: jax.transfer_guard("disallow"),
+    }
+    with contextlib.ExitStack() as stack:
+        for name in checks:
+            stack.enter_context(contexts[name]())
+        yield
+
+
+class Broken(NamedTuple):
+    """A step whose figures are no numbers.
+
+    Attributes:
+      step: counted from 1.
+      what: the figure and its value, in words.
+      records: of the batch, ``[b]``; with several hosts this host's.
+    """
+
+    step: int
+    what: str
+    records: Int[np.ndarray, "b"]
+
+
+class Window:
+    """Averages the figures of the steps since the last log row, and tells of one that is no number.
+
+    The figures of a step are fetched after the next is under way, so the device never waits for the host.
+
+    Args:
+      report: called with a broken step; must raise.
+      stored: what ``state`` gave when the run was stopped.
+    """
+
+    def __init__(self, report: Callable[[Broken], None], stored: dict[str, Any] | None = None):
+        self._report = report
+        self._pending: list[tuple[int, dict[str, jax.Array], np.ndarray]] = []
+        self._sums: dict[str, float] = dict(stored["sums"]) if stored else {}
+        self._count: int = stored["count"] if stored else 0
+
+    def add(self, step: int, metrics: dict[str, jax.Array], records: Int[np.ndarray, "b"]) -> None:
+        """The figures of a step and the records of its batch."""
+        self._pending.append((step, metrics, records))
+        if len(self._pending) > 1:
+            self._fetch(*self._pending.pop(0))
+
+    def _fetch(self, step: int, metrics: dict[str, jax.Array], records: np.ndarray) -> None:
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        for name, words in (("loss", "the loss"), ("gradient_norm", "the length of the gradient")):
+            if not math.isfinite(values[name]):
+                self._report(Broken(step, f"{words} is {values[name]}", records))
+        for k, v in values.items():
+            self._sums[k] = self._sums.get(k, 0.0) + v
+        self._count += 1
+
+    def settle(self) -> None:
+        """Fetches what is still to come."""
+        while self._pending:
+            self._fetch(*self._pending.pop(0))
+
+    def flush(self) -> dict[str, float]:
+        """The averages; a new window begins."""
+        self.settle()
+        means = {k: v / self._count for k, v in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """What the window holds, for a run that goes on from here; JSON-able without loss."""
+        self.settle()
+        return {"sums": dict(self._sums), "count": self._count}
