@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import idml_jax
+from idml_jax import classify, evaluate, sharding, steps
 from idml_jax import config as config_lib
-from idml_jax import evaluate, sharding, steps
 from idml_jax.checkpoint import Checkpoints, has_checkpoints
 from idml_jax.data import pipeline
 from idml_jax.data.sources import Source
@@ -31,6 +31,7 @@ logger = logging.getLogger("idml_jax")
 SHOWN = (
     "NMI", "P(u_mixed>u)", "P(u_occlusion>u)", "spearman(u,ambiguity)", "R-AUROC(uncertainty)",
     "R-AUROC(nearest_distance)", "R-AUROC(margin_10)", "answered", "answered_precision",
+    "AUROC_error(u)", "AUROC_error(max_softmax)", "mean_u",
 )  # fmt: skip
 
 
@@ -54,12 +55,16 @@ def _gallery(run: Run, state: TrainState) -> Embedded | None:
     return None if run.eval_gallery is None else _embed(run, state, run.eval_gallery)
 
 
-def _retrieval(run: Run, state: TrainState) -> dict[str, float]:
+def _measure(run: Run, state: TrainState) -> dict[str, float]:
+    if run.config.task == "classification":
+        return classify.report(run, state, full=False)
     return retrieval_report(_embed(run, state), run.config.eval.ks, _gallery(run, state))
 
 
 def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
-    """Retrieval, clustering and what the uncertainty knows; see ``metrics.report``."""
+    """Retrieval, clustering and what the uncertainty knows; see ``metrics.report``; of a classifier ``classify``."""
+    if run.config.task == "classification":
+        return classify.report(run, state, full=True)
     started, config, source = time.monotonic(), run.config, run.eval_source
     # Held-out classes choose the threshold of answers, unless they are what is evaluated.
     validation = run.splits.validation if config.eval.split == "test" else None
@@ -83,7 +88,9 @@ def full_evaluation(run: Run, state: TrainState) -> dict[str, float]:
 
 
 def describe(metrics: dict[str, float], ks: tuple[int, ...]) -> str:
-    """One line: ``R@1 71.2  R@2 80.1  RP 35.0  MAP@R 30.4`` in percent."""
+    """One line: ``R@1 71.2  R@2 80.1  RP 35.0  MAP@R 30.4`` in percent; of a classifier its accuracy."""
+    if "top1" in metrics:
+        return classify.describe(metrics)
     return "  ".join(f"{name} {100 * metrics[name]:.1f}" for name in (*(f"R@{k}" for k in ks), "RP", "MAP@R"))
 
 
@@ -131,7 +138,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
         "%s with %.1f M parameters on %d %s device(s); %s%s; %d epochs of %d steps",
         config.model.name,
         sum(x.size for k in ("trunk", "heads") for x in jax.tree.leaves(state.params[k])) / 1e6,
-        run.mesh.size, jax.default_backend(), "introspective " if config.ism.enabled else "plain ", config.loss.name,
+        run.mesh.size, jax.default_backend(), "introspective " if config.ism.enabled else "plain ",
+        run.setup.objective.loss,
         config.epochs, run.sampler.steps_per_epoch,
     )  # fmt: skip
     checkpoints = Checkpoints(
@@ -150,7 +158,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     writer = MetricWriter(workdir, active=first_host, tensorboard=config.log.tensorboard, resume_step=step)
     try:
         if step == 0 and config.eval.untrained and record["untrained"] is None:
-            record["untrained"] = _retrieval(run, state)
+            record["untrained"] = _measure(run, state)
             writer.write(0, {f"eval/{k}": v for k, v in record["untrained"].items()})
             logger.info("untrained: %s", describe(record["untrained"], config.eval.ks))
         speed = _Speed(started)
@@ -247,7 +255,7 @@ def _train(
         paused = time.monotonic()
         metrics = None
         if epoch % config.eval.every_epochs == 0 or last:
-            metrics = _retrieval(run, state)
+            metrics = _measure(run, state)
             record["history"].append({"step": step, **config_lib.without_nan(metrics)})
             writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
             took = time.monotonic() - paused

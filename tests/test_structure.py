@@ -9,10 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
-MATHS = ("ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing")
+MATHS = (
+    "ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing", "classifier",
+)  # fmt: skip
 RUNTIME = (
     "config", "protocols", "sharding", "optim", "objective", "state", "steps", "checkpoint", "writers", "evaluate",
-    "pretrained",
+    "pretrained", "classify_steps", "classify", "protocols_classification",
     "run", "train",
 )  # fmt: skip
 ROOMS = {
@@ -40,7 +42,7 @@ EDGES = {
         "data.layouts_classification",
     },
     "PIL": {"data.decode", "data.resample", "data.glyphs_draw", "data.glyphs"},
-    "ml_collections": {"config", "protocols", "run", "train", "main"},
+    "ml_collections": {"classify_steps", "config", "protocols", "protocols_classification", "run", "train", "main"},
     "scipy": {"data.layouts_retrieval", "data.layouts_classification"},  # MATLAB files
 }
 
