@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from test_train import assert_same_run, rows, small_config, train_killed_at
 
-from idml_jax import classify, train
+from idml_jax import classify, pretrained, train
 from idml_jax.errors import UserError
 from idml_jax.metrics.classification import classification_metrics
 from idml_jax.optim import Schedule
@@ -109,6 +110,15 @@ def test_the_trunk_starts_a_retrieval_run(folder, image_folder, finished, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, state.params["trunk"], stored.params["trunk"])
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, stored.batch_stats)
     assert "trunk" in told and state.params["heads"]["semantic"]["kernel"].shape == (64, 16)
+
+
+def test_a_finished_run_is_evaluated_again_and_exported(finished, tmp_path):
+    workdir, result = finished
+    again = train.evaluate_checkpoint(workdir)
+    assert again == pytest.approx(result["best"], rel=1e-5)
+    pretrained.convert(workdir, tmp_path / "weights.safetensors")
+    named = safetensors.numpy.load_file(tmp_path / "weights.safetensors")
+    assert named["fc.weight"].shape == (8, 64) and named["uncertainty.weight"].shape == (16, 64)
 
 
 def test_a_plain_run_has_no_uncertainty_and_learns(folder, tmp_path):
