@@ -13,6 +13,7 @@ from idml_jax.data.resample import METHODS
 from idml_jax.data.transforms import TRANSFORMS
 from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES
+from idml_jax.mixing import METHODS as MIXING
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,6 +38,7 @@ def loss_options(name: str) -> dict[str, Any]:
 def default_config() -> ConfigDict:
     """Every setting with its default: the paper's protocol for retrieval (METHOD: ResNet-50, AdamW, ProxyAnchor)."""
     config = ConfigDict()
+    config.task = "retrieval"  # or classification: softmax, of the training classes
     config.seed = 0
     config.batch_size = 120
     config.epochs = 60
@@ -101,9 +103,16 @@ def default_config() -> ConfigDict:
     config.memory.size = 0  # embeddings; 0: no memory
     config.memory.warmup_epochs = 1  # before it is used
 
-    config.mixup = ConfigDict()
+    config.mixup = ConfigDict()  # of retrieval
     config.mixup.enabled = True
     config.mixup.alpha = 1.0
+
+    config.classification = ConfigDict()  # of that task
+    config.classification.mixing = "none"  # or mixup, cutmix
+    config.classification.alpha = 1.0  # of their Beta distribution
+    config.classification.probability = 1.0  # of being mixed
+    config.classification.per_sample = False  # every picture mixed in its own way; else the batch in one
+    config.classification.label_smoothing = 0.0
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # or sgd
@@ -113,6 +122,8 @@ def default_config() -> ConfigDict:
     config.optim.schedule = "step"  # or cosine, constant
     config.optim.step_epochs = 5
     config.optim.step_factor = 0.5
+    config.optim.step_at = ()  # of step: epochs at which the rate falls, in place of every step_epochs
+    config.optim.ema = 0.0  # decay of moving averages of the weights, by which the run is evaluated; 0: none
     config.optim.warmup_epochs = 5  # in which only heads and proxies train
     config.optim.proxy_lr_factor = 100.0
     config.optim.loss_lr_factor = 1.0  # of other numbers that a loss learns
@@ -125,7 +136,7 @@ def default_config() -> ConfigDict:
     config.eval.split = "test"  # or validation
     config.eval.ks = (1, 2, 4, 8)
     config.eval.untrained = True  # measure the random network first
-    config.eval.best_metric = "R@1"
+    config.eval.best_metric = "R@1"  # classification: top1 or top5
     # Of the evaluation at the end:
     config.eval.cluster = True  # NMI, AMI and F1 of k-means
     config.eval.ambiguity_images = 500  # test pictures that are mixed, cropped, blurred, noised, occluded; 0: none
@@ -222,8 +233,15 @@ def validate(config: ConfigDict) -> None:
         raise UserError("config.ism.enabled needs an uncertainty head; config.model.uncertainty_head is 'none'")
     if not config.eval.ks or any(not isinstance(k, int) or k < 1 for k in config.eval.ks):
         raise UserError(f"config.eval.ks = {tuple(config.eval.ks)} must be whole numbers of at least 1")
-    known = (*(f"R@{k}" for k in config.eval.ks), "RP", "MAP@R")
-    _choice(config, "eval.best_metric", known)
+    if any(not isinstance(epoch, int) or epoch < 1 for epoch in config.optim.step_at):
+        raise UserError(f"config.optim.step_at = {tuple(config.optim.step_at)} must be epochs, whole numbers from 1 on")
+    if not 0 <= config.optim.ema < 1:
+        raise UserError(f"config.optim.ema = {config.optim.ema} must be at least 0 and below 1")
+    _choice(config, "task", ("retrieval", "classification"))
+    if config.task == "classification":
+        _validate_classification(config)
+    else:
+        _choice(config, "eval.best_metric", (*(f"R@{k}" for k in config.eval.ks), "RP", "MAP@R"))
     if not 0 < config.eval.precision <= 1:
         raise UserError(f"config.eval.precision = {config.eval.precision} must be in (0, 1]")
     for field in ("data.validation_classes", "data.validation_images"):
@@ -234,6 +252,25 @@ def validate(config: ConfigDict) -> None:
             "config.eval.split = 'validation' needs config.data.validation_classes (classification: "
             "config.data.validation_images) above 0"
         )
+
+
+def _validate_classification(config: ConfigDict) -> None:
+    _choice(config, "classification.mixing", MIXING)
+    _choice(config, "eval.best_metric", ("top1", "top5"))
+    _choice(config, "model.init_parts", ("trunk", "all"))
+    if config.ism.enabled:
+        _choice(config, "ism.variant", ("relative",))
+    if not config.ism.temperature > 0:
+        raise UserError(f"config.ism.temperature = {config.ism.temperature} must be above 0")
+    options = config.classification
+    if not options.alpha > 0:
+        raise UserError(f"config.classification.alpha = {options.alpha} must be above 0")
+    if not 0 <= options.probability <= 1:
+        raise UserError(f"config.classification.probability = {options.probability} must be in [0, 1]")
+    if not 0 <= options.label_smoothing < 1:
+        raise UserError(f"config.classification.label_smoothing = {options.label_smoothing} must be in [0, 1)")
+    if config.memory.size:
+        raise UserError(f"config.memory.size = {config.memory.size}: classification has no memory; 0")
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

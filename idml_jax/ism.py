@@ -29,6 +29,7 @@ __all__ = [
     "introspective_similarity",
     "l2_normalize",
     "pair_uncertainty",
+    "relative_weakening",
     "released_similarity",
     "semantic_distance",
 ]
@@ -192,7 +193,8 @@ def _beta(a: Embedding, b: Embedding) -> Float[Array, "n #m"]:
 
 
 @jax.custom_jvp
-def _relative_weakening(alpha: Array, beta: Array, temperature: Array) -> Array:
+def relative_weakening(alpha: Array, beta: Array, temperature: Array) -> Array:
+    """``exp(-beta / (temperature alpha))`` for ``alpha, beta >= 0`` of one shape; 1 where beta is 0, finite slopes."""
     return _relative_weakening_parts(alpha, beta, temperature)[0]
 
 
@@ -207,7 +209,7 @@ def _relative_weakening_parts(alpha: Array, beta: Array, temperature: Array) -> 
     return factor, exponent, jnp.where(regular, factor, 0.0)
 
 
-@_relative_weakening.defjvp
+@relative_weakening.defjvp
 def _relative_weakening_jvp(primals, tangents):
     # In closed form, because the automatic derivative of a quotient squares its denominator, which can vanish.
     alpha, beta, temperature = primals
@@ -226,7 +228,7 @@ def _weakening(alpha: Array, beta: Array, temperature: Array | float, relative: 
     if not relative:
         return jnp.exp(-beta / temperature)
     alpha, beta = jnp.broadcast_arrays(alpha, beta)
-    return _relative_weakening(alpha, beta, jnp.broadcast_to(temperature, alpha.shape))
+    return relative_weakening(alpha, beta, jnp.broadcast_to(temperature, alpha.shape))
 
 
 def introspective_distance(

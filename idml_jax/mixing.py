@@ -1,4 +1,7 @@
-"""Mixup for retrieval: (key, batch) to batch, inside the jitted step."""
+"""Mixup and CutMix, inside the jitted step: (key, batch) to batch for retrieval, a plan and its use for classification.
+
+A plan says of every row with whom, how much and where it is mixed, so that pictures are mixed where they are used.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-__all__ = ["Mixed", "blend", "mixup"]
+__all__ = ["METHODS", "Mixed", "Plan", "blend", "mix", "mixup", "plan", "plan_cutmix", "plan_mixup"]
 
 
 class Mixed(NamedTuple):
@@ -47,3 +50,121 @@ def mixup(key: Array, images: Float[Array, "n h w c"], alpha: float = 1.0) -> Mi
     lam = jax.random.beta(lam_key, alpha, alpha)
     partner = jax.random.permutation(partner_key, images.shape[0])
     return Mixed(blend(images, jnp.take(images, partner, axis=0), lam), partner, lam)
+
+
+class Plan(NamedTuple):
+    """How ``n`` rows are mixed.
+
+    Attributes:
+      partner: ``[n]`` the other picture of each.
+      lam: ``[n]`` exact share of the first picture's pixels, or of their values.
+      outside: ``[n]`` share of the first picture outside the box: lam of Mixup, 1 of CutMix.
+      box: ``[n, 4]`` top, left, bottom, right (the latter two excluded) of what is the partner's alone.
+    """
+
+    partner: Int[Array, "n"]
+    lam: Float[Array, "n"]
+    outside: Float[Array, "n"]
+    box: Int[Array, "n 4"]
+
+
+def plan_mixup(key: Array, n: int, *, alpha: float = 1.0, probability: float = 1.0, per_sample: bool = False) -> Plan:
+    """Mixup (Zhang et al., ICLR 2018): ``lam ~ Beta(alpha, alpha)``, partners by a random permutation.
+
+    Args:
+      key: PRNG key.
+      n: rows.
+      alpha: parameter of the Beta distribution, > 0.
+      probability: of being mixed at all.
+      per_sample: draw lam and whether to mix for every row instead of once for the batch.
+
+    Returns:
+      The plan.
+    """
+    partner, lam = _draws(key, n, alpha, probability, per_sample)[:2]
+    return Plan(partner, lam, lam, jnp.zeros((n, 4), jnp.int32))
+
+
+def plan_cutmix(
+    key: Array,
+    n: int,
+    height: int,
+    width: int,
+    *,
+    alpha: float = 1.0,
+    probability: float = 1.0,
+    per_sample: bool = False,
+) -> Plan:
+    """CutMix (Yun et al., ICCV 2019): a box of the partner's pixels at the same place.
+
+    The box has about the share ``1 - lam`` of the area, ``lam ~ Beta(alpha, alpha)``, and its centre lies anywhere in
+    the picture; it is clipped, and the plan's lam is what is then really left of the first picture.
+
+    Args:
+      key: PRNG key.
+      n: rows.
+      height: of the pictures in pixels.
+      width: likewise.
+      alpha: parameter of the Beta distribution, > 0.
+      probability: of being mixed at all.
+      per_sample: draw box and whether to mix for every row instead of once for the batch.
+
+    Returns:
+      The plan.
+    """
+    partner, lam, place_key = _draws(key, n, alpha, probability, per_sample)
+    row_key, column_key = jax.random.split(place_key)
+    root, shape = jnp.sqrt(1.0 - lam), (n,) if per_sample else (1,)
+
+    def span(key: Array, size: int) -> tuple[Array, Array]:
+        half = jnp.floor(size * root).astype(jnp.int32) // 2
+        centre = jnp.broadcast_to(jax.random.randint(key, shape, 0, size), (n,))
+        return jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)
+
+    (top, bottom), (left, right) = span(row_key, height), span(column_key, width)
+    lam = 1.0 - ((bottom - top) * (right - left)).astype(jnp.float32) / (height * width)
+    return Plan(partner, lam, jnp.ones((n,)), jnp.stack([top, left, bottom, right], axis=1))
+
+
+def _draws(key: Array, n: int, alpha: float, probability: float, per_sample: bool) -> tuple[Array, Array, Array]:
+    """Partners, lam (1 where nothing is mixed) and a key for more."""
+    lam_key, partner_key, whether_key, more = jax.random.split(key, 4)
+    shape = (n,) if per_sample else (1,)
+    # Beta(1, 1) is uniform, which is much cheaper to draw.
+    lam = jax.random.uniform(lam_key, shape) if alpha == 1.0 else jax.random.beta(lam_key, alpha, alpha, shape)
+    lam = jnp.where(jax.random.uniform(whether_key, shape) < probability, lam, 1.0)
+    return jax.random.permutation(partner_key, n), jnp.broadcast_to(lam, (n,)), more
+
+
+METHODS = ("none", "mixup", "cutmix")
+
+
+def plan(method: str, key: Array, n: int, height: int, width: int, **options: float | bool) -> Plan:
+    """The plan of a method of ``METHODS``; ``none`` leaves every row alone."""
+    if method == "none":
+        return plan_mixup(key, n, probability=0.0)
+    return plan_mixup(key, n, **options) if method == "mixup" else plan_cutmix(key, n, height, width, **options)
+
+
+def mix(
+    images: Float[Array, "n h w c"],
+    others: Float[Array, "n h w c"],
+    outside: Float[Array, "n"],
+    box: Int[Array, "n 4"],
+) -> Float[Array, "n h w c"]:
+    """Pictures mixed by a plan.
+
+    Args:
+      images: the first pictures.
+      others: their partners, in the same order.
+      outside: of the plan.
+      box: of the plan.
+
+    Returns:
+      ``[n, h, w, c]``.
+    """
+    within = lambda size, low, high: (jnp.arange(size)[None] >= low[:, None]) & (jnp.arange(size)[None] < high[:, None])
+    top, left, bottom, right = box.T
+    inside = within(images.shape[1], top, bottom)[:, :, None] & within(images.shape[2], left, right)[:, None, :]
+    share = jnp.where(inside, 0.0, outside[:, None, None])[..., None]
+    return share * images + (1.0 - share) * others

@@ -27,6 +27,7 @@ class Schedule:
       total: steps of the run.
       every: steps between two falls of ``step``.
       factor: of each fall.
+      falls: of ``step``, the steps at which it falls, in place of ``every``.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Schedule:
     total: int
     every: int = 1
     factor: float = 1.0
+    falls: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
@@ -42,6 +44,9 @@ class Schedule:
             raise UserError("config.optim.step_epochs must be at least 1")
 
     def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
+        if self.name == "step" and self.falls:
+            fallen = sum((step >= fall).astype(jnp.float32) for fall in self.falls)
+            return self.base * self.factor**fallen
         if self.name == "step":
             return self.base * self.factor ** (step // self.every).astype(jnp.float32)
         if self.name == "cosine":

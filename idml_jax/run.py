@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from idml_jax import classify_steps, pretrained, sharding, steps
 from idml_jax import config as config_lib
-from idml_jax import pretrained, sharding, steps
 from idml_jax.data import datasets, samplers, transforms
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
@@ -58,16 +58,18 @@ class Run(NamedTuple):
     def initial_state(self) -> TrainState:
         """A fresh state on the mesh."""
         size, channels = self.config.data.image_size, self.config.data.channels
-        create = jax.jit(create_state, static_argnums=(1, 2, 3, 4))
+        create = jax.jit(create_state, static_argnums=(1, 2, 3, 4, 5))
         key = jax.random.key(self.config.seed)
         setup = self.setup
-        state = create(key, setup.model, setup.objective, setup.optimizer, (size, size, channels))
+        state = create(key, setup.model, setup.objective, setup.optimizer, (size, size, channels), setup.ema > 0)
         return sharding.replicate(state, self.mesh)
 
     def with_variables(self, state: TrainState, variables: dict[str, Any]) -> TrainState:
         """A fresh state with what ``pretrained.load`` gives in place of its own weights and statistics."""
-        merged = pretrained.merge(state.variables, variables)
+        merged = pretrained.merge(state.latest, variables)
         state = state.replace(params={**state.params, **merged["params"]}, batch_stats=merged["batch_stats"])
+        if self.setup.ema:
+            state = state.averaging()
         return sharding.replicate(state, self.mesh)
 
     def pretrained(self) -> tuple[dict[str, Any], str]:
@@ -106,13 +108,15 @@ def build(config: ConfigDict) -> Run:
         validation_classes=data.validation_classes,
         validation_images=data.validation_images,
         on_small_class=data.on_small_class,
+        shared_classes=config.task == "classification",
         seed=config.seed,
         warn=logger.warning,
         **{name: data[name] for name in names},
     )
     per_class = data.per_class
     if per_class < 0:
-        per_class = 4 if LOSSES[config.loss.name].references == "batch" else 0
+        on_pairs = config.task == "retrieval" and LOSSES[config.loss.name].references == "batch"
+        per_class = 4 if on_pairs else 0
     if per_class:
         sampler = samplers.BalancedSampler(splits.train.labels, config.batch_size, per_class, config.seed)
     else:
@@ -157,7 +161,8 @@ def build(config: ConfigDict) -> Run:
         optimizer=GroupOptimizer(
             name=optim.name,
             schedule=Schedule(
-                optim.schedule, optim.learning_rate, all_steps, optim.step_epochs * per_epoch, optim.step_factor
+                optim.schedule, optim.learning_rate, all_steps, optim.step_epochs * per_epoch, optim.step_factor,
+                tuple(epoch * per_epoch for epoch in optim.step_at),
             ),
             factors=(("proxies", optim.proxy_lr_factor), ("loss", optim.loss_lr_factor)),
             weight_decay=optim.weight_decay,
@@ -170,7 +175,10 @@ def build(config: ConfigDict) -> Run:
         mixup_alpha=config.mixup.alpha if config.mixup.enabled else 0.0,
         seed=config.seed,
         accumulate=optim.accumulate,
+        ema=optim.ema,
     )
+    if config.task == "classification":
+        setup = classify_steps.for_classification(setup, config, splits)
     return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)
 
 

@@ -20,7 +20,7 @@ class TrainState(struct.PyTreeNode):
       step: steps done.
       params: by group: ``trunk``, ``heads``, and, where the loss has them, ``proxies`` and ``loss`` (learned numbers).
       batch_stats: running statistics of the trunk.
-      opt_state: optimizer state by group.
+      opt_state: optimizer state by group; ``ema``: moving averages of the model's variables, where they are kept.
       memory: cross-batch memory, ``()`` where there is none.
     """
 
@@ -31,13 +31,27 @@ class TrainState(struct.PyTreeNode):
     memory: Memory | tuple[()] = ()
 
     @property
-    def variables(self) -> dict[str, Any]:
-        """The model's variables, as ``model.apply`` takes them."""
+    def latest(self) -> dict[str, Any]:
+        """The model's variables, as ``model.apply`` takes them, after the last step."""
         return {"params": {k: self.params[k] for k in ("trunk", "heads")}, "batch_stats": self.batch_stats}
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables to evaluate: the moving averages where they are kept, else the latest."""
+        return self.opt_state.get("ema", self.latest)
+
+    def averaging(self) -> "TrainState":
+        """The state with moving averages that start from the latest variables."""
+        return self.replace(opt_state={**self.opt_state, "ema": jax.tree.map(jnp.copy, self.latest)})
 
 
 def create_state(
-    key: Array, model: EmbeddingModel, objective: Objective, optimizer: GroupOptimizer, image_shape: tuple[int, ...]
+    key: Array,
+    model: EmbeddingModel,
+    objective: Objective,
+    optimizer: GroupOptimizer,
+    image_shape: tuple[int, ...],
+    ema: bool = False,
 ) -> TrainState:
     """A fresh state.
 
@@ -47,6 +61,7 @@ def create_state(
       objective: loss, for its own parameters.
       optimizer: for its state.
       image_shape: ``(h, w, c)`` of a picture.
+      ema: whether to keep moving averages.
 
     Returns:
       The state at step 0.
@@ -54,10 +69,11 @@ def create_state(
     model_key, loss_key = jax.random.split(key)
     variables = model.init(model_key, jnp.zeros((1, *image_shape), jnp.float32))
     params = {**variables["params"], **objective.init(loss_key)}
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
         memory=objective.init_memory(),
     )
+    return state.averaging() if ema else state

@@ -32,6 +32,8 @@ class StepSetup:
       accumulate: parts in which the trunk sees a batch, for batches whose activations do not fit into memory. The loss
         is over the whole batch. With frozen statistics (or no BatchNorm) the step is the same as with one part; live
         ones are those of every part by itself, and the running statistics move once per part.
+      loss: of the batch, called as ``embedding_loss``, which stands for ``None``.
+      ema: decay of the moving averages of weights and statistics by which a run is evaluated; 0: none.
     """
 
     model: EmbeddingModel
@@ -42,6 +44,8 @@ class StepSetup:
     mixup_alpha: float = 0.0
     seed: int = 0
     accumulate: int = 1
+    loss: Callable[..., Any] | None = None
+    ema: float = 0.0
 
 
 def normalize(
@@ -52,7 +56,7 @@ def normalize(
     return (images.astype(jnp.float32) / 255.0 - per_channel(mean)) / per_channel(std)
 
 
-def _pooled(
+def pooled_features(
     setup: StepSetup,
     trunk: Any,
     batch_stats: Any,
@@ -104,7 +108,7 @@ def _pooled(
     return features.reshape(-1, *features.shape[2:]), batch_stats
 
 
-def _loss(
+def embedding_loss(
     trained: dict[str, Any],
     resting: dict[str, Any],
     state: TrainState,
@@ -112,13 +116,14 @@ def _loss(
     setup: StepSetup,
     train_trunk: bool,
 ) -> tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]:
+    """The loss of metric learning, and (running statistics, outputs of the heads for the originals, figures)."""
     params = {**trained, **resting}
     images, labels = batch["image"], batch["label"]
     mixup_key, *draws = jax.random.split(jax.random.fold_in(jax.random.key(setup.seed), state.step), 4)
     normal = lambda x: normalize(x, setup.mean, setup.std)
 
     def pooled(batch_stats: Any, pictures: tuple[Array, ...], prepare: Callable[..., Array]) -> tuple[Array, Any]:
-        return _pooled(setup, params["trunk"], batch_stats, pictures, prepare, train_trunk)
+        return pooled_features(setup, params["trunk"], batch_stats, pictures, prepare, train_trunk)
 
     def embed(features: Array) -> dict[str, Array]:
         return setup.model.apply({"params": {"heads": params["heads"]}}, features, method=EmbeddingModel.embed)
@@ -160,6 +165,13 @@ def _loss(
     return original + loss_mixed, (batch_stats, out, metrics)
 
 
+def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float) -> Any:
+    """Moving averages after one more step; those of the first steps have a smaller decay, (1 + step) / (10 + step)."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    values = {kind: {k: values[kind][k] for k in groups} for kind, groups in ema.items()}
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, values)
+
+
 def _mean_length(out: dict[str, Array]) -> Float[Array, ""]:
     """Mean length of the uncertainty embeddings."""
     return jnp.mean(jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(out["uncertainty"])), axis=-1)))
@@ -183,13 +195,16 @@ def train_step(
     """
     trained = {k: v for k, v in state.params.items() if train_trunk or k != "trunk"}
     resting = {k: v for k, v in state.params.items() if k not in trained}
-    grads, (batch_stats, out, metrics) = jax.grad(_loss, has_aux=True)(
+    grads, (batch_stats, out, metrics) = jax.grad(setup.loss or embedding_loss, has_aux=True)(
         trained, resting, state, batch, setup, train_trunk
     )
     params, opt_state = setup.optimizer.update(grads, state.opt_state, state.params, state.step)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = setup.optimizer.schedule(state.step)
     memory = setup.objective.remember(state.memory, Embedding(out["semantic"], out["uncertainty"]), batch["label"])
+    if setup.ema:
+        values = {"params": params, "batch_stats": batch_stats}
+        opt_state["ema"] = averaged(opt_state["ema"], values, state.step, setup.ema)
     state = state.replace(
         step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, memory=memory
     )

@@ -13,8 +13,8 @@ import jax
 from ml_collections import ConfigDict
 
 import idml_jax
+from idml_jax import classify, evaluate, loop
 from idml_jax import config as config_lib
-from idml_jax import evaluate, loop
 from idml_jax.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
@@ -30,6 +30,7 @@ logger = logging.getLogger("idml_jax")
 SHOWN = (
     "NMI", "P(u_mixed>u)", "P(u_occlusion>u)", "spearman(u,ambiguity)", "R-AUROC(uncertainty)",
     "R-AUROC(nearest_distance)", "R-AUROC(margin_10)", "answered", "answered_precision",
+    "AUROC_error(u)", "AUROC_error(max_softmax)", "mean_u",
 )  # fmt: skip
 
 
@@ -56,12 +57,19 @@ def _gallery(run: Run, state: TrainState, check: Check) -> Embedded | None:
     return None if run.eval_gallery is None else _embed(run, state, check, run.eval_gallery)
 
 
-def _retrieval(run: Run, state: TrainState, check: Check) -> dict[str, float]:
+def _measure(run: Run, state: TrainState, check: Check) -> dict[str, float]:
+    if run.config.task == "classification":
+        return classify.report(run, state, full=False)
     return retrieval_report(_embed(run, state, check), run.config.eval.ks, _gallery(run, state, check))
 
 
 def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) -> dict[str, float]:
-    """Retrieval, clustering and what the uncertainty knows; see ``metrics.report``. ``check`` may raise to stop."""
+    """Retrieval, clustering and what the uncertainty knows; see ``metrics.report``; of a classifier ``classify``.
+
+    ``check`` may raise to stop.
+    """
+    if run.config.task == "classification":
+        return classify.report(run, state, full=True)
     started, config, source = time.monotonic(), run.config, run.eval_source
     # Held-out classes choose the threshold of answers, unless they are what is evaluated.
     validation = run.splits.validation if config.eval.split == "test" else None
@@ -86,7 +94,9 @@ def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) ->
 
 
 def describe(metrics: dict[str, float], ks: tuple[int, ...]) -> str:
-    """One line: ``R@1 71.2  R@2 80.1  RP 35.0  MAP@R 30.4`` in percent."""
+    """One line: ``R@1 71.2  R@2 80.1  RP 35.0  MAP@R 30.4`` in percent; of a classifier its accuracy."""
+    if "top1" in metrics:
+        return classify.describe(metrics)
     return "  ".join(f"{name} {100 * metrics[name]:.1f}" for name in (*(f"R@{k}" for k in ks), "RP", "MAP@R"))
 
 
@@ -144,7 +154,8 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest) ->
         "%s with %.1f M parameters on %d %s device(s); %s%s; %d epochs of %d steps",
         config.model.name,
         sum(x.size for k in ("trunk", "heads") for x in jax.tree.leaves(state.params[k])) / 1e6,
-        run.mesh.size, jax.default_backend(), "introspective " if config.ism.enabled else "plain ", config.loss.name,
+        run.mesh.size, jax.default_backend(), "introspective " if config.ism.enabled else "plain ",
+        run.setup.objective.loss,
         config.epochs, run.sampler.steps_per_epoch,
     )  # fmt: skip
     checkpoints = Checkpoints(
@@ -164,7 +175,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest) ->
     writer = MetricWriter(workdir, active=first_host, tensorboard=config.log.tensorboard, rows=record["rows"])
     try:
         if step == 0 and config.eval.untrained and record["untrained"] is None:
-            record["untrained"] = _retrieval(run, state, stop.check)
+            record["untrained"] = _measure(run, state, stop.check)
             writer.write(0, {f"eval/{k}": v for k, v in record["untrained"].items()})
             logger.info("untrained: %s", describe(record["untrained"], config.eval.ks))
         speed = loop.Speed(started)
@@ -216,7 +227,7 @@ def _end_epoch(
     epoch, last = -(-step // run.sampler.steps_per_epoch), step == run.total_steps
     metrics = None
     if epoch % config.eval.every_epochs == 0 or last:
-        metrics = _retrieval(run, state, check)
+        metrics = _measure(run, state, check)
         record["history"].append({"step": step, **config_lib.without_nan(metrics)})
         writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
         took = time.monotonic() - started

@@ -9,10 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
-MATHS = ("ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing")
+MATHS = (
+    "ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing", "classifier",
+)  # fmt: skip
 RUNTIME = (
     "watch", "interrupt", "config", "protocols", "sharding", "optim", "objective", "state", "steps", "checkpoint",
-    "writers", "evaluate", "pretrained", "run", "loop", "train", "trained", "embeddings",
+    "writers", "evaluate", "pretrained", "classify_steps", "classify", "protocols_classification",
+    "run", "loop", "train", "trained", "embeddings",
 )  # fmt: skip
 ROOMS = {
     "errors": {"errors"},
@@ -41,7 +44,9 @@ EDGES = {
         "data.layouts_classification",
     },
     "PIL": {"data.decode", "data.resample", "data.glyphs_draw", "data.glyphs"},
-    "ml_collections": {"config", "protocols", "run", "train", "trained", "main"},
+    "ml_collections": {
+        "classify_steps", "config", "protocols", "protocols_classification", "run", "train", "trained", "main",
+    },
     "scipy": {"data.layouts_retrieval", "data.layouts_classification"},  # MATLAB files
 }
 

@@ -188,6 +188,7 @@ def load_dataset(
     validation_classes: float = 0.0,
     validation_images: float = 0.0,
     on_small_class: str = "refuse",
+    shared_classes: bool = False,
     seed: int = 0,
     warn: Callable[[str], None] = print,
     **options: object,
@@ -199,6 +200,7 @@ def load_dataset(
       validation_classes: share of the training classes to hold out for choosing settings.
       validation_images: share of every training class's images to hold out, for classification.
       on_small_class: see ``check_classes``.
+      shared_classes: the test images show the training classes (classification), of whatever set.
       seed: of the choice of what is held out.
       warn: receives lines about what was left out.
       **options: ``root``, ``data_dir``, ``variant``, ``train_classes``, ``on_corrupt``; each loader takes what it
@@ -212,7 +214,7 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r} (config.data.name); known: {', '.join(sorted(DATASETS))}")
-    shared = name in BENCHMARKS and BENCHMARKS[name].shared_classes
+    shared = shared_classes or (name in BENCHMARKS and BENCHMARKS[name].shared_classes)
     if shared and validation_classes:
         raise UserError(
             f"config.data.validation_classes: the test images of {name} show the training classes, so images are held "

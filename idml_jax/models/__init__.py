@@ -8,10 +8,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from idml_jax.models import convnet, pyramidnet, resnet, vit
-from idml_jax.models.heads import Heads, init_proxies
+from idml_jax.models.heads import ClassifierHead, Heads, init_proxies
 from idml_jax.models.layers import pool_global
 
-__all__ = ["MODELS", "EmbeddingModel", "create_model", "init_proxies"]
+__all__ = ["MODELS", "EmbeddingModel", "create_classifier", "create_model", "init_proxies"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet.ResNet18,
@@ -107,6 +107,54 @@ def create_model(
     Raises:
       ValueError: for an unknown name or dtype, with the known ones, and for an option that the trunk does not have.
     """
+    trunk = _create_trunk(name, pooling, frozen_statistics, dtype, remat)
+    heads = Heads(embedding_dim, uncertainty_dim, uncertainty_head, uncertainty_hidden, uncertainty_scale)
+    return EmbeddingModel(trunk, heads, pooling)
+
+
+def create_classifier(
+    name: str,
+    *,
+    num_classes: int,
+    uncertainty_dim: int = 512,
+    uncertainty_head: str = "linear",
+    uncertainty_hidden: int = 128,
+    uncertainty_scale: float = 1.0,
+    temperature: float = 5.0,
+    pooling: str = "avg",
+    frozen_statistics: bool = False,
+    dtype: str = "float32",
+    remat: bool = False,
+) -> EmbeddingModel:
+    """A trunk by name with an introspective classifier, see ``ClassifierHead``.
+
+    Args:
+      name: key of ``MODELS``.
+      num_classes: number of classes.
+      uncertainty_dim: k of the uncertainty embedding (the paper: 512 on ImageNet, 128 on CIFAR).
+      uncertainty_head: see ``ClassifierHead``.
+      uncertainty_hidden: see ``ClassifierHead``.
+      uncertainty_scale: see ``ClassifierHead``.
+      temperature: tau of the introspective metric.
+      pooling: as of ``create_model``.
+      frozen_statistics: as of ``create_model``.
+      dtype: as of ``create_model``.
+      remat: as of ``create_model``.
+
+    Returns:
+      The model, whose trunk has the parameters of ``create_model``'s.
+
+    Raises:
+      ValueError: as ``create_model``.
+    """
+    trunk = _create_trunk(name, pooling, frozen_statistics, dtype, remat)
+    heads = ClassifierHead(
+        num_classes, uncertainty_dim, uncertainty_head, uncertainty_hidden, uncertainty_scale, temperature
+    )
+    return EmbeddingModel(trunk, heads, pooling)
+
+
+def _create_trunk(name: str, pooling: str, frozen_statistics: bool, dtype: str, remat: bool) -> nn.Module:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
     if dtype not in DTYPES:
@@ -120,5 +168,4 @@ def create_model(
         if not hasattr(trunk, "remat"):
             raise ValueError(f"remat: {name} has no blocks to compute again")
         trunk = trunk.clone(remat=True)
-    heads = Heads(embedding_dim, uncertainty_dim, uncertainty_head, uncertainty_hidden, uncertainty_scale)
-    return EmbeddingModel(trunk, heads, pooling)
+    return trunk

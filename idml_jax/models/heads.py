@@ -5,10 +5,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from idml_jax.classifier import introspective_logits
 from idml_jax.ism import l2_normalize
 from idml_jax.models.layers import kaiming_normal
 
 UNCERTAINTY_HEADS = ("mlp", "linear", "none")
+# Of PyTorch's linear layers: uniform in +-1 / sqrt(fan in).
+_torch_linear = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
 class Heads(nn.Module):
@@ -65,6 +68,75 @@ class Heads(nn.Module):
             "uncertainty": uncertainty,
             "semantic_norm": norm,
         }
+
+
+class ClassifierHead(nn.Module):
+    """A classifier whose logits are weakened in training by an uncertainty ``u = relu(linear(x))``; float32.
+
+    It gives what ``Heads`` gives too, the normalised feature being the semantic embedding, so a classifier embeds.
+
+    Attributes:
+      num_classes: number of classes.
+      uncertainty_dim: k, width of the uncertainty embedding.
+      uncertainty_head: ``linear`` (the paper's), ``mlp`` (of the normalised feature, through a hidden ReLU layer) or
+        ``none`` (u = 0: a plain classifier).
+      uncertainty_hidden: width of the hidden layer.
+      uncertainty_scale: factor on the initial weights of the last uncertainty layer.
+      temperature: tau of the introspective metric.
+    """
+
+    num_classes: int
+    uncertainty_dim: int = 512
+    uncertainty_head: str = "linear"
+    uncertainty_hidden: int = 128
+    uncertainty_scale: float = 1.0
+    temperature: float = 5.0
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "n f"]) -> dict[str, Float[Array, "n ..."]]:
+        """``logits``, ``weakened`` [n, classes], ``uncertainty`` [n, k], ``semantic`` [n, f], ``semantic_norm`` [n]."""
+        if self.uncertainty_head not in UNCERTAINTY_HEADS:
+            raise ValueError(
+                f"unknown uncertainty head {self.uncertainty_head!r}; known: {', '.join(UNCERTAINTY_HEADS)}"
+            )
+        features = features.astype(jnp.float32)
+        classifier = _Linear(self.num_classes, _torch_linear, name="classifier")
+        dense = lambda width, name, init=_torch_linear: nn.Dense(
+            width, kernel_init=init, precision=jax.lax.Precision.HIGHEST, name=name
+        )
+
+        def scaled(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+            return self.uncertainty_scale * _torch_linear(key, shape, dtype)
+
+        uncertainty = None
+        if self.uncertainty_head != "none":
+            x = features
+            if self.uncertainty_head == "mlp":
+                x = nn.relu(dense(self.uncertainty_hidden, "uncertainty_hidden", kaiming_normal)(l2_normalize(x)))
+            uncertainty = nn.relu(dense(self.uncertainty_dim, "uncertainty", scaled)(x))
+        kernel, bias = classifier(features.shape[1])
+        logits = introspective_logits(features, uncertainty, kernel.T, bias, self.temperature)
+        if uncertainty is None:
+            uncertainty = jnp.zeros((features.shape[0], self.uncertainty_dim), jnp.float32)
+        return {
+            "logits": logits.plain,
+            "weakened": logits.weakened,
+            "uncertainty": uncertainty,
+            "semantic": l2_normalize(features),
+            "semantic_norm": jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(features), axis=-1), 1e-24)),
+        }
+
+
+class _Linear(nn.Module):
+    """Weights of a linear layer, which are also the prototypes of its classes."""
+
+    width: int
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[Float[Array, "f classes"], Float[Array, "classes"]]:
+        kernel = self.param("kernel", self.kernel_init, (inputs, self.width), jnp.float32)
+        return kernel, self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
 
 
 def init_proxies(key: Array, num_classes: int, dim: int) -> Float[Array, "classes dim"]:

@@ -13,7 +13,10 @@ import numpy as np
 
 __all__ = ["flatten", "from_torch", "shape_in_torch", "to_torch", "torch_name", "unflatten"]
 
-HEADS = {"semantic": "embedding", "uncertainty": "uncertainty", "uncertainty_hidden": "uncertainty_hidden"}
+HEADS = {
+    "semantic": "embedding", "uncertainty": "uncertainty", "uncertainty_hidden": "uncertainty_hidden",
+    "classifier": "fc",
+}  # fmt: skip
 SHORTCUT = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}
 LEAVES = {
     "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var",

@@ -1,0 +1,17 @@
+"""ImageNet-1K, classification: ResNet-50 for 300 epochs (``epochs90``: for 90).
+
+    python -m idml_jax.prepare --dataset=imagenet --source=FOLDER
+    python -m idml_jax.main --config=configs/imagenet.py:cutmix,ism --workdir=runs/imagenet
+
+Rows: ``baseline``, ``mixup`` or ``cutmix``, each alone (plain) or with ``,ism`` (introspective).
+Published, top-1: baseline 76.32, Mixup 77.42, CutMix 78.60; introspective 76.94, 77.95, 79.04.
+Meant for a GPU or TPU; ``,quick`` is for a laptop. A folder with ``train/<class>/`` and ``test/<class>/`` will do
+too: ``--config.data.name=folder --config.data.root=PATH``. The words are in ``idml_jax/protocols_classification.py``.
+"""
+
+from idml_jax.protocols_classification import classification_config
+
+
+def get_config(arg: str = ""):
+    """``arg``: see ``idml_jax.protocols_classification.classification_config``."""
+    return classification_config("imagenet", arg)

@@ -1,0 +1,117 @@
+"""Softmax classification with the introspective metric (IDML, Wang et al., arXiv 2309.09982, for classification).
+
+The prototype ``p_k`` of class ``k`` is the k-th row of the classifier's weights and is certain; a picture has the
+feature ``x`` and the uncertainty ``u``. In training the logit ``z_k = p_k . x + b_k`` is weakened,
+
+    z'_k = 1 - (1 - z_k) exp(-||u||^2 / (tau ||x - p_k||^2)),
+
+so that the classes of an uncertain picture differ less; at test the plain logits count.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from idml_jax.ism import relative_weakening
+
+__all__ = ["Logits", "cross_entropy", "introspective_logits", "mixed_targets"]
+
+
+class Logits(NamedTuple):
+    """Of ``n`` pictures.
+
+    Attributes:
+      plain: ``[n, classes]``, for the test.
+      weakened: ``[n, classes]``, for training; the plain ones where there is no uncertainty.
+    """
+
+    plain: Float[Array, "n classes"]
+    weakened: Float[Array, "n classes"]
+
+
+def introspective_logits(
+    features: Float[Array, "n f"],
+    uncertainty: Float[Array, "n k"] | None,
+    weights: Float[Array, "classes f"],
+    bias: Float[Array, "classes"] | None = None,
+    temperature: float = 5.0,
+) -> Logits:
+    """Plain and weakened logits, for the features of any network.
+
+    Values and gradients are finite everywhere. Where a feature lies on its prototype (as far as its float type can
+    tell) the weakened logit is the limit: 1, with no gradient, for an uncertain picture; the plain logit for a certain
+    one.
+
+    Args:
+      features: ``[n, f]``, not normalised.
+      uncertainty: ``[n, k]``; ``None``: certain (u = 0).
+      weights: ``[classes, f]``, a prototype per row.
+      bias: ``[classes]``; ``None``: 0.
+      temperature: tau, > 0.
+
+    Returns:
+      Both, in at least float32.
+
+    Raises:
+      ValueError: if the shapes do not fit.
+    """
+    if features.ndim != 2 or weights.ndim != 2 or features.shape[1] != weights.shape[1]:
+        raise ValueError(f"features [n, f] and weights [classes, f] do not fit: {features.shape}, {weights.shape}")
+    if uncertainty is not None and (uncertainty.ndim != 2 or len(uncertainty) != len(features)):
+        raise ValueError(f"uncertainty needs the shape [{len(features)}, k]: {uncertainty.shape}")
+    if bias is not None and bias.shape != weights.shape[:1]:
+        raise ValueError(f"bias needs the shape {weights.shape[:1]}: {bias.shape}")
+    dtype = jnp.result_type(jnp.float32, features, weights)
+    features, weights = features.astype(dtype), weights.astype(dtype)
+    product = jnp.matmul(features, weights.T, precision=jax.lax.Precision.HIGHEST)
+    plain = product if bias is None else product + bias.astype(dtype)[None, :]
+    if uncertainty is None:
+        return Logits(plain, plain)
+    squares = jnp.sum(features * features, axis=1)[:, None] + jnp.sum(weights * weights, axis=1)[None, :]
+    distance = squares - 2.0 * product
+    # What is left by rounding is no distance: it would make a gradient out of noise.
+    distance = jnp.where(distance <= 4.0 * jnp.finfo(dtype).eps * squares, 0.0, distance)
+    doubt = jnp.sum(jnp.square(uncertainty.astype(dtype)), axis=1)[:, None]
+    distance, doubt = jnp.broadcast_arrays(distance, doubt)
+    factor = relative_weakening(distance, doubt, jnp.full_like(distance, temperature))
+    # Written so that a certain picture has its plain logits to the bit.
+    return Logits(plain, plain + (1.0 - plain) * (1.0 - factor))
+
+
+def mixed_targets(
+    labels: Int[Array, "n"],
+    others: Int[Array, "n"],
+    lam: Float[Array, "n"],
+    num_classes: int,
+    smoothing: float = 0.0,
+) -> Float[Array, "n classes"]:
+    """Targets of mixed pictures: ``lam`` of the one class, ``1 - lam`` of the other.
+
+    Args:
+      labels: ``[n]`` of the first pictures.
+      others: ``[n]`` of the second ones.
+      lam: ``[n]`` share of the first.
+      num_classes: number of classes.
+      smoothing: share of the target that is spread over all classes (Szegedy et al., CVPR 2016).
+
+    Returns:
+      ``[n, num_classes]``, rows that add up to 1.
+    """
+    one_hot = lambda which: jax.nn.one_hot(which, num_classes, dtype=lam.dtype)
+    targets = lam[:, None] * one_hot(labels) + (1.0 - lam)[:, None] * one_hot(others)
+    return (1.0 - smoothing) * targets + smoothing / num_classes
+
+
+def cross_entropy(logits: Float[Array, "n classes"], targets: Float[Array, "n classes"]) -> Float[Array, ""]:
+    """Mean cross-entropy in nats of softmax against soft targets.
+
+    Args:
+      logits: ``[n, classes]``.
+      targets: ``[n, classes]``, rows that add up to 1.
+
+    Returns:
+      A scalar.
+    """
+    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits, axis=1), axis=1))
