@@ -105,10 +105,10 @@ def test_the_head_is_the_formula_on_any_trunk(head):
         "resnet_tiny", num_classes=3, uncertainty_dim=8, uncertainty_head=head, uncertainty_hidden=5, temperature=2.0
     )
     images = jax.random.normal(jax.random.key(0), (4, 12, 12, 3))
-    variables = model.init(jax.random.key(1), images)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
     heads = variables["params"]["heads"]
     chex.assert_shape(heads["classifier"]["kernel"], (16, 3))
-    out = model.apply(variables, images)
+    out = jax.device_get(jax.jit(model.apply)(variables, images))
     if head == "linear":
         u = np.maximum(out["features"] @ heads["uncertainty"]["kernel"] + heads["uncertainty"]["bias"][None], 0)
         np.testing.assert_allclose(out["uncertainty"], u, rtol=1e-4, atol=1e-6)
@@ -120,7 +120,7 @@ def test_the_head_is_the_formula_on_any_trunk(head):
     assert (out["uncertainty"] >= 0).all() and bool(out["uncertainty"].any()) == (head != "none")
     # What an embedding has too.
     np.testing.assert_allclose(np.linalg.norm(out["semantic"], axis=1), 1, rtol=1e-5)
-    embedding = create_model("resnet_tiny").init(jax.random.key(1), images)
+    embedding = jax.eval_shape(create_model("resnet_tiny").init, jax.random.key(1), images)
     chex.assert_trees_all_equal_shapes(embedding["params"]["trunk"], variables["params"]["trunk"])
 
 
@@ -167,11 +167,11 @@ def test_lam_is_exactly_the_share_of_the_first_picture(method, per_sample):
 
 
 def test_cutmix_takes_the_partner_s_pixels_at_the_same_place():
-    images = jax.random.normal(jax.random.key(0), (8, *SIZE, 3))
-    plan = mixing.plan_cutmix(jax.random.key(3), 8, *SIZE, per_sample=True)
-    mixed = mixing.mix(images, images[plan.partner], plan.outside, plan.box)
-    for i, (top, left, bottom, right) in enumerate(np.asarray(plan.box)):
-        expected = np.array(images[i])
+    images = np.random.default_rng(0).normal(size=(8, *SIZE, 3)).astype(np.float32)
+    plan = jax.tree.map(lambda a: np.asarray(a)[0], plans("cutmix", 40, per_sample=True))
+    mixed = np.asarray(jax.jit(mixing.mix)(images, images[plan.partner], plan.outside, plan.box))
+    for i, (top, left, bottom, right) in enumerate(plan.box):
+        expected = images[i].copy()
         expected[top:bottom, left:right] = images[plan.partner[i], top:bottom, left:right]
         np.testing.assert_array_equal(mixed[i], expected)
 
