@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
 MATHS = ("ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing")
 RUNTIME = (
-    "watch", "interrupt", "config", "protocols", "sharding", "optim", "objective", "state", "steps", "checkpoint",
-    "writers", "evaluate", "pretrained", "run", "loop", "train",
+    "watch", "interrupt", "hosts", "config", "protocols", "sharding", "optim", "objective", "state", "steps",
+    "checkpoint", "writers", "evaluate", "pretrained", "run", "loop", "train",
 )  # fmt: skip
 ROOMS = {
     "errors": {"errors"},
