@@ -20,6 +20,9 @@ from idml_jax.errors import UserError, stop
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or go on training), or evaluate a checkpoint.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: host:port of the first, or auto.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "How many there are.")
+_INDEX = flags.DEFINE_integer("process_index", 0, "Which of them this is.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
 
 
@@ -51,6 +54,10 @@ def _main(_: list[str]) -> None:
         _check_config(_CONFIG.value)
         _run()
     except (UserError, OSError) as error:
+        if _COORDINATOR.value and not _TRACEBACK.value:
+            from idml_jax import hosts
+
+            hosts.leave(str(error))
         stop(error)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -65,8 +72,10 @@ def _check_config(config: Any) -> None:
 
 
 def _run() -> None:
-    from idml_jax import interrupt, train  # late, so that a wrong flag is answered at once
+    from idml_jax import hosts, interrupt, train  # late, so that a wrong flag is answered at once
 
+    if _COORDINATOR.value:
+        hosts.connect(_COORDINATOR.value, _PROCESSES.value, _INDEX.value)
     try:
         if _MODE.value == "eval":
             train.evaluate_checkpoint(_WORKDIR.value, _CONFIG.value)
@@ -75,6 +84,10 @@ def _run() -> None:
     except interrupt.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(interrupt.EXIT_CODE)
+    except RuntimeError as error:  # jax's, when another process does not answer
+        if not _COORDINATOR.value:
+            raise
+        hosts.lost(error)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 import idml_jax
-from idml_jax import classify, evaluate, loop
+from idml_jax import classify, evaluate, hosts, loop
 from idml_jax import config as config_lib
 from idml_jax.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.data.sources import Source
@@ -203,13 +203,17 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest) ->
 
 
 def _prepare(workdir: Path, config: ConfigDict, first_host: bool) -> None:
-    if not first_host:
-        return
+    problem = None
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        config_lib.remember(config, workdir)
+        if first_host:
+            workdir.mkdir(parents=True, exist_ok=True)
+            config_lib.remember(config, workdir)
     except OSError as error:
-        raise UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})") from error
+        problem = UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})")
+        problem.__cause__ = error
+    except UserError as error:
+        problem = error
+    hosts.agree(problem)
 
 
 def _told(stopped: Stopped, workdir: Path, checkpoints: Checkpoints) -> Stopped:

@@ -12,6 +12,7 @@ import safetensors.numpy
 from test_train import assert_same_run, rows, small_config, train_killed_at
 
 from idml_jax import classify, pretrained, train
+from idml_jax.data import pipeline
 from idml_jax.errors import UserError
 from idml_jax.metrics.classification import classification_metrics
 from idml_jax.optim import Schedule
@@ -77,7 +78,7 @@ def test_the_figures_are_those_of_every_picture_once(folder, finished):
     state, _ = checkpoints.restore(checkpoints.latest, run.initial_state())
     checkpoints.close()
     source = run.eval_source
-    images = np.stack([run.test_transform(train.pipeline.Picture(source.read(i), 1), None) for i in range(len(source))])
+    images = np.stack([run.test_transform(pipeline.Picture(source.read(i), 1), None) for i in range(len(source))])
     pictures = (images.astype(np.float32) / 255 - 0.5) / 0.25
     out = jax.jit(run.setup.model.apply)(state.variables, pictures)
     expected = classification_metrics(out["logits"], source.labels)

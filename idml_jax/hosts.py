@@ -1,0 +1,71 @@
+"""Several processes as one run: how they find each other, agree, and end together."""
+
+import os
+import sys
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from idml_jax.errors import UserError
+
+
+def connect(coordinator: str, processes: int, index: int, timeout: int = 300) -> None:
+    """Joins the processes of a run; to be called before jax is asked for a device.
+
+    Args:
+      coordinator: ``host:port`` of process 0; ``auto`` where the platform tells all three (TPU pod slice, Slurm).
+      processes: how many there are.
+      index: of this one.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      UserError: for impossible values, or if the others do not come.
+    """
+    if coordinator == "auto":
+        arguments = {}
+    else:
+        if ":" not in coordinator or not coordinator.rsplit(":", 1)[1].isdigit():
+            raise UserError(f"--coordinator={coordinator}: host:port of process 0, or auto")
+        if not 0 <= index < processes:
+            raise UserError(f"--process_index={index} must be in [0, {processes}), of --processes={processes}")
+        arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
+    try:
+        # A process that dies is noticed after the heartbeat's limit; the others then end, they do not hang.
+        jax.distributed.initialize(**arguments, initialization_timeout=timeout, heartbeat_timeout_seconds=30)
+    except Exception as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"--coordinator={coordinator}: the processes do not find each other ({line})") from error
+
+
+def agree(problem: Exception | None) -> None:
+    """Ends all processes of a run if one of them met a problem; to be called by all at the same place.
+
+    Raises:
+      Exception: the own problem.
+      UserError: if another process has one.
+    """
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray([problem is not None])))
+        if problem is None and failed.size:
+            raise UserError(f"process {failed[0]} of this run has stopped with an error; see its output")
+    if problem is not None:
+        raise problem
+
+
+def lost(error: Exception) -> NoReturn:
+    """Ends this process because another is gone, without waiting for it as a usual exit would."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    leave(
+        f"another process of this run has died or cannot be reached ({line[:200]}); "
+        "the same command on all hosts goes on from the last checkpoint"
+    )
+
+
+def leave(message: str) -> NoReturn:
+    """Ends this process at once, so that the others, who may wait for it in a sum over all, notice that it is gone."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)

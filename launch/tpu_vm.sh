@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# A run on a TPU VM or a pod slice: create it, install, start on all workers, watch, and go on after a preemption.
+#
+#   launch/tpu_vm.sh create|install|run|logs|resume|delete [--dry-run] [-- SETTINGS OF idml_jax.main]
+#
+#   NAME=idml ZONE=us-central2-b TYPE=v4-8 launch/tpu_vm.sh create --dry-run
+#
+# WORKDIR must be a place that all workers see and that outlives the slice, e.g. a bucket mounted on every worker.
+set -euo pipefail
+
+NAME="${NAME:-idml}"
+ZONE="${ZONE:-us-central2-b}"
+TYPE="${TYPE:-v4-8}"
+IMAGE="${IMAGE:-tpu-ubuntu2204-base}"
+SPOT="${SPOT:-1}"
+WORKDIR="${WORKDIR:-/mnt/idml/run}"
+SECONDS_BETWEEN="${SECONDS_BETWEEN:-60}"
+
+usage() { sed -n '4,6p' "$0" | sed 's/^# \{0,1\}//'; }
+fail() { echo "error: $*" >&2; exit 1; }
+
+command="${1:-}"
+[ -n "$command" ] && shift
+dry=0
+settings=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --dry-run) dry=1 ;;
+    --) shift; settings=("$@"); break ;;
+    *) fail "unknown argument $1; settings come after --" ;;
+  esac
+  shift
+done
+
+# Carries a command out, or says what it would be.
+do_it() {
+  if [ "$dry" = 1 ]; then printf '+'; printf ' %q' "$@"; printf '\n'; else "$@"; fi
+}
+on_workers() { do_it gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "$1"; }
+
+create() {
+  local spot=()
+  [ "$SPOT" = 1 ] && spot=(--spot)
+  do_it gcloud compute tpus tpu-vm create "$NAME" --zone "$ZONE" --accelerator-type "$TYPE" --version "$IMAGE" "${spot[@]}"
+}
+install() {
+  do_it git archive --format=tar.gz --output=/tmp/idml_jax.tgz HEAD
+  do_it gcloud compute tpus tpu-vm scp /tmp/idml_jax.tgz "$NAME:idml_jax.tgz" --zone "$ZONE" --worker=all
+  on_workers 'mkdir -p idml_jax && tar -xzf idml_jax.tgz -C idml_jax && cd idml_jax && python3 -m venv .venv && .venv/bin/pip install -q ".[tpu]"'
+}
+run() {
+  local words
+  words="$(printf ' %q' "--workdir=$WORKDIR" "${settings[@]}")"
+  on_workers "cd idml_jax && nohup .venv/bin/python -m idml_jax.main --coordinator=auto$words > ~/idml.log 2>&1; echo exit code \$? >> ~/idml.log"
+}
+logs() { do_it gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=0 --command 'tail -n 50 -f idml.log'; }
+delete() { do_it gcloud compute tpus tpu-vm delete "$NAME" --zone "$ZONE" --quiet; }
+state() { gcloud compute tpus tpu-vm describe "$NAME" --zone "$ZONE" --format 'value(state)' 2>/dev/null || echo GONE; }
+
+# Starts the slice again each time it was taken away; the run goes on from its last checkpoint.
+resume() {
+  if [ "$dry" = 1 ]; then
+    echo "# every $SECONDS_BETWEEN s: while $WORKDIR/result.json is missing and the slice is PREEMPTED or GONE:"
+    delete; create; install; run
+    return
+  fi
+  while true; do
+    case "$(state)" in
+      READY)
+        if gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=0 --command "test -e '$WORKDIR/result.json'"; then
+          echo "finished: $WORKDIR/result.json"
+          return
+        fi ;;
+      # run waits for the end of the run, or of the slice.
+      PREEMPTED | TERMINATED) { delete && create && install && run; } || true ;;
+      GONE) { create && install && run; } || true ;;
+    esac
+    sleep "$SECONDS_BETWEEN"
+  done
+}
+
+case "$command" in
+  create | install | logs | resume | delete) ;;
+  run) [ ${#settings[@]} -gt 0 ] || fail "no settings; e.g. launch/tpu_vm.sh run -- --config=configs/cub200.py" ;;
+  "" | -h | --help) usage; [ -n "$command" ] || exit 2; exit 0 ;;
+  *) fail "unknown command $command; known: create, install, run, logs, resume, delete" ;;
+esac
+if [ "$dry" = 0 ] && ! command -v gcloud > /dev/null; then
+  fail "gcloud is not installed; --dry-run shows what would be done"
+fi
+"$command"
