@@ -138,12 +138,15 @@ def flatten_to_plane(semantic: Float[np.ndarray, "n d"], seed: int = 0) -> tuple
     share = float((scale[:2] ** 2).sum() / max((scale**2).sum(), 1e-30))
     try:
         from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits
     except ImportError:
         return principal, f"the first two principal components ({100 * share:.0f}% of the variance)"
     if len(semantic) < 10:
         return principal, "the first two principal components"
     perplexity = min(30.0, (len(semantic) - 1) / 3)
-    placed = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(centred.astype(np.float32))
+    # Its threads wait by spinning, which on a busy machine takes many times as long as one thread.
+    with threadpool_limits(1, user_api="openmp"):
+        placed = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(centred.astype(np.float32))
     return placed, "t-SNE"
 
 
