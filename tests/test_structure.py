@@ -13,8 +13,8 @@ MATHS = (
     "ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing", "classifier",
 )  # fmt: skip
 RUNTIME = (
-    "watch", "interrupt", "hosts", "config", "protocols", "sharding", "optim", "objective", "state", "steps", "checkpoint",
-    "writers", "evaluate", "pretrained", "classify_steps", "classify", "protocols_classification",
+    "watch", "interrupt", "hosts", "config", "protocols", "sharding", "optim", "objective", "state", "steps",
+    "checkpoint", "writers", "evaluate", "pretrained", "classify_steps", "classify", "protocols_classification",
     "run", "loop", "train", "trained", "embeddings",
 )  # fmt: skip
 ROOMS = {
