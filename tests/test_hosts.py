@@ -93,3 +93,18 @@ def test_addresses_that_cannot_be_are_refused():
         hosts.connect("here", 2, 0)
     with pytest.raises(UserError, match=r"--process_index=2 must be in \[0, 2\), of --processes=2"):
         hosts.connect("here:1", 2, 2)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_step(image_folder, tmp_path):
+    long = ("--config.epochs=1000", "--config.eval.every_epochs=1000", "--config.checkpoint.every_epochs=1000")
+    started = start(tmp_path / "run", image_folder, 2, *long)
+    for line in started[0].stdout:
+        if re.search(r"step 4/", line):
+            break
+    started[1].terminate()
+    ends = finish(started, 200)
+    assert [code for _, _, code in ends] == [75, 75], ends
+    steps = {re.search(r"saved at step (\d+)", err).group(1) for _, err, _ in ends}
+    assert len(steps) == 1
+    assert [p.name for p in (tmp_path / "run" / "stopped").iterdir() if p.name.isdigit()] == list(steps)
