@@ -180,9 +180,9 @@ def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] 
     if semantic is None or "labels" not in arrays:
         names = ", ".join(sorted(arrays)) or "nothing"
         raise UserError(f"{path}: needs the arrays semantic (or embeddings) [n, d] and labels [n]; it holds {names}")
-    for name, value in arrays.items():
-        if name != "labels" and value.dtype.kind not in "fiub":
-            raise UserError(f"{path}: {name} holds {value.dtype}, not numbers")
+    for name in ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity"):  # others may hold anything
+        if name in arrays and arrays[name].dtype.kind not in "fiub":
+            raise UserError(f"{path}: {name} holds {arrays[name].dtype}, not numbers")
     for name in ("labels", "uncertainty", "semantic_norm", "ambiguity"):
         if name in arrays and (semantic.ndim != 2 or arrays[name].shape[:1] != semantic.shape[:1]):
             raise UserError(f"{path}: {name} has the shape {arrays[name].shape}, the embeddings {semantic.shape}")
