@@ -55,10 +55,8 @@ def predict(
         )
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         parts.append(rows)
-    arrays = [sharding.to_host(part) for part in parts]
     count = len(source) if order is None else len(order)
-    whole = {k: np.concatenate([a[k] for a in arrays])[:count] for k in arrays[0]}
-    return classification.finish(sharding.to_host(total)), whole
+    return classification.finish(sharding.to_host(total)), evaluate.joined_rows(parts, count)
 
 
 def _mixed_scores(
@@ -79,8 +77,7 @@ def _mixed_scores(
                 variables, placed["one"], placed["other"], setup=setup, method=method
             )
         )
-    arrays = [sharding.to_host(part) for part in parts]
-    return {k: np.concatenate([a[k] for a in arrays])[: len(order)] for k in arrays[0]}
+    return evaluate.joined_rows(parts, len(order))
 
 
 def full_report(
@@ -122,8 +119,7 @@ def full_report(
         report["share_u_zero"] = float((rows["u"] == 0).mean())
     if not images:
         return report
-    rng = np.random.Generator(np.random.PCG64(seed))
-    chosen = np.sort(rng.permutation(len(source))[:images])
+    chosen = evaluate.drawn_pictures(len(source), images, seed)
     partners = evaluate.partners_of_other_classes(source.labels, chosen, seed)
     lengths: dict[str, dict[float, np.ndarray]] = {}
     for kind, method in MIXED.items():

@@ -6,18 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 from idml_jax import mixing
 from idml_jax.classifier import cross_entropy, mixed_targets
+from idml_jax.config import network_options
 from idml_jax.data.datasets import Splits
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
 from idml_jax.metrics.classification import batch_sums
 from idml_jax.models import EmbeddingModel, create_classifier
 from idml_jax.state import TrainState
-from idml_jax.steps import StepSetup, normalize, pooled_features
+from idml_jax.steps import StepSetup, mean_length, normalize, pooled_features
 
 
 @dataclass(frozen=True)
@@ -95,20 +96,16 @@ def classification_loss(
     loss = cross_entropy(out["weakened"] if objective.introspective else out["logits"], targets)
     metrics = {"loss": loss, "lam": jnp.mean(plan.lam)}
     if objective.introspective:
-        metrics["uncertainty"] = jnp.mean(_length(jax.lax.stop_gradient(out["uncertainty"])))
+        metrics["uncertainty"] = mean_length(out)
         metrics["weakening"] = jnp.mean(jnp.abs(jax.lax.stop_gradient(out["weakened"] - out["logits"])))
     return loss, (batch_stats, out, metrics)
-
-
-def _length(x: Float[Array, "n k"]) -> Float[Array, "n"]:
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))
 
 
 def _scores(out: dict[str, Array]) -> dict[str, Array]:
     """Per picture, larger meaning less sure."""
     log_probability = jax.nn.log_softmax(out["logits"], axis=1)
     return {
-        "u": _length(out["uncertainty"]),
+        "u": jnp.linalg.norm(out["uncertainty"], axis=1),
         "max_softmax": 1.0 - jnp.exp(jnp.max(log_probability, axis=1)),
         "entropy": -jnp.sum(jnp.exp(log_probability) * log_probability, axis=1),
     }
@@ -196,15 +193,9 @@ def for_classification(setup: StepSetup, config: ConfigDict, splits: Splits) -> 
         network = create_classifier(
             model.name,
             num_classes=len(names),
-            uncertainty_dim=model.uncertainty_dim,
             uncertainty_head=model.uncertainty_head if config.ism.enabled else "none",
-            uncertainty_hidden=model.uncertainty_hidden,
-            uncertainty_scale=model.uncertainty_scale,
             temperature=config.ism.temperature,
-            pooling=model.pooling,
-            frozen_statistics=model.batchnorm != "live",
-            dtype=model.dtype,
-            remat=model.remat,
+            **network_options(model),
         )
     except ValueError as error:
         raise UserError(f"{error} (config.model)") from error

@@ -35,6 +35,12 @@ def loss_options(name: str) -> dict[str, Any]:
     }
 
 
+def network_options(model: ConfigDict) -> dict[str, Any]:
+    """What ``models.create_model`` and ``create_classifier`` both take of ``config.model``."""
+    names = ("uncertainty_dim", "uncertainty_hidden", "uncertainty_scale", "pooling", "dtype", "remat")
+    return {"frozen_statistics": model.batchnorm != "live", **{name: model[name] for name in names}}
+
+
 def default_config() -> ConfigDict:
     """Every setting with its default: the paper's protocol for retrieval (METHOD: ResNet-50, AdamW, ProxyAnchor)."""
     config = ConfigDict()

@@ -10,7 +10,7 @@ A file holds ``semantic`` (or ``embeddings``) [n, d] and ``labels`` [n], and may
 
 import argparse
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,27 @@ def embed(
             second = sharding.shard_batch({"image": next(others)["image"]}, mesh)["image"]
             out = steps.jit_embed_mixed_step(variables, images, second, setup=setup)
         parts.append(out)
+    return Embedded(labels=source.labels[order], **joined_rows(parts, len(order)))
+
+
+def joined_rows(parts: Sequence[dict[str, jax.Array]], count: int) -> dict[str, np.ndarray]:
+    """The rows of all batches on the host, padding removed.
+
+    Args:
+      parts: of each batch, arrays with a row per picture.
+      count: pictures in all.
+
+    Returns:
+      The same names, ``[count, ...]``.
+    """
     # Hosts hold the parts of one global batch side by side, so the padding is at the end of the whole.
     arrays = [sharding.to_host(part) for part in parts]
-    whole = {k: np.concatenate([a[k] for a in arrays])[: len(order)] for k in arrays[0]}
-    return Embedded(labels=source.labels[order], **whole)
+    return {k: np.concatenate([a[k] for a in arrays])[:count] for k in arrays[0]}
+
+
+def drawn_pictures(size: int, images: int, seed: int) -> Int[np.ndarray, "m"]:
+    """Records of ``images`` of ``size`` pictures, drawn at random, in order; all if there are no more."""
+    return np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(size)[:images])
 
 
 def partners_of_other_classes(
@@ -138,8 +155,7 @@ def ambiguity(
       As ``metrics.report.ambiguity_report``, mixing being at equal weights with a picture of another class, and
       ``metrics.report.corrupted_report`` over the changed pictures, without the mixed ones, whose class is not one.
     """
-    rng = np.random.Generator(np.random.PCG64(seed))
-    chosen = np.sort(rng.permutation(len(source))[:images])
+    chosen = drawn_pictures(len(source), images, seed)
     introspective = gallery.uncertainty is not None
 
     def run(transform: Transform, **more: Any) -> Embedded:

@@ -188,14 +188,8 @@ def _create_model(config: ConfigDict) -> EmbeddingModel:
         return create_model(
             model.name,
             embedding_dim=model.embedding_dim,
-            uncertainty_dim=model.uncertainty_dim,
             uncertainty_head=model.uncertainty_head,
-            uncertainty_hidden=model.uncertainty_hidden,
-            uncertainty_scale=model.uncertainty_scale,
-            pooling=model.pooling,
-            frozen_statistics=model.batchnorm != "live",
-            dtype=model.dtype,
-            remat=model.remat,
+            **config_lib.network_options(model),
         )
     except ValueError as error:
         raise UserError(f"{error} (config.model)") from error

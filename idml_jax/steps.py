@@ -136,7 +136,7 @@ def embedding_loss(
         features, batch_stats = pooled(state.batch_stats, (images,), lambda x: normal(x)[:, None])
         out = embed(features[:, 0])
         loss = criterion(out, labels, draws[0])
-        return loss, (batch_stats, out, {"loss": loss, "uncertainty": _mean_length(out)})
+        return loss, (batch_stats, out, {"loss": loss, "uncertainty": mean_length(out)})
 
     # Who is mixed with whom and how; the pictures themselves are mixed where they are used.
     mixed = mixing.mixup(mixup_key, jnp.zeros((images.shape[0], 1, 1, 1)), setup.mixup_alpha)
@@ -159,8 +159,8 @@ def embedding_loss(
         "loss": original + loss_mixed,
         "loss_original": original,
         "loss_mixed": loss_mixed,
-        "uncertainty": _mean_length(out),
-        "uncertainty_mixed": _mean_length(out_mixed),
+        "uncertainty": mean_length(out),
+        "uncertainty_mixed": mean_length(out_mixed),
     }
     return original + loss_mixed, (batch_stats, out, metrics)
 
@@ -172,7 +172,7 @@ def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float) -> Any
     return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, values)
 
 
-def _mean_length(out: dict[str, Array]) -> Float[Array, ""]:
+def mean_length(out: dict[str, Array]) -> Float[Array, ""]:
     """Mean length of the uncertainty embeddings."""
     return jnp.mean(jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(out["uncertainty"])), axis=-1)))
 

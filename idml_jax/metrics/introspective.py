@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from idml_jax import ism
-from idml_jax.metrics.retrieval import Ranks, neighbours, ranks_by_distance, retrieval_ranks, summarise
-from idml_jax.metrics.uncertainty import free_scores
+from idml_jax.metrics.retrieval import Neighbours, Ranks, ranks_by_distance, retrieval_ranks, summarise
+from idml_jax.metrics.uncertainty import free_scores, nearest_twenty
 
 
 class IntrospectiveDistance(NamedTuple):
@@ -65,22 +65,23 @@ def answer_scores(
     *,
     norms: Float[Array, "n"] | None = None,
     own: Int[Array, "n"] | None = None,
+    found: Neighbours | None = None,
     temperature: float = ism.DEFAULT_TEMPERATURE,
     relative: bool = True,
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """How unsure the semantic nearest neighbour of each query is as an answer; larger = less sure.
 
     The free scores of `uncertainty.free_scores` and, where the embedding has an uncertainty: 'uncertainty' |u| of
-    the query, 'pair_uncertainty' |u + u'| of query and answer, 'introspective_distance' between the two. `own` as in
-    `retrieval.neighbours`.
+    the query, 'pair_uncertainty' |u + u'| of query and answer, 'introspective_distance' between the two. `own` and
+    `found` as in `uncertainty.free_scores`.
     """
     others = embedding if gallery is None else gallery
     searched = None if gallery is None else gallery.semantic
-    scores = free_scores(embedding.semantic, searched, norms=norms, own=own)
+    found = nearest_twenty(embedding.semantic, searched, own=own) if found is None else found
+    scores = free_scores(embedding.semantic, searched, norms=norms, own=own, found=found)
     if embedding.uncertainty is None or others.uncertainty is None:
         return scores
-    answer = neighbours(embedding.semantic, searched, own=own).index[:, 0]
-    answer = jax.tree.map(lambda x: np.asarray(x)[answer], others)
+    answer = jax.tree.map(lambda x: np.asarray(x)[found.index[:, 0]], others)
     u = np.asarray(embedding.uncertainty, np.float64)
     scores["uncertainty"] = np.linalg.norm(u, axis=1)
     scores["pair_uncertainty"] = np.linalg.norm(u + np.asarray(answer.uncertainty, np.float64), axis=1)

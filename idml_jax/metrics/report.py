@@ -187,10 +187,10 @@ def corrupted_report(
     joined = lambda name: None if getattr(clean, name) is None else np.concatenate([getattr(s, name) for s in sets])
     queries = Embedded(*(joined(name) for name in Embedded._fields))
     own = np.tile(own, len(sets))
-    answer = retrieval.neighbours(queries.semantic, gallery.semantic, own=own).index[:, 0]
-    correct = gallery.labels[answer] == queries.labels
+    found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
+    correct = gallery.labels[found.index[:, 0]] == queries.labels
     scores = introspective.answer_scores(
-        queries.embedding, gallery.embedding, norms=queries.semantic_norm, own=own, **settings._asdict()
+        queries.embedding, gallery.embedding, norms=queries.semantic_norm, own=own, found=found, **settings._asdict()
     )
     report = {f"R-AUROC({name})": uncertainty.r_auroc(score, correct) for name, score in scores.items()}
     return {f"corrupted/{name}": float(value) for name, value in ({"R@1": correct.mean()} | report).items()}

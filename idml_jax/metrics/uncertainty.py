@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from idml_jax.metrics.checks import embedding_rows, score_column
-from idml_jax.metrics.retrieval import neighbours
+from idml_jax.metrics.retrieval import Neighbours, neighbours
 
 
 class RiskCoverage(NamedTuple):
@@ -111,12 +111,21 @@ def probability_greater(changed: Float[Array, "n"], original: Float[Array, "n"])
     return float(np.mean((changed > original) + 0.5 * (changed == original)))
 
 
+def nearest_twenty(
+    embeddings: Float[Array, "n d"], gallery: Float[Array, "m d"] | None = None, *, own: Int[Array, "n"] | None = None
+) -> Neighbours:
+    """The neighbours that `free_scores` reads: 20, or as many as there are. Arguments and errors as `neighbours`."""
+    others = len(embeddings) - 1 if gallery is None else len(gallery) - (own is not None)
+    return neighbours(embeddings, gallery, max(1, min(20, others)), own=own)
+
+
 def free_scores(
     embeddings: Float[Array, "n d"],
     gallery: Float[Array, "m d"] | None = None,
     *,
     norms: Float[Array, "n"] | None = None,
     own: Int[Array, "n"] | None = None,
+    found: Neighbours | None = None,
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """Baselines that cost no training, one value per query, larger = less sure.
 
@@ -127,11 +136,11 @@ def free_scores(
         normalised already; left out where all rows have the same length, which tells nothing.
 
     Without a gallery every row queries all the others; `own` as in `retrieval.neighbours`, which also tells the errors.
+    `found` is what `nearest_twenty` gives for the same arguments, if it is known.
     """
     queries, squares = embedding_rows(embeddings, "embeddings")
-    others = len(queries) - 1 if gallery is None else len(gallery) - (own is not None)
-    depth = max(1, min(20, others))
-    found = neighbours(queries, gallery, depth, own=own)
+    found = nearest_twenty(queries, gallery, own=own) if found is None else found
+    depth = found.index.shape[1]
     rows = queries if gallery is None else np.asarray(gallery, np.float32)
     scores = {"nearest_distance": found.distance[:, 0].astype(np.float64)}
     nearest = _cosine(queries, rows[found.index[:, 0]])
