@@ -73,7 +73,7 @@ def _promote_pair(a: Array, b: Array | None, name: str) -> tuple[Array, Array | 
 
 
 def _safe_sqrt(x: Array, rounding: Array | float = 0.0) -> Array:
-    """sqrt, 0 with gradient 0 up to ``rounding`` (the double ``where``: an infinity times 0 would be NaN); NaN stays."""
+    """sqrt, 0 with gradient 0 up to ``rounding`` (two ``where``: an infinity times 0 would be NaN); NaN stays."""
     zero = x <= rounding
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from idml_jax import ism, losses, memory
+from idml_jax import difficulty, ism, losses, memory
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
 from idml_jax.losses import LOSSES
@@ -33,6 +33,7 @@ class Objective:
         classes or ``per_class``.
       memory_size: embeddings in the cross-batch memory; 0: none.
       memory_warmup: steps before the memory is used.
+      ranking: weight of the loss by which the uncertainty learns to order images by how hard they are.
     """
 
     loss: str
@@ -46,6 +47,7 @@ class Objective:
     learned: str = "none"
     memory_size: int = 0
     memory_warmup: int = 0
+    ranking: float = 0.0
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -145,3 +147,11 @@ class Objective:
         if self.spec.needs_key:
             options["key"] = key
         return self.spec.function(self.matrix(embedding, references), pairs, **options)
+
+    def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
+        """How near each image is to a wrong answer, by the plain similarity; see ``difficulty.confusion``."""
+        if self.spec.references == "proxies":
+            references, pairs = params["proxies"], losses.pairs_from_labels(labels, jnp.arange(self.num_classes))
+        else:
+            references, pairs = None, losses.pairs_from_labels(labels)
+        return difficulty.confusion(ism.cosine_similarity(embedding.semantic, references), pairs)

@@ -136,6 +136,8 @@ def build(config: ConfigDict) -> Run:
         crop_ratio=tuple(data.crop_ratio), flip=data.flip, rotation=data.rotation, pad=data.pad,
         color_jitter=data.color_jitter, lighting=data.lighting, resample=data.resample,
     )  # fmt: skip
+    if data.corrupt:
+        train_transform = transforms.SometimesChanged(train_transform, data.corrupt, tuple(data.corrupt_kinds))
     model = config.model
     num_classes = len(splits.train.class_names)
     if config.memory.size and config.memory.size < config.batch_size:
@@ -157,6 +159,7 @@ def build(config: ConfigDict) -> Run:
             learned=config.loss.learned,
             memory_size=config.memory.size,
             memory_warmup=config.memory.warmup_epochs * per_epoch,
+            ranking=config.ism.ranking,
         ),
         optimizer=GroupOptimizer(
             name=optim.name,

@@ -50,7 +50,7 @@ def _embed(run: Run, state: TrainState, check: Check, source: Source | None = No
         state.variables, source, run.test_transform, run.setup, run.mesh, check=check, **_embed_options(run)
     )
     # In a plain run nothing has taught the uncertainty head anything.
-    return embedded if run.config.ism.enabled else embedded._replace(uncertainty=None)
+    return embedded if config_lib.learns_uncertainty(run.config) else embedded._replace(uncertainty=None)
 
 
 def _gallery(run: Run, state: TrainState, check: Check) -> Embedded | None:
@@ -77,7 +77,7 @@ def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) ->
     settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state, check)
     report, warnings = full_report(
         embedded, _gallery(run, state, check), ks=config.eval.ks, seed=config.seed,
-        ambiguity=truth if config.ism.enabled else None, settings=settings, precision=config.eval.precision,
+        ambiguity=truth if config_lib.learns_uncertainty(config) else None, settings=settings, precision=config.eval.precision,
         held_out=None if validation is None else _embed(run, state, check, validation), cluster=config.eval.cluster,
     )  # fmt: skip
     if config.eval.ambiguity_images:
