@@ -13,7 +13,7 @@ MATHS = (
     "ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing", "classifier",
 )  # fmt: skip
 RUNTIME = (
-    "watch", "interrupt", "hosts", "config", "protocols", "sharding", "optim", "objective", "state", "steps",
+    "watch", "interrupt", "hosts", "config", "recipes", "protocols", "sharding", "optim", "objective", "state", "steps",
     "checkpoint", "writers", "evaluate", "pretrained", "classify_steps", "classify", "protocols_classification",
     "run", "loop", "train", "trained", "embeddings",
 )  # fmt: skip
@@ -45,7 +45,8 @@ EDGES = {
     },
     "PIL": {"data.decode", "data.resample", "data.glyphs_draw", "data.glyphs"},
     "ml_collections": {
-        "classify_steps", "config", "protocols", "protocols_classification", "run", "train", "trained", "main",
+        "classify_steps", "config", "recipes", "protocols", "protocols_classification", "run", "train", "trained",
+        "main",
     },
     "scipy": {"data.layouts_retrieval", "data.layouts_classification"},  # MATLAB files
 }
