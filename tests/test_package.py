@@ -81,14 +81,15 @@ class TestSettingsByName:
 def test_a_wheel_installs_in_a_clean_venv_and_trains_outside_the_checkout(tmp_path, image_folder):
     """Builds the wheel, installs it with its pinned dependencies, and goes from settings by name to a search."""
     pip = ["-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([sys.executable, *pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True)
+    # PYTHONPATH would show pip the checkout as the package that it shall install.
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    subprocess.run([sys.executable, *pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True, env=clean)
     (wheel,) = tmp_path.glob("idml_jax-*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, *pip, "install", wheel, "-c", ROOT / "requirements.txt"], check=True)
+    subprocess.run([python, *pip, "install", wheel, "-c", ROOT / "requirements.txt"], check=True, env=clean)
     away = tmp_path / "away"
     away.mkdir()
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
 
     def call(*words):
         done = subprocess.run([python, *words], cwd=away, env=clean, capture_output=True, text=True)
