@@ -1,5 +1,6 @@
-"""The one exception that the command line turns into a single line, and how it does."""
+"""What the command lines say: errors, each as a single line, and how far a run has come."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -8,6 +9,18 @@ from typing import NoReturn
 
 class UserError(Exception):
     """A file, a setting or a value that the user can mend. The message names it and says what would be right."""
+
+
+def show_progress() -> None:
+    """Lets training say how it goes on standard output, as ``python -m idml_jax.main`` does; for notebooks."""
+    own = logging.getLogger("idml_jax")
+    for handler in list(own.handlers):  # of an earlier call
+        own.removeHandler(handler)
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    own.addHandler(console)
+    own.setLevel(logging.INFO)
+    own.propagate = False
 
 
 def stop(error: Exception) -> NoReturn:

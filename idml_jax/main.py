@@ -1,5 +1,7 @@
 """Trains and evaluates: ``python -m idml_jax.main --config=configs/glyphs.py --workdir=runs/glyphs``.
 
+``--config`` is a file with ``get_config()``, or one of those that come with the package: those are found from any
+folder, as ``configs/glyphs.py:quick`` or ``glyphs:quick`` (``idml_jax.recipes``).
 Settings are overridden one by one: ``--config.optim.learning_rate=1e-4``. ``--mode=eval`` evaluates the best
 checkpoint of a workdir; it needs no ``--config``.
 
@@ -7,15 +9,16 @@ Exit codes: 0, finished; 1, an error, told in one line; 75, stopped by SIGTERM o
 by Ctrl-C: the same command goes on.
 """
 
-import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from idml_jax.errors import UserError, stop
+from idml_jax import recipes
+from idml_jax.errors import UserError, show_progress, stop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -28,7 +31,7 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_with_path(argv))
     except SystemExit:
         raise
     except Exception as error:  # whatever a config file or an override of a wrong name or type raises
@@ -38,13 +41,21 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def _with_path(argv: list[str]) -> list[str]:
+    """The arguments with the whole path of settings that come with the package."""
+    argv = list(argv)
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-config") and (equals or i + 1 < len(argv)):
+            found = recipes.find(value if equals else argv[i + 1])
+            if not Path(found.partition(":")[0]).is_file():
+                raise UserError(f"--config={found}: no such file; by name there are {', '.join(recipes.names())}")
+            argv[i : i + (1 if equals else 2)] = [f"{name}={found}"]
+    return argv
+
+
 def _main(_: list[str]) -> None:
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("%(message)s"))
-    own = logging.getLogger("idml_jax")
-    own.addHandler(console)
-    own.setLevel(logging.INFO)
-    own.propagate = False
+    show_progress()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         if not _WORKDIR.value:

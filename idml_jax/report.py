@@ -20,7 +20,7 @@ from idml_jax import report_parts as parts
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, run_command
 from idml_jax.metrics import confidence, retrieval
-from idml_jax.metrics.report import Embedded, retrieval_report
+from idml_jax.metrics.report import Embedded, retrieval_report, scores_of
 from idml_jax.report_parts import Pictures, Seen
 
 NEIGHBOURS = 9
@@ -52,7 +52,7 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     own = np.arange(len(queries)) if separate is None else None
     k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
     found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
-    scores = search.scores_of(embedded, searched, own, model.settings)
+    scores = scores_of(embedded, searched, model.settings, own)
     held_out = built.splits.validation if model.config.eval.split == "test" else None
     if held_out is not None:
         calibration = search.calibrate(embedded_of(held_out), model.settings, scores)

@@ -33,7 +33,7 @@ from idml_jax.errors import UserError, run_command
 from idml_jax.ism import Embedding
 from idml_jax.metrics import introspective, retrieval, uncertainty
 from idml_jax.metrics.confidence import Confidence, confidence, fit_confidence
-from idml_jax.metrics.report import Embedded, Ism
+from idml_jax.metrics.report import Embedded, Ism, scores_of
 from idml_jax.metrics.uncertainty import Threshold
 
 FORMATS = (".jsonl", ".html", ".png")
@@ -77,17 +77,6 @@ class Answers(NamedTuple):
     answered: Bool[np.ndarray, "n"]
 
 
-def scores_of(
-    queries: Embedded, gallery: Embedded, own: Int[np.ndarray, "n"] | None, settings: Ism
-) -> dict[str, Float[np.ndarray, "n"]]:
-    """``introspective.answer_scores``, with the norm for a single query too."""
-    scores = introspective.answer_scores(
-        queries.embedding, gallery.embedding, norms=queries.semantic_norm, own=own, **settings._asdict()
-    )
-    norms = np.linalg.norm(queries.semantic, axis=1) if queries.semantic_norm is None else queries.semantic_norm
-    return {"norm": -norms.astype(np.float64)} | scores
-
-
 def calibrate(held_out: Embedded, settings: Ism, names: Iterable[str] | None = None) -> Calibration:
     """Fits how sure answers are, each held-out picture searching all the others.
 
@@ -104,7 +93,7 @@ def calibrate(held_out: Embedded, settings: Ism, names: Iterable[str] | None = N
     """
     if len(np.unique(held_out.labels)) < 2:
         raise UserError("the held-out pictures are of one class; at least 2 are needed to tell right from wrong")
-    scores = introspective.answer_scores(held_out.embedding, norms=held_out.semantic_norm, **settings._asdict())
+    scores = scores_of(held_out, settings=settings)
     scores = {name: score for name, score in scores.items() if names is None or name in names}
     correct = retrieval.retrieval_ranks(held_out.semantic, held_out.labels).nearest_correct
     model = fit_confidence(scores, correct)
@@ -132,7 +121,7 @@ def search(
       settings: of the introspective metric.
       calibration: of ``calibrate``; without it nothing is said about how sure answers are.
       threshold: of the doubt, beyond which there is no answer.
-      scores: of ``scores_of``, if they are known.
+      scores: of ``metrics.report.scores_of``, if they are known.
 
     Returns:
       The answers.
@@ -141,7 +130,7 @@ def search(
       ValueError: for mismatched widths or a k that the gallery cannot serve.
     """
     found = retrieval.neighbours(queries.semantic, gallery.semantic, k, own=own)
-    scores = scores_of(queries, gallery, own, settings) if scores is None else scores
+    scores = scores_of(queries, gallery, settings, own) if scores is None else scores
     both = queries.uncertainty is not None and gallery.uncertainty is not None
     sure, answered = None, np.ones(len(queries.semantic), bool)
     if calibration is not None:
@@ -352,7 +341,7 @@ def _search(given: dict[str, Any]) -> None:
     k = min(given["k"], len(index.files) - (own is not None))
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
-    scores = scores_of(queries.embedded, index.embedded, own, settings)
+    scores = scores_of(queries.embedded, index.embedded, settings, own)
     calibration, threshold, note = _calibration(given, index, model, settings, scores)
     answers = search(
         queries.embedded, index.embedded, k, own=own, settings=settings, calibration=calibration, threshold=threshold,

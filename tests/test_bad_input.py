@@ -1,6 +1,7 @@
 """Bad input at every door: one clear line, an exit code that is not 0, nothing touched and nothing half-written."""
 
 import io
+import logging
 import os
 import pickle
 import re
@@ -346,7 +347,7 @@ DOORS = {"evaluate": evaluate.main, "pretrained": pretrained.main, "prepare": pr
 @pytest.fixture
 def command_line(monkeypatch):
     """Puts back what the command line of ``main`` leaves in this process."""
-    logger = main_lib.logging.getLogger("idml_jax")
+    logger = logging.getLogger("idml_jax")
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers[:], logger.propagate = before[0], before[2]

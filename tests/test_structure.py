@@ -14,7 +14,7 @@ MATHS = (
     "classifier",
 )  # fmt: skip
 RUNTIME = (
-    "watch", "interrupt", "hosts", "config", "protocols", "sharding", "optim", "objective", "state", "steps",
+    "watch", "interrupt", "hosts", "config", "recipes", "protocols", "sharding", "optim", "objective", "state", "steps",
     "checkpoint", "writers", "evaluate", "pretrained", "classify_steps", "classify", "protocols_classification",
     "run", "loop", "train", "trained", "embeddings",
 )  # fmt: skip
@@ -46,7 +46,8 @@ EDGES = {
     },
     "PIL": {"data.decode", "data.resample", "data.glyphs_draw", "data.glyphs"},
     "ml_collections": {
-        "classify_steps", "config", "protocols", "protocols_classification", "run", "train", "trained", "main",
+        "classify_steps", "config", "recipes", "protocols", "protocols_classification", "run", "train", "trained",
+        "main",
     },
     "scipy": {"data.layouts_retrieval", "data.layouts_classification"},  # MATLAB files
 }

@@ -101,7 +101,7 @@ def full_report(
         clusters = clustering.kmeans(embedded.semantic, classes, seed).labels
         for name in ("nmi", "ami", "f1"):
             report[name.upper()] = getattr(clustering, name)(embedded.labels, clusters)
-    scores = _scores(embedded, gallery, settings)
+    scores = scores_of(embedded, gallery, settings)
     for name, score in scores.items():
         curve = uncertainty.risk_coverage(score, ranks.nearest_correct)
         report[f"R-AUROC({name})"] = uncertainty.r_auroc(score, ranks.nearest_correct)
@@ -117,13 +117,19 @@ def full_report(
     return {k: float(v) for k, v in report.items()}, warnings
 
 
-def _scores(embedded: Embedded, gallery: Embedded | None, settings: Ism) -> dict[str, np.ndarray]:
+def scores_of(
+    embedded: Embedded,
+    gallery: Embedded | None = None,
+    settings: Ism = Ism(),  # noqa: B008 (immutable)
+    own: Int[np.ndarray, "n"] | None = None,
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """``introspective.answer_scores`` of embedded images; ``own`` as there."""
     return introspective.answer_scores(
         embedded.embedding,
         None if gallery is None else gallery.embedding,
         norms=embedded.semantic_norm,
-        temperature=settings.temperature,
-        relative=settings.relative,
+        own=own,
+        **settings._asdict(),
     )
 
 
@@ -151,7 +157,7 @@ def _threshold_report(
     scores: Mapping[str, np.ndarray], ranks: Ranks, held_out: Embedded, settings: Ism, precision: float
 ) -> dict[str, float]:
     """A confidence from all scores and its threshold, both fitted on held-out classes, applied to the queries."""
-    known = _scores(held_out, None, settings)
+    known = scores_of(held_out, None, settings)
     known_correct = retrieval.retrieval_ranks(held_out.semantic, held_out.labels).nearest_correct
     shared = {name: known[name] for name in scores if name in known}
     model = confidence.fit_confidence(shared, known_correct)

@@ -133,7 +133,7 @@ def free_scores(
     margin_2, margin_10, margin_20: minus the cosine similarity to the nearest row less that to the 2nd (10th, 20th).
         Left out where the gallery has fewer rows.
     norm: minus the length of the embedding. Pass `norms` [n], the lengths before normalising, for rows that are
-        normalised already; left out where all rows have the same length, which tells nothing.
+        normalised already; without them it is left out where all rows, those of the gallery too, have the same length.
 
     Without a gallery every row queries all the others; `own` as in `retrieval.neighbours`, which also tells the errors.
     `found` is what `nearest_twenty` gives for the same arguments, if it is known.
@@ -147,9 +147,13 @@ def free_scores(
     for place in (2, 10, 20):
         if place <= depth:
             scores[f"margin_{place}"] = _cosine(queries, rows[found.index[:, place - 1]]) - nearest
-    norms = np.sqrt(squares) if norms is None else score_column(norms, "norms", len(queries))
-    if np.ptp(norms) > 1e-3 * norms.max():
-        scores["norm"] = -norms.astype(np.float64)
+    if norms is not None:
+        return scores | {"norm": -score_column(norms, "norms", len(queries)).astype(np.float64)}
+    # A single query has no other row to differ from, so whether lengths tell anything is seen from the gallery too.
+    lengths = np.sqrt(squares)
+    everyone = lengths if gallery is None else np.concatenate([lengths, np.linalg.norm(rows, axis=1)])
+    if np.ptp(everyone) > 1e-3 * everyone.max():
+        scores["norm"] = -lengths.astype(np.float64)
     return scores
 
 

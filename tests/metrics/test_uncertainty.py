@@ -105,6 +105,11 @@ def test_free_scores():
     scores = uncertainty.free_scores(unit, unit[:5], norms=np.linalg.norm(rows, axis=1))
     assert list(scores) == ["nearest_distance", "margin_2", "norm"]
     assert "norm" not in uncertainty.free_scores(unit)
+    assert "norm" not in uncertainty.free_scores(unit[:1], unit[1:])
+    # A single query has the norm too, as it must where a confidence was fitted with it.
+    for known in ({"norms": np.linalg.norm(rows[:1], axis=1)}, {}):
+        one = uncertainty.free_scores(unit[:1] if known else rows[:1], rows[1:], **known)
+        np.testing.assert_allclose(one["norm"], -np.linalg.norm(rows[:1], axis=1), rtol=1e-5)
     assert list(uncertainty.free_scores(rows[:2])) == ["nearest_distance", "norm"]
 
 

@@ -1,0 +1,70 @@
+"""The notebooks: whole, without outputs, every cell compiles, and with ``--slow`` they run on next to no data."""
+
+import builtins
+import json
+import os
+import symtable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "launch").glob("*.ipynb"))
+
+
+def cells(path):
+    return json.loads(path.read_text())["cells"]
+
+
+def test_there_are_two():
+    assert [path.name for path in NOTEBOOKS] == ["idml_jax.ipynb", "own_loop.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+class TestAsCommitted:
+    def test_they_are_valid(self, path):
+        nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed (extra 'test')")
+        nbformat.validate(nbformat.read(path, as_version=4))
+
+    def test_they_hold_no_outputs(self, path):
+        for cell in cells(path):
+            if cell["cell_type"] == "code":
+                assert cell["outputs"] == [] and cell["execution_count"] is None, cell["source"]
+
+    def test_every_cell_compiles_and_uses_only_what_came_before(self, path):
+        whole = []
+        for cell in cells(path):
+            if cell["cell_type"] == "code":
+                source = "".join(cell["source"])
+                compile(source, f"{path.name}:{cell['id']}", "exec")
+                whole.append(source)
+        # What a cell reads at its top level has been bound by it or by one before.
+        table = symtable.symtable("\n".join(whole), path.name, "exec")
+        unbound = {s.get_name() for s in table.get_symbols() if not (s.is_assigned() or s.is_imported())}
+        assert not unbound - set(dir(builtins))
+
+    def test_the_budget_is_a_tagged_cell(self, path):
+        tagged = [cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+        assert len(tagged) == 1 and "IDML_JAX_NOTEBOOK_TINY" in "".join(tagged[0]["source"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_cell_runs(path, tmp_path, monkeypatch):
+    """On the tiny set, in a kernel of its own; what the cells print and show is looked at."""
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (extra 'test')")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed (extra 'test')")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed (extra 'test')")
+    book = nbformat.read(path, as_version=4)
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "IDML_JAX_NOTEBOOK_TINY": "1", "IDML_JAX_NOTEBOOK_DIR": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    client = nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=environment)
+    texts = "".join(o.get("text", "") for c in book.cells for o in c.get("outputs", ()))
+    pages = [o for c in book.cells for o in c.get("outputs", ()) if "text/html" in o.get("data", {})]
+    if path.stem == "idml_jax":
+        assert texts.count("trained") >= 2 and "pictures searched for 1" in texts and "'semantic': (36, 16)" in texts
+        assert len(pages) == 3 and all("data:image/" in page["data"]["text/html"] for page in pages)
+    else:
+        assert texts.count("untrained  R@1") == 2 and texts.count("trained    R@1") == 2 and "by the proxies" in texts
