@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from idml_jax import ism, losses, memory
+from idml_jax import ism, losses, memory, sharding
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
 from idml_jax.losses import LOSSES
@@ -33,6 +35,7 @@ class Objective:
         classes or ``per_class``.
       memory_size: embeddings in the cross-batch memory; 0: none.
       memory_warmup: steps before the memory is used.
+      mesh: devices over which the proxies, and the matrix along them, are split; ``None``: every device has them all.
     """
 
     loss: str
@@ -46,6 +49,7 @@ class Objective:
     learned: str = "none"
     memory_size: int = 0
     memory_warmup: int = 0
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -69,11 +73,21 @@ class Objective:
         """How the loss is fed."""
         return LOSSES[self.loss]
 
+    @property
+    def split(self) -> tuple[str, ...]:
+        """Groups of parameters that are split over devices by rows."""
+        return () if self.mesh is None else ("proxies",)
+
+    @property
+    def proxy_rows(self) -> int:
+        """Rows of the table of proxies; where it is split the last ones may be padding, zeros that stay zeros."""
+        return self.num_classes if self.mesh is None else sharding.padded_rows(self.num_classes)
+
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """The loss's own groups of parameters: ``proxies`` [classes, dim] and ``loss``, its learned numbers, if any."""
+        """The loss's own groups of parameters: ``proxies`` [rows, dim] and ``loss``, its learned numbers, if any."""
         params: dict[str, Any] = {}
         if self.spec.references == "proxies":
-            params["proxies"] = init_proxies(key, self.num_classes, self.dim)
+            params["proxies"] = init_proxies(key, self.num_classes, self.dim, self.proxy_rows)
         if self.learned != "none":
             start = losses.init_parameters(self.spec, self.num_classes if self.learned == "per_class" else None)
             # A setting of that name is where it starts.
@@ -129,10 +143,16 @@ class Objective:
         """
         if self.spec.references == "proxies":
             proxies = params["proxies"]
+            if self.mesh is not None:
+                # A device has some of the proxies, all of the batch, and of the matrix the columns of its proxies.
+                proxies = sharding.constrain(proxies, self.mesh, "data")
+                embedding = jax.tree.map(lambda x: sharding.constrain(x, self.mesh), embedding)
             # Proxies are certain, and compared by direction like the embeddings, except in the released code.
             raw = self.introspective and self.variant == "released"
             references = Embedding(proxies if raw else ism.l2_normalize(proxies), None)
-            pairs = losses.pairs_from_labels(labels, jnp.arange(self.num_classes))
+            classes = jnp.arange(self.proxy_rows)
+            real = None if self.proxy_rows == self.num_classes else classes < self.num_classes
+            pairs = losses.pairs_from_labels(labels, classes, reference_mask=real)
         elif self.memory_size:
             references = memory.with_batch(store, embedding)
             pairs = memory.pairs_with_batch(store, labels, active=step >= self.memory_warmup)
@@ -144,4 +164,9 @@ class Objective:
             options["dimension"] = self.dim
         if self.spec.needs_key:
             options["key"] = key
-        return self.spec.function(self.matrix(embedding, references), pairs, **options)
+        if self.spec.needs_count:
+            options["num_proxies"] = self.num_classes
+        matrix = self.matrix(embedding, references)
+        if self.mesh is not None:
+            matrix, pairs = jax.tree.map(lambda x: sharding.constrain(x, self.mesh, None, "data"), (matrix, pairs))
+        return self.spec.function(matrix, pairs, **options)
