@@ -15,6 +15,7 @@ from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES
 from idml_jax.mixing import METHODS as MIXING
 
+SPLIT_CLASSES = 50_000  # from so many on, proxies are split over devices by default
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -144,6 +145,9 @@ def default_config() -> ConfigDict:
     config.optim.clip_value = 10.0
     config.optim.accumulate = 1  # parts in which the trunk sees a batch; the loss is still over all of it
 
+    config.sharding = ConfigDict()
+    config.sharding.proxies = "auto"  # split over devices from 50,000 classes on; or split, whole (on every device)
+
     config.eval = ConfigDict()
     config.eval.every_epochs = 1
     config.eval.batch_size = 128
@@ -208,6 +212,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "model.uncertainty_head", ("mlp", "linear", "none"))
     _choice(config, "model.pooling", ("avg", "max", "avg_max", "token"))
     _choice(config, "model.init_parts", ("trunk", "semantic", "all"))
+    _choice(config, "sharding.proxies", ("auto", "split", "whole"))
     _choice(config, "eval.split", ("test", "validation"))
     _choice(config, "data.transform", TRANSFORMS)
     _choice(config, "data.resample", METHODS)

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from idml_jax import difficulty, ism, losses, memory
+from idml_jax import difficulty, ism, losses, memory, sharding
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
 from idml_jax.losses import LOSSES
@@ -34,6 +36,7 @@ class Objective:
       memory_size: embeddings in the cross-batch memory; 0: none.
       memory_warmup: steps before the memory is used.
       ranking: weight of the loss by which the uncertainty learns to order images by how hard they are.
+      mesh: devices over which the proxies, and the matrix along them, are split; ``None``: every device has them all.
     """
 
     loss: str
@@ -48,6 +51,7 @@ class Objective:
     memory_size: int = 0
     memory_warmup: int = 0
     ranking: float = 0.0
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -71,11 +75,21 @@ class Objective:
         """How the loss is fed."""
         return LOSSES[self.loss]
 
+    @property
+    def split(self) -> tuple[str, ...]:
+        """Groups of parameters that are split over devices by rows."""
+        return () if self.mesh is None else ("proxies",)
+
+    @property
+    def proxy_rows(self) -> int:
+        """Rows of the table of proxies; where it is split the last ones may be padding, zeros that stay zeros."""
+        return self.num_classes if self.mesh is None else sharding.padded_rows(self.num_classes)
+
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """The loss's own groups of parameters: ``proxies`` [classes, dim] and ``loss``, its learned numbers, if any."""
+        """The loss's own groups of parameters: ``proxies`` [rows, dim] and ``loss``, its learned numbers, if any."""
         params: dict[str, Any] = {}
         if self.spec.references == "proxies":
-            params["proxies"] = init_proxies(key, self.num_classes, self.dim)
+            params["proxies"] = init_proxies(key, self.num_classes, self.dim, self.proxy_rows)
         if self.learned != "none":
             start = losses.init_parameters(self.spec, self.num_classes if self.learned == "per_class" else None)
             # A setting of that name is where it starts.
@@ -130,11 +144,10 @@ class Objective:
           The loss, a scalar.
         """
         if self.spec.references == "proxies":
-            proxies = params["proxies"]
+            proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
             # Proxies are certain, and compared by direction like the embeddings, except in the released code.
             raw = self.introspective and self.variant == "released"
             references = Embedding(proxies if raw else ism.l2_normalize(proxies), None)
-            pairs = losses.pairs_from_labels(labels, jnp.arange(self.num_classes))
         elif self.memory_size:
             references = memory.with_batch(store, embedding)
             pairs = memory.pairs_with_batch(store, labels, active=step >= self.memory_warmup)
@@ -146,12 +159,32 @@ class Objective:
             options["dimension"] = self.dim
         if self.spec.needs_key:
             options["key"] = key
-        return self.spec.function(self.matrix(embedding, references), pairs, **options)
+        if self.spec.needs_count:
+            options["num_proxies"] = self.num_classes
+        return self.spec.function(self._split(self.matrix(embedding, references)), pairs, **options)
+
+    def _split(self, matrix: Any) -> Any:
+        """Of matrices of images and proxies every device has the columns of its proxies."""
+        if self.mesh is None:
+            return matrix
+        return jax.tree.map(lambda x: sharding.constrain(x, self.mesh, None, "data"), matrix)
+
+    def _against_proxies(
+        self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]
+    ) -> tuple[Float[Array, "m d"], Embedding, losses.Pairs]:
+        """Proxies, images and their relation; a device has some of the proxies and all of the images."""
+        proxies = params["proxies"]
+        if self.mesh is not None:
+            proxies = sharding.constrain(proxies, self.mesh, "data")
+            embedding = jax.tree.map(lambda x: sharding.constrain(x, self.mesh), embedding)
+        classes = jnp.arange(self.proxy_rows)
+        real = None if self.proxy_rows == self.num_classes else classes < self.num_classes
+        return proxies, embedding, self._split(losses.pairs_from_labels(labels, classes, reference_mask=real))
 
     def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
         """How near each image is to a wrong answer, by the plain similarity; see ``difficulty.confusion``."""
+        references, pairs = None, None
         if self.spec.references == "proxies":
-            references, pairs = params["proxies"], losses.pairs_from_labels(labels, jnp.arange(self.num_classes))
-        else:
-            references, pairs = None, losses.pairs_from_labels(labels)
-        return difficulty.confusion(ism.cosine_similarity(embedding.semantic, references), pairs)
+            references, embedding, pairs = self._against_proxies(params, embedding, labels)
+        similarity = self._split(ism.cosine_similarity(embedding.semantic, references))
+        return difficulty.confusion(similarity, losses.pairs_from_labels(labels) if pairs is None else pairs)

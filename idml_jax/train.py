@@ -75,9 +75,10 @@ def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) ->
     validation = run.splits.validation if config.eval.split == "test" else None
     truth = source.fields.get("ambiguity")
     settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state, check)
+    truth = truth if config_lib.learns_uncertainty(config) else None
     report, warnings = full_report(
         embedded, _gallery(run, state, check), ks=config.eval.ks, seed=config.seed,
-        ambiguity=truth if config_lib.learns_uncertainty(config) else None, settings=settings, precision=config.eval.precision,
+        ambiguity=truth, settings=settings, precision=config.eval.precision,
         held_out=None if validation is None else _embed(run, state, check, validation), cluster=config.eval.cluster,
     )  # fmt: skip
     if config.eval.ambiguity_images:
