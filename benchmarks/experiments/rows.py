@@ -6,10 +6,26 @@ from idml_jax.losses import LOSSES
 
 Overrides = dict[str, Any]
 
+TINY: Overrides = {
+    "epochs": 6, "data.channels": 3, "data.mean": (0.48, 0.45, 0.40), "data.std": (0.27, 0.26, 0.28),
+    "data.flip": True, "data.rotation": 0.0, "data.crop_scale": (0.4, 1.0), "model.pooling": "avg",
+}  # fmt: skip
 # Short runs on two cores. Evaluation once, at the end.
 DATA: dict[str, dict[str, Any]] = {
     "omniglot": {"config": "omniglot.py", "root": "omniglot_small", "overrides": {"epochs": 12}},
     "glyphs": {"config": "glyphs.py:quick", "root": None, "overrides": {}},
+    "tiny": {"config": "omniglot.py", "root": "tiny_retrieval", "overrides": TINY},
+    # Its trunk is that of table P, pretrained as a classifier of the same training classes.
+    "tiny_pretrained": {
+        "config": "omniglot.py", "root": "tiny_retrieval",
+        "overrides": {**TINY, "model.init_from": "{out}/P/tiny_classes/pretrain/seed0"},
+    },
+    "tiny_classes": {
+        "config": "cifar10.py:baseline,quick", "root": "tiny_classes", "overrides": {"data.name": "folder", "epochs": 2},
+    },
+    "cifar10": {
+        "config": "cifar10.py:{row},quick", "root": "cifar10", "overrides": {"data.name": "folder", "epochs": 1},
+    },
     "birds": {
         "config": "cub100.py",
         "root": "cub100",
@@ -62,4 +78,10 @@ def table_b() -> dict[str, Overrides]:
     return {name: {**HELD_OUT, **overrides} for name, overrides in VARIANTS.items()}
 
 
-TABLES = {"A": table_a, "B": table_b}
+def table_k() -> dict[str, Overrides]:
+    """Classification, plain and introspective, without mixing, with Mixup, with CutMix."""
+    rows = [f"{mixing}{ism}" for mixing in ("baseline", "mixup", "cutmix") for ism in ("", ",ism")]
+    return {row: {} for row in rows} | {"baseline,ism, mlp head": {"model.uncertainty_head": "mlp"}}
+
+
+TABLES = {"A": table_a, "B": table_b, "K": table_k, "P": lambda: {"pretrain": {}}}

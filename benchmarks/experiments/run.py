@@ -3,6 +3,8 @@
     python benchmarks/experiments/run.py --table=A --data=omniglot --seeds=0,1,2 --root=data --out=runs/experiments
     python benchmarks/experiments/tables.py --out=runs/experiments
 
+Tables: A accuracy of every loss, B uncertainty, K classification, P a trunk for ``--data=tiny_pretrained``.
+
 ``--only=ism`` takes the rows whose name holds that; ``--list`` prints the commands and runs nothing.
 """
 
@@ -18,14 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMMON = {"eval.untrained": False, "eval.every_epochs": 1000, "checkpoint.every_epochs": 1000, "log.tensorboard": False}
 
 
-def command(data: str, overrides: dict, seed: int, root: Path, workdir: Path) -> list[str]:
+def command(data: str, row: str, overrides: dict, seed: int, root: Path, out: Path, workdir: Path) -> list[str]:
     """The run as a user would start it."""
     setting = DATA[data]
     fields = {**COMMON, **setting["overrides"], **overrides, "seed": seed}
+    fields = {name: value.format(out=out) if isinstance(value, str) else value for name, value in fields.items()}
+    config = setting["config"].format(row=row.split(", ")[0])
     if setting["root"]:
         fields["data.root"] = str(root / setting["root"])
     return [
-        sys.executable, "-m", "idml_jax.main", f"--config=configs/{setting['config']}", f"--workdir={workdir}",
+        sys.executable, "-m", "idml_jax.main", f"--config=configs/{config}", f"--workdir={workdir}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
     ]  # fmt: skip
 
@@ -37,17 +41,20 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the image sets")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--only", default="", help="rows of this name, or whose name holds it; several with |")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     arguments = parser.parse_args()
     failed = 0
     for seed in arguments.seeds.split(","):
-        for name, overrides in TABLES[arguments.table]().items():
-            if not any(part in name for part in arguments.only.split("|")):
+        rows = TABLES[arguments.table]()
+        for name, overrides in rows.items():
+            if not any(part == name or (part not in rows and part in name) for part in arguments.only.split("|")):
                 continue
             folder = name.replace(" ", "_").replace(",", "").replace("/", "-")
             workdir = (arguments.out / arguments.table / arguments.data / folder / f"seed{seed}").resolve()
-            run = command(arguments.data, overrides, int(seed), arguments.root.resolve(), workdir)
+            run = command(
+                arguments.data, name, overrides, int(seed), arguments.root.resolve(), arguments.out.resolve(), workdir
+            )
             if arguments.list:
                 print(shlex.join(run))
             elif not (workdir / "result.json").exists():
