@@ -21,7 +21,8 @@ DATA: dict[str, dict[str, Any]] = {
         "overrides": {**TINY, "model.init_from": "{out}/P/tiny_classes/pretrain/seed0"},
     },
     "tiny_classes": {
-        "config": "cifar10.py:baseline,quick", "root": "tiny_classes", "overrides": {"data.name": "folder", "epochs": 2},
+        "config": "cifar10.py:baseline,quick", "root": "tiny_classes",
+        "overrides": {"data.name": "folder", "epochs": 2},
     },
     "cifar10": {
         "config": "cifar10.py:{row},quick", "root": "cifar10", "overrides": {"data.name": "folder", "epochs": 1},

@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 COMMON = {"eval.untrained": False, "eval.every_epochs": 1000, "checkpoint.every_epochs": 1000, "log.tensorboard": False}
 
 
+def folder_of(row: str) -> str:
+    return row.replace(" ", "_").replace(",", "").replace("/", "-")
+
+
 def command(data: str, row: str, overrides: dict, seed: int, root: Path, out: Path, workdir: Path) -> list[str]:
     """The run as a user would start it."""
     setting = DATA[data]
@@ -50,8 +54,8 @@ def main() -> None:
         for name, overrides in rows.items():
             if not any(part == name or (part not in rows and part in name) for part in arguments.only.split("|")):
                 continue
-            folder = name.replace(" ", "_").replace(",", "").replace("/", "-")
-            workdir = (arguments.out / arguments.table / arguments.data / folder / f"seed{seed}").resolve()
+            workdir = arguments.out / arguments.table / arguments.data / folder_of(name) / f"seed{seed}"
+            workdir = workdir.resolve()
             run = command(
                 arguments.data, name, overrides, int(seed), arguments.root.resolve(), arguments.out.resolve(), workdir
             )
