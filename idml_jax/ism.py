@@ -188,6 +188,7 @@ def pair_uncertainty(ua: Float[Array, "n k"], ub: Float[Array, "m k"] | None) ->
 def _beta(a: Embedding, b: Embedding) -> Float[Array, "n #m"]:
     """Of pairs with an uncertainty on at least one side."""
     if a.uncertainty is None:
+        assert b.uncertainty is not None
         return pair_uncertainty(b.uncertainty, None).T
     return pair_uncertainty(a.uncertainty, b.uncertainty)
 

@@ -1,7 +1,7 @@
 """From embeddings and labels to one loss: which matrix a loss reads, and against what."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -90,16 +90,17 @@ class Objective:
         self, store: memory.Memory | tuple[()], embedding: Embedding, labels: Int[Array, "n"]
     ) -> memory.Memory | tuple[()]:
         """The memory with a batch in it, to be called after its loss."""
-        return memory.enqueue(store, embedding, labels) if self.memory_size else store
+        return memory.enqueue(cast(memory.Memory, store), embedding, labels) if self.memory_size else store
 
     def matrix(self, embedding: Embedding, references: Embedding | None) -> Float[Array, "n m"]:
         """Distances or similarities of the batch to the references (``None``: itself), introspective or plain."""
         if self.introspective and self.variant == "released":
+            assert references is not None  # that form is of proxies
             return ism.released_similarity(embedding, references.semantic)
         if not self.introspective:
             embedding = Embedding(embedding.semantic, None)
             references = None if references is None else Embedding(references.semantic, None)
-        settings = {"temperature": self.temperature, "relative": self.variant == "relative"}
+        settings: dict[str, Any] = {"temperature": self.temperature, "relative": self.variant == "relative"}
         if self.spec.reads == "similarity":
             return ism.introspective_similarity(embedding, references, **settings)
         return ism.introspective_distance(embedding, references, **settings)
@@ -134,8 +135,9 @@ class Objective:
             references = Embedding(proxies if raw else ism.l2_normalize(proxies), None)
             pairs = losses.pairs_from_labels(labels, jnp.arange(self.num_classes))
         elif self.memory_size:
-            references = memory.with_batch(store, embedding)
-            pairs = memory.pairs_with_batch(store, labels, active=step >= self.memory_warmup)
+            kept = cast(memory.Memory, store)
+            references = memory.with_batch(kept, embedding)
+            pairs = memory.pairs_with_batch(kept, labels, active=step >= self.memory_warmup)
         else:
             references, pairs = None, losses.pairs_from_labels(labels)
         options = dict(self.options)

@@ -1,7 +1,7 @@
 """All figures of one set of embeddings in one flat dictionary: what training, evaluation and the command line print."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,11 +29,12 @@ class Embedded(NamedTuple):
     @property
     def embedding(self) -> ism.Embedding:
         """As the metric takes it."""
-        return ism.Embedding(self.semantic, self.uncertainty)
+        return ism.Embedding(self.semantic, self.uncertainty)  # type: ignore[arg-type]  # of numpy
 
     @property
     def uncertainty_norm(self) -> Float[np.ndarray, "n"]:
         """Length of the uncertainty embedding, the score of a single image."""
+        assert self.uncertainty is not None
         return np.linalg.norm(self.uncertainty, axis=1)
 
 
@@ -44,12 +45,16 @@ class Ism(NamedTuple):
     relative: bool = True
 
 
+def _searched(gallery: Embedded | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    return (None, None) if gallery is None else (gallery.semantic, gallery.labels)
+
+
 def retrieval_report(
     embedded: Embedded, ks: Sequence[int] = (1, 2, 4, 8), gallery: Embedded | None = None
 ) -> dict[str, float]:
     """What is followed during training: R@K, RP, MAP@R, MRR, and mean and deviation of the uncertainty's length."""
-    searched = (None, None) if gallery is None else (gallery.semantic, gallery.labels)
-    report = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, *searched, ks=ks)
+    searched = _searched(gallery)
+    report = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, searched[0], searched[1], ks=ks)
     if embedded.uncertainty is not None:
         length = embedded.uncertainty_norm
         report |= {"uncertainty_mean": float(length.mean()), "uncertainty_std": float(length.std())}
@@ -91,8 +96,7 @@ def full_report(
     Raises:
       ValueError: for empty, mismatched or non-finite input.
     """
-    searched = (None, None) if gallery is None else (gallery.semantic, gallery.labels)
-    ranks = retrieval.retrieval_ranks(embedded.semantic, embedded.labels, *searched)
+    ranks = retrieval.retrieval_ranks(embedded.semantic, embedded.labels, *_searched(gallery))
     report = retrieval.summarise(ranks, ks)
     interval = uncertainty.recall_interval(ranks.nearest_correct, seed=seed)
     report |= {"R@1_low": interval.low, "R@1_high": interval.high}
@@ -136,14 +140,16 @@ def scores_of(
 def _uncertainty_report(
     embedded: Embedded, gallery: Embedded | None, ranks: Ranks, ks: Sequence[int], settings: Ism, seed: int
 ) -> dict[str, float]:
+    assert embedded.uncertainty is not None
     length = embedded.uncertainty_norm
     report = {"uncertainty_mean": length.mean(), "uncertainty_std": length.std()}
     report["s-u_correlation"] = uncertainty.similarity_correlation(embedded.semantic, embedded.uncertainty)
     if uncertainty.r_auroc_undefined(ranks.nearest_correct) is None:
         interval = uncertainty.r_auroc_interval(length, ranks.nearest_correct, seed=seed)
         report |= {"R-AUROC(uncertainty)_low": interval.low, "R-AUROC(uncertainty)_high": interval.high}
+    distance: Any = introspective.IntrospectiveDistance(*settings)
     by_distance = retrieval.ranks_by_distance(
-        introspective.IntrospectiveDistance(*settings),
+        distance,
         embedded.embedding,
         embedded.labels,
         None if gallery is None else gallery.embedding,
@@ -190,8 +196,9 @@ def corrupted_report(
       ``introspective.answer_scores``; NaN where all answers are right or all are wrong.
     """
     sets = [clean, *changed]
-    joined = lambda name: None if getattr(clean, name) is None else np.concatenate([getattr(s, name) for s in sets])
-    queries = Embedded(*(joined(name) for name in Embedded._fields))
+    columns = {name: [getattr(s, name) for s in sets] for name in Embedded._fields}
+    joined: dict[str, Any] = {n: None if c[0] is None else np.concatenate(c) for n, c in columns.items()}
+    queries = Embedded(**joined)
     own = np.tile(own, len(sets))
     found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
     correct = gallery.labels[found.index[:, 0]] == queries.labels
