@@ -166,7 +166,8 @@ class Checkpoints:
             if regular is None and stopped is None:
                 break
             from_stopped = stopped is not None and stopped > (regular or -1)
-            folder, step = (self._stopped, stopped) if from_stopped else (self.folder, regular)
+            folder = self._stopped if from_stopped else self.folder
+            step = max(-1 if s is None else s for s in (regular, stopped))
             manager = _manager(folder, ocp.CheckpointManagerOptions(read_only=True)) if from_stopped else self._manager
             try:
                 return self._restore(manager, folder, step, like)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def classification_loss(
     The figures are ``loss``, ``lam``, the mean share of the first pictures, and, where there is an uncertainty,
     ``uncertainty``, the mean length of u, and ``weakening``, the mean of ``|z' - z|``.
     """
-    params, objective = {**trained, **resting}, setup.objective
+    params, objective = {**trained, **resting}, cast(Softmax, setup.objective)
     images, labels = batch["image"], batch["label"]
     n, height, width, _ = images.shape
     key = jax.random.fold_in(jax.random.key(setup.seed), state.step)
@@ -94,7 +94,7 @@ def classification_loss(
         pictures = (images, jnp.take(images, plan.partner, axis=0), plan.outside, plan.box)
         prepare = lambda x, other, outside, box: mixing.mix(normal(x), normal(other), outside, box)[:, None]
     features, batch_stats = pooled_features(setup, params["trunk"], state.batch_stats, pictures, prepare, train_trunk)
-    out = setup.model.apply({"params": {"heads": params["heads"]}}, features[:, 0], method=EmbeddingModel.embed)
+    out: Any = setup.model.apply({"params": {"heads": params["heads"]}}, features[:, 0], method=EmbeddingModel.embed)
     targets = mixed_targets(
         labels, jnp.take(labels, plan.partner), plan.lam, objective.num_classes, objective.smoothing
     )
@@ -137,7 +137,7 @@ def predict_step(
       ``metrics.classification.batch_sums``, and per picture, padding included, ``right`` and how unsure the network is:
       ``u`` (length of the uncertainty), ``max_softmax`` (1 less the largest probability), ``entropy`` (nats).
     """
-    out = setup.model.apply(variables, normalize(images, setup.mean, setup.std), False)
+    out: Any = setup.model.apply(variables, normalize(images, setup.mean, setup.std), False)
     right = jax.vmap(lambda row, label: batch_sums(row[None], label[None])["top1"])(out["logits"], labels)
     return batch_sums(out["logits"], labels, mask), {"right": right, **_scores(out)}
 
@@ -172,7 +172,8 @@ def predict_mixed_step(
         outside, box = 1.0, (top, left, top + rows, left + columns)
     boxes = jnp.broadcast_to(jnp.asarray(box, jnp.int32)[None], (n, 4))
     mixed = mixing.mix(normal(images), normal(others), jnp.full((n,), outside), boxes)
-    return _scores(setup.model.apply(variables, mixed, False))
+    out: Any = setup.model.apply(variables, mixed, False)
+    return _scores(out)
 
 
 jit_predict_step = jax.jit(predict_step, static_argnames=("setup",))
@@ -204,7 +205,7 @@ def for_classification(setup: StepSetup, config: ConfigDict, splits: Splits) -> 
         )
     except ValueError as error:
         raise UserError(f"{error} (config.model)") from error
-    objective = Softmax(
+    objective: Any = Softmax(
         len(names), config.ism.enabled, mix.mixing, mix.alpha, mix.probability, mix.per_sample, mix.label_smoothing
     )
     return dataclasses.replace(

@@ -112,8 +112,8 @@ def embed_all(
     for record, reason in skipped:
         warn(f"left out: {source.name(record)}: {reason}")
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    records = np.concatenate(records)
-    return Embedded(labels=source.labels[records], **whole), records
+    read = np.concatenate(records)
+    return Embedded(labels=source.labels[read], **whole), read
 
 
 def embed_to_file(

@@ -12,7 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class Parts:
         """Writes a part, whole or not at all."""
         temporary = self.folder / "part.tmp"
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **cast(Any, arrays))
         temporary.replace(self._path(number))
 
     def read(self, number: int) -> dict[str, np.ndarray]:
@@ -225,7 +225,7 @@ def read(path: str | Path, option: str = "--index") -> Index:
         semantic, np.zeros(len(semantic), np.int32) if labels is None else labels, arrays.get("uncertainty"),
         arrays.get("semantic_norm"),
     )  # fmt: skip
-    return Index(embedded, files, None if labels is None else [str(name) for name in names], about)
+    return Index(embedded, files, None if labels is None or names is None else [str(name) for name in names], about)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -1,10 +1,15 @@
-"""Writes a trained run as one program that JAX loads without this package.
+"""Writes a trained run as one program that JAX loads without this package, or embeddings as an index of faiss.
 
     python -m idml_jax.export --workdir=RUN --out=model/
 
 The folder holds ``model.stablehlo`` (weights included, for any batch size, by ``jax.export``), ``about.json`` (what
 goes in and comes out) and ``example.py``, which loads it. Into the program go pictures cut to size, as uint8; it
 normalises them itself. JAX promises to load such programs with its versions of at least the six months that follow.
+
+    python -m idml_jax.export --index=photos.npz --faiss=photos.faiss [--faiss_kind=HNSW32]
+
+writes embeddings of ``idml_jax.embed`` as an index of faiss (squared distances of the semantic embeddings; its row i is
+row i of the file).
 """
 
 import argparse
@@ -16,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from idml_jax import trained
+from idml_jax import embeddings, faiss_index, trained
 from idml_jax.errors import UserError, run_command
 from idml_jax.trained import Trained
 
@@ -79,7 +84,7 @@ def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu
         "platforms": list(platforms), "temperature": model.settings.temperature, "relative": model.settings.relative,
         "workdir": str(model.workdir), "step": model.step, "jax": jax.__version__,
     }  # fmt: skip
-    return exported.serialize(), about
+    return bytes(exported.serialize()), about
 
 
 def write(model: Trained, out: str | Path, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> Path:
@@ -103,6 +108,15 @@ def write(model: Trained, out: str | Path, platforms: tuple[str, ...] = ("cpu", 
 
 
 def _export(given: dict[str, Any]) -> None:
+    if bool(given["workdir"]) == bool(given["index"]) or bool(given["workdir"]) != bool(given["out"]):
+        raise UserError("give either --workdir and --out, for a program, or --index and --faiss, for an index")
+    if given["index"]:
+        if not given["faiss"]:
+            raise UserError("--faiss is missing: the file of the index, e.g. photos.faiss")
+        index = embeddings.read(given["index"])
+        path = faiss_index.write(index.embedded.semantic, given["faiss"], given["faiss_kind"])
+        print(f"{len(index.files):,} rows of {index.embedded.semantic.shape[1]} dimensions in {path}")
+        return
     platforms = tuple(name.strip() for name in given["platforms"].split(","))
     if unknown := [name for name in platforms if name not in PLATFORMS]:
         raise UserError(f"--platforms={given['platforms']}: {unknown[0]!r} is unknown; known: {', '.join(PLATFORMS)}")
@@ -114,9 +128,12 @@ def _export(given: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="folder of a run")
-    parser.add_argument("--out", required=True, help="new folder")
+    parser.add_argument("--workdir", default="", help="folder of a run")
+    parser.add_argument("--out", default="", help="new folder")
     parser.add_argument("--platforms", default="cpu,cuda,tpu", help=f"of {', '.join(PLATFORMS)}")
+    parser.add_argument("--index", default="", help="instead of a run: .npz or .parquet of idml_jax.embed")
+    parser.add_argument("--faiss", default="", help="file of the index for faiss")
+    parser.add_argument("--faiss_kind", default="Flat", help="for faiss's index_factory; Flat: exact")
     given = vars(parser.parse_args(argv))
     run_command(lambda: _export(given))
 

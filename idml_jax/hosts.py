@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
       UserError: for impossible values, or if the others do not come.
     """
     if coordinator == "auto":
-        arguments = {}
+        arguments: dict[str, Any] = {}
     else:
         if ":" not in coordinator or not coordinator.rsplit(":", 1)[1].isdigit():
             raise UserError(f"--coordinator={coordinator}: host:port of process 0, or auto")

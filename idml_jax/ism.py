@@ -188,6 +188,7 @@ def pair_uncertainty(ua: Float[Array, "n k"], ub: Float[Array, "m k"] | None) ->
 def _beta(a: Embedding, b: Embedding) -> Float[Array, "n #m"]:
     """Of pairs with an uncertainty on at least one side."""
     if a.uncertainty is None:
+        assert b.uncertainty is not None
         return pair_uncertainty(b.uncertainty, None).T
     return pair_uncertainty(a.uncertainty, b.uncertainty)
 
@@ -308,7 +309,7 @@ def introspective_similarity(
         return cosine
     discrepancy = jnp.maximum(1.0 - cosine, 0.0)  # rounding can leave a cosine just above 1
     beta = _beta(a, b).astype(cosine.dtype)
-    rounding = 4.0 * jnp.finfo(cosine.dtype).eps
+    rounding = 4.0 * float(jnp.finfo(cosine.dtype).eps)
     alpha = _safe_sqrt(2.0 * discrepancy, 2.0 * rounding)
     # 1 - (1 - c) w, written so that w = 1 gives c to the bit.
     return cosine + discrepancy * (1.0 - _weakening(alpha, beta, temperature, relative))

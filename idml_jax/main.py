@@ -85,13 +85,14 @@ def _check_config(config: Any) -> None:
 def _run() -> None:
     from idml_jax import hosts, interrupt, train  # late, so that a wrong flag is answered at once
 
+    workdir = str(_WORKDIR.value)
     if _COORDINATOR.value:
         hosts.connect(_COORDINATOR.value, _PROCESSES.value, _INDEX.value)
     try:
         if _MODE.value == "eval":
-            train.evaluate_checkpoint(_WORKDIR.value, _CONFIG.value)
+            train.evaluate_checkpoint(workdir, _CONFIG.value)
         else:
-            train.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+            train.train_and_evaluate(_CONFIG.value, workdir)
     except interrupt.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(interrupt.EXIT_CODE)

@@ -3,7 +3,7 @@
 A plan says of every row with whom, how much and where it is mixed, so that pictures are mixed where they are used.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -139,7 +139,7 @@ def _draws(key: Array, n: int, alpha: float, probability: float, per_sample: boo
 METHODS = ("none", "mixup", "cutmix")
 
 
-def plan(method: str, key: Array, n: int, height: int, width: int, **options: float | bool) -> Plan:
+def plan(method: str, key: Array, n: int, height: int, width: int, **options: Any) -> Plan:
     """The plan of a method of ``METHODS``; ``none`` leaves every row alone."""
     if method == "none":
         return plan_mixup(key, n, probability=0.0)

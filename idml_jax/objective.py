@@ -1,7 +1,7 @@
 """From embeddings and labels to one loss: which matrix a loss reads, and against what."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -106,16 +106,17 @@ class Objective:
         self, store: memory.Memory | tuple[()], embedding: Embedding, labels: Int[Array, "n"]
     ) -> memory.Memory | tuple[()]:
         """The memory with a batch in it, to be called after its loss."""
-        return memory.enqueue(store, embedding, labels) if self.memory_size else store
+        return memory.enqueue(cast(memory.Memory, store), embedding, labels) if self.memory_size else store
 
     def matrix(self, embedding: Embedding, references: Embedding | None) -> Float[Array, "n m"]:
         """Distances or similarities of the batch to the references (``None``: itself), introspective or plain."""
         if self.introspective and self.variant == "released":
+            assert references is not None  # that form is of proxies
             return ism.released_similarity(embedding, references.semantic)
         if not self.introspective:
             embedding = Embedding(embedding.semantic, None)
             references = None if references is None else Embedding(references.semantic, None)
-        settings = {"temperature": self.temperature, "relative": self.variant == "relative"}
+        settings: dict[str, Any] = {"temperature": self.temperature, "relative": self.variant == "relative"}
         if self.spec.reads == "similarity":
             return ism.introspective_similarity(embedding, references, **settings)
         return ism.introspective_distance(embedding, references, **settings)
@@ -149,8 +150,9 @@ class Objective:
             raw = self.introspective and self.variant == "released"
             references = Embedding(proxies if raw else ism.l2_normalize(proxies), None)
         elif self.memory_size:
-            references = memory.with_batch(store, embedding)
-            pairs = memory.pairs_with_batch(store, labels, active=step >= self.memory_warmup)
+            kept = cast(memory.Memory, store)
+            references = memory.with_batch(kept, embedding)
+            pairs = memory.pairs_with_batch(kept, labels, active=step >= self.memory_warmup)
         else:
             references, pairs = None, losses.pairs_from_labels(labels)
         options = dict(self.options)
@@ -165,18 +167,17 @@ class Objective:
 
     def _split(self, matrix: Any) -> Any:
         """Of matrices of images and proxies every device has the columns of its proxies."""
-        if self.mesh is None:
-            return matrix
-        return jax.tree.map(lambda x: sharding.constrain(x, self.mesh, None, "data"), matrix)
+        mesh = self.mesh
+        return matrix if mesh is None else jax.tree.map(lambda x: sharding.constrain(x, mesh, None, "data"), matrix)
 
     def _against_proxies(
         self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]
     ) -> tuple[Float[Array, "m d"], Embedding, losses.Pairs]:
         """Proxies, images and their relation; a device has some of the proxies and all of the images."""
-        proxies = params["proxies"]
-        if self.mesh is not None:
-            proxies = sharding.constrain(proxies, self.mesh, "data")
-            embedding = jax.tree.map(lambda x: sharding.constrain(x, self.mesh), embedding)
+        proxies, mesh = params["proxies"], self.mesh
+        if mesh is not None:
+            proxies = sharding.constrain(proxies, mesh, "data")
+            embedding = jax.tree.map(lambda x: sharding.constrain(x, mesh), embedding)
         classes = jnp.arange(self.proxy_rows)
         real = None if self.proxy_rows == self.num_classes else classes < self.num_classes
         return proxies, embedding, self._split(losses.pairs_from_labels(labels, classes, reference_mask=real))

@@ -45,7 +45,7 @@ class Schedule:
 
     def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]:
         if self.name == "step" and self.falls:
-            fallen = sum((step >= fall).astype(jnp.float32) for fall in self.falls)
+            fallen: Any = sum((step >= fall).astype(jnp.float32) for fall in self.falls)
             return self.base * self.factor**fallen
         if self.name == "step":
             return self.base * self.factor ** (step // self.every).astype(jnp.float32)

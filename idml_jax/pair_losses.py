@@ -1,6 +1,7 @@
 """Losses between the images themselves; import them from ``idml_jax.losses``."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +154,7 @@ def margin_distance_weighted(
     if beta.shape not in ((), (distance.shape[0],)):
         raise ValueError(f"beta needs the shape [] or {(distance.shape[0],)}; got {beta.shape}")
     beta = jnp.broadcast_to(beta, distance.shape[:1])[:, None]
-    density = {"dimension": dimension, "cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff}
+    density: dict[str, Any] = {"dimension": dimension, "cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff}
     positives = jnp.sum(pairs.positive, axis=1)
     if key is None:
         drawn = positives[:, None] * miners.distance_weighted_probabilities(distance, pairs, **density)

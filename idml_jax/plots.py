@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 # Distinguishable in the common forms of colour blindness (Okabe and Ito, 2008), darkest first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#B0A000")
-Curve = tuple[Sequence[float], Sequence[float]]
+Values = Sequence[float] | Float[np.ndarray, "n"]
+Curve = tuple[Values, Values]
 
 
 def encode(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
@@ -98,7 +99,7 @@ def histograms(panels: Sequence[tuple[str, str, Mapping[str, Float[np.ndarray, "
         low, high = np.quantile(everything, [0.002, 0.998])
         bins = np.linspace(low, high if high > low else low + 1e-6, 41)
         for i, (name, values) in enumerate(groups.items()):
-            axis.hist(np.clip(values, low, high), bins, density=True, histtype="stepfilled", alpha=0.45,
+            axis.hist(np.clip(values, low, high), bins.tolist(), density=True, histtype="stepfilled", alpha=0.45,
                       color=COLOURS[i], label=f"{name} ({len(values):,})")  # fmt: skip
         axis.set_title(title, fontsize=11, loc="left")
         axis.set_xlabel(x_label, fontsize=9)
@@ -167,16 +168,18 @@ def plane(
     rank = np.full(len(counts), -1)
     rank[largest] = np.arange(len(largest))
     own = rank[labels]
-    axes[0].scatter(*places[own < 0].T, s=4, color="#d5dae0", linewidths=0)
+    x, y = places.T
+    rest = own < 0
+    axes[0].scatter(x[rest], y[rest], s=4, color="#d5dae0", linewidths=0)
     some = own >= 0
-    axes[0].scatter(*places[some].T, s=12, c=own[some], cmap="tab20", vmin=0, vmax=19, linewidths=0)
-    rest = f", {len(counts) - len(largest)} others grey" if len(counts) > len(largest) else ""
-    axes[0].set_title(f"By class ({len(largest)} coloured{rest})", fontsize=11, loc="left")
+    axes[0].scatter(x[some], y[some], s=12, c=own[some], cmap="tab20", vmin=0, vmax=19, linewidths=0)
+    others = f", {len(counts) - len(largest)} others grey" if len(counts) > len(largest) else ""
+    axes[0].set_title(f"By class ({len(largest)} coloured{others})", fontsize=11, loc="left")
     if scores is not None:
         low, high = np.quantile(scores, [0.02, 0.98])
         order = np.argsort(scores)
         drawn = axes[1].scatter(
-            *places[order].T, s=7, c=scores[order], cmap="viridis", vmin=low, vmax=high, linewidths=0
+            x[order], y[order], s=7, c=scores[order], cmap="viridis", vmin=low, vmax=high, linewidths=0
         )
         figure.colorbar(drawn, ax=axes[1], shrink=0.75, label=score_name)
         axes[1].set_title(f"By {score_name}", fontsize=11, loc="left")

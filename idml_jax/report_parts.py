@@ -48,7 +48,7 @@ class Seen(NamedTuple):
     gallery: Source
     embedded: Embedded
     searched: Embedded
-    index: Int[np.ndarray, "n k"]
+    index: Int[np.ndarray, "n k"]  # type: ignore[assignment]  # in place of tuple.index
     distance: Float[np.ndarray, "n k"]
     correct: Bool[np.ndarray, "n"]
     scores: dict[str, Float[np.ndarray, "n"]]
@@ -73,7 +73,7 @@ class Seen(NamedTuple):
 
 def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> plots.Curve | None:
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    return tuple(zip(*points, strict=True)) if points else None
+    return ([x for x, _ in points], [y for _, y in points]) if points else None
 
 
 def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], factor: float = 1.0) -> dict[str, plots.Curve]:
@@ -189,7 +189,8 @@ class Pictures:
     """Small pictures of a source, encoded, each read once."""
 
     def __init__(self, source: Source):
-        self._source, self._known = source, {}
+        self._source = source
+        self._known: dict[int, bytes | None] = {}
 
     def __call__(self, record: int) -> bytes | None:
         if record not in self._known:
@@ -255,7 +256,7 @@ def plane(seen: Seen) -> str:
     drawn = plots.plane(places, seen.embedded.labels[some], None if learned is None else learned[some], "|u|")
     note = f"{len(some):,} of {len(seen.queries):,} test pictures by {how}."
     if how != "t-SNE":
-        note += " With scikit-learn installed the map is made by t-SNE, which shows clusters better."
+        note += " With scikit-learn (pip install scikit-learn) the map is made by t-SNE, which shows clusters better."
     return f"<h2>Map of the embeddings</h2><p>{pages.text(note)}</p>" + pages.plot(drawn, "embeddings in a plane")
 
 

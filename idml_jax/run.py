@@ -48,7 +48,9 @@ class Run(NamedTuple):
     @property
     def eval_source(self) -> Source:
         """The images that evaluation goes by."""
-        return self.splits.test if self.config.eval.split == "test" else self.splits.validation
+        source = self.splits.test if self.config.eval.split == "test" else self.splits.validation
+        assert source is not None  # else the settings would have been refused
+        return source
 
     @property
     def eval_gallery(self) -> Source | None:
@@ -120,6 +122,7 @@ def build(config: ConfigDict) -> Run:
     if per_class < 0:
         on_pairs = config.task == "retrieval" and LOSSES[config.loss.name].references == "batch"
         per_class = 4 if on_pairs else 0
+    sampler: samplers.Sampler
     if per_class:
         sampler = samplers.BalancedSampler(splits.train.labels, config.batch_size, per_class, config.seed)
     else:

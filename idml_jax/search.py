@@ -55,7 +55,7 @@ class Answers(NamedTuple):
       answered: ``[n]`` whether that is enough.
     """
 
-    index: Int[np.ndarray, "n k"]
+    index: Int[np.ndarray, "n k"]  # type: ignore[assignment]  # in place of tuple.index
     distance: Float[np.ndarray, "n k"]
     introspective: Float[np.ndarray, "n k"] | None
     uncertainty: Float[np.ndarray, "n"] | None
@@ -64,7 +64,11 @@ class Answers(NamedTuple):
     answered: Bool[np.ndarray, "n"]
 
 
-def calibrate(held_out: Embedded, settings: Ism, names: Collection[str] | None = None) -> Calibration:
+def calibrate(
+    held_out: Embedded,
+    settings: Ism = Ism(),  # noqa: B008 (immutable)
+    names: Collection[str] | None = None,
+) -> Calibration:
     """Fits how sure answers are, each held-out picture searching all the others.
 
     Args:
@@ -132,12 +136,14 @@ def _introspective(
 ) -> Float[np.ndarray, "n k"]:
     distance = introspective.IntrospectiveDistance(*settings)
     per_query = jax.jit(jax.vmap(lambda a, b: distance(jax.tree.map(lambda x: x[None], a), b)[0]))
+    assert queries.uncertainty is not None and gallery.uncertainty is not None
     rows = []
     step = max(1, 2**24 // max(1, index.shape[1] * gallery.semantic.shape[1]))
     for start in range(0, len(index), step):
         cut = slice(start, start + step)
-        others = Embedding(gallery.semantic[index[cut]], gallery.uncertainty[index[cut]])
-        rows.append(np.asarray(per_query(Embedding(queries.semantic[cut], queries.uncertainty[cut]), others)))
+        one: Any = queries.semantic[cut], queries.uncertainty[cut]
+        others: Any = gallery.semantic[index[cut]], gallery.uncertainty[index[cut]]
+        rows.append(np.asarray(per_query(Embedding(*one), Embedding(*others))))
     return np.concatenate(rows)
 
 
@@ -150,8 +156,9 @@ def records(
     """
 
     def known_class(i: int) -> str | None:
-        in_index = own is not None and own[i] >= 0 and queries.class_names is None
-        return index.class_of(int(own[i])) if in_index else queries.class_of(i)
+        if own is not None and own[i] >= 0 and queries.class_names is None:
+            return index.class_of(int(own[i]))
+        return queries.class_of(i)
 
     optional = lambda column, i: None if column is None else float(column[i])
     rows = []

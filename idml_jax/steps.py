@@ -125,7 +125,7 @@ def embedding_loss(
     def pooled(batch_stats: Any, pictures: tuple[Array, ...], prepare: Callable[..., Array]) -> tuple[Array, Any]:
         return pooled_features(setup, params["trunk"], batch_stats, pictures, prepare, train_trunk)
 
-    def embed(features: Array) -> dict[str, Array]:
+    def embed(features: Array) -> Any:
         return setup.model.apply({"params": {"heads": params["heads"]}}, features, method=EmbeddingModel.embed)
 
     def criterion(out: dict[str, Array], labels: Array, key: Array) -> Array:
@@ -185,9 +185,9 @@ def embedding_loss(
 
 def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float) -> Any:
     """Moving averages after one more step; those of the first steps have a smaller decay, (1 + step) / (10 + step)."""
-    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    share = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     values = {kind: {k: values[kind][k] for k in groups} for kind, groups in ema.items()}
-    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, values)
+    return jax.tree.map(lambda old, new: share * old + (1.0 - share) * new, ema, values)
 
 
 def embedding_of(out: dict[str, Array]) -> Embedding:
@@ -236,7 +236,7 @@ def train_step(
 
 def embed_step(variables: Any, images: UInt8[Array, "n h w c"], *, setup: StepSetup) -> dict[str, Array]:
     """Embeddings of uint8 pictures: ``semantic`` [n, d], ``uncertainty`` [n, k], ``semantic_norm`` [n]."""
-    out = setup.model.apply(variables, normalize(images, setup.mean, setup.std), False)
+    out: Any = setup.model.apply(variables, normalize(images, setup.mean, setup.std), False)
     return {key: out[key] for key in ("semantic", "uncertainty", "semantic_norm")}
 
 
@@ -250,7 +250,7 @@ def embed_mixed_step(
 ) -> dict[str, Array]:
     """Embeddings of pictures blended with others, as ``embed_step``."""
     normal = lambda x: normalize(x, setup.mean, setup.std)
-    out = setup.model.apply(variables, mixing.blend(normal(images), normal(others), lam), False)
+    out: Any = setup.model.apply(variables, mixing.blend(normal(images), normal(others), lam), False)
     return {key: out[key] for key in ("semantic", "uncertainty", "semantic_norm")}
 
 

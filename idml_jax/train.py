@@ -188,9 +188,9 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest) ->
     writer = MetricWriter(workdir, active=first_host, tensorboard=config.log.tensorboard, rows=record["rows"])
     try:
         if step == 0 and config.eval.untrained and record["untrained"] is None:
-            record["untrained"] = _measure(run, state, stop.check)
-            writer.write(0, {f"eval/{k}": v for k, v in record["untrained"].items()})
-            logger.info("untrained: %s", describe(record["untrained"], config.eval.ks))
+            untrained = record["untrained"] = _measure(run, state, stop.check)
+            writer.write(0, {f"eval/{k}": v for k, v in untrained.items()})
+            logger.info("untrained: %s", describe(untrained, config.eval.ks))
         speed = loop.Speed(started)
 
         def end_epoch(state: TrainState, step: int) -> None:

@@ -114,7 +114,7 @@ def embed_images(
     std: tuple[float, ...],
 ) -> dict[str, Float[Array, "n ..."]]:
     """``semantic`` [n, d], ``uncertainty`` [n, k] and ``semantic_norm`` [n] of transformed pictures. Pure."""
-    out = model.apply(variables, steps.normalize(images, mean, std), False)
+    out: Any = model.apply(variables, steps.normalize(images, mean, std), False)
     return {key: out[key] for key in ("semantic", "uncertainty", "semantic_norm")}
 
 

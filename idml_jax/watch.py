@@ -32,7 +32,7 @@ def debug_checks(setting: str) -> tuple[str, ...]:
 @contextlib.contextmanager
 def debugging(checks: tuple[str, ...]) -> Iterator[None]:
     """JAX's checks around a step: NaN and Inf, leaked tracers, rank promotion, implicit transfers."""
-    contexts = {
+    contexts: dict[str, Callable[[], Any]] = {
         "nans": lambda: jax.debug_nans(True),
         "infs": lambda: jax.debug_infs(True),
         "leaks": jax.checking_leaks,

@@ -47,7 +47,9 @@ class MetricWriter:
 
     def __init__(self, workdir: Path, *, active: bool = True, tensorboard: bool = True, rows: int = 0):
         self._active, self.rows = active, rows
-        self._clu = self._tensorboard = self._file = None
+        self._clu: Any = None
+        self._tensorboard: Any = None
+        self._file: Any = None
         if not active:
             return
         path = workdir / "metrics.jsonl"

@@ -16,7 +16,7 @@ MATHS = (
 RUNTIME = (
     "watch", "interrupt", "hosts", "config", "recipes", "protocols", "sharding", "optim", "objective", "state", "steps",
     "checkpoint", "writers", "evaluate", "pretrained", "classify_steps", "classify", "protocols_classification",
-    "run", "loop", "train", "trained", "embeddings",
+    "run", "loop", "train", "trained", "embeddings", "faiss_index",
 )  # fmt: skip
 ROOMS = {
     "errors": {"errors"},
@@ -39,6 +39,7 @@ EDGES = {
     "matplotlib": {"data.glyphs_draw", "plots"},
     "sklearn": {"plots"},
     "pyarrow": {"embeddings"},
+    "faiss": {"faiss_index"},
     "grain": {"data.pipeline"},
     "cv2": {
         "data.colour", "data.decode", "data.resample", "data.transforms", "data.glyphs_draw", "data.glyphs",

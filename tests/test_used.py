@@ -12,6 +12,7 @@ from test_train import small_config
 
 from idml_jax import embed, embeddings, evaluate, export, pages, plots, report, report_parts, search, train, trained
 from idml_jax.errors import UserError
+from idml_jax.metrics import retrieval
 from idml_jax.metrics.report import Embedded, Ism
 from idml_jax.metrics.uncertainty import threshold_for_precision
 
@@ -360,6 +361,34 @@ class TestExport:
         assert done.returncode == 0, done.stderr
         cosine = (np.load(tmp_path / "x.npy") * stored.embedded.semantic[[0, 12, 24]]).sum(axis=1)
         assert (cosine > 0.999).all(), cosine
+
+    def test_an_index_for_faiss_gives_the_same_neighbours(self, index, tmp_path, capsys):
+        faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed (extra 'faiss')")
+        stored = embeddings.read(index).embedded.semantic
+        expected = retrieval.neighbours(stored, stored, 6)
+        for kind in ("Flat", "HNSW16"):
+            out = tmp_path / f"{kind}.faiss"
+            export.main([f"--index={index}", f"--faiss={out}", f"--faiss_kind={kind}"])
+            assert "96 rows of 16 dimensions" in capsys.readouterr().out
+            squares, rows = faiss.read_index(str(out)).search(stored, 6)
+            np.testing.assert_allclose(np.sqrt(np.maximum(squares, 0)), expected.distance, atol=2e-3)
+            assert (rows == expected.index).mean() > 0.99  # equal distances may come in another order
+        for words, message in (
+            ([f"--faiss={tmp_path / 'x'}", "--faiss_kind=Nothing"], "--faiss_kind=Nothing: faiss cannot make it"),
+            ([f"--faiss={tmp_path / 'x'}", "--faiss_kind=IVF4096,Flat"], "of 96 rows"),
+            ([], "--faiss is missing"),
+        ):
+            with pytest.raises(SystemExit):
+                export.main([f"--index={index}", *words])
+            error = capsys.readouterr().err
+            assert message in error and error.count("\n") == 1
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["Flat.faiss", "HNSW16.faiss"]
+
+    def test_without_faiss_that_is_said(self, index, tmp_path, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "faiss", None)
+        with pytest.raises(SystemExit):
+            export.main([f"--index={index}", f"--faiss={tmp_path / 'x.faiss'}"])
+        assert "pip install faiss-cpu" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
     def test_refusals(self, exported, workdir, capsys):
         for words, message in ((["--platforms=gpu"], "known: cpu, cuda, tpu, rocm"), ([], "already there")):

@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
@@ -79,7 +80,7 @@ def _walk_folder(folder: Path, prefix: str, enter: Callable[[str], bool], above:
             with open(path, "rb") as file:
                 yield from _walk_archive(file, name, str(path), enter, seekable=True)
         else:
-            yield Entry(name, lambda path=path: _read_file(path))
+            yield Entry(name, partial(_read_file, path))
 
 
 def _is_litter(name: str) -> bool:
@@ -132,8 +133,14 @@ Member = tuple[str, Callable[[], bytes], Callable[[], IO[bytes]], bool]
 def _tar_members(file: IO[bytes], where: str, seekable: bool) -> Iterator[Member]:
     with _open_tar(file, where, seekable) as tar:
         plain = tar.fileobj is file
+
+        def _opened(info: tarfile.TarInfo) -> IO[bytes]:
+            opened = tar.extractfile(info)
+            assert opened is not None  # of a regular file it is there
+            return opened
+
         while (info := tar.next()) is not None:
-            tar.members = []  # else the headers of the whole archive stay in memory
+            tar.members = []  # type: ignore[attr-defined]  # else the headers of the whole archive stay in memory
             if info.isdir():
                 continue
             name = _safe_name(info.name, where)
@@ -144,12 +151,12 @@ def _tar_members(file: IO[bytes], where: str, seekable: bool) -> Iterator[Member
 
             def read(info: tarfile.TarInfo = info) -> bytes:
                 _check_size(info.size, f"{where}: {info.name}")
-                data = tar.extractfile(info).read()
+                data = _opened(info).read()
                 if len(data) != info.size:
                     raise tarfile.ReadError("unexpected end of data")
                 return data
 
-            yield name, read, lambda info=info: tar.extractfile(info), seekable and plain
+            yield name, read, partial(_opened, info), seekable and plain
 
 
 def _open_tar(file: IO[bytes], where: str, seekable: bool) -> tarfile.TarFile:
@@ -191,7 +198,7 @@ def _zip_members(file: IO[bytes], where: str, seekable: bool) -> Iterator[Member
                     raise zipfile.BadZipFile(f"{info.filename}: not as long as its header says")
                 return data
 
-            yield name, read, lambda info=info: archive.open(info), False
+            yield name, read, partial(archive.open, info), False
 
 
 def read_small(

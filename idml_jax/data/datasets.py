@@ -58,10 +58,10 @@ def load_folder(
     which is split by class; or, without ``root``, the prepared one that ``variant`` names."""
     if not root and variant:
         found = prepared_lib.find("folder", data_dir or default_data_dir(), variant)
-        parts = {split: prepared_lib.source(found, split, say=warn) for split in found.splits}
-        if "images" in parts:
-            return Splits(*split_by_class(parts["images"], train_classes))
-        return _separate(parts)
+        prepared = {split: prepared_lib.source(found, split, say=warn) for split in found.splits}
+        if "images" in prepared:
+            return Splits(*split_by_class(prepared["images"], train_classes))
+        return _separate(prepared)
     if not root:
         raise UserError(
             "config.data.root is empty; give the folder that holds one folder per class (or config.data.variant, the "
@@ -69,8 +69,8 @@ def load_folder(
         )
     test_root = next((Path(root) / name for name in ("test", "val") if (Path(root) / name).is_dir()), None)
     if test_root is not None and (Path(root) / "train").is_dir():
-        parts = [scan_folder(Path(root) / "train"), scan_folder(test_root)]
-        return Splits(*(drop_unreadable(part, on_corrupt, warn) for part in parts))
+        train, test = scan_folder(Path(root) / "train"), scan_folder(test_root)
+        return Splits(drop_unreadable(train, on_corrupt, warn), drop_unreadable(test, on_corrupt, warn))
     everything = drop_unreadable(scan_folder(root), on_corrupt, warn)
     if len(everything.class_names) < 2:
         raise UserError(f"{root}: 1 class ({everything.class_names[0]}); metric learning needs at least 2")
@@ -148,7 +148,7 @@ def load_benchmark(
     data_dir, benchmark = data_dir or default_data_dir(), BENCHMARKS[name]
     found = prepared_lib.find(name, data_dir)
     wanted = ("train", "test") if benchmark.train_classes and not found.ours else tuple(benchmark.splits)
-    parts = {s: prepared_lib.source(found, s, say=warn) for s in wanted if s in found.splits}
+    parts: dict[str, Source] = {s: prepared_lib.source(found, s, say=warn) for s in wanted if s in found.splits}
     if benchmark.train_classes and not found.ours:
         # The official splits together, divided by class.
         whole = Joined([parts[s] for s in wanted if s in parts])

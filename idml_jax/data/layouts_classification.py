@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def _cifar(source: Path, title: str, files: Mapping[str, Sequence[str]], meta: S
                 raise UserError(f"{entry.name}: labels {labels.min()} to {labels.max()}; {len(class_names)} classes")
             for i in range(len(labels)):
                 name = f"{entry.name}/{file_names[i] if i < len(file_names) else i}"
-                yield Record(batches[entry.name], int(labels[i]), name, lambda row=pixels[i]: _png(row))
+                yield Record(batches[entry.name], int(labels[i]), name, partial(_png, pixels[i]))
 
     kind = "binary files" if next(iter(batches)).endswith(".bin") else "python files"
     return Plan(kind, class_names, ("train", "test"), records)
@@ -226,7 +227,7 @@ def imagenet(source: Path) -> Plan:
             "ILSVRC2012_img_train.tar (and ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz) in one folder, or "
             "train/<wnid>/ and val/<wnid>/",
         )  # fmt: skip
-    order = sorted(wnids)
+    order = sorted(wnid for wnid in wnids if isinstance(wnid, str))
     label_of = {wnid: label for label, wnid in enumerate(order)}
     truth = _validation_truth(source, lists) if has_validation else None
 

@@ -32,7 +32,9 @@ _ENDING = r"\.(tgz|tar|tar\.gz|tar\.bz2|tar\.xz|zip)"
 
 def _split_of(dataset: str, number: int) -> str:
     """Split of a class by its official number, which starts at 1."""
-    return "train" if number <= BENCHMARKS[dataset].train_classes else "test"
+    bound = BENCHMARKS[dataset].train_classes
+    assert bound is not None  # of the sets that are split by class
+    return "train" if number <= bound else "test"
 
 
 def _look(
@@ -96,7 +98,8 @@ def cub(source: Path) -> Plan:
 
 def _cub_folders(source: Path, names: Sequence[str], enter: Enter) -> Plan:
     class_of = re.compile(r"(?:.*/)?((\d{3})\.[^/]+)/[^/]+")
-    places, class_names = {}, {}
+    places: dict[str, Place] = {}
+    class_names: dict[int, str] = {}
     for name in filter(is_image, names):
         match = class_of.fullmatch(name)
         if match is None:
@@ -144,7 +147,7 @@ def _load_mat(lists: Mapping[str, bytes], base: str, variable: str) -> tuple[str
     Raises:
       UserError: if the file is unreadable or lacks it.
     """
-    name = find(lists, base)
+    name = find(lists, base) or base
     try:
         values = loadmat(io.BytesIO(lists[name]), squeeze_me=True, struct_as_record=False, variable_names=[variable])
     except Exception as error:
@@ -190,7 +193,7 @@ def _cars_apart(source: Path, lists: Mapping[str, bytes], needed: Sequence[str],
         raise UserError(f"{source}: {' and '.join(absent)} missing{hint}")
     _, names = _load_mat(lists, "cars_meta.mat", "class_names")
     class_names = {number: str(name) for number, name in enumerate(names, 1)}
-    places = {}
+    places: dict[str, Place] = {}
     for split, base in (("train", "cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
         file, annotations = _load_mat(lists, base, "annotations")
         places |= _car_places(file, annotations, "fname", f"cars_{split}", class_names)
@@ -238,9 +241,11 @@ def sop(source: Path) -> Plan:
         )
     if absent:
         raise UserError(f"{source}: {absent[0]} missing beside {next(iter(lists))}")
-    places, class_names, split_of = {}, {}, {}
+    places: dict[str, Place] = {}
+    class_names: dict[int, str] = {}
+    split_of: dict[int, str] = {}
     for split, base in zip(("train", "test"), needed, strict=True):
-        file = find(lists, base)
+        file = find(lists, base) or base
         for _, number, _, path in rows(lists[file], file, 4, header=1):
             number = whole_number(number, file)
             kind = path.split("/")[0].removesuffix("_final")

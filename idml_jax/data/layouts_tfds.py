@@ -3,6 +3,7 @@ TensorFlow, to be stored again."""
 
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from idml_jax.data.archives import MAX_FILE_BYTES
@@ -74,7 +75,7 @@ def plan(dataset: str, source: Path) -> Plan:
                     name = example[file_key] if file_key else f"{Path(path).name} record {number}"
                     name = name.decode() if isinstance(name, bytes) else str(name)
                     to = split if bound is None else ("train" if label < bound else "test")
-                    yield Record(to, label, name, lambda data=example["image"]: data)
+                    yield Record(to, label, name, partial(bytes, example["image"]))
 
     listed = None if bound else {s: builder.info.splits[s].num_examples for s in stored}
     return Plan(f"tfds' {builder.info.full_name}", builder.info.features[label_key].names, splits, records, listed)

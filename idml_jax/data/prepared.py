@@ -113,7 +113,7 @@ def find(dataset: str, data_dir: str, variant: str = "") -> Prepared:
     )
 
 
-class _Records:
+class _Records(Sequence[dict[str, Any]]):
     """Some features of a split's records; the image stays encoded.
 
     Further pictures (masks) and boxes, which tfds' own sets may have, would else be decoded with every record.
@@ -131,7 +131,7 @@ class _Records:
     def __len__(self) -> int:
         return len(self._raw)
 
-    def __getitem__(self, record: int) -> dict[str, Any]:
+    def __getitem__(self, record: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
         return self._features.deserialize_example_np(self._raw[record], decoders=self._decoders)
 
 

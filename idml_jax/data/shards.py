@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ class Stored(NamedTuple):
     skipped: list[str]
 
 
-def features(class_names: list[str] | tuple[str, ...]) -> Any:
+def features(class_names: Sequence[str]) -> Any:
     """The tfds features of a stored set: encoded image, label, name of its file."""
     import tensorflow_datasets as tfds
 
@@ -108,7 +108,10 @@ class _Split:
         while self._restore(len(self.lengths)):
             pass
         self.resumed, self._resumed_trail = self.position, self._trail
-        self._writer, self._open_labels, self._open_bytes, self._open_skipped = None, [], 0, []
+        self._writer: Any = None
+        self._open_labels: list[int] = []
+        self._open_bytes = 0
+        self._open_skipped: list[Any] = []
 
     def _shard(self, number: int) -> Path:
         return self._folder / f"{self._prefix}-{self._split}.{FILE_FORMAT}-{number:05d}"

@@ -24,9 +24,12 @@ class Source(Protocol):
       fields: further values per image, e.g. the true ``ambiguity`` of the glyphs, each ``[n, ...]``.
     """
 
-    labels: Int[np.ndarray, "n"]
-    class_names: Sequence[str]
-    fields: dict[str, np.ndarray]
+    @property
+    def labels(self) -> Int[np.ndarray, "n"]: ...
+    @property
+    def class_names(self) -> Sequence[str]: ...
+    @property
+    def fields(self) -> dict[str, np.ndarray]: ...
 
     def __len__(self) -> int: ...
     def read(self, index: int) -> bytes:
@@ -109,7 +112,9 @@ class Subset:
         have to agree on their labels: query and gallery, training and test images of classification.
     """
 
-    def __init__(self, source: Source, indices: Int[np.ndarray, "m"], classes: Sequence[int] | None = None):
+    def __init__(
+        self, source: Source, indices: Int[np.ndarray, "m"], classes: Sequence[int] | Int[np.ndarray, "c"] | None = None
+    ):
         self._source, self._indices = source, np.asarray(indices)
         own = source.labels[self._indices]
         kept = np.unique(own if classes is None else np.asarray(classes))
@@ -156,7 +161,7 @@ class Joined:
         return source.name(local)
 
 
-def select_classes(source: Source, classes: Sequence[int]) -> Subset:
+def select_classes(source: Source, classes: Sequence[int] | Int[np.ndarray, "c"]) -> Subset:
     """The images of some labels of a source."""
     return Subset(source, np.flatnonzero(np.isin(source.labels, np.asarray(classes, np.int64))))
 
@@ -261,7 +266,9 @@ def scan_folder(root: str | os.PathLike) -> FolderSource:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder (config.data.root)")
-    paths, labels, names = [], [], []
+    paths: list[str] = []
+    labels: list[int] = []
+    names: list[str] = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
         found = sorted(
             str(p)

@@ -101,9 +101,9 @@ class RandomResizedCrop:
             box_width = round(height * self.ratio[1])
         return self._to_grid((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
-    def _to_grid(self, *box: int) -> tuple[int, int, int, int]:
-        step = reduction(box[2:], (self.size, self.size))
-        return tuple(value // step * step for value in box)
+    def _to_grid(self, top: int, left: int, height: int, width: int) -> tuple[int, int, int, int]:
+        step = reduction((height, width), (self.size, self.size))
+        return top // step * step, left // step * step, height // step * step, width // step * step
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,8 @@ def create(
     if name == "cifar":
         return PaddedCrop(size, pad, flip), AsIs(size)
     turn = rotation if name == "retrieval" else 0.0
-    train = RandomResizedCrop(size, tuple(crop_scale), tuple(crop_ratio), flip, turn, resample)
+    (low, high), (narrow, wide) = crop_scale, crop_ratio
+    train = RandomResizedCrop(size, (low, high), (narrow, wide), flip, turn, resample)
     test = ResizeCenterCrop(size, resize, resample)
     return (train if name == "retrieval" else ImageNetTrain(train, color_jitter, lighting)), test
 
@@ -276,7 +277,7 @@ class Changed:
         if not 0 <= self.strength < 1:
             raise ValueError(f"strength {self.strength} must be in [0, 1)")
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, image: AnyPicture, rng: np.random.Generator) -> np.ndarray:
         image = self.transform(image, rng)
         size = image.shape[0]
         if self.kind == "blur":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -36,8 +36,8 @@ class HeldOut(NamedTuple):
 
     def without_uncertainty(self) -> HeldOut:
         """The same of a network whose uncertainty head has learned nothing."""
-        plain = lambda x: x._replace(uncertainty=None) if isinstance(x, Embedded) else x
-        return HeldOut(*(plain(x) for x in self))
+        plain: Any = lambda x: None if x is None else x._replace(uncertainty=None)
+        return self._replace(queries=plain(self.queries), gallery=plain(self.gallery), changed=plain(self.changed))
 
 
 class Calibration(NamedTuple):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
+
+# What callers hand in: of jax or of numpy alike.
+Array = jax.Array | np.ndarray
 
 
 def embedding_rows(embeddings, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from idml_jax.metrics import seeding, tiles
-from idml_jax.metrics.checks import embedding_rows, label_column
+from idml_jax.metrics.checks import Array, embedding_rows, label_column
 
 
 class KMeans(NamedTuple):

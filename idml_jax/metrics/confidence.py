@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
-from idml_jax.metrics.checks import score_column
+from idml_jax.metrics.checks import Array, score_column
 
 
 class Confidence(NamedTuple):

@@ -1,7 +1,7 @@
 """Embeddings of a set of images on the host, and the scores of their answers."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,11 +29,12 @@ class Embedded(NamedTuple):
     @property
     def embedding(self) -> ism.Embedding:
         """As the metric takes it."""
-        return ism.Embedding(self.semantic, self.uncertainty)
+        return ism.Embedding(self.semantic, self.uncertainty)  # type: ignore[arg-type]  # of numpy
 
     @property
     def uncertainty_norm(self) -> Float[np.ndarray, "n"]:
         """Length of the uncertainty embedding, the score of a single image."""
+        assert self.uncertainty is not None
         return np.linalg.norm(self.uncertainty, axis=1)
 
 
@@ -64,5 +65,6 @@ def scores_of(
 
 def joined(sets: Sequence[Embedded]) -> Embedded:
     """Several sets as one, in order; what one of them lacks the whole lacks."""
-    columns = zip(*sets, strict=True)
-    return Embedded(*(None if any(x is None for x in column) else np.concatenate(column) for column in columns))
+    columns = {name: [getattr(one, name) for one in sets] for name in Embedded._fields}
+    whole: dict[str, Any] = {k: None if any(x is None for x in c) else np.concatenate(c) for k, c in columns.items()}
+    return Embedded(**whole)

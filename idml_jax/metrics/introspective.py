@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from idml_jax import ism
+from idml_jax.metrics.checks import Array
 from idml_jax.metrics.retrieval import Neighbours, Ranks, ranks_by_distance, retrieval_ranks, summarise
 from idml_jax.metrics.uncertainty import free_scores, nearest_twenty
 
@@ -49,7 +50,7 @@ def compare(
     Same protocol and errors as `retrieval.retrieval_ranks`; `retrieval.summarise` turns each side into metrics.
     """
     semantic = None if gallery is None else gallery.semantic
-    distance = IntrospectiveDistance(temperature, relative)
+    distance: Any = IntrospectiveDistance(temperature, relative)
     return Comparison(
         retrieval_ranks(embedding.semantic, labels, semantic, gallery_labels, devices=devices),
         ranks_by_distance(distance, embedding, labels, gallery, gallery_labels, devices=devices),
@@ -88,7 +89,7 @@ def answer_scores(
     u = np.asarray(embedding.uncertainty, np.float64)
     scores["uncertainty"] = np.linalg.norm(u, axis=1)
     scores["pair_uncertainty"] = np.linalg.norm(u + np.asarray(answer.uncertainty, np.float64), axis=1)
-    distance = IntrospectiveDistance(temperature, relative)
+    distance: Any = IntrospectiveDistance(temperature, relative)
     one = lambda a, b: distance(*(jax.tree.map(lambda x: x[None], side) for side in (a, b)))[0, 0]
     scores["introspective_distance"] = np.asarray(jax.jit(jax.vmap(one))(embedding, answer), np.float64)
     return scores

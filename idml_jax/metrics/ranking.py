@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -78,6 +78,7 @@ def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Devi
         slots = np.empty(len(chosen), np.int64)
         slots[np.argsort(task.labels[chosen], kind="stable")] = np.arange(len(chosen))
         ids = chosen if task.same_set else np.full(len(chosen), -2)
+        assert task.query_norms is not None  # of the Euclidean distance they are there
         queries = _blocks(task.queries[chosen], task.query_norms[chosen], ids, slots, _tile(len(chosen)))
 
     blocks, height = queries.ids.shape
@@ -92,7 +93,7 @@ def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Devi
     target_slots = target_slots.reshape(most, blocks, height).swapaxes(0, 1)
     limits = np.zeros(blocks, np.int32)
     np.maximum.at(limits, slots // height, positives.astype(np.int32))
-    targets = tiles.Targets(target_slots, columns.ids.reshape(-1)[target_slots], limits)
+    targets = tiles.Targets(target_slots, columns.ids.reshape(-1)[target_slots], limits)  # type: ignore[arg-type]
     some = positives > 0
     own = np.stack([slots[some] // height, starts[task.labels[chosen[some]]] // tile], axis=1)
     before, nearest = tiles.count_before(queries, columns, targets, np.unique(own, axis=0), devices)
@@ -183,9 +184,9 @@ def nearest_rows(
     return index
 
 
-def _two_ahead(start, total: int, height: int) -> Iterator[tuple[slice, tuple]]:
+def _two_ahead(start, total: int, height: int) -> Iterator[tuple[slice, Any]]:
     """Host results of start(rows) over consecutive rows; the next block is computed while one is read."""
-    pending = deque()
+    pending: deque[tuple[slice, Any]] = deque()
     for first in range(0, total, height):
         rows = slice(first, first + height)
         pending.append((rows, start(rows)))
@@ -202,9 +203,10 @@ def _blocks(rows, norms, ids, slots, tile) -> tiles.Blocks:
     placed_norms = np.full(blocks * tile, np.inf, np.float32)
     placed_ids = np.full(blocks * tile, -1, np.int32)
     placed[slots], placed_norms[slots], placed_ids[slots] = rows, norms, ids
-    return tiles.Blocks(
+    of_host: Any = (
         placed.reshape(blocks, tile, -1), placed_norms.reshape(blocks, tile), placed_ids.reshape(blocks, tile)
-    )
+    )  # fmt: skip
+    return tiles.Blocks(*of_host)
 
 
 def _class_starts(sizes: Int[np.ndarray, "classes"], tile: int) -> Int[np.ndarray, "classes"]:

@@ -1,6 +1,7 @@
 """All figures of one set of embeddings in one flat dictionary: what training, evaluation and the command line print."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,12 +17,16 @@ __all__ = [
 ]  # fmt: skip
 
 
+def _searched(gallery: Embedded | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    return (None, None) if gallery is None else (gallery.semantic, gallery.labels)
+
+
 def retrieval_report(
     embedded: Embedded, ks: Sequence[int] = (1, 2, 4, 8), gallery: Embedded | None = None
 ) -> dict[str, float]:
     """What is followed during training: R@K, RP, MAP@R, MRR, and mean and deviation of the uncertainty's length."""
-    searched = (None, None) if gallery is None else (gallery.semantic, gallery.labels)
-    report = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, *searched, ks=ks)
+    searched = _searched(gallery)
+    report = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, searched[0], searched[1], ks=ks)
     if embedded.uncertainty is not None:
         length = embedded.uncertainty_norm
         report |= {"uncertainty_mean": float(length.mean()), "uncertainty_std": float(length.std())}
@@ -64,8 +69,7 @@ def full_report(
     Raises:
       ValueError: for empty, mismatched or non-finite input.
     """
-    searched = (None, None) if gallery is None else (gallery.semantic, gallery.labels)
-    ranks = retrieval.retrieval_ranks(embedded.semantic, embedded.labels, *searched)
+    ranks = retrieval.retrieval_ranks(embedded.semantic, embedded.labels, *_searched(gallery))
     report = retrieval.summarise(ranks, ks)
     interval = uncertainty.recall_interval(ranks.nearest_correct, seed=seed)
     report |= {"R@1_low": interval.low, "R@1_high": interval.high}
@@ -94,14 +98,16 @@ def full_report(
 def _uncertainty_report(
     embedded: Embedded, gallery: Embedded | None, ranks: Ranks, ks: Sequence[int], settings: Ism, seed: int
 ) -> dict[str, float]:
+    assert embedded.uncertainty is not None
     length = embedded.uncertainty_norm
     report = {"uncertainty_mean": length.mean(), "uncertainty_std": length.std()}
     report["s-u_correlation"] = uncertainty.similarity_correlation(embedded.semantic, embedded.uncertainty)
     if uncertainty.r_auroc_undefined(ranks.nearest_correct) is None:
         interval = uncertainty.r_auroc_interval(length, ranks.nearest_correct, seed=seed)
         report |= {"R-AUROC(uncertainty)_low": interval.low, "R-AUROC(uncertainty)_high": interval.high}
+    distance: Any = introspective.IntrospectiveDistance(*settings)
     by_distance = retrieval.ranks_by_distance(
-        introspective.IntrospectiveDistance(*settings),
+        distance,
         embedded.embedding,
         embedded.labels,
         None if gallery is None else gallery.embedding,

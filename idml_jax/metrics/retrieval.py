@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from idml_jax.metrics import ranking
-from idml_jax.metrics.checks import embedding_rows, label_column
+from idml_jax.metrics.checks import Array, embedding_rows, label_column
 
 Tree = Any  # an array, or a tuple or dict of arrays with the same first axis
 
@@ -46,7 +46,7 @@ class Neighbours(NamedTuple):
     """The k nearest rows of each of n queries, nearest first (host arrays)."""
 
     distance: Float[np.ndarray, "n k"]
-    index: Int[np.ndarray, "n k"]
+    index: Int[np.ndarray, "n k"]  # type: ignore[assignment]  # in place of tuple.index
 
 
 def retrieval_metrics(

@@ -42,7 +42,7 @@ def plain(search: Search, k: int, rng: np.random.Generator) -> Int[np.ndarray, "
         chance = rng.random(len(drawn)) * weights[drawn]
         true = weights[drawn].copy()
         mutual = norms[drawn][:, None] + norms[drawn][None, :] - 2 * (rows[drawn] @ rows[drawn].T)
-        kept = []
+        kept: list[int] = []
         for i, candidate in enumerate(drawn):
             if chance[i] < true[i] and len(kept) < wanted:
                 kept.append(int(candidate))

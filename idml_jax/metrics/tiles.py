@@ -62,7 +62,7 @@ def count_before(
     of the product is computed.
     """
     symmetric = queries is columns
-    pairs = np.stack(np.indices((len(queries.rows), len(columns.rows))), -1).reshape(-1, 2)
+    pairs = np.moveaxis(np.indices((len(queries.rows), len(columns.rows))), 0, -1).reshape(-1, 2)
     if symmetric:  # the tiles on the diagonal hold the targets, and are counted as soon as these are read
         own_pairs, pairs = pairs[pairs[:, 0] == pairs[:, 1]], pairs[pairs[:, 0] < pairs[:, 1]]
     devices = devices[: max(1, len(pairs))]

@@ -10,9 +10,9 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from idml_jax.metrics.checks import embedding_rows, score_column
+from idml_jax.metrics.checks import Array, embedding_rows, score_column
 from idml_jax.metrics.retrieval import Neighbours, neighbours
 
 
