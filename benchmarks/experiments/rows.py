@@ -7,7 +7,7 @@ from idml_jax.losses import LOSSES
 Overrides = dict[str, Any]
 
 TINY: Overrides = {
-    "epochs": 6, "data.channels": 3, "data.mean": (0.48, 0.45, 0.40), "data.std": (0.27, 0.26, 0.28),
+    "epochs": 4, "data.channels": 3, "data.mean": (0.48, 0.45, 0.40), "data.std": (0.27, 0.26, 0.28),
     "data.flip": True, "data.rotation": 0.0, "data.crop_scale": (0.4, 1.0), "model.pooling": "avg",
 }  # fmt: skip
 # Short runs on two cores. Evaluation once, at the end.
