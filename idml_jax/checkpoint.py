@@ -347,6 +347,8 @@ def find_state(path: Path, metric: str) -> Path:
 def read_variables(folder: Path) -> dict[str, Any]:
     """``params`` (of ``trunk`` and ``heads``) and ``batch_stats`` of a stored tree, as numpy arrays.
 
+    Of a run with moving averages those, by which it was evaluated.
+
     Raises:
       UserError: if it cannot be read.
     """
@@ -355,10 +357,14 @@ def read_variables(folder: Path) -> dict[str, Any]:
             stored = checkpointer.metadata(folder).item_metadata.tree
             params = {k: v for k, v in stored["params"].items() if k in ("trunk", "heads")}
             wanted = {"params": params, "batch_stats": stored.get("batch_stats", {})}
+            averages = stored.get("opt_state", {}).get("ema")
+            if averages:
+                wanted = {"opt_state": {"ema": averages}}
             item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            return checkpointer.restore(
+            read = checkpointer.restore(
                 folder, args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
             )
+            return read["opt_state"]["ema"] if averages else read
     except Exception as error:
         raise UserError(f"{folder}: cannot be read ({_first_line(error)})") from error
