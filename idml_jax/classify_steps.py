@@ -44,6 +44,11 @@ class Softmax:
     smoothing: float = 0.0
 
     @property
+    def split(self) -> tuple[str, ...]:
+        """Nothing is split over devices."""
+        return ()
+
+    @property
     def loss(self) -> str:
         """Its name, for messages."""
         return "softmax" + ("" if self.mixing == "none" else f" with {self.mixing}")

@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 
 from idml_jax import watch
 from idml_jax.data.resample import METHODS
-from idml_jax.data.transforms import TRANSFORMS
+from idml_jax.data.transforms import CHANGES, TRANSFORMS
 from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES
 from idml_jax.mixing import METHODS as MIXING
 
+SPLIT_CLASSES = 50_000  # from so many on, proxies are split over devices by default
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -39,6 +40,11 @@ def network_options(model: ConfigDict) -> dict[str, Any]:
     """What ``models.create_model`` and ``create_classifier`` both take of ``config.model``."""
     names = ("uncertainty_dim", "uncertainty_hidden", "uncertainty_scale", "pooling", "dtype", "remat")
     return {"frozen_statistics": model.batchnorm != "live", **{name: model[name] for name in names}}
+
+
+def learns_uncertainty(config: ConfigDict) -> bool:
+    """Whether anything teaches the uncertainty head: the metric or the order of the images."""
+    return bool(config.ism.enabled or config.ism.ranking)
 
 
 def default_config() -> ConfigDict:
@@ -70,6 +76,8 @@ def default_config() -> ConfigDict:
     config.data.flip = True
     config.data.rotation = 0.0  # degrees, of retrieval
     config.data.color_jitter = 0.4  # of imagenet: brightness, contrast, saturation
+    config.data.corrupt = 0.0  # share of the training pictures that are blurred, noised, occluded or cropped
+    config.data.corrupt_kinds = CHANGES
     config.data.lighting = 0.1  # of imagenet: deviation of the multiples of the principal components of colour
     config.data.pad = 4  # pixels around a picture before the crop, of cifar
     config.data.resample = "fast"  # or exact: Pillow's pixels, slower
@@ -98,6 +106,7 @@ def default_config() -> ConfigDict:
     config.ism.enabled = True
     config.ism.variant = "relative"  # or absolute, released
     config.ism.temperature = 5.0
+    config.ism.ranking = 0.0  # weight of the loss by which u learns to order images by how hard they are
 
     config.loss = ConfigDict()
     config.loss.name = "proxy_anchor"
@@ -135,6 +144,9 @@ def default_config() -> ConfigDict:
     config.optim.loss_lr_factor = 1.0  # of other numbers that a loss learns
     config.optim.clip_value = 10.0
     config.optim.accumulate = 1  # parts in which the trunk sees a batch; the loss is still over all of it
+
+    config.sharding = ConfigDict()
+    config.sharding.proxies = "auto"  # split over devices from 50,000 classes on; or split, whole (on every device)
 
     config.eval = ConfigDict()
     config.eval.every_epochs = 1
@@ -190,7 +202,7 @@ def validate(config: ConfigDict) -> None:
         _at_least(config, field, 1)
     for field in ("seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay",
                   "optim.clip_value", "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation",
-                  "data.pad", "mixup.alpha", "memory.size", "memory.warmup_epochs",
+                  "data.pad", "ism.ranking", "mixup.alpha", "memory.size", "memory.warmup_epochs",
                   "eval.ambiguity_images"):  # fmt: skip
         _at_least(config, field, 0)
     watch.debug_checks(config.debug)
@@ -200,6 +212,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "model.uncertainty_head", ("mlp", "linear", "none"))
     _choice(config, "model.pooling", ("avg", "max", "avg_max", "token"))
     _choice(config, "model.init_parts", ("trunk", "semantic", "all"))
+    _choice(config, "sharding.proxies", ("auto", "split", "whole"))
     _choice(config, "eval.split", ("test", "validation"))
     _choice(config, "data.transform", TRANSFORMS)
     _choice(config, "data.resample", METHODS)
@@ -248,6 +261,13 @@ def validate(config: ConfigDict) -> None:
         _validate_classification(config)
     else:
         _choice(config, "eval.best_metric", (*(f"R@{k}" for k in config.eval.ks), "RP", "MAP@R"))
+    if not 0 <= config.data.corrupt <= 1:
+        raise UserError(f"config.data.corrupt = {config.data.corrupt} must be a share, 0 to 1")
+    kinds = config.data.corrupt_kinds
+    if not set(kinds) <= set(CHANGES) or (config.data.corrupt and not kinds):
+        raise UserError(f"config.data.corrupt_kinds = {tuple(kinds)} must be some of {', '.join(CHANGES)}")
+    if config.ism.ranking and (config.task != "retrieval" or config.model.uncertainty_head == "none"):
+        raise UserError("config.ism.ranking needs config.task = 'retrieval' and an uncertainty head")
     if not 0 < config.eval.precision <= 1:
         raise UserError(f"config.eval.precision = {config.eval.precision} must be in (0, 1]")
     for field in ("data.validation_classes", "data.validation_images"):

@@ -25,7 +25,8 @@ from idml_jax.data import pipeline
 from idml_jax.data.sources import Source
 from idml_jax.data.transforms import CHANGES, Changed, Transform
 from idml_jax.errors import UserError, stop
-from idml_jax.metrics.report import Embedded, Ism, ambiguity_report, corrupted_report, full_report
+from idml_jax.metrics.embedded import joined
+from idml_jax.metrics.report import Embedded, HeldOut, Ism, ambiguity_report, corrupted_report, full_report
 from idml_jax.steps import StepSetup
 
 STRENGTHS = (0.25, 0.5, 0.75)
@@ -134,6 +135,7 @@ def ambiguity(
     gallery: Embedded,
     settings: Ism = Ism(),  # noqa: B008 (immutable)
     kinds: Iterable[str] = CHANGES,
+    held_out: HeldOut | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """Does the uncertainty rise, and tell wrong answers, when pictures are mixed, cropped, blurred, noised or occluded?
@@ -149,6 +151,7 @@ def ambiguity(
       gallery: embeddings of the whole source; without an uncertainty only the free scores are judged.
       settings: of the introspective metric.
       kinds: changes beside mixing, at the strengths 0.25, 0.5 and 0.75.
+      held_out: fits the confidence of answers, see ``held_out_queries``.
       **options: of ``embed``.
 
     Returns:
@@ -165,12 +168,65 @@ def ambiguity(
     original = run(transform)
     changed = {kind: {s: run(Changed(transform, kind, s)) for s in STRENGTHS} for kind in kinds}
     every = [embedded for by_strength in changed.values() for embedded in by_strength.values()]
-    report = corrupted_report(original, every, gallery, chosen, settings)
+    report = corrupted_report(original, every, gallery, chosen, settings, held_out)
     if not introspective:
         return report
     changed["mixed"] = {0.5: run(transform, partners=partners_of_other_classes(source.labels, chosen, seed))}
     lengths = {kind: {s: e.uncertainty_norm for s, e in by_strength.items()} for kind, by_strength in changed.items()}
     return ambiguity_report(original.uncertainty_norm, lengths) | report
+
+
+def held_out_queries(
+    variables: Any,
+    validation: Source,
+    train: Source,
+    transform: Transform,
+    setup: StepSetup,
+    mesh: Mesh,
+    *,
+    searched: int,
+    images: int,
+    seed: int,
+    **options: Any,
+) -> HeldOut:
+    """Held-out classes as queries that teach how sure answers are.
+
+    They search themselves and whole training classes, drawn until the gallery is as large as the one that will be
+    searched: among few images hardly an answer is wrong, and every distance means something else.
+
+    Args:
+      variables: of the model.
+      validation: images of the held-out classes.
+      train: images of the training classes.
+      transform: test transform.
+      setup: of the steps.
+      mesh: devices.
+      searched: images in the gallery that answers will be sought in.
+      images: how many of the held-out pictures are also cropped, blurred, noised and occluded; 0: none.
+      seed: of the drawing.
+      **options: of ``embed``.
+
+    Returns:
+      The queries, to be handed to ``metrics.report``.
+    """
+
+    def run(source: Source, order: np.ndarray, transform: Transform = transform) -> Embedded:
+        return embed(variables, source, transform, setup, mesh, order=order, **options)
+
+    queries = run(validation, np.arange(len(validation)))
+    size = np.bincount(train.labels, minlength=len(train.class_names))
+    classes = np.random.Generator(np.random.PCG64(seed)).permutation(len(size))
+    wanted = classes[np.cumsum(size[classes]) <= max(0, searched - len(validation))]
+    gallery = queries
+    if len(wanted):
+        others = run(train, np.flatnonzero(np.isin(train.labels, wanted)))
+        gallery = joined([queries, others._replace(labels=others.labels + len(validation.class_names))])
+    own = np.arange(len(validation))
+    chosen = drawn_pictures(len(validation), images, seed)
+    if not len(chosen):
+        return HeldOut(queries, gallery, own)
+    changed = [run(validation, chosen, Changed(transform, kind, s)) for kind in CHANGES for s in STRENGTHS]
+    return HeldOut(queries, gallery, own, joined(changed), np.tile(chosen, len(changed)))
 
 
 def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] | None]:

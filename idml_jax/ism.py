@@ -72,9 +72,9 @@ def _promote_pair(a: Array, b: Array | None, name: str) -> tuple[Array, Array | 
     return a, b
 
 
-def _safe_sqrt(x: Array) -> Array:
-    """sqrt with gradient 0 at 0 (the double ``where``: an infinity times 0 would be NaN); a NaN stays one."""
-    zero = x <= 0
+def _safe_sqrt(x: Array, rounding: Array | float = 0.0) -> Array:
+    """sqrt, 0 with gradient 0 up to ``rounding`` (two ``where``: an infinity times 0 would be NaN); NaN stays."""
+    zero = x <= rounding
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 
 
@@ -120,7 +120,7 @@ def _norm_of_sums(a: Float[Array, "n d"], b: Float[Array, "m d"] | None, sign: f
     squares = of_rows[:, None] + (of_rows if b is None else jnp.sum(b * b, axis=1))[None, :]
     total = squares + (2.0 * sign) * product
     rounding = 4.0 * jnp.finfo(total.dtype).eps * squares
-    return scale * _safe_sqrt(jnp.where(total <= rounding, 0.0, total))
+    return scale * _safe_sqrt(total, rounding)
 
 
 def l2_normalize(x: Float[Array, "*batch d"], epsilon: float = 1e-12) -> Float[Array, "*batch d"]:
@@ -309,8 +309,8 @@ def introspective_similarity(
         return cosine
     discrepancy = jnp.maximum(1.0 - cosine, 0.0)  # rounding can leave a cosine just above 1
     beta = _beta(a, b).astype(cosine.dtype)
-    rounding = 4.0 * jnp.finfo(cosine.dtype).eps
-    alpha = _safe_sqrt(jnp.where(discrepancy <= rounding, 0.0, 2.0 * discrepancy))
+    rounding = 4.0 * float(jnp.finfo(cosine.dtype).eps)
+    alpha = _safe_sqrt(2.0 * discrepancy, 2.0 * rounding)
     # 1 - (1 - c) w, written so that w = 1 gives c to the bit.
     return cosine + discrepancy * (1.0 - _weakening(alpha, beta, temperature, relative))
 

@@ -74,6 +74,7 @@ class LossSpec(NamedTuple):
       references: what the columns are: learned ``proxies``, one per class, or the ``batch`` itself.
       needs_key: it draws at random and takes ``key=``.
       needs_dimension: it depends on the number of dimensions of the embeddings and takes ``dimension=``.
+      needs_count: it averages over its references and takes ``num_proxies=`` where some columns are padding.
       parameters: the options that can be learned, by name (see ``init_parameters``).
     """
 
@@ -82,6 +83,7 @@ class LossSpec(NamedTuple):
     references: Literal["proxies", "batch"]
     needs_key: bool = False
     needs_dimension: bool = False
+    needs_count: bool = False
     parameters: Mapping[str, LossParameter] = MappingProxyType({})
 
 
@@ -99,7 +101,7 @@ LOSSES: dict[str, LossSpec] = {
     "multi_similarity": LossSpec(multi_similarity, "similarity", "batch"),
     "fast_ap": LossSpec(fast_ap, "distance", "batch"),
     "proxy_nca": LossSpec(proxy_nca, "distance", "proxies"),
-    "proxy_anchor": LossSpec(proxy_anchor, "similarity", "proxies"),
+    "proxy_anchor": LossSpec(proxy_anchor, "similarity", "proxies", needs_count=True),
 }
 
 

@@ -26,7 +26,7 @@ __all__ = [
 _MOST_PASSES = 128
 # Draws per row and iteration.
 _DRAWS = 8
-# Entries that a running sum adds up by one small matrix product.
+# Columns that are drawn from together.
 _BLOCK = 32
 
 
@@ -209,34 +209,35 @@ def draw_negatives(
     n, m = weights.shape
     if n == 0 or m == 0:
         return weights
-    cumulative = _running_sum(weights)
-    total = cumulative[:, -1:]
-    # Rounding can leave a step where the weight is 0; such a draw goes to the likeliest entry.
-    largest = jnp.max(weights, axis=1, keepdims=True)
-    likeliest = jnp.min(jnp.where(weights == largest, jnp.arange(m)[None, :], m), axis=1, keepdims=True)
+    # First a block of columns is drawn, then a column of it, so that no running sum over the whole matrix is held.
+    blocks = jnp.pad(weights, ((0, 0), (0, -m % _BLOCK))).reshape(n, -1, _BLOCK)
+    of_block = jnp.sum(blocks, axis=2)
+    until = jnp.cumsum(of_block, axis=1)
+    total = until[:, -1:]
+    heaviest = jnp.argmax(of_block, axis=1)[:, None]
     draws = jnp.where(total[:, 0] > 0, draws, 0)
     rows = jnp.arange(n)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + rows)
 
+    def at(x: Array, index: Array) -> Array:
+        return jnp.take_along_axis(x, index, axis=1)
+
     def draw(state: tuple[Array, Array]) -> tuple[Array, Array]:
         done, counts = state
         uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, done), (_DRAWS,), total.dtype))(keys)
-        column = jax.vmap(lambda a, v: jnp.searchsorted(a, v, side="right"))(cumulative, uniform * total)
-        column = jnp.minimum(column, m - 1)
-        possible = jnp.take_along_axis(weights, column, axis=1) > 0
-        column = jnp.where(possible, column, likeliest)
+        point = uniform * total
+        block = jnp.minimum(jnp.sum(until[:, None, :] <= point[:, :, None], axis=2), until.shape[1] - 1)
+        # Rounding can leave a draw where the weight is 0; it goes to the heaviest block, and there to the heaviest.
+        block = jnp.where(at(of_block, block) > 0, block, heaviest)
+        rest = point - jnp.where(block > 0, at(until, jnp.maximum(block - 1, 0)), 0.0)
+        inside = at(blocks, block[:, :, None])
+        place = jnp.sum(jnp.cumsum(inside, axis=2) <= rest[:, :, None], axis=2)
+        place = jnp.minimum(place, _BLOCK - 1)
+        possible = jnp.take_along_axis(inside, place[:, :, None], axis=2)[:, :, 0] > 0
+        place = jnp.where(possible, place, jnp.argmax(inside, axis=2))
         wanted = done + jnp.arange(_DRAWS)[None, :] < draws[:, None]
-        return done + _DRAWS, counts.at[rows[:, None], column].add(wanted.astype(counts.dtype))
+        return done + _DRAWS, counts.at[rows[:, None], block * _BLOCK + place].add(wanted.astype(counts.dtype))
 
     most = jnp.max(draws)
     state = (most * 0, jnp.zeros_like(weights))
     return jax.lax.while_loop(lambda s: s[0] < most, draw, state)[1]
-
-
-def _running_sum(x: Float[Array, "n m"]) -> Float[Array, "n m"]:
-    """``cumsum`` along the rows, within blocks by a product with a triangle: several times faster than XLA's."""
-    n, m = x.shape
-    blocks = jnp.pad(x, ((0, 0), (0, -m % _BLOCK))).reshape(n, -1, _BLOCK)
-    sums = jnp.matmul(blocks, jnp.triu(jnp.ones((_BLOCK, _BLOCK), x.dtype)), precision=jax.lax.Precision.HIGHEST)
-    before = jnp.cumsum(sums[..., -1], axis=1) - sums[..., -1]
-    return (sums + before[..., None]).reshape(n, -1)[:, :m]

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from idml_jax import ism, losses, memory
+from idml_jax import difficulty, ism, losses, memory, sharding
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
 from idml_jax.losses import LOSSES
@@ -33,6 +35,8 @@ class Objective:
         classes or ``per_class``.
       memory_size: embeddings in the cross-batch memory; 0: none.
       memory_warmup: steps before the memory is used.
+      ranking: weight of the loss by which the uncertainty learns to order images by how hard they are.
+      mesh: devices over which the proxies, and the matrix along them, are split; ``None``: every device has them all.
     """
 
     loss: str
@@ -46,6 +50,8 @@ class Objective:
     learned: str = "none"
     memory_size: int = 0
     memory_warmup: int = 0
+    ranking: float = 0.0
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -69,11 +75,21 @@ class Objective:
         """How the loss is fed."""
         return LOSSES[self.loss]
 
+    @property
+    def split(self) -> tuple[str, ...]:
+        """Groups of parameters that are split over devices by rows."""
+        return () if self.mesh is None else ("proxies",)
+
+    @property
+    def proxy_rows(self) -> int:
+        """Rows of the table of proxies; where it is split the last ones may be padding, zeros that stay zeros."""
+        return self.num_classes if self.mesh is None else sharding.padded_rows(self.num_classes)
+
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """The loss's own groups of parameters: ``proxies`` [classes, dim] and ``loss``, its learned numbers, if any."""
+        """The loss's own groups of parameters: ``proxies`` [rows, dim] and ``loss``, its learned numbers, if any."""
         params: dict[str, Any] = {}
         if self.spec.references == "proxies":
-            params["proxies"] = init_proxies(key, self.num_classes, self.dim)
+            params["proxies"] = init_proxies(key, self.num_classes, self.dim, self.proxy_rows)
         if self.learned != "none":
             start = losses.init_parameters(self.spec, self.num_classes if self.learned == "per_class" else None)
             # A setting of that name is where it starts.
@@ -129,11 +145,10 @@ class Objective:
           The loss, a scalar.
         """
         if self.spec.references == "proxies":
-            proxies = params["proxies"]
+            proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
             # Proxies are certain, and compared by direction like the embeddings, except in the released code.
             raw = self.introspective and self.variant == "released"
             references = Embedding(proxies if raw else ism.l2_normalize(proxies), None)
-            pairs = losses.pairs_from_labels(labels, jnp.arange(self.num_classes))
         elif self.memory_size:
             kept = cast(memory.Memory, store)
             references = memory.with_batch(kept, embedding)
@@ -146,4 +161,31 @@ class Objective:
             options["dimension"] = self.dim
         if self.spec.needs_key:
             options["key"] = key
-        return self.spec.function(self.matrix(embedding, references), pairs, **options)
+        if self.spec.needs_count:
+            options["num_proxies"] = self.num_classes
+        return self.spec.function(self._split(self.matrix(embedding, references)), pairs, **options)
+
+    def _split(self, matrix: Any) -> Any:
+        """Of matrices of images and proxies every device has the columns of its proxies."""
+        mesh = self.mesh
+        return matrix if mesh is None else jax.tree.map(lambda x: sharding.constrain(x, mesh, None, "data"), matrix)
+
+    def _against_proxies(
+        self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]
+    ) -> tuple[Float[Array, "m d"], Embedding, losses.Pairs]:
+        """Proxies, images and their relation; a device has some of the proxies and all of the images."""
+        proxies, mesh = params["proxies"], self.mesh
+        if mesh is not None:
+            proxies = sharding.constrain(proxies, mesh, "data")
+            embedding = jax.tree.map(lambda x: sharding.constrain(x, mesh), embedding)
+        classes = jnp.arange(self.proxy_rows)
+        real = None if self.proxy_rows == self.num_classes else classes < self.num_classes
+        return proxies, embedding, self._split(losses.pairs_from_labels(labels, classes, reference_mask=real))
+
+    def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
+        """How near each image is to a wrong answer, by the plain similarity; see ``difficulty.confusion``."""
+        references, pairs = None, None
+        if self.spec.references == "proxies":
+            references, embedding, pairs = self._against_proxies(params, embedding, labels)
+        similarity = self._split(ism.cosine_similarity(embedding.semantic, references))
+        return difficulty.confusion(similarity, losses.pairs_from_labels(labels) if pairs is None else pairs)

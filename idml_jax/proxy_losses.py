@@ -19,6 +19,7 @@ def proxy_anchor(
     weights: Float[Array, "n"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    num_proxies: int | None = None,
 ) -> Float[Array, ""] | Float[Array, "m"]:
     """ProxyAnchor loss, Kim et al., CVPR 2020, eq. 4.
 
@@ -38,6 +39,8 @@ def proxy_anchor(
       reduction: ``'none'`` returns for each proxy the sum of its two logarithms.
       axis_name: under ``pmap`` or ``shard_map``, the mapped axis that the images are split over; the proxies are the
         same on every device.
+      num_proxies: how many of the columns are proxies, where the others are padding, which the relation leaves out;
+        all by default.
 
     Returns:
       The loss, a scalar, 0 for an empty relation; or ``[m]`` unreduced.
@@ -53,7 +56,8 @@ def proxy_anchor(
     if reduction == "none":
         return positive + negative
     with_positive = jnp.sum(total(is_positive.astype(similarity.dtype), axis_name, axis=0) > 0)
-    return jnp.sum(positive) / jnp.maximum(with_positive, 1) + jnp.sum(negative) / max(similarity.shape[1], 1)
+    num_proxies = similarity.shape[1] if num_proxies is None else num_proxies
+    return jnp.sum(positive) / jnp.maximum(with_positive, 1) + jnp.sum(negative) / max(num_proxies, 1)
 
 
 def proxy_nca(

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from idml_jax import config as config_lib
-from idml_jax import embed, pages, plots, run, search, trained
+from idml_jax import embed, pages, plots, run, train, trained
 from idml_jax import report_parts as parts
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, run_command
-from idml_jax.metrics import confidence, retrieval
+from idml_jax.metrics import calibration, confidence, retrieval
 from idml_jax.metrics.report import Embedded, retrieval_report, scores_of
 from idml_jax.report_parts import Pictures, Seen
 
@@ -54,10 +54,10 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
     found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
     scores = scores_of(embedded, searched, model.settings, own)
-    held_out = built.splits.validation if model.config.eval.split == "test" else None
+    held_out = train.held_out_queries(built, model.variables)
     if held_out is not None:
-        calibration = search.calibrate(embedded_of(held_out), model.settings, scores)
-        scores["confidence"] = 1.0 - confidence.confidence(calibration.model, scores)
+        fitted = calibration.calibrate(held_out, model.settings, scores).model
+        scores["confidence"] = 1.0 - confidence.confidence(fitted, scores)
     correct = searched.labels[found.index[:, 0]] == embedded.labels
     figures = retrieval_report(embedded, model.config.eval.ks, None if separate is None else searched)
     history, result = read_record(model.workdir)

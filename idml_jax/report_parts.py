@@ -19,9 +19,10 @@ SCORE_NAMES = {
     "uncertainty": "|u|, learned", "confidence": "all scores joined, fitted on held-out classes",
     "pair_uncertainty": "|u + u'| of query and answer", "introspective_distance": "introspective distance",
     "nearest_distance": "distance to the nearest", "margin_2": "margin 1st to 2nd", "margin_10": "margin 1st to 10th",
-    "margin_20": "margin 1st to 20th", "norm": "norm before normalising",
+    "margin_20": "margin 1st to 20th", "ratio_20": "distance to the 1st over that to the 20th",
+    "norm": "norm before normalising",
 }  # fmt: skip
-DRAWN = ("confidence", "uncertainty", "margin_10", "nearest_distance", "norm")
+DRAWN = ("confidence", "uncertainty", "ratio_20", "margin_20", "nearest_distance", "norm")
 
 
 class Seen(NamedTuple):
@@ -176,7 +177,7 @@ def knowing(seen: Seen) -> str:
     said = f"The best score here: <b>{pages.text(best)}</b>." + (
         " The learned uncertainty alone does not beat the free baselines." if learned
         and max(float(uncertainty.r_auroc(seen.scores[n], seen.correct)) for n in seen.scores
-                if n in ("nearest_distance", "margin_2", "margin_10", "margin_20", "norm"))
+                if n in ("nearest_distance", "margin_2", "margin_10", "margin_20", "ratio_20", "norm"))
         >= uncertainty.r_auroc(seen.scores["uncertainty"], seen.correct) else ""
     )  # fmt: skip
     name, score = seen.doubt

@@ -17,7 +17,7 @@ from idml_jax.losses import LOSSES
 from idml_jax.models import EmbeddingModel, create_model
 from idml_jax.objective import Objective
 from idml_jax.optim import GroupOptimizer, Schedule
-from idml_jax.state import TrainState, create_state
+from idml_jax.state import TrainState, create_state_on
 
 logger = logging.getLogger("idml_jax")
 
@@ -60,11 +60,14 @@ class Run(NamedTuple):
     def initial_state(self) -> TrainState:
         """A fresh state on the mesh."""
         size, channels = self.config.data.image_size, self.config.data.channels
-        create = jax.jit(create_state, static_argnums=(1, 2, 3, 4, 5))
-        key = jax.random.key(self.config.seed)
-        setup = self.setup
-        state = create(key, setup.model, setup.objective, setup.optimizer, (size, size, channels), setup.ema > 0)
-        return sharding.replicate(state, self.mesh)
+        key, setup = jax.random.key(self.config.seed), self.setup
+        return create_state_on(
+            self.mesh, key, setup.model, setup.objective, setup.optimizer, (size, size, channels), setup.ema > 0
+        )
+
+    def place(self, state: TrainState) -> TrainState:
+        """A state on the mesh."""
+        return jax.device_put(state, sharding.placement(state, self.mesh, self.setup.objective.split))
 
     def with_variables(self, state: TrainState, variables: dict[str, Any]) -> TrainState:
         """A fresh state with what ``pretrained.load`` gives in place of its own weights and statistics."""
@@ -72,7 +75,7 @@ class Run(NamedTuple):
         state = state.replace(params={**state.params, **merged["params"]}, batch_stats=merged["batch_stats"])
         if self.setup.ema:
             state = state.averaging()
-        return sharding.replicate(state, self.mesh)
+        return self.place(state)
 
     def pretrained(self) -> tuple[dict[str, Any], str]:
         """The weights that the settings name, and a line about them.
@@ -139,12 +142,17 @@ def build(config: ConfigDict) -> Run:
         crop_ratio=tuple(data.crop_ratio), flip=data.flip, rotation=data.rotation, pad=data.pad,
         color_jitter=data.color_jitter, lighting=data.lighting, resample=data.resample,
     )  # fmt: skip
+    if data.corrupt:
+        train_transform = transforms.SometimesChanged(train_transform, data.corrupt, tuple(data.corrupt_kinds))
     model = config.model
     num_classes = len(splits.train.class_names)
     if config.memory.size and config.memory.size < config.batch_size:
         raise UserError(
             f"config.memory.size ({config.memory.size}) must be 0 or at least config.batch_size ({config.batch_size})"
         )
+    split = _split_proxies(config, num_classes)
+    if split:
+        sharding.check_rows(num_classes, mesh)
     optim = config.optim
     setup = steps.StepSetup(
         model=_create_model(config),
@@ -160,6 +168,8 @@ def build(config: ConfigDict) -> Run:
             learned=config.loss.learned,
             memory_size=config.memory.size,
             memory_warmup=config.memory.warmup_epochs * per_epoch,
+            ranking=config.ism.ranking,
+            mesh=mesh if split else None,
         ),
         optimizer=GroupOptimizer(
             name=optim.name,
@@ -183,6 +193,16 @@ def build(config: ConfigDict) -> Run:
     if config.task == "classification":
         setup = classify_steps.for_classification(setup, config, splits)
     return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)
+
+
+def _split_proxies(config: ConfigDict, num_classes: int) -> bool:
+    """Whether every device has some of the proxies only."""
+    able = config.task == "retrieval" and LOSSES[config.loss.name].references == "proxies"
+    if config.sharding.proxies == "split" and not able:
+        what = f"the loss {config.loss.name}" if config.task == "retrieval" else "classification"
+        raise UserError(f"config.sharding.proxies = 'split': {what} has no proxies; auto or whole")
+    wanted = num_classes >= config_lib.SPLIT_CLASSES if config.sharding.proxies == "auto" else True
+    return able and wanted and config.sharding.proxies != "whole"
 
 
 def _create_model(config: ConfigDict) -> EmbeddingModel:

@@ -16,7 +16,7 @@ others. ``--abstain=0.95`` leaves out answers below the threshold at which 95% o
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,28 +31,15 @@ from idml_jax.data.resample import resize
 from idml_jax.embeddings import Index
 from idml_jax.errors import UserError, run_command
 from idml_jax.ism import Embedding
-from idml_jax.metrics import introspective, retrieval, uncertainty
-from idml_jax.metrics.confidence import Confidence, confidence, fit_confidence
+from idml_jax.metrics import calibration, introspective, retrieval, uncertainty
+from idml_jax.metrics.calibration import Calibration, HeldOut
+from idml_jax.metrics.confidence import confidence
 from idml_jax.metrics.report import Embedded, Ism, scores_of
 from idml_jax.metrics.uncertainty import Threshold
 
 FORMATS = (".jsonl", ".html", ".png")
 SIDE = 96  # of the small pictures, in pixels
 SHEET_ROWS = 40
-
-
-class Calibration(NamedTuple):
-    """What held-out queries say about how sure an answer is.
-
-    Attributes:
-      model: from scores to the probability that the nearest picture is of the query's class.
-      doubt: ``[n]`` 1 minus that of the held-out queries.
-      correct: ``[n]`` whether their answers are right.
-    """
-
-    model: Confidence
-    doubt: Float[np.ndarray, "n"]
-    correct: Bool[np.ndarray, "n"]
 
 
 class Answers(NamedTuple):
@@ -80,7 +67,7 @@ class Answers(NamedTuple):
 def calibrate(
     held_out: Embedded,
     settings: Ism = Ism(),  # noqa: B008 (immutable)
-    names: Iterable[str] | None = None,
+    names: Collection[str] | None = None,
 ) -> Calibration:
     """Fits how sure answers are, each held-out picture searching all the others.
 
@@ -97,11 +84,7 @@ def calibrate(
     """
     if len(np.unique(held_out.labels)) < 2:
         raise UserError("the held-out pictures are of one class; at least 2 are needed to tell right from wrong")
-    scores = scores_of(held_out, settings=settings)
-    scores = {name: score for name, score in scores.items() if names is None or name in names}
-    correct = retrieval.retrieval_ranks(held_out.semantic, held_out.labels).nearest_correct
-    model = fit_confidence(scores, correct)
-    return Calibration(model, 1.0 - confidence(model, scores), correct)
+    return calibration.calibrate(HeldOut(held_out), settings, names)
 
 
 def search(
@@ -111,7 +94,7 @@ def search(
     *,
     own: Int[np.ndarray, "n"] | None = None,
     settings: Ism = Ism(),  # noqa: B008 (immutable)
-    calibration: Calibration | None = None,
+    calibrated: Calibration | None = None,
     threshold: Threshold | None = None,
     scores: Mapping[str, Float[np.ndarray, "n"]] | None = None,
 ) -> Answers:
@@ -123,7 +106,7 @@ def search(
       k: how many.
       own: ``[n]`` row that each query leaves out; -1: none.
       settings: of the introspective metric.
-      calibration: of ``calibrate``; without it nothing is said about how sure answers are.
+      calibrated: by ``calibrate``; without it nothing is said about how sure answers are.
       threshold: of the doubt, beyond which there is no answer.
       scores: of ``metrics.report.scores_of``, if they are known.
 
@@ -137,8 +120,8 @@ def search(
     scores = scores_of(queries, gallery, settings, own) if scores is None else scores
     both = queries.uncertainty is not None and gallery.uncertainty is not None
     sure, answered = None, np.ones(len(queries.semantic), bool)
-    if calibration is not None:
-        sure = confidence(calibration.model, scores)
+    if calibrated is not None:
+        sure = confidence(calibrated.model, scores)
         if threshold is not None:
             answered = 1.0 - sure <= threshold.value
     margin = next((-scores[name] for name in ("margin_10", "margin_2") if name in scores), None)
@@ -304,7 +287,7 @@ def _open(where: str, option: str, model: Callable[[], trained.Trained]) -> Inde
     return embed.index_of(model(), source, labelled, where)
 
 
-def _calibration(given: dict[str, Any], index: Index, model: Callable, settings: Ism, names: Iterable[str]) -> tuple:
+def _calibration(given: dict[str, Any], index: Index, model: Callable, settings: Ism, names: Collection[str]) -> tuple:
     wanted = given["abstain"]
     if wanted is not None and not 0 < wanted < 1:
         raise UserError(f"--abstain={wanted}: a share of right answers, above 0 and below 1")
@@ -318,15 +301,15 @@ def _calibration(given: dict[str, Any], index: Index, model: Callable, settings:
                 "is; give --held_out, a file or a folder of class folders"
             )
         return None, None, "how sure answers are is unknown: neither --held_out nor an index with classes"
-    calibration = calibrate(held_out.embedded, settings, names)
-    note = f"how sure: from {len(calibration.correct):,} queries of {what}"
+    calibrated = calibrate(held_out.embedded, settings, names)
+    note = f"how sure: from {len(calibrated.correct):,} queries of {what}"
     if wanted is None:
-        return calibration, None, note
-    threshold = uncertainty.threshold_for_precision(calibration.doubt, calibration.correct, wanted)
+        return calibrated, None, note
+    threshold = uncertainty.threshold_for_precision(calibrated.doubt, calibrated.correct, wanted)
     if not threshold.reached:
-        return calibration, threshold, f"{note}; {wanted:.0%} right answers cannot be had there: nothing is answered"
+        return calibrated, threshold, f"{note}; {wanted:.0%} right answers cannot be had there: nothing is answered"
     share = f"{threshold.coverage:.0%} of them are answered, {threshold.precision:.1%} rightly"
-    return calibration, threshold, f"{note}; {share}"
+    return calibrated, threshold, f"{note}; {share}"
 
 
 def _search(given: dict[str, Any]) -> None:
@@ -349,9 +332,9 @@ def _search(given: dict[str, Any]) -> None:
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
     scores = scores_of(queries.embedded, index.embedded, settings, own)
-    calibration, threshold, note = _calibration(given, index, model, settings, scores)
+    calibrated, threshold, note = _calibration(given, index, model, settings, scores)
     answers = search(
-        queries.embedded, index.embedded, k, own=own, settings=settings, calibration=calibration, threshold=threshold,
+        queries.embedded, index.embedded, k, own=own, settings=settings, calibrated=calibrated, threshold=threshold,
         scores=scores,
     )  # fmt: skip
     rows = records(queries, index, answers, own)

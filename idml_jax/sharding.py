@@ -1,4 +1,7 @@
-"""The device mesh and where arrays live on it: batches split along ``data``, everything else on every device."""
+"""The device mesh and where arrays live on it: batches split along ``data``, everything else on every device.
+
+For very many classes the proxies, and what the optimizer holds of them, are split along ``data`` too, by classes.
+"""
 
 from typing import Any
 
@@ -19,6 +22,49 @@ def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
     """Raises ``UserError`` unless a batch splits evenly over the devices."""
     if batch_size < 1 or batch_size % mesh.size:
         raise UserError(f"{field} ({batch_size}) must be a multiple of the {mesh.size} devices")
+
+
+# Rows of a split table are a multiple of this, 2^8 x 15, so that its shape, and with it a checkpoint, does not depend
+# on the number of devices, and all usual numbers of them share it evenly.
+ROW_MULTIPLE = 3840
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of a table that is split over devices: at least ``rows``, the others are padding."""
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raises ``UserError`` unless a table of so many classes splits evenly over the devices."""
+    if padded_rows(rows) % mesh.size:
+        raise UserError(
+            f"config.sharding.proxies: {padded_rows(rows)} rows for {rows} classes do not split over {mesh.size} "
+            f"devices; use a number of devices that divides {ROW_MULTIPLE}, or config.sharding.proxies=whole"
+        )
+
+
+def constrain(x: jax.Array, mesh: Mesh, *axes: str | None) -> jax.Array:
+    """Inside ``jit``: says which axes of an array (and of its gradient) are split, ``None`` for one that is not."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def placement(tree: Any, mesh: Mesh, split: tuple[str, ...] = ()) -> Any:
+    """Where every array of a state lives.
+
+    Args:
+      tree: of arrays, or of their shapes.
+      mesh: devices.
+      split: keys below which tables (arrays with two axes) are split by rows; all else is on every device.
+
+    Returns:
+      A tree of ``NamedSharding``.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        rows = len(leaf.shape) == 2 and any(getattr(entry, "key", None) in split for entry in path)
+        return NamedSharding(mesh, PartitionSpec("data") if rows else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -1,12 +1,15 @@
 """What a run is made of between two steps."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from idml_jax import sharding
 from idml_jax.memory import Memory
 from idml_jax.models import EmbeddingModel
 from idml_jax.objective import Objective
@@ -77,3 +80,25 @@ def create_state(
         memory=objective.init_memory(),
     )
     return state.averaging() if ema else state
+
+
+_jit_create_state = jax.jit(create_state, static_argnums=(1, 2, 3, 4, 5))
+
+
+def create_state_on(
+    mesh: Mesh,
+    key: Array,
+    model: EmbeddingModel,
+    objective: Objective,
+    optimizer: GroupOptimizer,
+    image_shape: tuple[int, ...],
+    ema: bool = False,
+) -> TrainState:
+    """``create_state`` on a mesh; of what the objective splits, no device ever holds the whole."""
+    if not objective.split:
+        return sharding.replicate(_jit_create_state(key, model, objective, optimizer, image_shape, ema), mesh)
+    create = partial(
+        create_state, model=model, objective=objective, optimizer=optimizer, image_shape=image_shape, ema=ema
+    )
+    place = sharding.placement(jax.eval_shape(create, key), mesh, objective.split)
+    return jax.jit(create, out_shardings=place)(key)

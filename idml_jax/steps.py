@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt8
 
-from idml_jax import mixing
+from idml_jax import difficulty, mixing
 from idml_jax.ism import Embedding
 from idml_jax.models import EmbeddingModel
 from idml_jax.objective import Objective
@@ -129,14 +129,24 @@ def embedding_loss(
         return setup.model.apply({"params": {"heads": params["heads"]}}, features, method=EmbeddingModel.embed)
 
     def criterion(out: dict[str, Array], labels: Array, key: Array) -> Array:
-        embedding = Embedding(out["semantic"], out["uncertainty"])
-        return setup.objective(params, embedding, labels, key=key, store=state.memory, step=state.step)
+        return setup.objective(params, embedding_of(out), labels, key=key, store=state.memory, step=state.step)
+
+    def confusion(out: dict[str, Array], labels: Array) -> Array:
+        return setup.objective.confusion(params, embedding_of(out), labels)
+
+    def order(features: Array, confusions: Array) -> Array:
+        # The trunk belongs to the metric; only the uncertainty head learns the order.
+        return difficulty.ranking_loss(embed(jax.lax.stop_gradient(features))["uncertainty"], confusions)
 
     if not setup.mixup_alpha:
         features, batch_stats = pooled(state.batch_stats, (images,), lambda x: normal(x)[:, None])
         out = embed(features[:, 0])
         loss = criterion(out, labels, draws[0])
-        return loss, (batch_stats, out, {"loss": loss, "uncertainty": mean_length(out)})
+        metrics = {"loss": loss, "uncertainty": mean_length(out)}
+        if setup.objective.ranking:
+            metrics["loss_ranking"] = order(features[:, 0], confusion(out, labels))
+            loss += setup.objective.ranking * metrics["loss_ranking"]
+        return loss, (batch_stats, out, metrics | {"loss": loss})
 
     # Who is mixed with whom and how; the pictures themselves are mixed where they are used.
     mixed = mixing.mixup(mixup_key, jnp.zeros((images.shape[0], 1, 1, 1)), setup.mixup_alpha)
@@ -147,22 +157,30 @@ def embedding_loss(
         features, batch_stats = pooled(
             state.batch_stats, both, lambda x, other: jnp.stack([normal(x), blend(x, other)], axis=1)
         )
-        out, out_mixed = embed(features[:, 0]), embed(features[:, 1])
+        features, features_mixed = features[:, 0], features[:, 1]
     else:
         features, batch_stats = pooled(state.batch_stats, both[:1], lambda x: normal(x)[:, None])
         features_mixed, batch_stats = pooled(batch_stats, both, lambda x, other: blend(x, other)[:, None])
-        out, out_mixed = embed(features[:, 0]), embed(features_mixed[:, 0])
+        features, features_mixed = features[:, 0], features_mixed[:, 0]
+    out, out_mixed = embed(features), embed(features_mixed)
     original = criterion(out, labels, draws[0])
+    other = jnp.take(labels, mixed.partner)
     loss_mixed = mixed.lam * criterion(out_mixed, labels, draws[1])
-    loss_mixed += (1.0 - mixed.lam) * criterion(out_mixed, jnp.take(labels, mixed.partner), draws[2])
+    loss_mixed += (1.0 - mixed.lam) * criterion(out_mixed, other, draws[2])
     metrics = {
-        "loss": original + loss_mixed,
         "loss_original": original,
         "loss_mixed": loss_mixed,
         "uncertainty": mean_length(out),
         "uncertainty_mixed": mean_length(out_mixed),
     }
-    return original + loss_mixed, (batch_stats, out, metrics)
+    loss = original + loss_mixed
+    if setup.objective.ranking:
+        # A mixed picture is right where its larger part is found.
+        larger = jnp.where(mixed.lam >= 0.5, labels, other)
+        confusions = [confusion(out, labels), confusion(out_mixed, larger)]
+        metrics["loss_ranking"] = order(jnp.concatenate([features, features_mixed]), jnp.concatenate(confusions))
+        loss += setup.objective.ranking * metrics["loss_ranking"]
+    return loss, (batch_stats, out, metrics | {"loss": loss})
 
 
 def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float) -> Any:
@@ -170,6 +188,11 @@ def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float) -> Any
     share = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     values = {kind: {k: values[kind][k] for k in groups} for kind, groups in ema.items()}
     return jax.tree.map(lambda old, new: share * old + (1.0 - share) * new, ema, values)
+
+
+def embedding_of(out: dict[str, Array]) -> Embedding:
+    """What the heads give, as the metric takes it."""
+    return Embedding(out["semantic"], out["uncertainty"])
 
 
 def mean_length(out: dict[str, Array]) -> Float[Array, ""]:
@@ -201,7 +224,7 @@ def train_step(
     params, opt_state = setup.optimizer.update(grads, state.opt_state, state.params, state.step)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = setup.optimizer.schedule(state.step)
-    memory = setup.objective.remember(state.memory, Embedding(out["semantic"], out["uncertainty"]), batch["label"])
+    memory = setup.objective.remember(state.memory, embedding_of(out), batch["label"])
     if setup.ema:
         values = {"params": params, "batch_stats": batch_stats}
         opt_state["ema"] = averaged(opt_state["ema"], values, state.step, setup.ema)

@@ -19,7 +19,7 @@ from idml_jax.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 from idml_jax.interrupt import Stopped, StopRequest
-from idml_jax.metrics.report import Embedded, Ism, full_report, retrieval_report
+from idml_jax.metrics.report import Embedded, HeldOut, Ism, full_report, retrieval_report
 from idml_jax.run import Run, build
 from idml_jax.state import TrainState
 from idml_jax.writers import MetricWriter
@@ -29,7 +29,8 @@ logger = logging.getLogger("idml_jax")
 # Of the many figures of the last evaluation, those told on the console; all are in result.json.
 SHOWN = (
     "NMI", "P(u_mixed>u)", "P(u_occlusion>u)", "spearman(u,ambiguity)", "R-AUROC(uncertainty)",
-    "R-AUROC(nearest_distance)", "R-AUROC(margin_10)", "answered", "answered_precision",
+    "R-AUROC(nearest_distance)", "R-AUROC(margin_20)", "R-AUROC(ratio_20)", "R-AUROC(confidence)", "answered",
+    "answered_precision",
     "AUROC_error(u)", "AUROC_error(max_softmax)", "mean_u",
 )  # fmt: skip
 
@@ -50,7 +51,7 @@ def _embed(run: Run, state: TrainState, check: Check, source: Source | None = No
         state.variables, source, run.test_transform, run.setup, run.mesh, check=check, **_embed_options(run)
     )
     # In a plain run nothing has taught the uncertainty head anything.
-    return embedded if run.config.ism.enabled else embedded._replace(uncertainty=None)
+    return embedded if config_lib.learns_uncertainty(run.config) else embedded._replace(uncertainty=None)
 
 
 def _gallery(run: Run, state: TrainState, check: Check) -> Embedded | None:
@@ -63,6 +64,19 @@ def _measure(run: Run, state: TrainState, check: Check) -> dict[str, float]:
     return retrieval_report(_embed(run, state, check), run.config.eval.ks, _gallery(run, state, check))
 
 
+def held_out_queries(run: Run, variables: Any, check: Check = lambda: None) -> HeldOut | None:
+    """Held-out classes that teach how sure answers are; ``None`` without any, or where they are what is evaluated."""
+    validation = run.splits.validation
+    if validation is None or run.config.eval.split != "test":
+        return None
+    held_out = evaluate.held_out_queries(
+        variables, validation, run.splits.train, run.test_transform, run.setup, run.mesh,
+        searched=len(run.eval_gallery or run.eval_source), images=run.config.eval.ambiguity_images,
+        seed=run.config.seed, check=check, **_embed_options(run),
+    )  # fmt: skip
+    return held_out if config_lib.learns_uncertainty(run.config) else held_out.without_uncertainty()
+
+
 def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) -> dict[str, float]:
     """Retrieval, clustering and what the uncertainty knows; see ``metrics.report``; of a classifier ``classify``.
 
@@ -71,19 +85,18 @@ def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) ->
     if run.config.task == "classification":
         return classify.report(run, state, full=True)
     started, config, source = time.monotonic(), run.config, run.eval_source
-    # Held-out classes choose the threshold of answers, unless they are what is evaluated.
-    validation = run.splits.validation if config.eval.split == "test" else None
     truth = source.fields.get("ambiguity")
     settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state, check)
+    truth = truth if config_lib.learns_uncertainty(config) else None
+    gallery, held_out = _gallery(run, state, check), held_out_queries(run, state.variables, check)
     report, warnings = full_report(
-        embedded, _gallery(run, state, check), ks=config.eval.ks, seed=config.seed,
-        ambiguity=truth if config.ism.enabled else None, settings=settings, precision=config.eval.precision,
-        held_out=None if validation is None else _embed(run, state, check, validation), cluster=config.eval.cluster,
+        embedded, gallery, ks=config.eval.ks, seed=config.seed, ambiguity=truth, settings=settings,
+        precision=config.eval.precision, held_out=held_out, cluster=config.eval.cluster,
     )  # fmt: skip
     if config.eval.ambiguity_images:
         report |= evaluate.ambiguity(
             state.variables, source, run.test_transform, run.setup, run.mesh, seed=config.seed,
-            images=config.eval.ambiguity_images, gallery=embedded, settings=settings, check=check,
+            images=config.eval.ambiguity_images, gallery=embedded, settings=settings, held_out=held_out, check=check,
             **_embed_options(run),
         )  # fmt: skip
     for warning in warnings:

@@ -48,7 +48,7 @@ class Trained(NamedTuple):
     @property
     def introspective(self) -> bool:
         """Whether training has taught the uncertainty head anything."""
-        return bool(self.config.ism.enabled)
+        return config_lib.learns_uncertainty(self.config)
 
     @property
     def settings(self) -> Ism:

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
 MATHS = (
-    "ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing", "classifier",
+    "ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing", "difficulty",
+    "classifier",
 )  # fmt: skip
 RUNTIME = (
     "watch", "interrupt", "hosts", "config", "recipes", "protocols", "sharding", "optim", "objective", "state", "steps",

@@ -173,7 +173,7 @@ class TestSearch:
         threshold = threshold_for_precision(calibration.doubt, calibration.correct, wanted)
         assert threshold.reached and calibration.correct.mean() < wanted
         queries, gallery = blobs(4, n=800), blobs(5, n=800)
-        found = search.search(queries, gallery, 10, calibration=calibration, threshold=threshold)
+        found = search.search(queries, gallery, 10, calibrated=calibration, threshold=threshold)
         right = gallery.labels[found.index[:, 0]] == queries.labels
         assert 0.2 < found.answered.mean() < 0.95
         assert right[found.answered].mean() > wanted - 0.03 and right.mean() < wanted

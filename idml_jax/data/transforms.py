@@ -298,3 +298,24 @@ class Changed:
         sigma = self.strength * image.shape[0] / 8
         blurred = cv2.GaussianBlur(image, (0, 0), sigma) if sigma > 0 else image
         return blurred if blurred.ndim == 3 else blurred[:, :, None]
+
+
+@dataclass(frozen=True)
+class SometimesChanged:
+    """Another transform, after which some pictures are made harder to recognise; for training.
+
+    Attributes:
+      transform: gives the picture.
+      probability: of being changed.
+      kinds: of change, see ``Changed``; one is drawn, and its strength evenly from 0.1 to 0.75.
+    """
+
+    transform: Transform
+    probability: float
+    kinds: tuple[str, ...] = CHANGES
+
+    def __call__(self, image: AnyPicture, rng: np.random.Generator) -> np.ndarray:
+        if rng.random() >= self.probability:
+            return self.transform(image, rng)
+        kind = self.kinds[rng.integers(len(self.kinds))]
+        return Changed(self.transform, kind, rng.uniform(0.1, 0.75))(image, rng)

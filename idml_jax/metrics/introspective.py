@@ -14,6 +14,9 @@ from idml_jax.metrics.checks import Array
 from idml_jax.metrics.retrieval import Neighbours, Ranks, ranks_by_distance, retrieval_ranks, summarise
 from idml_jax.metrics.uncertainty import free_scores, nearest_twenty
 
+# Of the scores of an answer, those that need a trained uncertainty; the others cost no training.
+LEARNED = ("uncertainty", "pair_uncertainty", "introspective_distance")
+
 
 class IntrospectiveDistance(NamedTuple):
     """`ism.introspective_distance` with its settings; equal settings share one compiled program."""

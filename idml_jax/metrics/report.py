@@ -1,48 +1,20 @@
 """All figures of one set of embeddings in one flat dictionary: what training, evaluation and the command line print."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from idml_jax import ism
-from idml_jax.metrics import clustering, confidence, introspective, retrieval, uncertainty
+from idml_jax.metrics import calibration, clustering, introspective, retrieval, uncertainty
+from idml_jax.metrics.calibration import HeldOut
+from idml_jax.metrics.confidence import confidence
+from idml_jax.metrics.embedded import Embedded, Ism, joined, scores_of
 from idml_jax.metrics.retrieval import Ranks
 
-
-class Embedded(NamedTuple):
-    """Embeddings of a set of images, on the host.
-
-    Attributes:
-      semantic: ``[n, d]``.
-      labels: ``[n]``.
-      uncertainty: ``[n, k]``, ``None`` where there is none.
-      semantic_norm: ``[n]``, length of the semantic embedding before normalising, if known.
-    """
-
-    semantic: Float[np.ndarray, "n d"]
-    labels: Int[np.ndarray, "n"]
-    uncertainty: Float[np.ndarray, "n k"] | None = None
-    semantic_norm: Float[np.ndarray, "n"] | None = None
-
-    @property
-    def embedding(self) -> ism.Embedding:
-        """As the metric takes it."""
-        return ism.Embedding(self.semantic, self.uncertainty)  # type: ignore[arg-type]  # of numpy
-
-    @property
-    def uncertainty_norm(self) -> Float[np.ndarray, "n"]:
-        """Length of the uncertainty embedding, the score of a single image."""
-        assert self.uncertainty is not None
-        return np.linalg.norm(self.uncertainty, axis=1)
-
-
-class Ism(NamedTuple):
-    """Settings of the introspective metric that the embeddings were trained with."""
-
-    temperature: float = ism.DEFAULT_TEMPERATURE
-    relative: bool = True
+__all__ = [
+    "Embedded", "HeldOut", "Ism", "ambiguity_report", "corrupted_report", "full_report", "retrieval_report", "scores_of"
+]  # fmt: skip
 
 
 def _searched(gallery: Embedded | None) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -68,7 +40,7 @@ def full_report(
     ks: Sequence[int] = (1, 2, 4, 8),
     settings: Ism = Ism(),  # noqa: B008 (immutable)
     ambiguity: Float[np.ndarray, "n"] | None = None,
-    held_out: Embedded | None = None,
+    held_out: HeldOut | Embedded | None = None,
     precision: float = 0.9,
     cluster: bool = True,
     seed: int = 0,
@@ -81,7 +53,7 @@ def full_report(
       ks: K of R@K.
       settings: of the introspective metric.
       ambiguity: true ambiguity of each query, ``[n]``, where it is known.
-      held_out: embeddings of classes that are neither training nor test classes; chooses the threshold of answers.
+      held_out: of classes that are neither training nor test classes; fits the confidence and its threshold.
       precision: share of right answers that the threshold is chosen for.
       cluster: cluster the queries into as many clusters as they have classes (NMI, AMI, F1).
       seed: of clustering and bootstrap.
@@ -91,7 +63,8 @@ def full_report(
       ``R@1_low`` and ``R@1_high`` (95% bootstrap); ``NMI``, ``AMI``, ``F1``; ``R-AUROC(score)``, ``AURC(score)`` and
       ``E-AURC(score)`` for every score of ``introspective.answer_scores``, the free ones first; with an uncertainty
       ``R-AUROC(uncertainty)_low`` and ``_high``, ``introspective/R@1`` and ``introspective/MAP@R`` (ranking by D) and
-      ``s-u_correlation``; ``spearman(u,ambiguity)``; ``answered`` and ``answered_precision`` beyond the threshold.
+      ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined,
+      ``R-AUROC(free_confidence)`` of the free ones joined, ``answered`` and ``answered_precision`` up to the threshold.
 
     Raises:
       ValueError: for empty, mismatched or non-finite input.
@@ -117,24 +90,9 @@ def full_report(
         if ambiguity is not None:
             report["spearman(u,ambiguity)"] = uncertainty.spearman(embedded.uncertainty_norm, ambiguity)
     if held_out is not None:
+        held_out = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
         report |= _threshold_report(scores, ranks, held_out, settings, precision)
     return {k: float(v) for k, v in report.items()}, warnings
-
-
-def scores_of(
-    embedded: Embedded,
-    gallery: Embedded | None = None,
-    settings: Ism = Ism(),  # noqa: B008 (immutable)
-    own: Int[np.ndarray, "n"] | None = None,
-) -> dict[str, Float[np.ndarray, "n"]]:
-    """``introspective.answer_scores`` of embedded images; ``own`` as there."""
-    return introspective.answer_scores(
-        embedded.embedding,
-        None if gallery is None else gallery.embedding,
-        norms=embedded.semantic_norm,
-        own=own,
-        **settings._asdict(),
-    )
 
 
 def _uncertainty_report(
@@ -160,27 +118,43 @@ def _uncertainty_report(
 
 
 def _threshold_report(
-    scores: Mapping[str, np.ndarray], ranks: Ranks, held_out: Embedded, settings: Ism, precision: float
+    scores: Mapping[str, np.ndarray], ranks: Ranks, held_out: HeldOut, settings: Ism, precision: float
 ) -> dict[str, float]:
     """A confidence from all scores and its threshold, both fitted on held-out classes, applied to the queries."""
-    known = scores_of(held_out, None, settings)
-    known_correct = retrieval.retrieval_ranks(held_out.semantic, held_out.labels).nearest_correct
-    shared = {name: known[name] for name in scores if name in known}
-    model = confidence.fit_confidence(shared, known_correct)
-    doubt = 1.0 - confidence.confidence(model, shared)
-    threshold = uncertainty.threshold_for_precision(doubt, known_correct, precision)
-    doubt = 1.0 - confidence.confidence(model, {name: scores[name] for name in shared})
+    report = _confidence_report(scores, ranks.nearest_correct, held_out, settings)
+    fitted = calibration.calibrate(held_out, settings, scores)
+    threshold = uncertainty.threshold_for_precision(fitted.doubt, fitted.correct, precision)
+    doubt = 1.0 - confidence(fitted.model, scores)
     selected = uncertainty.selective(doubt, ranks.nearest_correct, threshold)
-    return {
-        "R-AUROC(confidence)": uncertainty.r_auroc(doubt, ranks.nearest_correct),
+    curve = uncertainty.risk_coverage(doubt, ranks.nearest_correct)
+    return report | {
+        "AURC(confidence)": curve.aurc,
+        "E-AURC(confidence)": curve.excess_aurc,
         "wanted_precision": precision,
         "answered": selected["coverage"],
         "answered_precision": selected["precision"],
     }
 
 
+def _confidence_report(
+    scores: Mapping[str, np.ndarray], correct: np.ndarray, held_out: HeldOut, settings: Ism
+) -> dict[str, float]:
+    """R-AUROC of all scores joined, and of those joined that cost no training: the difference is what is learned."""
+    free = {name: score for name, score in scores.items() if name not in introspective.LEARNED}
+    report = {}
+    for name, some in {"confidence": scores, "free_confidence": free}.items():
+        model = calibration.calibrate(held_out, settings, some).model
+        report[f"R-AUROC({name})"] = uncertainty.r_auroc(1.0 - confidence(model, some), correct)
+    return report
+
+
 def corrupted_report(
-    clean: Embedded, changed: Sequence[Embedded], gallery: Embedded, own: Int[np.ndarray, "n"], settings: Ism
+    clean: Embedded,
+    changed: Sequence[Embedded],
+    gallery: Embedded,
+    own: Int[np.ndarray, "n"],
+    settings: Ism,
+    held_out: HeldOut | None = None,
 ) -> dict[str, float]:
     """Which score tells the wrong answers among clean and corrupted queries together?
 
@@ -190,22 +164,21 @@ def corrupted_report(
       gallery: all pictures, unchanged.
       own: ``[n]``, the gallery row of each picture, which it and its changed forms leave out.
       settings: of the introspective metric.
+      held_out: as in ``full_report``.
 
     Returns:
       ``corrupted/R@1`` over all these queries, and ``corrupted/R-AUROC(score)`` for every score of
-      ``introspective.answer_scores``; NaN where all answers are right or all are wrong.
+      ``introspective.answer_scores`` and, with ``held_out``, the confidence; NaN where all answers are right or all
+      are wrong.
     """
-    sets = [clean, *changed]
-    columns = {name: [getattr(s, name) for s in sets] for name in Embedded._fields}
-    joined: dict[str, Any] = {n: None if c[0] is None else np.concatenate(c) for n, c in columns.items()}
-    queries = Embedded(**joined)
-    own = np.tile(own, len(sets))
+    queries = joined([clean, *changed])
+    own = np.tile(own, 1 + len(changed))
     found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
     correct = gallery.labels[found.index[:, 0]] == queries.labels
-    scores = introspective.answer_scores(
-        queries.embedding, gallery.embedding, norms=queries.semantic_norm, own=own, found=found, **settings._asdict()
-    )
+    scores = scores_of(queries, gallery, settings, own, found)
     report = {f"R-AUROC({name})": uncertainty.r_auroc(score, correct) for name, score in scores.items()}
+    if held_out is not None:
+        report |= _confidence_report(scores, correct, held_out, settings)
     return {f"corrupted/{name}": float(value) for name, value in ({"R@1": correct.mean()} | report).items()}
 
 

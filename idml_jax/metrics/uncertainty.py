@@ -132,6 +132,8 @@ def free_scores(
     nearest_distance: Euclidean distance to the nearest row.
     margin_2, margin_10, margin_20: minus the cosine similarity to the nearest row less that to the 2nd (10th, 20th).
         Left out where the gallery has fewer rows.
+    ratio_20: distance to the nearest row over that to the 20th (the ratio test of Lowe, IJCV 2004), 1 where both are
+        0. Unlike the margins it also holds for queries that are far from everything.
     norm: minus the length of the embedding. Pass `norms` [n], the lengths before normalising, for rows that are
         normalised already; without them it is left out where all rows, those of the gallery too, have the same length.
 
@@ -147,6 +149,9 @@ def free_scores(
     for place in (2, 10, 20):
         if place <= depth:
             scores[f"margin_{place}"] = _cosine(queries, rows[found.index[:, place - 1]]) - nearest
+    if depth >= 20:
+        far = found.distance[:, 19].astype(np.float64)
+        scores["ratio_20"] = np.where(far > 0, scores["nearest_distance"] / np.where(far > 0, far, 1.0), 1.0)
     if norms is not None:
         return scores | {"norm": -score_column(norms, "norms", len(queries)).astype(np.float64)}
     # A single query has no other row to differ from, so whether lengths tell anything is seen from the gallery too.

@@ -139,15 +139,19 @@ class _Linear(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
 
 
-def init_proxies(key: Array, num_classes: int, dim: int) -> Float[Array, "classes dim"]:
+def init_proxies(key: Array, num_classes: int, dim: int, rows: int | None = None) -> Float[Array, "rows dim"]:
     """Proxies drawn kaiming-normal with fan-out, as ProxyAnchor's: normal with variance 2 / classes.
 
     Args:
       key: PRNG key.
       num_classes: number of training classes.
       dim: width of the semantic embedding.
+      rows: of the table, at least ``num_classes``, the others being zero; ``num_classes`` by default.
 
     Returns:
-      ``[num_classes, dim]`` float32, one proxy per class; losses compare their directions.
+      ``[rows, dim]`` float32, one proxy per class; losses compare their directions.
     """
-    return jax.random.normal(key, (num_classes, dim), jnp.float32) * jnp.sqrt(2.0 / num_classes)
+    rows = num_classes if rows is None else rows
+    # A number drawn depends on its place alone, so the proxies are the same with and without rows to spare.
+    proxies = jax.random.normal(key, (rows, dim), jnp.float32) * jnp.sqrt(2.0 / num_classes)
+    return proxies if rows == num_classes else jnp.where(jnp.arange(rows)[:, None] < num_classes, proxies, 0.0)

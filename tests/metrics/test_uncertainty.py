@@ -92,7 +92,7 @@ def test_free_scores():
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(40, 8))
     scores = uncertainty.free_scores(rows)
-    assert list(scores) == ["nearest_distance", "margin_2", "margin_10", "margin_20", "norm"]
+    assert list(scores) == ["nearest_distance", "margin_2", "margin_10", "margin_20", "ratio_20", "norm"]
     distance = np.linalg.norm(rows[:, None] - rows[None], axis=2)
     np.fill_diagonal(distance, np.inf)
     order = np.argsort(distance, axis=1)
@@ -301,3 +301,35 @@ def test_confidence_of_data_without_errors_stays_below_one():
         fit_confidence({"score": [1.0, np.inf]}, [True, False])
     with pytest.raises(ValueError, match="none given"):
         fit_confidence({}, [True])
+
+
+def test_the_ratio_is_of_the_nearest_and_the_twentieth_distance():
+    rng = np.random.default_rng(0)
+    gallery, queries = rng.normal(size=(30, 5)), rng.normal(size=(4, 5))
+    found = np.sort(np.linalg.norm(queries[:, None] - gallery[None], axis=2), axis=1)
+    scores = uncertainty.free_scores(queries, gallery)
+    np.testing.assert_allclose(scores["ratio_20"], found[:, 0] / found[:, 19], rtol=1e-4)
+    assert "ratio_20" not in uncertainty.free_scores(queries, gallery[:19])
+    same = uncertainty.free_scores(np.ones((2, 3)), np.ones((25, 3)))
+    np.testing.assert_array_equal(same["ratio_20"], 1.0)
+
+
+def test_confidence_with_products_weights_and_scores_out_of_range():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 4000))
+    correct = rng.random(4000) < 1 / (1 + np.exp(-3 * a * b))  # nothing but the product tells
+    scores = {"a": a, "b": b}
+    plain = confidence(fit_confidence(scores, correct), scores)
+    model = fit_confidence(scores, correct, products=True)
+    assert uncertainty.r_auroc(1 - plain, correct) < 0.6
+    assert uncertainty.r_auroc(1 - confidence(model, scores), correct) > 0.8
+    far = {"a": [a.max(), 50.0], "b": [b.max(), 50.0]}  # beyond what was seen counts as its end
+    assert len(set(confidence(model, far))) == 1
+    # A weight is a number of copies.
+    weights = rng.integers(0, 3, 4000)
+    copied = fit_confidence({k: np.repeat(v, weights) for k, v in scores.items()}, np.repeat(correct, weights))
+    weighted = fit_confidence(scores, correct, weights=weights)
+    some = {"a": [0.3, -0.5], "b": [0.1, 0.9]}
+    np.testing.assert_allclose(confidence(weighted, some), confidence(copied, some), atol=1e-3)
+    with pytest.raises(ValueError, match="weights"):
+        fit_confidence(scores, correct, weights=-np.ones(4000))

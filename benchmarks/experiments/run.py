@@ -1,0 +1,76 @@
+"""Runs the rows of a table, one after the other, each in a process of its own; finished ones are left alone.
+
+    python benchmarks/experiments/run.py --table=A --data=omniglot --seeds=0,1,2 --root=data --out=runs/experiments
+    python benchmarks/experiments/tables.py --out=runs/experiments
+
+Tables: A accuracy of every loss, B uncertainty, K classification, P a trunk for ``--data=tiny_pretrained``.
+
+``--only=ism`` takes the rows whose name holds that; ``--list`` prints the commands and runs nothing.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from rows import DATA, TABLES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMMON = {"eval.untrained": False, "eval.every_epochs": 1000, "checkpoint.every_epochs": 1000, "log.tensorboard": False}
+
+
+def folder_of(row: str) -> str:
+    return row.replace(" ", "_").replace(",", "").replace("/", "-")
+
+
+def command(data: str, row: str, overrides: dict, seed: int, root: Path, out: Path, workdir: Path) -> list[str]:
+    """The run as a user would start it."""
+    setting = DATA[data]
+    fields = {**COMMON, **setting["overrides"], **overrides, "seed": seed}
+    fields = {name: value.format(out=out) if isinstance(value, str) else value for name, value in fields.items()}
+    config = setting["config"].format(row=row.split(", ")[0])
+    if setting["root"]:
+        fields["data.root"] = str(root / setting["root"])
+    return [
+        sys.executable, "-m", "idml_jax.main", f"--config=configs/{config}", f"--workdir={workdir}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=sorted(TABLES), required=True)
+    parser.add_argument("--data", choices=sorted(DATA), required=True)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the image sets")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--only", default="", help="rows of this name, or whose name holds it; several with |")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    arguments = parser.parse_args()
+    failed = 0
+    for seed in arguments.seeds.split(","):
+        rows = TABLES[arguments.table]()
+        for name, overrides in rows.items():
+            if not any(part == name or (part not in rows and part in name) for part in arguments.only.split("|")):
+                continue
+            workdir = arguments.out / arguments.table / arguments.data / folder_of(name) / f"seed{seed}"
+            workdir = workdir.resolve()
+            run = command(
+                arguments.data, name, overrides, int(seed), arguments.root.resolve(), arguments.out.resolve(), workdir
+            )
+            if arguments.list:
+                print(shlex.join(run))
+            elif not (workdir / "result.json").exists():
+                print(f"{arguments.data} {name} seed {seed}", flush=True)
+                workdir.mkdir(parents=True, exist_ok=True)
+                with open(workdir / "log.txt", "w") as log:
+                    code = subprocess.run(run, cwd=ROOT, stdout=log, stderr=log).returncode
+                if code:
+                    failed += 1
+                    print(f"  exit code {code}, see {workdir}/log.txt", flush=True)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Tables from the logs of ``run.py``, in Markdown; ``--write=docs/results.md`` puts them between that page's marks.
+
+    python benchmarks/experiments/tables.py --out=runs/experiments [--write=docs/results.md]
+
+A cell is the mean over the seeds that have finished, +- their standard deviation where there are two or more. Where a
+run was evaluated again (``--mode=eval``), those figures count.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+from rows import DATA, METRICS, TABLES
+from run import folder_of
+
+from idml_jax.losses import LOSSES
+
+ACCURACY = {"R@1": "R@1", "MAP@R": "MAP@R", "NMI": "NMI"}
+FREE = ("nearest_distance", "margin_2", "margin_10", "margin_20", "norm")
+UNCERTAINTY = {
+    "uncertainty": "norm of u", "pair_uncertainty": "norm of u + u'", "introspective_distance": "D",
+    "nearest_distance": "distance", "margin_10": "margin 10", "margin_20": "margin 20", "ratio_20": "ratio 20",
+    "free_confidence": "free joined", "confidence": "all joined",
+}  # fmt: skip
+AMBIGUITY = {
+    "P(u_mixed>u)": "mixed", "P(u_crop>u)": "cropped", "P(u_blur>u)": "blurred", "P(u_noise>u)": "noised",
+    "P(u_occlusion>u)": "occluded", "spearman(u,ambiguity)": "Spearman with the truth", "s-u_correlation": "s-u corr.",
+}  # fmt: skip
+CLASSES = {
+    "top1": "top-1", "nll": "NLL", "ece": "ECE", "AUROC_error(u)": "error AUROC of u",
+    "AUROC_error(max_softmax)": "of max-softmax", "mean_u": "mean u", "P(u_mixed>u)": "P(u mixed > u)",
+    "P(u_cutmix>u)": "P(u CutMix > u)", "P(u_blur>u)": "P(u blurred > u)", "P(u_occlusion>u)": "P(u occluded > u)",
+}  # fmt: skip
+PERCENT = {*ACCURACY, "top1", "ece", "corrupted/R@1"}
+
+
+def figures(out: Path, table: str, data: str, row: str) -> list[dict[str, float]]:
+    """Of every finished seed."""
+    found = []
+    for path in sorted((out / table / data / folder_of(row)).glob("seed*/result.json")):
+        values = json.loads(path.read_text())["final"]
+        again = path.with_name("eval.json")
+        found.append(values | (json.loads(again.read_text()) if again.exists() else {}))
+    return found
+
+
+def cell(runs: list[dict[str, float]], name: str) -> str:
+    values = [run[name] for run in runs if run.get(name) is not None]
+    if not values:
+        return ""
+    factor, digits = (100, 1) if name in PERCENT else (1, 3)
+    text = f"{factor * statistics.mean(values):.{digits}f}"
+    return text + (f" ± {factor * statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def show(out: Path, table: str, data: str, columns: dict[str, str]) -> list[str]:
+    """One table; rows without a finished run are left out."""
+    rows = [(row, runs) for row in TABLES[table]() if (runs := figures(out, table, data, row))]
+    columns = {k: v for k, v in columns.items() if any(cell(runs, k) for _, runs in rows)}
+    lines = [f"| row | seeds | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
+    return lines + [f"| {row} | {len(runs)} | {' | '.join(cell(runs, k) for k in columns)} |" for row, runs in rows]
+
+
+def accuracy(out: Path, data: str) -> list[str]:
+    """A loss a line, R@1, MAP@R and NMI under each way of training, and the mean over the losses."""
+    lines = [f"| loss | {' | '.join(METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
+    found = {(loss, metric): figures(out, "A", data, f"{loss}/{metric}") for loss in LOSSES for metric in METRICS}
+    if not any(found.values()):
+        return []
+    for loss in LOSSES:
+        cells = (" / ".join(cell(found[loss, metric], name) for name in ACCURACY) for metric in METRICS)
+        lines.append(f"| {loss} ({max(len(found[loss, m]) for m in METRICS)}) | {' | '.join(cells)} |")
+    means = []
+    for metric in METRICS:
+        every = [runs for loss in LOSSES if (runs := found[loss, metric])]
+        mean = lambda k, every=every: statistics.mean(statistics.mean(run[k] for run in runs) for runs in every)
+        means.append(" / ".join(f"{100 * mean(k):.1f}" for k in ACCURACY) if every else "")
+    return [*lines, f"| mean | {' | '.join(means)} |"]
+
+
+def beaten(out: Path, data: str) -> list[str]:
+    """Joined scores against the best of the free ones, run by run."""
+    lines = []
+    for place, prefix in (("clean queries", ""), ("clean and corrupted queries", "corrupted/")):
+        for name in ("free_confidence", "confidence"):
+            gains = []
+            for row in TABLES["B"]():
+                for run in figures(out, "B", data, row):
+                    if (value := run.get(f"{prefix}R-AUROC({name})")) is not None:
+                        gains.append(value - max(run.get(f"{prefix}R-AUROC({free})", 0) for free in FREE))
+            if gains:
+                better = sum(gain > 0 for gain in gains)
+                lines.append(
+                    f"* {place}, {UNCERTAINTY[name]}: above every free score in {better} of {len(gains)} runs; "
+                    f"gain over the best of them {statistics.mean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
+                )
+    return lines
+
+
+def sections(out: Path) -> dict[str, list[str]]:
+    """Every table by its mark."""
+    joined = {f"R-AUROC({k})": v for k, v in UNCERTAINTY.items()}
+    corrupted = {"corrupted/R@1": "R@1"} | {f"corrupted/{k}": v for k, v in joined.items()}
+    made = {}
+    for data in DATA:
+        made[f"A {data}"] = accuracy(out, data)
+        made[f"B {data}"] = show(out, "B", data, ACCURACY | joined)
+        made[f"B {data} corrupted"] = show(out, "B", data, corrupted)
+        made[f"B {data} ambiguity"] = show(out, "B", data, AMBIGUITY)
+        made[f"B {data} beaten"] = beaten(out, data)
+        made[f"K {data}"] = show(out, "K", data, CLASSES)
+    return {mark: lines for mark, lines in made.items() if len(lines) > 2 or (lines and "beaten" in mark)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--write", type=Path, help="page with the marks <!-- table NAME --> and <!-- end -->")
+    arguments = parser.parse_args()
+    made = sections(arguments.out)
+    if not arguments.write:
+        for mark, lines in made.items():
+            print(f"\n{mark}\n\n" + "\n".join(lines))
+        return
+    text = arguments.write.read_text()
+    for mark, lines in made.items():
+        pattern = re.compile(rf"(<!-- table {re.escape(mark)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda m, lines=lines: m[1] + "\n" + "\n".join(lines) + "\n\n" + m[2], text)
+        print(f"{mark}: {'written' if count else 'no such mark'}")
+    arguments.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

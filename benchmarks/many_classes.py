@@ -1,0 +1,159 @@
+"""Memory per device of a train step with very many classes: proxies on every device, and split over the devices.
+
+    python benchmarks/many_classes.py                                # 1,000,000 x 512, 8 devices; compiled, not run
+    python benchmarks/many_classes.py --classes 100000 --steps 3     # runs it too
+    python benchmarks/many_classes.py --losses proxy_nca --plain
+
+On a CPU the devices are --devices forced ones, of which each has the program and the arrays that a real one would have;
+on GPUs or TPUs they are what is there. The step is the real one (``steps.train_step``: Mixup, AdamW, clipping) behind a
+tiny trunk, so nearly all of it is proxies, their moments and gradient, and the pair matrices of batch and classes.
+
+A row a program, in MB (1e6 bytes) of one device: ``state`` is what lies there between two steps, and the batch;
+``work`` what XLA plans beside it during the step, and ``sum`` both, new state in the place of the old. ``whole``
+says whether an array with all rows occurs anywhere in the program of a device. With --steps: ``held``, bytes of the
+live arrays on the fullest device after the steps, seconds a step (the fastest), and the process's peak resident set,
+which on a CPU is that of all devices together. Exit code 1 if a split program knows an array with all rows.
+"""
+
+import argparse
+import os
+import re
+import resource
+import sys
+import time
+
+LOSSES = ("proxy_anchor", "proxy_nca")
+DIMENSION, PIXELS = 512, 8
+
+
+def make_setup(name, introspective, classes, mesh):
+    """The protocol's loss and optimizer behind a trunk of two small layers."""
+    from idml_jax.models import EmbeddingModel
+    from idml_jax.models.convnet import ConvNet
+    from idml_jax.models.heads import Heads
+    from idml_jax.objective import Objective
+    from idml_jax.optim import GroupOptimizer, Schedule
+    from idml_jax.steps import StepSetup
+
+    model = EmbeddingModel(
+        ConvNet(depth=2, width=8, frozen_statistics=True), Heads(DIMENSION, DIMENSION, uncertainty_hidden=128)
+    )
+    objective = Objective(
+        loss=name, options=(), introspective=introspective, variant="relative", temperature=5.0, num_classes=classes,
+        dim=DIMENSION, uncertainty_dim=DIMENSION, mesh=mesh,
+    )  # fmt: skip
+    rule = GroupOptimizer(
+        name="adamw", schedule=Schedule("constant", 1e-4, 100), factors=(("proxies", 100.0),), weight_decay=1e-4,
+        clip_value=10.0,
+    )  # fmt: skip
+    return StepSetup(model=model, objective=objective, optimizer=rule, mean=(0.5,), std=(0.25,), mixup_alpha=1.0)
+
+
+def planned(setup, mesh, batch):
+    """The compiled step; nothing is computed."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from idml_jax import sharding, steps
+    from idml_jax.state import create_state
+
+    create = lambda: create_state(
+        jax.random.key(0), setup.model, setup.objective, setup.optimizer, (PIXELS, PIXELS, 1)
+    )
+    put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    state = jax.eval_shape(create)
+    state = jax.tree.map(put, state, sharding.placement(state, mesh, setup.objective.split))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    data = {
+        "image": jax.ShapeDtypeStruct((batch, PIXELS, PIXELS, 1), jnp.uint8, sharding=rows),
+        "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows),
+    }
+    return steps.jit_train_step.lower(state, data, setup=setup).compile()
+
+
+def measured(setup, mesh, batch, count):
+    """Bytes on the fullest device after so many steps, seconds of the fastest, the last loss."""
+    import jax
+    import numpy as np
+
+    from idml_jax import sharding, steps
+    from idml_jax.state import create_state_on
+
+    shape = (PIXELS, PIXELS, 1)
+    state = create_state_on(mesh, jax.random.key(0), setup.model, setup.objective, setup.optimizer, shape)
+    rng = np.random.default_rng(0)
+    data = {
+        "image": rng.integers(0, 256, (batch, *shape), np.uint8),
+        "label": rng.integers(0, setup.objective.num_classes, batch).astype(np.int32),
+    }
+    data = sharding.shard_batch(data, mesh)
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        state, metrics = steps.jit_train_step(state, data, setup=setup)
+        loss = float(metrics["loss"])
+        seconds.append(time.perf_counter() - start)
+    assert np.isfinite(loss), loss
+    held = dict.fromkeys(mesh.devices.flat, 0)
+    for leaf in jax.tree.leaves(state):
+        for part in leaf.addressable_shards:
+            held[part.device] += part.data.nbytes
+    return max(held.values()), min(seconds), loss
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, default=1_000_000)
+    parser.add_argument("--batch", type=int, default=120)
+    parser.add_argument("--devices", type=int, default=8, help="forced ones, on a CPU")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
+    parser.add_argument("--plain", action="store_true", help="without introspection")
+    parser.add_argument("--only", choices=("split", "whole"), help="one of the two")
+    parser.add_argument("--steps", type=int, default=0, help="run so many, at least 2; split proxies only")
+    arguments = parser.parse_args()
+    forced = f" --xla_force_host_platform_device_count={arguments.devices}"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + forced
+
+    import jax
+
+    from idml_jax import sharding
+
+    mesh, classes = sharding.data_mesh(), arguments.classes
+    rows, failed = sharding.padded_rows(classes), False
+    sharding.check_rows(classes, mesh)
+    sharding.check_divisible(arguments.batch, mesh, "--batch")
+    print(
+        f"{classes:,} classes x {DIMENSION}, batch {arguments.batch}, {mesh.size} {jax.devices()[0].device_kind} "
+        f"device(s); table {4e-6 * DIMENSION * classes:,.0f} MB, one matrix {4e-6 * arguments.batch * classes:,.0f} MB"
+    )
+    print(f"{'loss':14s} {'proxies':8s} {'state':>8s} {'work':>8s} {'sum':>8s}  whole")
+    for name in arguments.losses:
+        for way in ("whole", "split") if arguments.only is None else (arguments.only,):
+            split = way == "split"
+            setup = make_setup(name, not arguments.plain, classes, mesh if split else None)
+            compiled = planned(setup, mesh, arguments.batch)
+            memory = compiled.memory_analysis()
+            size = rows if split else classes
+            found = re.search(rf"[\[,]{size}[\],]", compiled.as_text()) is not None
+            failed |= split and mesh.size > 1 and found
+            state, work = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            # What is donated is written over.
+            work += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+            told = f"{state / 1e6:8,.0f} {work / 1e6:8,.0f} {(state + work) / 1e6:8,.0f}"
+            print(f"{name:14s} {way:8s} {told}  {'yes' if found else 'no'}", flush=True)
+            if arguments.steps and split:
+                held, seconds, loss = measured(setup, mesh, arguments.batch, max(arguments.steps, 2))
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                print(
+                    f"  run: held {held / 1e6:,.0f} MB a device, {seconds:.1f} s a step, loss {loss:.3f}; peak of the "
+                    f"process {peak / 1e9:.1f} GB",
+                    flush=True,
+                )
+    if failed:
+        print("error: the program of one device knows an array with the rows of all", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""A second teacher for the uncertainty: images that are hard for the embedding shall have the longer ``u``.
+
+The introspective metric alone teaches ``u`` which pairs to learn from more slowly; nothing in it says that ``u`` has to
+order images by how likely they are to be confused. This loss does: it compares images of a batch two by two.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from idml_jax.pairs import Pairs
+from idml_jax.reductions import ratio
+
+__all__ = ["confusion", "ranking_loss"]
+
+# Slope of the comparison in the logarithm of the length: twice the length is a sure order.
+SHARPNESS = 5.0
+
+
+def confusion(similarity: Float[Array, "n m"], pairs: Pairs) -> Float[Array, "n"]:
+    """How near each image is to being answered wrongly: its most similar negative less its most similar positive.
+
+    Args:
+      similarity: ``[n, m]`` plain similarities of images and references (proxies, or the batch); not differentiated.
+      pairs: relation of the two.
+
+    Returns:
+      ``[n]``, above 0 where the nearest reference is of another class; NaN for an image without a positive or without
+      a negative, of which nothing can be said.
+    """
+    similarity = jax.lax.stop_gradient(similarity)
+
+    def most(where: Array) -> Array:
+        return jnp.max(jnp.where(where, similarity, -jnp.inf), axis=1, initial=-jnp.inf)
+
+    positive, negative = most(pairs.positive), most(pairs.negative)
+    known = jnp.isfinite(positive) & jnp.isfinite(negative)
+    return jnp.where(known, jnp.where(known, negative, 0.0) - jnp.where(known, positive, 0.0), jnp.nan)
+
+
+def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]) -> Float[Array, ""]:
+    """Logistic loss over pairs of images: the one that is confused more shall have the longer uncertainty embedding.
+
+        mean over i, j with c_i > c_j of  (c_i - c_j) log(1 + (|u_j| / |u_i|)^5),  weights normalised to a mean of 1
+
+    The ranking form of loss prediction (Yoo and Kweon, "Learning Loss for Active Learning", CVPR 2019) on the length
+    that the metric itself reads. Only the order counts, so it leaves the scale of ``u`` to the metric.
+
+    Args:
+      uncertainty: ``[n, k]``.
+      confusions: ``[n]``, see ``confusion``; not differentiated; images with NaN are left out.
+
+    Returns:
+      The loss, a scalar; log 2 where ``u`` knows nothing, 0 without two images to compare.
+    """
+    known = jnp.isfinite(confusions)
+    confusions = jax.lax.stop_gradient(jnp.where(known, confusions, 0.0))
+    squares = jnp.sum(jnp.square(uncertainty.astype(jnp.promote_types(uncertainty.dtype, jnp.float32))), axis=1)
+    # The gradient of a logarithm at 0 is infinite.
+    length = 0.5 * jnp.log(jnp.maximum(squares, 1e-12))
+    harder = jnp.maximum(confusions[:, None] - confusions[None, :], 0.0)
+    harder = jnp.where(known[:, None] & known[None, :], harder, 0.0)
+    losses = jax.nn.softplus(-SHARPNESS * (length[:, None] - length[None, :]))
+    return ratio(jnp.sum(harder * losses), jnp.sum(harder))
