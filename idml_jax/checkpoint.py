@@ -173,7 +173,8 @@ class Checkpoints:
             if regular is None and stopped is None:
                 break
             from_stopped = stopped is not None and stopped > (regular or -1)
-            folder, step = (self._stopped, stopped) if from_stopped else (self.folder, regular)
+            folder = self._stopped if from_stopped else self.folder
+            step = max(-1 if s is None else s for s in (regular, stopped))
             try:
                 return _restore(folder, step, like)
             except DamagedError as error:
@@ -369,7 +370,7 @@ def find_state(path: Path, metric: str) -> Path:
 def read_variables(folder: Path) -> dict[str, Any]:
     """``params`` (of ``trunk`` and ``heads``) and ``batch_stats`` of a stored tree, as numpy arrays.
 
-    Of a run with moving averages those, by which it was evaluated.
+    Of a run that keeps moving averages these are the averages, by which it is evaluated.
 
     Raises:
       UserError: if it cannot be read.
@@ -377,16 +378,15 @@ def read_variables(folder: Path) -> dict[str, Any]:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             stored = checkpointer.metadata(folder).item_metadata.tree
+            averages = (stored.get("opt_state") or {}).get("ema")
             params = {k: v for k, v in stored["params"].items() if k in ("trunk", "heads")}
-            wanted = {"params": params, "batch_stats": stored.get("batch_stats", {})}
-            averages = stored.get("opt_state", {}).get("ema")
-            if averages:
-                wanted = {"opt_state": {"ema": averages}}
+            latest = {"params": params, "batch_stats": stored.get("batch_stats", {})}
+            wanted = {"opt_state": {"ema": averages}} if averages else latest
             item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            read = checkpointer.restore(
+            found = checkpointer.restore(
                 folder, args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
             )
-            return read["opt_state"]["ema"] if averages else read
+            return found["opt_state"]["ema"] if averages else found
     except Exception as error:
         raise UserError(f"{folder}: cannot be read ({_first_line(error)})") from error

@@ -180,6 +180,25 @@ jit_predict_step = jax.jit(predict_step, static_argnames=("setup",))
 jit_predict_mixed_step = jax.jit(predict_mixed_step, static_argnames=("setup", "method"))
 
 
+def create_network(config: ConfigDict, num_classes: int) -> EmbeddingModel:
+    """The classifier of a run.
+
+    Raises:
+      UserError: if the network has not what is asked of it.
+    """
+    model = config.model
+    try:
+        return create_classifier(
+            model.name,
+            num_classes=num_classes,
+            uncertainty_head=model.uncertainty_head if config.ism.enabled else "none",
+            temperature=config.ism.temperature,
+            **network_options(model),
+        )
+    except ValueError as error:
+        raise UserError(f"{error} (config.model)") from error
+
+
 def for_classification(setup: StepSetup, config: ConfigDict, splits: Splits) -> StepSetup:
     """The set-up of a run with a classifier in the place of the embedding and its loss.
 
@@ -194,17 +213,8 @@ def for_classification(setup: StepSetup, config: ConfigDict, splits: Splits) -> 
                 f"config.task = 'classification' needs the same classes in training and {what}; {len(odd)} are in one "
                 f"of them alone, the first: {odd[0] if odd else 'none (their order differs)'}"
             )
-    model, mix = config.model, config.classification
-    try:
-        network = create_classifier(
-            model.name,
-            num_classes=len(names),
-            uncertainty_head=model.uncertainty_head if config.ism.enabled else "none",
-            temperature=config.ism.temperature,
-            **network_options(model),
-        )
-    except ValueError as error:
-        raise UserError(f"{error} (config.model)") from error
+    mix = config.classification
+    network = create_network(config, len(names))
     objective: Any = Softmax(
         len(names), config.ism.enabled, mix.mixing, mix.alpha, mix.probability, mix.per_sample, mix.label_smoothing
     )

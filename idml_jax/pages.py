@@ -93,19 +93,18 @@ def cards(values: Sequence[tuple[str, str]]) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table; numbers are aligned to the right."""
 
-    def cell(value: object) -> str:
+    def cell(value: object, right: bool) -> str:
         if isinstance(value, str) and value.startswith("<"):
             return f"<td>{value}</td>"
-        if isinstance(value, int | float):
-            shown = f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
-            return f'<td class="number">{shown}</td>'
-        return f"<td>{text(value)}</td>"
+        shown = f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else text(value)
+        return f'<td class="number">{shown}</td>' if right else f"<td>{shown}</td>"
 
     rows = [list(row) for row in rows]
-    number = [bool(rows) and isinstance(rows[0][i], int | float) for i in range(len(head))]
+    # A dash for a figure that is missing stands below the figures.
+    number = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
     top = "".join(
         f'<th class="number">{text(name)}</th>' if right else f"<th>{text(name)}</th>"
         for name, right in zip(head, number, strict=True)
     )
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(map(cell, row, number))}</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

@@ -25,6 +25,7 @@ from idml_jax.report_parts import Pictures, Seen
 
 NEIGHBOURS = 9
 COMPARED = (
+    "top1", "top5", "nll", "ece", "AUROC_error(u)", "AUROC_error(max_softmax)", "AUROC_error(entropy)",
     "R@1", "R@2", "R@4", "R@8", "RP", "MAP@R", "NMI", "AMI", "F1", "R-AUROC(uncertainty)", "R-AUROC(margin_10)",
     "R-AUROC(nearest_distance)", "R-AUROC(confidence)", "spearman(u,ambiguity)", "corrupted/R@1",
     "corrupted/R-AUROC(uncertainty)", "corrupted/R-AUROC(margin_10)",
@@ -90,8 +91,9 @@ def comparison(seen: Seen, other: Path) -> str:
     names = name(seen.model.workdir, seen.model.introspective), name(other, config.ism.enabled)
     if names[0] == names[1]:
         names = names[0], str(other)
+    first, shown = ("top1", "top-1") if seen.classifies else ("R@1", "R@1")
     curves = {n: c for n, r in zip(names, (seen.history, rows), strict=True)
-              for c in [parts.curves(r, {"eval/R@1": n}, 100).get(n)] if c}  # fmt: skip
+              for c in [parts.curves(r, {f"eval/{first}": n}, 100).get(n)] if c}  # fmt: skip
     ours, theirs = seen.result.get("best", seen.figures), result["best"]
     table = [
         (n, *(float(side[n]) if side.get(n) is not None else "-" for side in (ours, theirs)))
@@ -99,7 +101,7 @@ def comparison(seen: Seen, other: Path) -> str:
     ]  # fmt: skip
     body = f"<h2>Beside {pages.text(other)}</h2>" + pages.table(("figure", *names), table)
     if curves:
-        body += pages.plot(plots.lines([("R@1 on test pictures, %", "", curves)], "step"), "R@1 of both runs")
+        body += pages.plot(plots.lines([(f"{shown} on test pictures, %", "", curves)], "step"), f"{shown} of both runs")
     return body
 
 
@@ -124,8 +126,8 @@ def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: 
     picture = Pictures(seen.queries)
     found = picture if seen.gallery is seen.queries else Pictures(seen.gallery)
     body = [
-        parts.head(seen), beside, parts.training(seen), parts.knowing(seen), parts.ambiguity(seen),
-        parts.answers(seen, picture, found), parts.extremes(seen, picture), parts.plane(seen),
+        parts.head(seen), beside, parts.training(seen), parts.classified(seen), parts.knowing(seen),
+        parts.ambiguity(seen), parts.answers(seen, picture, found), parts.extremes(seen, picture), parts.plane(seen),
         parts.confusion(seen, picture, found),
     ]  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,11 @@ class Seen(NamedTuple):
     figures: dict[str, float]
 
     @property
+    def classifies(self) -> bool:
+        """Whether the run is a classifier, whose pictures search each other by its feature."""
+        return self.model.config.task == "classification"
+
+    @property
     def doubt(self) -> tuple[str, Float[np.ndarray, "n"]]:
         """Name and value of the score that pictures are sorted by: the learned one where there is one."""
         name = next(n for n in ("uncertainty", "margin_10", "margin_2", "nearest_distance") if n in self.scores)
@@ -86,21 +91,28 @@ def head(seen: Seen) -> str:
     config, untrained = seen.model.config, seen.result.get("untrained")
     best = seen.result.get("best", {})
     values = [("R@1", f"{100 * seen.figures['R@1']:.1f} %"), ("MAP@R", f"{100 * seen.figures['MAP@R']:.1f} %")]
-    if untrained:
-        values.insert(0, ("R@1 untrained", f"{100 * untrained['R@1']:.1f} %"))
+    if seen.classifies:
+        named = {"top1": "top-1", "top5": "top-5", "ece": "calibration error"}
+        values = [(n, f"{100 * best[k]:.1f} %") for k, n in named.items() if best.get(k) is not None]
+        values.append(("R@1 of the feature", f"{100 * seen.figures['R@1']:.1f} %"))
+    first = "top1" if seen.classifies else "R@1"
+    if untrained and untrained.get(first) is not None:
+        values.insert(0, (f"{values[0][0]} untrained", f"{100 * untrained[first]:.1f} %"))
     if best.get("NMI") is not None:
         values.append(("NMI", f"{best['NMI']:.2f}"))
-    if "uncertainty" in seen.scores:
+    if "uncertainty" in seen.scores and uncertainty.r_auroc_undefined(seen.correct) is None:
         auroc = uncertainty.r_auroc(seen.scores["uncertainty"], seen.correct)
         values.append(("R-AUROC of |u|", f"{auroc:.2f}"))
     if best.get("spearman(u,ambiguity)") is not None:
         values.append(("|u| with true ambiguity", f"{best['spearman(u,ambiguity)']:.2f}"))
     kind = "introspective" if seen.model.introspective else "plain"
+    loss = f"softmax, {config.classification.mixing} mixing" if seen.classifies else config.loss.name
+    width = "classifier" if seen.classifies else f"{config.model.embedding_dim}-d"
     name = config.data.name if config.data.name != "folder" else Path(config.data.root or config.data.variant).name
     return (
-        f"<h1>{pages.text(name)}: {kind} {pages.text(config.loss.name)}</h1>"
+        f"<h1>{pages.text(name)}: {kind} {pages.text(loss)}</h1>"
         f"<p class='muted'>{pages.text(config.model.name)}, {config.data.image_size} pixels, "
-        f"{config.model.embedding_dim}-d; step {seen.model.step} of <code>{pages.text(seen.model.workdir)}</code>; "
+        f"{width}; step {seen.model.step} of <code>{pages.text(seen.model.workdir)}</code>; "
         f"{len(seen.queries):,} pictures of {len(seen.queries.class_names):,} classes search "
         f"{'each other' if seen.gallery is seen.queries else f'{len(seen.gallery):,} others'}.</p>"
         + pages.cards(values)
@@ -112,17 +124,35 @@ def training(seen: Seen) -> str:
     rows, panels = seen.history, []
     losses = {"train/loss": "sum", "train/loss_original": "original pictures", "train/loss_mixed": "mixed pictures"}
     loss = curves(rows, losses)
-    recall = curves(rows, {f"eval/R@{k}": f"R@{k}" for k in seen.model.config.eval.ks}, 100)
+    names = {f"eval/R@{k}": f"R@{k}" for k in seen.model.config.eval.ks}
+    recall = curves(rows, {"eval/top1": "top-1", "eval/top5": "top-5"} if seen.classifies else names, 100)
     length = curves(rows, {"train/uncertainty": "original pictures", "train/uncertainty_mixed": "mixed pictures"})
     if loss:
         panels.append(("Loss", "", loss))
     if recall:
-        panels.append(("Recall on test pictures, %", "", recall))
+        panels.append((f"{'Accuracy' if seen.classifies else 'Recall'} on test pictures, %", "", recall))
     if length and seen.model.introspective:
         panels.append(("Mean |u| in training", "", length))
     if not panels:
         return ""
     return "<h2>Training</h2>" + pages.plot(plots.lines(panels, "step"), "loss, recall and uncertainty over the steps")
+
+
+def classified(seen: Seen) -> str:
+    """Which score tells the classifier's wrong predictions; empty for an embedding."""
+    best = seen.result.get("best", {})
+    names = {"u": "|u|, learned", "max_softmax": "1 less the largest probability", "entropy": "entropy"}
+    rows = [
+        (shown, float(best[f"AUROC_error({name})"]), float(best[f"AURC({name})"]))
+        for name, shown in names.items() if best.get(f"AUROC_error({name})") is not None
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    head = ("score", "AUROC (0.5: chance)", "AURC (0: perfect)")
+    return "<h2>Does it know which predictions are wrong?</h2>" + pages.table(head, rows) + (
+        "<p>Below, the test pictures search each other by the classifier's feature: an answer is the nearest other "
+        "picture.</p>"
+    )
 
 
 def knowing(seen: Seen) -> str:

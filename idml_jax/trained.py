@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from idml_jax import checkpoint, pretrained, sharding, steps
+from idml_jax import checkpoint, classify_steps, pretrained, sharding, steps
 from idml_jax import config as config_lib
 from idml_jax.data import transforms
 from idml_jax.data.sources import Source
@@ -91,11 +91,17 @@ def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Tr
     workdir = Path(workdir).expanduser().absolute()
     config = config_lib.read(workdir)
     config_lib.validate(config)
-    model, data = _create_model(config), config.data
+    data = config.data
     folder = checkpoint.find_state(workdir / "checkpoints", config.eval.best_metric)
+    weights: Path | pretrained.Tensors = folder
+    if config.task == "classification":
+        weights = pretrained.read(folder)
+        model = _classifier(config, weights, folder)
+    else:
+        model = _create_model(config)
     images = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, data.channels), jnp.float32)
     like = jax.eval_shape(model.init, jax.random.key(0), images)
-    loaded, _ = pretrained.load(folder, like, "all")
+    loaded, _ = pretrained.load(weights, like, "all")
     variables = {"params": loaded["params"], "batch_stats": loaded.get("batch_stats", {})}
     _, transform = transforms.create(
         data.transform, size=data.image_size, resize=data.resize, pad=data.pad, resample=data.resample
@@ -103,6 +109,14 @@ def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Tr
     mesh = sharding.data_mesh(list(devices or jax.local_devices()))
     step = int(folder.parent.name)
     return Trained(workdir, step, config, model, sharding.replicate(variables, mesh), transform, mesh)
+
+
+def _classifier(config: ConfigDict, stored: pretrained.Tensors, folder: Path) -> EmbeddingModel:
+    """Its classes are counted in the weights, since the data need not be there."""
+    bias = stored.values.get("params/heads/classifier/bias")
+    if bias is None:
+        raise UserError(f"{folder}: config.task is 'classification', but the weights hold no classifier")
+    return classify_steps.create_network(config, len(bias))
 
 
 def embed_images(

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from test_train import assert_same_run, rows, small_config, train_killed_at
 
-from idml_jax import classify, interrupt, pretrained, train
+from idml_jax import classify, embed, embeddings, interrupt, pretrained, report, train
 from idml_jax.data import pipeline
 from idml_jax.errors import UserError
 from idml_jax.metrics.classification import classification_metrics
@@ -51,6 +51,24 @@ def folder(image_folder, tmp_path_factory):
 def finished(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("classified")
     return workdir, train.train_and_evaluate(cls_config(folder), workdir)
+
+
+def test_a_classifier_embeds(finished, folder, tmp_path):
+    workdir, result = finished
+    embed.main([f"--workdir={workdir}", f"--images={folder / 'test'}", f"--out={tmp_path / 'x.npz'}"])
+    stored = embeddings.read(tmp_path / "x.npz").embedded
+    assert stored.uncertainty_norm.mean() == pytest.approx(result["best"]["mean_u"], rel=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(stored.semantic, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_classifier_has_its_report(finished, tmp_path):
+    workdir, result = finished
+    page = report.make(workdir, tmp_path / "page.html", compare=str(workdir)).read_text()
+    best = result["best"]
+    for text in (f"{100 * best['top1']:.1f} %", f"{best['nll']:.3f}", f"{best['AUROC_error(entropy)']:.3f}"):
+        assert text in page
+    assert "Does it know which predictions are wrong?" in page
 
 
 def test_a_run_reports_the_last_and_the_best_epoch(finished):
@@ -110,8 +128,9 @@ def test_the_trunk_starts_a_retrieval_run(folder, image_folder, finished, tmp_pa
     checkpoints = train.Checkpoints(workdir / "checkpoints", "top1", read_only=True)
     stored, _ = checkpoints.restore(result["best"]["step"], train.build(cls_config(folder)).initial_state())
     checkpoints.close()
-    jax.tree.map(np.testing.assert_array_equal, state.params["trunk"], stored.params["trunk"])
-    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, stored.batch_stats)
+    # Of a run that keeps averages those, by which its best was chosen.
+    jax.tree.map(np.testing.assert_array_equal, state.params["trunk"], stored.variables["params"]["trunk"])
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, stored.variables["batch_stats"])
     assert "trunk" in told and state.params["heads"]["semantic"]["kernel"].shape == (64, 16)
 
 
