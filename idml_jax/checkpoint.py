@@ -1,7 +1,8 @@
 """Checkpoints: the latest and the best, through Orbax. The only importer of it.
 
 A run that is asked to stop between two of them leaves one more in the folder ``stopped``, beside ``checkpoints``; it
-goes once a later one is on disk. One that cannot be read is moved to ``damaged``, and the one before it is used.
+goes once a later one is on disk. One that cannot be read is moved to ``damaged``, and the one before it is used. With
+several processes each reads its part by itself, and then all learn whether one of them could not.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from idml_jax import hosts
 from idml_jax.errors import UserError
 
 logger = logging.getLogger("idml_jax")
@@ -59,8 +61,11 @@ class Checkpoints:
             read_only=read_only,
         )
         self._tried: list[str] = []
-        for step in _steps(self.folder):
-            self._check_metrics(step, read_only)
+        # What is moved is moved by one process, before the others look.
+        if read_only or jax.process_index() == 0:
+            for step in _steps(self.folder):
+                self._check_metrics(step, read_only)
+        hosts.wait("metrics of the checkpoints")
         self._manager = _manager(self.folder, options)
         self._stopped = self.folder.parent / "stopped"
 
@@ -77,6 +82,8 @@ class Checkpoints:
 
     def _set_aside(self, folder: Path, step: int, damage: DamagedError) -> None:
         self._tried.append(str(damage))
+        if jax.process_index() != 0:
+            return
         aside = _move_aside(folder / str(step), self.folder.parent / "damaged")
         logger.warning("warning: %s; moved to %s, trying the one before", damage, aside)
 
@@ -168,14 +175,11 @@ class Checkpoints:
             from_stopped = stopped is not None and stopped > (regular or -1)
             folder = self._stopped if from_stopped else self.folder
             step = max(-1 if s is None else s for s in (regular, stopped))
-            manager = _manager(folder, ocp.CheckpointManagerOptions(read_only=True)) if from_stopped else self._manager
             try:
-                return self._restore(manager, folder, step, like)
+                return _restore(folder, step, like)
             except DamagedError as error:
                 self._set_aside(folder, step, error)
-            finally:
-                if from_stopped:
-                    manager.close()
+            hosts.wait(f"the damaged checkpoint {step}")
             if not from_stopped:
                 self._manager.reload()
         if self._tried:
@@ -196,36 +200,7 @@ class Checkpoints:
           UserError: if the checkpoint is of another architecture.
           DamagedError: if it cannot be read.
         """
-        return self._restore(self._manager, self.folder, step, like)
-
-    def _restore(
-        self, manager: ocp.CheckpointManager, folder: Path, step: int, like: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        where = f"{folder}, step {step}"
-        try:
-            stored = manager.item_metadata(step)["state"]
-        except Exception as error:
-            raise DamagedError(f"checkpoint {where}: cannot be read ({_reason(error)})") from error
-        if stored is None:
-            raise DamagedError(f"checkpoint {where}: cannot be read (no metadata of the state)")
-        problems = _differences(_shapes(getattr(stored, "tree", stored)), _shapes(like))
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise UserError(f"checkpoint {where} is of another architecture: {'; '.join(problems[:3])}{more}")
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            restored = manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
-                    ),
-                    record=ocp.args.JsonRestore(),
-                ),
-            )
-        except Exception as error:
-            raise DamagedError(f"checkpoint {where}: cannot be read ({_reason(error)})") from error
-        return restored["state"], restored["record"]
+        return _restore(self.folder, step, like)
 
     def wait(self) -> None:
         """Until everything saved is on disk.
@@ -250,6 +225,54 @@ class Checkpoints:
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     handlers = {name: handler() for name, handler in _HANDLERS.items()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _restore(folder: Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """As ``Checkpoints.restore``; on all processes alike, also where one of them alone cannot read it."""
+    damage = None
+    try:
+        restored = _restore_alone(folder, step, like)
+    except DamagedError as error:
+        damage = error
+    other = hosts.first_of(damage is not None)
+    if damage is not None:
+        raise damage
+    if other is not None:
+        raise DamagedError(f"checkpoint {folder}, step {step}: cannot be read by process {other}")
+    return restored
+
+
+def _restore_alone(folder: Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    # Orbax lets the processes wait for each other after reading, for ever where one of them could not.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    where, path = f"{folder}, step {step}", folder / str(step)
+    with contextlib.ExitStack() as stack:
+        state, record = (
+            stack.enter_context(
+                ocp.Checkpointer(_HANDLERS[name](multiprocessing_options=alone), multiprocessing_options=alone)
+            )
+            for name in ("state", "record")
+        )
+        try:
+            stored = state.metadata(path / "state").item_metadata
+            if stored is None:
+                raise ValueError("no metadata of the state")
+        except Exception as error:
+            raise DamagedError(f"checkpoint {where}: cannot be read ({_reason(error)})") from error
+        problems = _differences(_shapes(getattr(stored, "tree", stored)), _shapes(like))
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise UserError(f"checkpoint {where} is of another architecture: {'; '.join(problems[:3])}{more}")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        try:
+            return (
+                state.restore(path / "state", args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args)),
+                record.restore(path / "record", args=ocp.args.JsonRestore()),
+            )
+        except Exception as error:
+            raise DamagedError(f"checkpoint {where}: cannot be read ({_reason(error)})") from error
 
 
 def _save_args(state: Any, record: dict[str, Any]) -> ocp.args.Composite:

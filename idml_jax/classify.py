@@ -1,5 +1,6 @@
 """Evaluation of a classifier on a whole set, tail included: accuracy, calibration, what the uncertainty knows."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ def predict(
     order: np.ndarray | None = None,
     channels: int = 3,
     threads: int = 4,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Judges every picture of a source (or those of ``order``) once.
 
@@ -42,6 +44,7 @@ def predict(
       order: records, ``[n]``; all by default.
       channels: 3 or 1.
       threads: that read and decode.
+      check: called before every batch; may raise to stop.
 
     Returns:
       ``top1``, ``top5``, ``nll``, ``ece`` and ``count``; and per picture ``right`` and the scores of ``predict_step``.
@@ -49,6 +52,7 @@ def predict(
     total, parts = None, []
     options = dict(host=jax.process_index(), hosts=jax.process_count(), threads=threads, channels=channels)
     for batch in pipeline.eval_batches(source, transform, batch_size=batch_size, order=order, **options):
+        check()
         placed = sharding.shard_batch({k: batch[k] for k in ("image", "label", "mask")}, mesh)
         sums, rows = classify_steps.jit_predict_step(
             variables, placed["image"], placed["label"], placed["mask"], setup=setup
@@ -61,7 +65,7 @@ def predict(
 
 def _mixed_scores(
     variables: Any, source: Source, transform: Transform, setup: StepSetup, mesh: Mesh,
-    order: np.ndarray, partners: np.ndarray, method: str, **options: Any,
+    order: np.ndarray, partners: np.ndarray, method: str, check: Callable[[], None] = lambda: None, **options: Any,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     options |= dict(host=jax.process_index(), hosts=jax.process_count())
     pairs = zip(
@@ -71,6 +75,7 @@ def _mixed_scores(
     )
     parts = []
     for one, other in pairs:
+        check()
         placed = sharding.shard_batch({"one": one["image"], "other": other["image"]}, mesh)
         parts.append(
             classify_steps.jit_predict_mixed_step(
@@ -138,18 +143,20 @@ def full_report(
     return report | ambiguity_report(rows["u"][chosen], lengths)
 
 
-def report(run: Any, state: Any, full: bool) -> dict[str, float]:
+def report(run: Any, state: Any, full: bool, check: Callable[[], None] = lambda: None) -> dict[str, float]:
     """The figures of a run: those of every epoch, or all of them.
 
     Args:
       run: an ``idml_jax.run.Run`` whose task is classification.
       state: of its training.
       full: as ``full_report``; else as ``predict``.
+      check: called before every batch; may raise to stop.
     """
     config = run.config
     what = (state.variables, run.eval_source, run.test_transform, run.setup, run.mesh)
     options = {
         "batch_size": config.eval.batch_size, "channels": config.data.channels, "threads": config.data.threads,
+        "check": check,
     }  # fmt: skip
     if not full:
         return predict(*what, **options)[0]

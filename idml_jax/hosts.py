@@ -39,6 +39,20 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
         raise UserError(f"--coordinator={coordinator}: the processes do not find each other ({line})") from error
 
 
+def first_of(true: bool) -> int | None:
+    """The first process for which something is true, ``None`` if for none; to be called by all at the same place."""
+    if jax.process_count() == 1:
+        return 0 if true else None
+    found = np.flatnonzero(multihost_utils.process_allgather(np.asarray([true])))
+    return int(found[0]) if found.size else None
+
+
+def wait(what: str) -> None:
+    """Until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def agree(problem: Exception | None) -> None:
     """Ends all processes of a run if one of them met a problem; to be called by all at the same place.
 
@@ -46,12 +60,11 @@ def agree(problem: Exception | None) -> None:
       Exception: the own problem.
       UserError: if another process has one.
     """
-    if jax.process_count() > 1:
-        failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray([problem is not None])))
-        if problem is None and failed.size:
-            raise UserError(f"process {failed[0]} of this run has stopped with an error; see its output")
+    failed = first_of(problem is not None)
     if problem is not None:
         raise problem
+    if failed is not None:
+        raise UserError(f"process {failed} of this run has stopped with an error; see its output")
 
 
 def lost(error: Exception) -> NoReturn:

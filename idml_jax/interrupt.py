@@ -25,13 +25,13 @@ class Stopped(Exception):
 class StopRequest:
     """Remembers, inside a ``with``, that one of ``SIGNALS`` came; nothing is interrupted by it.
 
-    With several processes JAX's own service listens to SIGTERM and lets all of them agree on the step to stop after;
-    SIGUSR1 is passed on as one. Outside the main thread no signal can be caught, so none is.
+    With several processes JAX's own service listens to SIGTERM and lets all of them agree at which of their calls of
+    ``check`` to stop; SIGUSR1 is passed on as one. Outside the main thread no signal can be caught, so none is.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._shared = jax.process_count() > 1
+        self._shared, self._checks = jax.process_count() > 1, 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -52,20 +52,14 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
-        """To be called where work can be dropped.
+        """To be called between two steps and between two batches of an evaluation, by all processes alike.
 
         Raises:
-          Stopped: if a signal came. Never with several processes, since they would not stop at the same place.
+          Stopped: once a signal came, with several processes at the same call on all of them, whichever got it.
         """
-        if self.requested and not self._shared:
+        if self._shared:
+            self._checks += 1
+            if multihost_utils.reached_preemption_sync_point(self._checks):
+                raise Stopped(self.requested or "SIGTERM")
+        elif self.requested:
             raise Stopped(self.requested)
-
-    def check_step(self, step: int) -> None:
-        """To be called after every training step.
-
-        Raises:
-          Stopped: on all processes after the same step, once a signal came to any of them.
-        """
-        self.check()
-        if self._shared and multihost_utils.reached_preemption_sync_point(step):
-            raise Stopped(self.requested or "SIGTERM")

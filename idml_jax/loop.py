@@ -128,7 +128,7 @@ def train(
                 end_epoch(state, step)
                 pending = False
                 progress.pause(time.monotonic() - paused)
-            stop.check_step(step)
+            stop.check()
     except Stopped:
         if checkpoints.newest != step and step:
             record["unfinished"] = {"window": window.state(), "end_epoch": pending}

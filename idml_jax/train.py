@@ -60,7 +60,7 @@ def _gallery(run: Run, state: TrainState, check: Check) -> Embedded | None:
 
 def _measure(run: Run, state: TrainState, check: Check) -> dict[str, float]:
     if run.config.task == "classification":
-        return classify.report(run, state, full=False)
+        return classify.report(run, state, full=False, check=check)
     return retrieval_report(_embed(run, state, check), run.config.eval.ks, _gallery(run, state, check))
 
 
@@ -83,7 +83,7 @@ def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) ->
     ``check`` may raise to stop.
     """
     if run.config.task == "classification":
-        return classify.report(run, state, full=True)
+        return classify.report(run, state, full=True, check=check)
     started, config, source = time.monotonic(), run.config, run.eval_source
     truth = source.fields.get("ambiguity")
     settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state, check)
@@ -302,8 +302,16 @@ def evaluate_checkpoint(workdir: str | Path, overrides: ConfigDict | None = None
 
     Raises:
       UserError: if there is no checkpoint, or one of another architecture.
+      Stopped: on SIGTERM or SIGUSR1; nothing is written.
     """
-    workdir = Path(workdir).absolute()
+    with StopRequest() as stop:
+        try:
+            return _evaluate_checkpoint(Path(workdir).absolute(), overrides, stop)
+        except Stopped as stopped:
+            raise Stopped(f"stopped by {stopped}; nothing was written; the same command starts again") from None
+
+
+def _evaluate_checkpoint(workdir: Path, overrides: ConfigDict | None, stop: StopRequest) -> dict[str, Any]:
     stored = config_lib.read(workdir)
     if overrides is not None:
         config_lib.remember(overrides, workdir)
@@ -319,7 +327,7 @@ def evaluate_checkpoint(workdir: str | Path, overrides: ConfigDict | None = None
         state, _ = checkpoints.restore(step, run.initial_state())
     finally:
         checkpoints.close()
-    metrics = {"step": step, **full_evaluation(run, state)}
+    metrics = {"step": step, **full_evaluation(run, state, stop.check)}
     logger.info("step %d: %s", step, describe(metrics, run.config.eval.ks))
     if jax.process_index() == 0:
         config_lib.write_json(workdir / "eval.json", config_lib.without_nan(metrics))

@@ -1,7 +1,9 @@
 """Whole classification runs: training, stopping, evaluating, the trunk's further use, and what is refused."""
 
 import importlib.util
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 import safetensors.numpy
 from test_train import assert_same_run, rows, small_config, train_killed_at
 
-from idml_jax import classify, embed, embeddings, pretrained, report, train
+from idml_jax import classify, embed, embeddings, interrupt, pretrained, report, train
 from idml_jax.data import pipeline
 from idml_jax.errors import UserError
 from idml_jax.metrics.classification import classification_metrics
@@ -139,6 +141,27 @@ def test_a_finished_run_is_evaluated_again_and_exported(finished, tmp_path):
     pretrained.convert(workdir, tmp_path / "weights.safetensors")
     named = safetensors.numpy.load_file(tmp_path / "weights.safetensors")
     assert named["fc.weight"].shape == (8, 64) and named["uncertainty.weight"].shape == (16, 64)
+
+
+@pytest.mark.parametrize("step", ["jit_predict_step", "jit_predict_mixed_step"])
+def test_a_signal_stops_an_evaluation_before_its_next_batch(finished, monkeypatch, step):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    calls = []
+    for name in ("jit_predict_step", "jit_predict_mixed_step"):
+        real = getattr(classify.classify_steps, name)
+
+        def counting(*args, name=name, real=real, **kwargs):
+            calls.append(name)
+            if name == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(classify.classify_steps, name, counting)
+    with pytest.raises(interrupt.Stopped, match="stopped by SIGTERM; nothing was written; the same command starts"):
+        train.evaluate_checkpoint(workdir)
+    assert calls.count(step) == 1 and calls[-1] == step
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
 
 
 def test_a_plain_run_has_no_uncertainty_and_learns(folder, tmp_path):

@@ -1,8 +1,9 @@
-"""Two processes on this machine as one run: the same figures as one process, one of them writes, none hangs."""
+"""Two and four processes on this machine as one run: the figures of one process, one of them writes, none hangs."""
 
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,8 +21,15 @@ def free_port():
         return opened.getsockname()[1]
 
 
-def start(workdir, folder, processes, *more):
-    """Starts a run in so many processes with two devices in all."""
+def environment_with(devices):
+    """Of a process with so many devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+
+
+def start(workdir, folder, processes, *more, devices=2):
+    """Starts a run in so many processes with so many devices in all."""
     port, started = free_port(), []
     for index in range(processes):
         arguments = [
@@ -32,8 +40,7 @@ def start(workdir, folder, processes, *more):
         ]  # fmt: skip
         if processes > 1:
             arguments += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process_index={index}"]
-        devices = f"--xla_force_host_platform_device_count={2 // processes}"
-        environment = {**os.environ, "XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        environment = environment_with(devices // processes)
         started.append(subprocess.Popen(
             [sys.executable, "-m", "idml_jax.main", *arguments], env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -74,15 +81,165 @@ def test_two_processes_are_one_run_and_one_process_goes_on(image_folder, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_dead_process_stops_the_other_with_a_message(image_folder, tmp_path):
-    started = start(tmp_path / "run", image_folder, 2, "--config.epochs=1000", "--config.eval.every_epochs=1000")
+def test_four_processes_then_two_then_one_with_proxies_split_and_a_damaged_checkpoint(image_folder, tmp_path):
+    four, one = tmp_path / "four", tmp_path / "one"
+    settings = ("--config.epochs=3", "--config.sharding.proxies=split")  # three steps an epoch
+
+    def run(workdir, processes):
+        ends = finish(start(workdir, image_folder, processes, *settings, devices=4))
+        assert [code for *_, code in ends] == [0] * processes, ends
+        return ends
+
+    ends = run(four, 4)
+    assert "going on" not in "".join(out for out, *_ in ends)
+    run(one, 1)
+    expected, first = losses(one), losses(four)
+    assert list(first) == list(expected) == list(range(1, 10))  # one row a step: one process writes
+    np.testing.assert_allclose(list(first.values()), list(expected.values()), rtol=5e-4)
+    whole = json.loads((four / "result.json").read_text())
+
+    # What the last of four has written holds proxies that the second of two needs, and the first does not.
+    newest = four / "checkpoints" / "9"
+    shutil.copytree(newest, tmp_path / "good")
+    broken = [p for p in (newest / "state").rglob("*") if p.is_file() and "process_3" in str(p) and "/d/" in str(p)]
+    assert broken
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:10])
+    (four / "result.json").unlink()
+    (_, err0, _), (_, err1, _) = ends = run(four, 2)
+    assert all("going on from step 6" in out for out, *_ in ends), ends
+    assert "step 9: cannot be read by process 1" in ends[0][0] + err0, ends
+    assert "moved to" not in ends[1][0] + err1
+    assert [p.name for p in (four / "damaged").iterdir()] == ["9"]
+    assert (four / "checkpoints" / "9").is_dir()
+    np.testing.assert_allclose(list(losses(four).values()), list(first.values()), rtol=5e-4)
+
+    # Written by two, read by one.
+    (four / "result.json").unlink()
+    shutil.rmtree(four / "checkpoints" / "9")
+    ((out, _, _),) = run(four, 1)
+    assert "going on from step 6" in out
+    got = losses(four)
+    assert list(got) == list(range(1, 10))
+    np.testing.assert_allclose(list(got.values()), list(first.values()), rtol=5e-4)
+    final = json.loads((four / "result.json").read_text())["final"]
+    assert final["R@1"] == pytest.approx(whole["final"]["R@1"], abs=0.03)
+
+
+AGREED = """
+import os, signal, sys, time
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from idml_jax import hosts, interrupt, sharding
+from idml_jax.checkpoint import Checkpoints
+folder, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+hosts.connect(f"127.0.0.1:{port}", 2, index)
+mesh, values = sharding.data_mesh(), np.random.default_rng(0).normal(size=(4096, 4)).astype(np.float32)
+def state(step):
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    table = jax.make_array_from_callback(values.shape, split, lambda part: step * values[part])
+    return {"proxies": table, "step": jax.make_array_from_callback((), whole, lambda part: np.int32(step))}
+checkpoints = Checkpoints(folder / "checkpoints", "R@1", keep_latest=2)
+for step in (3, 6):
+    checkpoints.save(step, state(step), {"history": [step]}, {"R@1": 0.5})
+checkpoints.wait()
+checkpoints.close()
+if index == 0:  # what the second process has written, and alone reads
+    for path in (folder / "checkpoints" / "6" / "state" / "ocdbt.process_1" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[:10])
+hosts.wait("cut")
+checkpoints = Checkpoints(folder / "checkpoints", "R@1", keep_latest=2)
+read, record = checkpoints.resume(state(0))
+for part in read["proxies"].addressable_shards:
+    np.testing.assert_array_equal(part.data, 3 * values[part.index])
+print("read", int(read["step"]), record["history"], checkpoints.latest, flush=True)
+with interrupt.StopRequest() as stop:
+    for count in range(1000):
+        if count == 3 and index == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        try:
+            stop.check()
+        except interrupt.Stopped:
+            print("stopped at", count, flush=True)
+            break
+        time.sleep(0.02)
+checkpoints.close()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_checkpoint_and_on_where_to_stop(tmp_path):
+    """The second cannot read its part of the newest, which the first can; a signal comes to the second alone."""
+    port = free_port()
+    command = [sys.executable, "-c", AGREED, str(tmp_path), str(port)]
+    started = [
+        subprocess.Popen(
+            [*command, str(index)], env=environment_with(1), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for index in range(2)
+    ]
+    ends = finish(started, 300)
+    assert [code for *_, code in ends] == [0, 0], ends
+    # Gloo has lines of its own there.
+    lines = [[x for x in out.splitlines() if x.startswith(("read", "stopped"))] for out, *_ in ends]
+    read, stopped = zip(*lines, strict=True)
+    assert set(read) == {"read 3 [3] 3"} and len(set(stopped)) == 1 and stopped[0].startswith("stopped at"), ends
+    assert [p.name for p in (tmp_path / "damaged").iterdir()] == ["6"]
+    assert "step 6: cannot be read by process 1; moved to" in ends[0][1]
+
+
+STOPPED = """
+import os, signal, sys, time
+folder, workdir, port, index = sys.argv[1:]
+from idml_jax import evaluate, hosts, interrupt, train
+from runs_made import small_config
+hosts.connect(f"127.0.0.1:{port}", 2, int(index))
+real, calls = evaluate.steps.jit_embed_step, []
+def slow(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2 and index == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.5)
+    return real(*args, **kwargs)
+evaluate.steps.jit_embed_step = slow
+try:
+    train.train_and_evaluate(small_config(folder, **{"eval.batch_size": 4}), workdir)
+except interrupt.Stopped as stopped:
+    print(len(calls), stopped)
+    sys.exit(interrupt.EXIT_CODE)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_evaluating_stops_both_at_the_same_batch(image_folder, tmp_path):
+    port, started = free_port(), []
+    for index in range(2):
+        command = [sys.executable, "-c", STOPPED, str(image_folder), str(tmp_path / "run"), str(port), str(index)]
+        started.append(subprocess.Popen(
+            command, env=environment_with(1), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ))  # fmt: skip
+    ends = finish(started, 300)
+    assert [code for *_, code in ends] == [75, 75], ends
+    told = [re.search(r"^(\d+) stopped by SIG(TERM|USR1); nothing is saved yet", out, re.M) for out, *_ in ends]
+    assert all(told), ends
+    batches = {int(match.group(1)) for match in told}
+    assert len(batches) == 1 and 2 <= batches.pop() < 24  # of the first evaluation, of 96 pictures
+
+
+@pytest.mark.slow
+def test_a_dead_process_stops_the_others_with_a_message(image_folder, tmp_path):
+    more = ("--config.epochs=1000", "--config.eval.every_epochs=1000")
+    started = start(tmp_path / "run", image_folder, 4, *more, devices=4)
     for line in started[0].stdout:
         if re.search(r"step 3/", line):
             break
-    started[1].kill()
-    _, err, code = finish(started[:1], 200)[0]
-    assert code != 0
-    assert "another process of this run has died" in err or "coordination service" in err.lower(), err[-2000:]
+    killed = started.pop(2)
+    killed.kill()
+    killed.communicate()
+    for _, err, code in finish(started, 200):
+        assert code != 0
+        assert "another process of this run has died" in err or "coordination service" in err.lower(), err[-2000:]
 
 
 def test_addresses_that_cannot_be_are_refused():

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from runs_made import assert_same_run, rows, small_config
 
-from idml_jax import evaluate, interrupt, loop, train, watch
+from idml_jax import evaluate, hosts, interrupt, loop, train, watch
 from idml_jax.checkpoint import Checkpoints
 from idml_jax.errors import UserError
 from idml_jax.writers import MetricWriter
@@ -79,7 +79,7 @@ def start(folder, workdir, epochs):
     )  # fmt: skip
 
 
-def wait_for(process, condition, seconds=120):
+def wait_for(process, condition, seconds=600):  # a guard, for machines that are very busy
     """True once the condition holds; false if the process ended before."""
     end = time.monotonic() + seconds
     while not condition():
@@ -177,6 +177,18 @@ def test_a_truncated_checkpoint_costs_an_epoch_and_nothing_else(image_folder, fi
     assert_same_run(small_config(image_folder), finished[0], copied)
 
 
+def test_a_checkpoint_that_another_process_cannot_read_is_set_aside_by_all(image_folder, copied, monkeypatch, caplog):
+    like = train.build(small_config(image_folder)).initial_state()
+    answers = [1, None]  # of the newest checkpoint, and of the one before
+    monkeypatch.setattr(hosts, "first_of", lambda own: answers.pop(0))
+    checkpoints = Checkpoints(copied / "checkpoints", "R@1")
+    with caplog.at_level("WARNING", "idml_jax"):
+        state, record = checkpoints.resume(like)
+    checkpoints.close()
+    assert int(state.step) == 6 and len(record["history"]) == 2 and not answers
+    assert "step 9: cannot be read by process 1; moved to" in caplog.text and (copied / "damaged" / "9").is_dir()
+
+
 def test_no_readable_checkpoint_is_said_plainly(image_folder, copied):
     for path in (copied / "checkpoints").rglob("_METADATA"):
         path.write_text("{")
@@ -263,7 +275,7 @@ def test_a_loss_that_is_no_number_names_step_images_and_checkpoint(image_folder,
 
 
 def test_debug_checks_find_the_step(image_folder, finished, tmp_path):
-    quick = {"eval.untrained": False, "max_steps": 2}
+    quick = {"eval.untrained": False, "max_steps": 2, "eval.cluster": False, "eval.ambiguity_images": 0}
     # An implicit transfer or a promoted rank in a step would raise; 8 devices, Mixup, proxies.
     train.train_and_evaluate(small_config(image_folder, debug="ranks,transfers", **quick), tmp_path / "fine")
     losses = lambda workdir: [r["train/loss"] for r in rows(workdir) if "train/loss" in r]
