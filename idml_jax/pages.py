@@ -63,7 +63,8 @@ def tile(picture: bytes | None, caption: Sequence[str], kind: str = "", title: s
     shown = '<div class="muted">(no picture)</div>'
     if picture is not None:
         shown = f'<img src="{data_url(picture)}" alt="{text(title or " ".join(caption))}" loading="lazy">'
-    lines = "<br>".join(line if line.startswith("<span") else text(line) for line in caption)
+    # Names of classes and files may break behind their underscores.
+    lines = "<br>".join(x if x.startswith("<span") else text(x).replace("_", "_<wbr>") for x in caption)
     return f'<figure class="{kind}" title="{text(title)}">{shown}<figcaption>{lines}</figcaption></figure>'
 
 

@@ -84,7 +84,7 @@ def risk_coverage(curves: Mapping[str, Curve], oracle: Curve, risk: float) -> by
     for i, (name, (x, y)) in enumerate(curves.items()):
         axis.plot(x, y, color=COLOURS[i % len(COLOURS)], label=name, linewidth=2.2 if i == 0 else 1.5)
     axis.set_xlim(0, 1)
-    axis.set_ylim(0, max(risk * 1.6, 0.02))
+    axis.set_ylim(0, min(max(risk * 1.6, 0.02), 1.02))
     axis.set_xlabel("coverage: share of queries answered", fontsize=9)
     axis.set_ylabel("risk: share of wrong answers", fontsize=9)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))

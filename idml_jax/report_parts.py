@@ -106,7 +106,8 @@ def head(seen: Seen) -> str:
     if best.get("spearman(u,ambiguity)") is not None:
         values.append(("|u| with true ambiguity", f"{best['spearman(u,ambiguity)']:.2f}"))
     kind = "introspective" if seen.model.introspective else "plain"
-    loss = f"softmax, {config.classification.mixing} mixing" if seen.classifies else config.loss.name
+    mixing = "" if config.classification.mixing == "none" else f", {config.classification.mixing}"
+    loss = f"softmax{mixing}" if seen.classifies else config.loss.name
     width = "classifier" if seen.classifies else f"{config.model.embedding_dim}-d"
     name = config.data.name if config.data.name != "folder" else Path(config.data.root or config.data.variant).name
     return (
