@@ -56,8 +56,9 @@ def cell(runs: list[dict[str, float]], name: str) -> str:
 
 
 def show(out: Path, table: str, data: str, columns: dict[str, str]) -> list[str]:
-    """One table; rows without a finished run are left out."""
+    """One table; rows without any of these figures are left out."""
     rows = [(row, runs) for row in TABLES[table]() if (runs := figures(out, table, data, row))]
+    rows = [(row, runs) for row, runs in rows if any(cell(runs, k) for k in columns)]
     columns = {k: v for k, v in columns.items() if any(cell(runs, k) for _, runs in rows)}
     lines = [f"| row | seeds | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
     return lines + [f"| {row} | {len(runs)} | {' | '.join(cell(runs, k) for k in columns)} |" for row, runs in rows]
