@@ -109,6 +109,7 @@ def sections(out: Path) -> dict[str, list[str]]:
         made[f"A {data}"] = accuracy(out, data)
         made[f"B {data}"] = show(out, "B", data, ACCURACY | joined)
         made[f"B {data} corrupted"] = show(out, "B", data, corrupted)
+        made[f"B {data} aurc"] = show(out, "B", data, {f"AURC({k})": v for k, v in UNCERTAINTY.items()})
         made[f"B {data} ambiguity"] = show(out, "B", data, AMBIGUITY)
         made[f"B {data} beaten"] = beaten(out, data)
         made[f"K {data}"] = show(out, "K", data, CLASSES)
