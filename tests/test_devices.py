@@ -15,9 +15,12 @@ from idml_jax import evaluate, sharding, steps
 from idml_jax.data import datasets, transforms
 from idml_jax.losses import LOSSES
 from idml_jax.metrics.report import retrieval_report
+from idml_jax.optim import Schedule
 
-# Without moments or decay a step is the gradient.
-RULE = optimizer(name="sgd", momentum=0.0, weight_decay=0.0, clip_value=0.0)
+# Without moments or decay a step is the gradient; at this rate it stands out of the rounding of the parameters.
+RULE = optimizer(
+    name="sgd", momentum=0.0, weight_decay=0.0, clip_value=0.0, factors=(), schedule=Schedule("constant", 10.0, 100)
+)
 QUICK = {("multi_similarity", True)}  # reads the whole pair matrix, in both directions
 CASES = [(name, introspective) for name in LOSSES for introspective in (True, False)]
 

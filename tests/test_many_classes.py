@@ -74,8 +74,10 @@ def test_loss_and_gradients_of_split_proxies_are_those_of_whole_ones(case):
         results.append((value, of_params["proxies"][:CLASSES], of_embedding))
     (value, *gradients), (split_value, *split_gradients) = results
     np.testing.assert_allclose(split_value, value, rtol=1e-5)
+    largest = max(np.abs(one).max() for one in jax.tree.leaves(gradients))
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(split_gradients), strict=True):
-        size = np.abs(one).max()
+        # In the published formula nothing but rounding is left of the uncertainty's gradient.
+        size = largest if case.startswith("released") else np.abs(one).max()
         assert size > 0 or case.startswith(("plain", "released"))  # of the uncertainty, there
         np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-4 * size)
 
