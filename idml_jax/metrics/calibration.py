@@ -54,34 +54,65 @@ class Calibration(NamedTuple):
     correct: Bool[np.ndarray, "n"]
 
 
-def calibrate(held_out: HeldOut, settings: Ism, names: Collection[str] | None = None) -> Calibration:
+class Known(NamedTuple):
+    """Held-out queries answered: what a confidence is fitted on.
+
+    Attributes:
+      scores: of the clean queries, each ``[n]``.
+      correct: ``[n]``, whether their nearest neighbour is of their class.
+      changed: the same two of the changed queries, if there are any.
+    """
+
+    scores: dict[str, Float[np.ndarray, "n"]]
+    correct: Bool[np.ndarray, "n"]
+    changed: tuple[dict[str, Float[np.ndarray, "m"]], Bool[np.ndarray, "m"]] | None
+
+
+def answer(held_out: HeldOut, settings: Ism) -> Known:
+    """Searches the held-out queries, once for however many fits.
+
+    Args:
+      held_out: queries of classes that the network was not trained on.
+      settings: of the introspective metric.
+
+    Returns:
+      Their scores and whether they are answered rightly.
+
+    Raises:
+      ValueError: for empty or mismatched input.
+    """
+
+    def answers(queries: Embedded, own: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        gallery = held_out.gallery
+        found = uncertainty.nearest_twenty(queries.semantic, None if gallery is None else gallery.semantic, own=own)
+        nearest = (queries if gallery is None else gallery).labels[found.index[:, 0]]
+        return scores_of(queries, gallery, settings, own, found), nearest == queries.labels
+
+    changed = held_out.changed
+    return Known(
+        *answers(held_out.queries, held_out.own), None if changed is None else answers(changed, held_out.changed_own)
+    )
+
+
+def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
     """Fits how sure answers are.
 
     Args:
-      held_out: queries of classes that the network was not trained on. With changed ones the model also has the
-        products of the scores: which of them tells wrong answers depends on how strange the query is.
-      settings: of the introspective metric.
+      known: of ``answer``. With changed queries the model also has the products of the scores: which of them tells
+        wrong answers depends on how strange the query is.
       names: of the scores to use; a small gallery has fewer margins. All by default.
 
     Returns:
       The calibration.
 
     Raises:
-      ValueError: for empty, mismatched or non-finite input.
+      ValueError: for non-finite scores, or none.
     """
-
-    def answers(queries: Embedded, own: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        gallery = held_out.gallery
-        found = uncertainty.nearest_twenty(queries.semantic, None if gallery is None else gallery.semantic, own=own)
-        scores = scores_of(queries, gallery, settings, own, found)
-        nearest = (queries if gallery is None else gallery).labels[found.index[:, 0]]
-        return {k: scores[k] for k in scores if names is None or k in names}, nearest == queries.labels
-
-    scores, correct = answers(held_out.queries, held_out.own)
-    if held_out.changed is None:
+    scores, correct = {k: v for k, v in known.scores.items() if names is None or k in names}, known.correct
+    if known.changed is None:
         model = fit_confidence(scores, correct)
     else:
-        more, more_correct = answers(held_out.changed, held_out.changed_own)
+        more, more_correct = known.changed
         weights = np.ones(len(correct)), np.full(len(more_correct), CHANGED_WEIGHT * len(correct) / len(more_correct))
         model = fit_confidence(
             {name: np.concatenate([scores[name], more[name]]) for name in scores if name in more},
@@ -91,3 +122,8 @@ def calibrate(held_out: HeldOut, settings: Ism, names: Collection[str] | None = 
             products=True,
         )
     return Calibration(model, 1.0 - confidence(model, scores), correct)
+
+
+def calibrate(held_out: HeldOut, settings: Ism, names: Collection[str] | None = None) -> Calibration:
+    """``answer`` and ``fit`` in one; raises as they do."""
+    return fit(answer(held_out, settings), names)

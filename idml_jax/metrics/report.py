@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from idml_jax.metrics import calibration, clustering, introspective, retrieval, uncertainty
-from idml_jax.metrics.calibration import HeldOut
+from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.confidence import confidence
 from idml_jax.metrics.embedded import Embedded, Ism, joined, scores_of
 from idml_jax.metrics.retrieval import Ranks
@@ -121,8 +121,7 @@ def _threshold_report(
     scores: Mapping[str, np.ndarray], ranks: Ranks, held_out: HeldOut, settings: Ism, precision: float
 ) -> dict[str, float]:
     """A confidence from all scores and its threshold, both fitted on held-out classes, applied to the queries."""
-    report = _confidence_report(scores, ranks.nearest_correct, held_out, settings)
-    fitted = calibration.calibrate(held_out, settings, scores)
+    report, fitted = _confidence_report(scores, ranks.nearest_correct, held_out, settings)
     threshold = uncertainty.threshold_for_precision(fitted.doubt, fitted.correct, precision)
     doubt = 1.0 - confidence(fitted.model, scores)
     selected = uncertainty.selective(doubt, ranks.nearest_correct, threshold)
@@ -138,14 +137,16 @@ def _threshold_report(
 
 def _confidence_report(
     scores: Mapping[str, np.ndarray], correct: np.ndarray, held_out: HeldOut, settings: Ism
-) -> dict[str, float]:
-    """R-AUROC of all scores joined, and of those joined that cost no training: the difference is what is learned."""
+) -> tuple[dict[str, float], Calibration]:
+    """R-AUROC of all scores joined and of those joined that cost no training; the fit of all of them."""
+    known = calibration.answer(held_out, settings)
     free = {name: score for name, score in scores.items() if name not in introspective.LEARNED}
-    report = {}
-    for name, some in {"confidence": scores, "free_confidence": free}.items():
-        model = calibration.calibrate(held_out, settings, some).model
-        report[f"R-AUROC({name})"] = uncertainty.r_auroc(1.0 - confidence(model, some), correct)
-    return report
+    fitted = calibration.fit(known, scores)
+    report = {
+        f"R-AUROC({name})": uncertainty.r_auroc(1.0 - confidence(model, scores), correct)
+        for name, model in (("confidence", fitted.model), ("free_confidence", calibration.fit(known, free).model))
+    }
+    return report, fitted
 
 
 def corrupted_report(
@@ -178,7 +179,7 @@ def corrupted_report(
     scores = scores_of(queries, gallery, settings, own, found)
     report = {f"R-AUROC({name})": uncertainty.r_auroc(score, correct) for name, score in scores.items()}
     if held_out is not None:
-        report |= _confidence_report(scores, correct, held_out, settings)
+        report |= _confidence_report(scores, correct, held_out, settings)[0]
     return {f"corrupted/{name}": float(value) for name, value in ({"R@1": correct.mean()} | report).items()}
 
 
