@@ -83,11 +83,14 @@ def pooled_features(
       ``[n, k, f]`` features and the new statistics.
     """
 
+    count = setup.accumulate
+    model = setup.model if count == 1 else setup.model.looped
+
     def part(trunk: Any, batch_stats: Any, pictures: tuple[Array, ...]) -> tuple[Any, Array]:
         images = prepare(*pictures)
         m, k = images.shape[:2]
         variables = {"params": {"trunk": trunk}, "batch_stats": batch_stats}
-        features, updated = setup.model.apply(
+        features, updated = model.apply(
             variables, images.reshape(m * k, *images.shape[2:]), True, method=EmbeddingModel.features,
             mutable=["batch_stats"],
         )  # fmt: skip
@@ -95,7 +98,6 @@ def pooled_features(
             features = jax.lax.stop_gradient(features)
         return updated.get("batch_stats", batch_stats), features.reshape(m, k, -1)
 
-    count = setup.accumulate
     if count == 1:
         batch_stats, features = part(trunk, batch_stats, pictures)
         return features, batch_stats

@@ -142,3 +142,21 @@ def test_unknown_names_list_the_known_ones():
     small = models.create_model("convnet4")
     with pytest.raises(ValueError, match="at least 16 pixels; got 12 x 12"):
         small.init(jax.random.key(0), jnp.zeros((1, 12, 12, 1)))
+
+
+@pytest.mark.parametrize(
+    "size,kernel,stride,padding", [(9, 3, 1, 1), (8, 3, 2, 1), (11, 7, 2, 3), (6, 1, 2, 0), (5, 3, 2, 0)]
+)
+def test_convolution_for_loops_has_the_same_gradients(size, kernel, stride, padding):
+    x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
+    results, programs = [], []
+    for looped in (False, True):
+        layer = layers.Conv(4, (kernel, kernel), (stride, stride), padding, looped=looped)
+        variables = layer.init(jax.random.key(1), x)
+        weights = jax.random.normal(jax.random.key(2), layer.apply(variables, x).shape)
+        loss = lambda variables, x, layer=layer, weights=weights: jnp.sum(weights * layer.apply(variables, x))
+        results.append(jax.jit(jax.value_and_grad(loss, (0, 1)))(variables, x))
+        programs.append(jax.jit(jax.grad(loss)).lower(variables, x).compile().as_text())
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)
+    # Its gradient by the kernel is no convolution, which would be slow in a loop.
+    assert [" convolution(" in program for program in programs] == [kernel > 1, False]

@@ -59,6 +59,11 @@ class EmbeddingModel(nn.Module):
         """Whether a picture's features in training do not depend on the rest of the batch."""
         return self.trunk.frozen_statistics or not getattr(self.trunk, "has_statistics", True)
 
+    @property
+    def looped(self) -> "EmbeddingModel":
+        """The same for use inside a loop of the program, see ``layers.Conv``."""
+        return self.clone(trunk=self.trunk.clone(looped=True)) if hasattr(self.trunk, "looped") else self
+
     def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> dict[str, Array]:
         """``features`` [n, f] and the heads' outputs (``semantic``, ``uncertainty``, ``semantic_norm``)."""
         features = self.features(images, train)

@@ -14,12 +14,14 @@ class ConvNet(nn.Module):
       depth: number of layers.
       width: channels of every layer.
       frozen_statistics: normalise by the running statistics in training too.
+      looped: of ``Conv``.
       dtype: of convolutions and activations; parameters and statistics stay float32.
     """
 
     depth: int = 4
     width: int = 64
     frozen_statistics: bool = False
+    looped: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -32,7 +34,7 @@ class ConvNet(nn.Module):
             )
         x = images.astype(self.dtype)
         for layer in range(self.depth):
-            x = Conv(self.width, (3, 3), padding=1, dtype=self.dtype, name=f"conv{layer + 1}")(x)
+            x = Conv(self.width, (3, 3), padding=1, dtype=self.dtype, looped=self.looped, name=f"conv{layer + 1}")(x)
             x = BatchNorm(not train or self.frozen_statistics, dtype=self.dtype, name=f"bn{layer + 1}")(x)
             x = max_pool_2x2(nn.relu(x))
         return x

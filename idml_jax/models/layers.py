@@ -1,11 +1,53 @@
 """Layers with PyTorch's conventions, so that published weights and settings keep their meaning."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: int) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve_looped(x: Array, kernel: Array, strides: tuple[int, int], padding: int) -> Array:
+    """The same; its gradient by the kernel is a matrix product with all patches of ``x``.
+
+    Inside a loop XLA's CPU compiler does not bring that gradient into the form for which it has a fast routine, and
+    takes some 40 times as long (jax 0.10).
+    """
+    return _convolve(x, kernel, strides, padding)
+
+
+def _convolve_forward(x, kernel, strides, padding):
+    return _convolve(x, kernel, strides, padding), (x, kernel)
+
+
+def _convolve_backward(strides, padding, saved, cotangent):
+    x, kernel = saved
+    (towards_x,) = jax.vjp(lambda x: _convolve(x, kernel, strides, padding), x)[1](cotangent)
+    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    _, height, width, features = cotangent.shape
+    cotangent = cotangent.reshape(-1, features)
+
+    def at(row: int, column: int) -> Array:
+        rows = slice(row, row + (height - 1) * strides[0] + 1, strides[0])
+        columns = slice(column, column + (width - 1) * strides[1] + 1, strides[1])
+        return padded[:, rows, columns]
+
+    places = [at(row, column) for row in range(kernel.shape[0]) for column in range(kernel.shape[1])]
+    patches = jnp.concatenate(places, axis=-1)
+    return towards_x, (patches.reshape(-1, patches.shape[-1]).T @ cotangent).reshape(kernel.shape)
+
+
+_convolve_looped.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Conv(nn.Module):
@@ -20,6 +62,7 @@ class Conv(nn.Module):
       strides: vertical and horizontal.
       padding: zeros on every side.
       dtype: of the computation; the kernel stays float32.
+      looped: whether it stands inside a loop of the program, which a CPU's compiler must know.
       kernel_init: initialiser of the kernel ``[h, w, in, out]``.
     """
 
@@ -28,6 +71,7 @@ class Conv(nn.Module):
     strides: tuple[int, int] = (1, 1)
     padding: int = 0
     dtype: jnp.dtype = jnp.float32
+    looped: bool = False
     kernel_init: nn.initializers.Initializer = kaiming_normal
 
     @nn.compact
@@ -35,13 +79,13 @@ class Conv(nn.Module):
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.kernel_size == (1, 1) and self.padding == 0 and jax.default_backend() == "cpu":
+        on_cpu = jax.default_backend() == "cpu"
+        if on_cpu and self.kernel_size == (1, 1) and self.padding == 0:
             x = x[:, :: self.strides[0], :: self.strides[1]]
             # Two axes only: the gradient by the kernel is then two to three times as fast as over four.
             return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], self.features)
-        return jax.lax.conv_general_dilated(
-            x, kernel, self.strides, [(self.padding, self.padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        convolve = _convolve_looped if on_cpu and self.looped else _convolve
+        return convolve(x, kernel, self.strides, self.padding)
 
 
 class BatchNorm(nn.Module):

@@ -68,6 +68,7 @@ class PyramidNet(nn.Module):
       bottleneck: kind of block.
       frozen_statistics: normalise by the running statistics in training too.
       remat: keep only the input of every block for the gradient and compute the rest again.
+      looped: of ``Conv``.
       dtype: of convolutions and activations; parameters and statistics stay float32.
     """
 
@@ -76,6 +77,7 @@ class PyramidNet(nn.Module):
     bottleneck: bool = True
     frozen_statistics: bool = False
     remat: bool = False
+    looped: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -89,7 +91,7 @@ class PyramidNet(nn.Module):
         if self.depth < layers + 2 or (self.depth - 2) % layers:
             raise ValueError(f"a PyramidNet has {layers} k + 2 layers; got {self.depth}")
         blocks = (self.depth - 2) // layers
-        conv = partial(Conv, dtype=self.dtype)
+        conv = partial(Conv, dtype=self.dtype, looped=self.looped)
         norm = partial(BatchNorm, use_running_average=not train or self.frozen_statistics, dtype=self.dtype)
         kind = PyramidBottleneck if self.bottleneck else PyramidBasic
         block = nn.remat(kind) if self.remat else kind

@@ -77,6 +77,7 @@ class ResNet(nn.Module):
       shortcut: where width or size change: ``conv`` (1 x 1) or ``pad``.
       frozen_statistics: normalise by the running statistics in training too.
       remat: keep only the input of every block for the gradient and compute the rest again.
+      looped: of ``Conv``.
       dtype: of convolutions and activations; parameters and statistics stay float32.
     """
 
@@ -87,12 +88,13 @@ class ResNet(nn.Module):
     shortcut: str = "conv"
     frozen_statistics: bool = False
     remat: bool = False
+    looped: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 f"]:
         """Feature maps of the last stage for normalised images."""
-        conv = partial(Conv, dtype=self.dtype)
+        conv = partial(Conv, dtype=self.dtype, looped=self.looped)
         norm = partial(BatchNorm, use_running_average=not train or self.frozen_statistics, dtype=self.dtype)
         x = images.astype(self.dtype)
         if self.stem == "imagenet":
