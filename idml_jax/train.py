@@ -36,6 +36,7 @@ SHOWN = (
 
 
 Check = Callable[[], None]
+Build = Callable[[ConfigDict], Run]
 
 
 def _embed_options(run: Run) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def describe(metrics: dict[str, float], ks: tuple[int, ...]) -> str:
     return "  ".join(f"{name} {100 * metrics[name]:.1f}" for name in (*(f"R@{k}" for k in ks), "RP", "MAP@R"))
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = build) -> dict[str, Any]:
     """Trains, or goes on training, in a workdir and evaluates.
 
     The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end,
@@ -123,6 +124,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
     Args:
       config: settings, see ``idml_jax.config.default_config``.
       workdir: folder of the run.
+      build: puts the run together; one of your own may change what ``run.build`` gives, for instance its objective.
 
     Returns:
       The content of ``result.json``: metrics ``untrained``, ``final`` and ``best`` (``None`` where one is undefined),
@@ -133,10 +135,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, Any
       Stopped: on SIGTERM or SIGUSR1, after saving; the same call goes on, to the same result.
     """
     with StopRequest() as stop:
-        return _train_and_evaluate(config, Path(workdir).absolute(), stop)
+        return _train_and_evaluate(config, Path(workdir).absolute(), stop, build)
 
 
-def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest) -> dict[str, Any]:
+def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, build: Build) -> dict[str, Any]:
     started = time.monotonic()
     run = build(config)
     if stop.requested:
@@ -290,12 +292,15 @@ def _finish(
     }
 
 
-def evaluate_checkpoint(workdir: str | Path, overrides: ConfigDict | None = None) -> dict[str, Any]:
+def evaluate_checkpoint(
+    workdir: str | Path, overrides: ConfigDict | None = None, build: Build = build
+) -> dict[str, Any]:
     """Evaluates the best checkpoint of a workdir.
 
     Args:
       workdir: folder of the run.
       overrides: settings to hold the workdir's against, as in training; by default the workdir's own.
+      build: as of ``train_and_evaluate``.
 
     Returns:
       The metrics, and the ``step`` of the checkpoint; also written to ``eval.json``.
@@ -306,12 +311,14 @@ def evaluate_checkpoint(workdir: str | Path, overrides: ConfigDict | None = None
     """
     with StopRequest() as stop:
         try:
-            return _evaluate_checkpoint(Path(workdir).absolute(), overrides, stop)
+            return _evaluate_checkpoint(Path(workdir).absolute(), overrides, stop, build)
         except Stopped as stopped:
             raise Stopped(f"stopped by {stopped}; nothing was written; the same command starts again") from None
 
 
-def _evaluate_checkpoint(workdir: Path, overrides: ConfigDict | None, stop: StopRequest) -> dict[str, Any]:
+def _evaluate_checkpoint(
+    workdir: Path, overrides: ConfigDict | None, stop: StopRequest, build: Build
+) -> dict[str, Any]:
     stored = config_lib.read(workdir)
     if overrides is not None:
         config_lib.remember(overrides, workdir)

@@ -1,6 +1,6 @@
 """The figure of docs/results.md: how well each score tells wrong answers, from the logs of ``run.py``.
 
-    python benchmarks/experiments/figure.py --out=runs/experiments --write=docs/uncertainty.png
+python benchmarks/experiments/figure.py --out=runs/experiments --write=docs/uncertainty.png
 """
 
 import argparse

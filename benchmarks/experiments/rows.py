@@ -71,7 +71,12 @@ VARIANTS: dict[str, Overrides] = {
     "tau 20": {"ism.temperature": 20.0},
     "u scale 0.1": {"model.uncertainty_scale": 0.1},
     "u width 8": {"model.uncertainty_dim": 8},
-}
+    # Not settings of the package: variants.py.
+    **{name: {"variant": name} for name in (
+        "tau learned", "tau from 50 to 5", "tau from 1 to 5", "prior", "ranking reaches the trunk", "softplus u",
+        "u detached",
+    )},
+}  # fmt: skip
 
 
 def table_b() -> dict[str, Overrides]:

@@ -32,8 +32,10 @@ def command(data: str, row: str, overrides: dict, seed: int, root: Path, out: Pa
     config = setting["config"].format(row=row.split(", ")[0])
     if setting["root"]:
         fields["data.root"] = str(root / setting["root"])
+    variant = fields.pop("variant", None)
+    program = ["benchmarks/experiments/variants.py", f"--variant={variant}"] if variant else ["-m", "idml_jax.main"]
     return [
-        sys.executable, "-m", "idml_jax.main", f"--config=configs/{config}", f"--workdir={workdir}",
+        sys.executable, *program, f"--config=configs/{config}", f"--workdir={workdir}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
     ]  # fmt: skip
 
