@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,10 +402,16 @@ class TestFolder:
             for k in classes
             for i in range(2)
         }
-        prepare("folder", made.write_files(tmp_path / "x", files), tmp_path)
-        splits, _ = load("folder", tmp_path, variant="x")
-        assert splits.gallery.class_names == splits.test.class_names == ["c2", "c3", "c4"]
-        np.testing.assert_array_equal(splits.gallery.labels, [0, 0, 1, 1, 2, 2])
+        source = made.write_files(tmp_path / "x", files)
+        prepare("folder", source, tmp_path)
+        for splits in (load("folder", tmp_path, variant="x")[0], datasets.load_dataset("folder", root=str(source))):
+            assert splits.train.class_names == ["c0", "c1"]
+            assert splits.gallery.class_names == splits.test.class_names == ["c2", "c3", "c4"]
+            np.testing.assert_array_equal(splits.gallery.labels, [0, 0, 1, 1, 2, 2])
+            np.testing.assert_array_equal(splits.test.labels, [0, 0, 1, 1])
+        shutil.rmtree(source / "gallery")
+        with pytest.raises(UserError, match="but no gallery; expected train, query and gallery"):
+            datasets.load_dataset("folder", root=str(source))
 
     def test_bad_pictures_can_be_left_out(self, tmp_path):
         files = {f"c{k}/{i}.jpg": made.jpeg(k, i) for k in range(4) for i in range(3)}

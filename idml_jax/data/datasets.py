@@ -10,6 +10,7 @@ import numpy as np
 from idml_jax.data import prepared as prepared_lib
 from idml_jax.data.protocol import BENCHMARKS, Count, differences
 from idml_jax.data.sources import (
+    FolderSource,
     Joined,
     Source,
     Subset,
@@ -54,8 +55,9 @@ def load_folder(
     warn: Callable[[str], None] = print,
     **_: object,
 ) -> Splits:
-    """A folder of images: ``root/train/<class>/`` and ``root/test/<class>/`` (or ``val``), or ``root/<class>/`` alone,
-    which is split by class; or, without ``root``, the prepared one that ``variant`` names."""
+    """A folder of images: ``root/train/<class>/`` and ``root/test/<class>/`` (or ``val``; or ``query`` and
+    ``gallery``), or ``root/<class>/`` alone, which is split by class; or, without ``root``, the prepared one that
+    ``variant`` names."""
     if not root and variant:
         found = prepared_lib.find("folder", data_dir or default_data_dir(), variant)
         prepared = {split: prepared_lib.source(found, split, say=warn) for split in found.splits}
@@ -67,14 +69,27 @@ def load_folder(
             "config.data.root is empty; give the folder that holds one folder per class (or config.data.variant, the "
             "name of a prepared one)"
         )
-    test_root = next((Path(root) / name for name in ("test", "val") if (Path(root) / name).is_dir()), None)
-    if test_root is not None and (Path(root) / "train").is_dir():
-        train, test = scan_folder(Path(root) / "train"), scan_folder(test_root)
-        return Splits(drop_unreadable(train, on_corrupt, warn), drop_unreadable(test, on_corrupt, warn))
+    parts = {name for name in ("train", "test", "val", "query", "gallery") if (Path(root) / name).is_dir()}
+    scan = lambda name: drop_unreadable(scan_folder(Path(root) / name), on_corrupt, warn)
+    if "train" in parts and parts & {"query", "gallery"}:
+        missing = {"query", "gallery"} - parts
+        if missing or parts & {"test", "val"}:
+            wrong = f"no {missing.pop()}" if missing else f"{(parts & {'test', 'val'}).pop()} too"
+            raise UserError(f"{root}: train and query or gallery, but {wrong}; expected train, query and gallery")
+        return _separate({"train": scan("train"), **_of_one_naming(query=scan("query"), gallery=scan("gallery"))})
+    if "train" in parts and parts & {"test", "val"}:
+        return Splits(scan("train"), scan("test" if "test" in parts else "val"))
     everything = drop_unreadable(scan_folder(root), on_corrupt, warn)
     if len(everything.class_names) < 2:
         raise UserError(f"{root}: 1 class ({everything.class_names[0]}); metric learning needs at least 2")
     return Splits(*split_by_class(everything, train_classes))
+
+
+def _of_one_naming(**parts: FolderSource) -> dict[str, FolderSource]:
+    """Folders whose labels are those of all their classes together."""
+    names = sorted(set().union(*(part.class_names for part in parts.values())))
+    own = {name: np.searchsorted(names, part.class_names) for name, part in parts.items()}
+    return {name: FolderSource(part.paths, own[name][part.labels], names) for name, part in parts.items()}
 
 
 def default_data_dir() -> str:
