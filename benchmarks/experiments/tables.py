@@ -72,13 +72,35 @@ def accuracy(out: Path, data: str) -> list[str]:
         return []
     for loss in LOSSES:
         cells = (" / ".join(cell(found[loss, metric], name) for name in ACCURACY) for metric in METRICS)
-        lines.append(f"| {loss} ({max(len(found[loss, m]) for m in METRICS)}) | {' | '.join(cells)} |")
+        counts = sorted({len(found[loss, m]) for m in METRICS} - {0})
+        lines.append(f"| {loss} ({' to '.join(map(str, counts[:1] + counts[1:][-1:]))}) | {' | '.join(cells)} |")
     means = []
     for metric in METRICS:
         every = [runs for loss in LOSSES if (runs := found[loss, metric])]
         mean = lambda k, every=every: statistics.mean(statistics.mean(run[k] for run in runs) for runs in every)
         means.append(" / ".join(f"{100 * mean(k):.1f}" for k in ACCURACY) if every else "")
-    return [*lines, f"| mean | {' | '.join(means)} |"]
+    lines.append(f"| mean | {' | '.join(means)} |")
+    pairs = (("plain", "ism"), ("plain+mixup", "ism+mixup"), ("plain", "plain+mixup"), ("ism", "ism+mixup"))
+    return [*lines, "", *(line for pair in pairs if (line := difference(out, data, *pair)))]
+
+
+def difference(out: Path, data: str, one: str, other: str) -> str:
+    """R@1 of two ways of training, loss by loss and seed by seed."""
+    gains = []
+    for loss in LOSSES:
+        by_seed = []
+        for metric in (one, other):
+            folder = out / "A" / data / folder_of(f"{loss}/{metric}")
+            found = folder.glob("seed*/result.json")
+            by_seed.append({path.parent.name: json.loads(path.read_text())["final"]["R@1"] for path in found})
+        gains += [by_seed[1][seed] - by_seed[0][seed] for seed in by_seed[0] if seed in by_seed[1]]
+    if len(gains) < 2:
+        return ""
+    error = statistics.stdev(gains) / len(gains) ** 0.5
+    return (
+        f"* R@1 of {other} less that of {one}, same loss and seed: {100 * statistics.mean(gains):+.1f} points "
+        f"(standard error {100 * error:.1f}, {len(gains)} pairs, {sum(gain > 0 for gain in gains)} above 0)"
+    )
 
 
 def beaten(out: Path, data: str) -> list[str]:
