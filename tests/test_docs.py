@@ -197,3 +197,25 @@ def test_the_code_on_uncertainty_runs(tmp_path, image_folder, monkeypatch, capsy
         "are junk",
     ):  # fmt: skip
         assert text in told
+
+
+def test_a_loss_of_ones_own_trains(image_folder, tmp_path, monkeypatch):
+    """The page's code on a small run in place of the characters: the loop takes the step from its objective."""
+    from runs_made import small_config
+
+    from idml_jax import steps
+
+    monkeypatch.chdir(tmp_path)
+    fast = {"eval.untrained": False, "eval.cluster": False, "eval.ambiguity_images": 0}
+    monkeypatch.setattr(recipes, "get_config", lambda _: small_config(image_folder, epochs=1, max_steps=1, **fast))
+    stepped, step = [], steps.jit_train_step
+
+    def watched(*given, setup, **more):
+        stepped.append(setup.objective)
+        return step(*given, setup=setup, **more)
+
+    monkeypatch.setattr(steps, "jit_train_step", watched)
+    found = {}
+    exec(compile(blocks((DOCS / "losses.md").read_text(), "python")[-1], "losses.md", "exec"), found)
+    assert [type(objective) for objective in stepped] == [found["WithUniformity"]]
+    assert found["result"]["final"]["R@1"] > 0
