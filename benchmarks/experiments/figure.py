@@ -1,4 +1,4 @@
-"""The figure of docs/results.md: how well each score tells wrong answers, from the logs of ``run.py``.
+"""The figure of docs/introspection.md: how well each score tells wrong answers, from the logs of ``run.py``.
 
 python benchmarks/experiments/figure.py --out=runs/experiments --write=docs/uncertainty.png
 """

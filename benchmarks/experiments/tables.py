@@ -1,6 +1,6 @@
-"""Tables from the logs of ``run.py``, in Markdown; ``--write=docs/results.md`` puts them between that page's marks.
+"""Tables from the logs of ``run.py``, in Markdown; ``--write`` puts them between a page's marks.
 
-    python benchmarks/experiments/tables.py --out=runs/experiments [--write=docs/results.md]
+    python benchmarks/experiments/tables.py --out=runs/experiments [--write=docs/introspection.md]
 
 A cell is the mean over the seeds that have finished, +- their standard deviation where there are two or more. Where a
 run was evaluated again (``--mode=eval``), those figures count.
@@ -36,14 +36,18 @@ CLASSES = {
 PERCENT = {*ACCURACY, "top1", "ece", "corrupted/R@1"}
 
 
-def figures(out: Path, table: str, data: str, row: str) -> list[dict[str, float]]:
+def figures_by_seed(out: Path, table: str, data: str, row: str) -> dict[str, dict[str, float]]:
     """Of every finished seed."""
-    found = []
+    found = {}
     for path in sorted((out / table / data / folder_of(row)).glob("seed*/result.json")):
         values = json.loads(path.read_text())["final"]
         again = path.with_name("eval.json")
-        found.append(values | (json.loads(again.read_text()) if again.exists() else {}))
+        found[path.parent.name] = values | (json.loads(again.read_text()) if again.exists() else {})
     return found
+
+
+def figures(out: Path, table: str, data: str, row: str) -> list[dict[str, float]]:
+    return list(figures_by_seed(out, table, data, row).values())
 
 
 def cell(runs: list[dict[str, float]], name: str) -> str:
@@ -67,13 +71,17 @@ def show(out: Path, table: str, data: str, columns: dict[str, str]) -> list[str]
 def accuracy(out: Path, data: str) -> list[str]:
     """A loss a line, R@1, MAP@R and NMI under each way of training, and the mean over the losses."""
     lines = [f"| loss | {' | '.join(METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
-    found = {(loss, metric): figures(out, "A", data, f"{loss}/{metric}") for loss in LOSSES for metric in METRICS}
+    by_seed = {
+        (loss, metric): figures_by_seed(out, "A", data, f"{loss}/{metric}") for loss in LOSSES for metric in METRICS
+    }
+    found = {key: list(runs.values()) for key, runs in by_seed.items()}
     if not any(found.values()):
         return []
     for loss in LOSSES:
         cells = (" / ".join(cell(found[loss, metric], name) for name in ACCURACY) for metric in METRICS)
-        counts = sorted({len(found[loss, m]) for m in METRICS} - {0})
-        lines.append(f"| {loss} ({' to '.join(map(str, counts[:1] + counts[1:][-1:]))}) | {' | '.join(cells)} |")
+        counts = [len(runs) for m in METRICS if (runs := found[loss, m])] or [0]
+        seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
+        lines.append(f"| {loss} ({seeds}) | {' | '.join(cells)} |")
     means = []
     for metric in METRICS:
         every = [runs for loss in LOSSES if (runs := found[loss, metric])]
@@ -81,19 +89,15 @@ def accuracy(out: Path, data: str) -> list[str]:
         means.append(" / ".join(f"{100 * mean(k):.1f}" for k in ACCURACY) if every else "")
     lines.append(f"| mean | {' | '.join(means)} |")
     pairs = (("plain", "ism"), ("plain+mixup", "ism+mixup"), ("plain", "plain+mixup"), ("ism", "ism+mixup"))
-    return [*lines, "", *(line for pair in pairs if (line := difference(out, data, *pair)))]
+    return [*lines, "", *(line for pair in pairs if (line := difference(by_seed, *pair)))]
 
 
-def difference(out: Path, data: str, one: str, other: str) -> str:
+def difference(by_seed: dict[tuple[str, str], dict[str, dict[str, float]]], one: str, other: str) -> str:
     """R@1 of two ways of training, loss by loss and seed by seed."""
     gains = []
     for loss in LOSSES:
-        by_seed = []
-        for metric in (one, other):
-            folder = out / "A" / data / folder_of(f"{loss}/{metric}")
-            found = folder.glob("seed*/result.json")
-            by_seed.append({path.parent.name: json.loads(path.read_text())["final"]["R@1"] for path in found})
-        gains += [by_seed[1][seed] - by_seed[0][seed] for seed in by_seed[0] if seed in by_seed[1]]
+        before, after = by_seed[loss, one], by_seed[loss, other]
+        gains += [after[seed]["R@1"] - before[seed]["R@1"] for seed in before if seed in after]
     if len(gains) < 2:
         return ""
     error = statistics.stdev(gains) / len(gains) ** 0.5

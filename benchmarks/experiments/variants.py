@@ -7,6 +7,7 @@ The other arguments are those of ``idml_jax.main``. With the relative metric the
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from absl import logging as absl_logging
 
-from idml_jax import main as _main  # its flags
+import idml_jax.main  # noqa: F401, its flags
 from idml_jax import train
 from idml_jax.difficulty import ranking_loss
 from idml_jax.errors import show_progress
@@ -49,7 +50,7 @@ class ScheduledTemperature(Objective):
 
     start: float = HIGHEST
     end: float = DEFAULT_TEMPERATURE
-    steps: int = 1
+    steps: int = 1  # of the whole training
 
     def __call__(self, params, embedding, labels, *, step=0, **more):
         done = jnp.clip(step / (0.5 * self.steps), 0.0, 1.0)
@@ -91,11 +92,11 @@ class DetachedHeads(Heads):
 
 
 OBJECTIVES = {
-    "tau learned": (LearnedTemperature, {}),
-    "tau from 50 to 5": (ScheduledTemperature, {"start": HIGHEST, "end": DEFAULT_TEMPERATURE}),
-    "tau from 1 to 5": (ScheduledTemperature, {"start": LOWEST, "end": DEFAULT_TEMPERATURE}),
-    "prior": (Prior, {}),
-    "ranking reaches the trunk": (RankingReachesTrunk, {}),
+    "tau learned": LearnedTemperature,
+    "tau from 50 to 5": ScheduledTemperature,
+    "tau from 1 to 5": partial(ScheduledTemperature, start=LOWEST),
+    "prior": Prior,
+    "ranking reaches the trunk": RankingReachesTrunk,
 }
 HEADS = {"softplus u": SoftplusHeads, "u detached": DetachedHeads}
 
@@ -106,10 +107,10 @@ def changed(run: Run, variant: str) -> Run:
     of_flax = ("parent", "name")
     fields = lambda thing: {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.name not in of_flax}
     if variant in OBJECTIVES:
-        kind, more = OBJECTIVES[variant]
-        if kind is ScheduledTemperature:
-            more = {**more, "steps": run.total_steps}
-        setup = dataclasses.replace(setup, objective=kind(**fields(setup.objective), **more))
+        objective = OBJECTIVES[variant](**fields(setup.objective))
+        if isinstance(objective, ScheduledTemperature):
+            objective = dataclasses.replace(objective, steps=run.total_steps)
+        setup = dataclasses.replace(setup, objective=objective)
     else:
         heads = HEADS[variant](**fields(setup.model.heads))
         setup = dataclasses.replace(setup, model=setup.model.clone(heads=heads))
@@ -127,5 +128,4 @@ def run_variant(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    assert _main
     app.run(run_variant)

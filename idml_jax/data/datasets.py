@@ -76,7 +76,8 @@ def load_folder(
         if missing or parts & {"test", "val"}:
             wrong = f"no {missing.pop()}" if missing else f"{(parts & {'test', 'val'}).pop()} too"
             raise UserError(f"{root}: train and query or gallery, but {wrong}; expected train, query and gallery")
-        return _separate({"train": scan("train"), **_of_one_naming(query=scan("query"), gallery=scan("gallery"))})
+        query, gallery = _of_one_naming(scan("query"), scan("gallery"))
+        return Splits(scan("train"), query, gallery=gallery)
     if "train" in parts and parts & {"test", "val"}:
         return Splits(scan("train"), scan("test" if "test" in parts else "val"))
     everything = drop_unreadable(scan_folder(root), on_corrupt, warn)
@@ -85,11 +86,10 @@ def load_folder(
     return Splits(*split_by_class(everything, train_classes))
 
 
-def _of_one_naming(**parts: FolderSource) -> dict[str, FolderSource]:
+def _of_one_naming(*parts: FolderSource) -> list[FolderSource]:
     """Folders whose labels are those of all their classes together."""
-    names = sorted(set().union(*(part.class_names for part in parts.values())))
-    own = {name: np.searchsorted(names, part.class_names) for name, part in parts.items()}
-    return {name: FolderSource(part.paths, own[name][part.labels], names) for name, part in parts.items()}
+    names = sorted(set().union(*(part.class_names for part in parts)))
+    return [FolderSource(part.paths, np.searchsorted(names, part.class_names)[part.labels], names) for part in parts]
 
 
 def default_data_dir() -> str:
