@@ -3,22 +3,28 @@
     python benchmarks/many_classes.py                                # 1,000,000 x 512, 8 devices; compiled, not run
     python benchmarks/many_classes.py --classes 100000 --steps 3     # runs it too
     python benchmarks/many_classes.py --losses proxy_nca --plain
+    python benchmarks/many_classes.py --processes 8 --only split --losses proxy_anchor --batch 8 --steps 2
 
 On a CPU the devices are --devices forced ones, of which each has the program and the arrays that a real one would have;
-on GPUs or TPUs they are what is there. The step is the real one (``steps.train_step``: Mixup, AdamW, clipping) behind a
-tiny trunk, so nearly all of it is proxies, their moments and gradient, and the pair matrices of batch and classes.
+on GPUs or TPUs they are what is there. With --processes they are shared out to so many processes of this machine, which
+find each other and sum over sockets as hosts do. The step is the real one (``steps.train_step``: Mixup, AdamW,
+clipping) behind a tiny trunk, so nearly all of it is proxies, their moments and gradient, and the pair matrices of
+batch and classes.
 
 A row a program, in MB (1e6 bytes) of one device: ``state`` is what lies there between two steps, and the batch;
 ``work`` what XLA plans beside it during the step, and ``sum`` both, new state in the place of the old. ``whole``
 says whether an array with all rows occurs anywhere in the program of a device. With --steps: ``held``, bytes of the
-live arrays on the fullest device after the steps, seconds a step (the fastest), and the process's peak resident set,
-which on a CPU is that of all devices together. Exit code 1 if a split program knows an array with all rows.
+live arrays on the fullest device after the steps, seconds a step (the fastest), and the peak resident set of the
+fullest process, which on a CPU is that of all its devices together. Exit code 1 if a split program knows an array with
+all rows.
 """
 
 import argparse
 import os
 import re
 import resource
+import socket
+import subprocess
 import sys
 import time
 
@@ -58,9 +64,7 @@ def planned(setup, mesh, batch):
     from idml_jax import sharding, steps
     from idml_jax.state import create_state
 
-    create = lambda: create_state(
-        jax.random.key(0), setup.model, setup.objective, setup.optimizer, (PIXELS, PIXELS, 1)
-    )
+    create = lambda: create_state(jax.random.key(0), setup.model, setup.objective, setup.optimizer, (PIXELS, PIXELS, 1))
     put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     state = jax.eval_shape(create)
     state = jax.tree.map(put, state, sharding.placement(state, mesh, setup.objective.split))
@@ -87,7 +91,10 @@ def measured(setup, mesh, batch, count):
         "image": rng.integers(0, 256, (batch, *shape), np.uint8),
         "label": rng.integers(0, setup.objective.num_classes, batch).astype(np.int32),
     }
-    data = sharding.shard_batch(data, mesh)
+    mine = slice(
+        jax.process_index() * batch // jax.process_count(), (jax.process_index() + 1) * batch // jax.process_count()
+    )
+    data = sharding.shard_batch({name: rows[mine] for name, rows in data.items()}, mesh)
     seconds = []
     for _ in range(count):
         start = time.perf_counter()
@@ -102,32 +109,61 @@ def measured(setup, mesh, batch, count):
     return max(held.values()), min(seconds), loss
 
 
+def in_processes(arguments):
+    """The same command in so many processes, with the devices shared out; returns the exit code of the run."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{opened.getsockname()[1]}"
+    started = [
+        subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--coordinator", address, "--process-index", str(i)])
+        for i in range(arguments.processes)
+    ]
+    try:
+        return max(process.wait() for process in started)
+    finally:
+        for process in started:
+            process.kill()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=120)
     parser.add_argument("--devices", type=int, default=8, help="forced ones, on a CPU")
+    parser.add_argument("--processes", type=int, default=1, help="that share the devices")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--plain", action="store_true", help="without introspection")
     parser.add_argument("--only", choices=("split", "whole"), help="one of the two")
     parser.add_argument("--steps", type=int, default=0, help="run so many, at least 2; split proxies only")
+    parser.add_argument("--coordinator", help=argparse.SUPPRESS)
+    parser.add_argument("--process-index", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    forced = f" --xla_force_host_platform_device_count={arguments.devices}"
+    if arguments.devices % arguments.processes:
+        parser.error(f"--devices {arguments.devices} do not share out to --processes {arguments.processes}")
+    if arguments.processes > 1 and arguments.coordinator is None:
+        sys.exit(in_processes(arguments))
+    forced = f" --xla_force_host_platform_device_count={arguments.devices // arguments.processes}"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + forced
 
     import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
 
-    from idml_jax import sharding
+    from idml_jax import hosts, sharding
 
+    if arguments.coordinator is not None:
+        hosts.connect(arguments.coordinator, arguments.processes, arguments.process_index)
+    tell = print if arguments.process_index == 0 else lambda *_, **__: None
     mesh, classes = sharding.data_mesh(), arguments.classes
     rows, failed = sharding.padded_rows(classes), False
     sharding.check_rows(classes, mesh)
     sharding.check_divisible(arguments.batch, mesh, "--batch")
-    print(
+    tell(
         f"{classes:,} classes x {DIMENSION}, batch {arguments.batch}, {mesh.size} {jax.devices()[0].device_kind} "
-        f"device(s); table {4e-6 * DIMENSION * classes:,.0f} MB, one matrix {4e-6 * arguments.batch * classes:,.0f} MB"
+        f"device(s) in {jax.process_count()} process(es); table {4e-6 * DIMENSION * classes:,.0f} MB, one matrix "
+        f"{4e-6 * arguments.batch * classes:,.0f} MB"
     )
-    print(f"{'loss':14s} {'proxies':8s} {'state':>8s} {'work':>8s} {'sum':>8s}  whole")
+    tell(f"{'loss':14s} {'proxies':8s} {'state':>8s} {'work':>8s} {'sum':>8s}  whole")
     for name in arguments.losses:
         for way in ("whole", "split") if arguments.only is None else (arguments.only,):
             split = way == "split"
@@ -141,17 +177,18 @@ def main():
             # What is donated is written over.
             work += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
             told = f"{state / 1e6:8,.0f} {work / 1e6:8,.0f} {(state + work) / 1e6:8,.0f}"
-            print(f"{name:14s} {way:8s} {told}  {'yes' if found else 'no'}", flush=True)
+            tell(f"{name:14s} {way:8s} {told}  {'yes' if found else 'no'}", flush=True)
             if arguments.steps and split:
                 held, seconds, loss = measured(setup, mesh, arguments.batch, max(arguments.steps, 2))
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                print(
-                    f"  run: held {held / 1e6:,.0f} MB a device, {seconds:.1f} s a step, loss {loss:.3f}; peak of the "
-                    f"process {peak / 1e9:.1f} GB",
+                peak = multihost_utils.process_allgather(np.asarray([peak / 1e9])).max()
+                tell(
+                    f"  run: held {held / 1e6:,.0f} MB a device, {seconds:.1f} s a step, loss {loss:.3f}; peak of "
+                    f"{'the fullest' if jax.process_count() > 1 else 'the'} process {peak:.1f} GB",
                     flush=True,
                 )
     if failed:
-        print("error: the program of one device knows an array with the rows of all", file=sys.stderr)
+        tell("error: the program of one device knows an array with the rows of all", file=sys.stderr)
         sys.exit(1)
 
 
