@@ -37,6 +37,17 @@ DATA: dict[str, dict[str, Any]] = {
             "optim.proxy_lr_factor": 10.0,
         },
     },
+    # From a ResNet-50 that knows ImageNet (imagenet_trunk.py); two epochs of the heads, two of everything.
+    "birds_imagenet": {
+        "config": "cub100.py",
+        "root": "cub100",
+        "overrides": {
+            "model.name": "resnet50_v1", "model.init_from": "{root}/resnet50_v1.safetensors",
+            "model.batchnorm": "frozen", "model.dtype": "float32", "epochs": 4, "batch_size": 60,
+            "data.image_size": 96, "data.resize": 96, "data.crop_scale": (0.3, 1.0), "optim.learning_rate": 1e-4,
+            "optim.schedule": "cosine", "optim.warmup_epochs": 2, "eval.batch_size": 60,
+        },
+    },
 }  # fmt: skip
 
 METRICS: dict[str, Overrides] = {

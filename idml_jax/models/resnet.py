@@ -1,9 +1,10 @@
 """ResNet v1.5 trunks (He et al., CVPR 2016), laid out as in torchvision.
 
-The stride of a bottleneck sits in its 3 x 3 convolution, padding is explicit (SAME differs at stride 2) and the
-last BatchNorm of a block can start at zero. ``stem='small'`` replaces the 7 x 7 stride-2 convolution and the
-max-pooling by one 3 x 3 convolution, for pictures of 32 to 64 pixels. ``shortcut='pad'`` takes no convolution where
-the width grows but every second pixel and zeros for the new channels: the CIFAR networks of the paper's section 4.2.
+The stride of a bottleneck sits in its 3 x 3 convolution (in v1, the authors' Caffe files and Keras, in the 1 x 1 before
+it), padding is explicit (SAME differs at stride 2) and the last BatchNorm of a block can start at zero.
+``stem='small'`` replaces the 7 x 7 stride-2 convolution and the max-pooling by one 3 x 3 convolution, for pictures of
+32 to 64 pixels. ``shortcut='pad'`` takes no convolution where the width grows but every second pixel and zeros for the
+new channels: the CIFAR networks of the paper's section 4.2.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,14 +47,23 @@ class Bottleneck(nn.Module):
     norm: ModuleDef
     shortcut: str = "conv"
     expansion = 4
+    stride_first = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = nn.relu(self.norm(name="bn1")(self.conv(self.features, (1, 1), name="conv1")(x)))
-        y = self.conv(self.features, (3, 3), (self.stride, self.stride), padding=1, name="conv2")(y)
+        first, second = (self.stride, 1) if self.stride_first else (1, self.stride)
+        y = self.conv(self.features, (1, 1), (first, first), name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.features, (3, 3), (second, second), padding=1, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.norm(name="bn3")(self.conv(self.features * self.expansion, (1, 1), name="conv3")(y))
         return nn.relu(y + _shortcut(self, x, y.shape[-1]))
+
+
+class BottleneckV1(Bottleneck):
+    """With the stride in the first 1 x 1 convolution."""
+
+    stride_first = True
 
 
 def _shortcut(block: BasicBlock | Bottleneck, x: Array, features: int) -> Array:
@@ -71,7 +81,7 @@ class ResNet(nn.Module):
 
     Attributes:
       stage_sizes: blocks per stage.
-      block: ``BasicBlock`` or ``Bottleneck``.
+      block: ``BasicBlock``, ``Bottleneck`` or ``BottleneckV1``.
       width: channels of the first stage; doubles with every stage.
       stem: ``imagenet`` or ``small``.
       shortcut: where width or size change: ``conv`` (1 x 1) or ``pad``.
@@ -120,6 +130,9 @@ ResNet34 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
 ResNet50 = partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck)
 ResNet101 = partial(ResNet, stage_sizes=(3, 4, 23, 3), block=Bottleneck)
 ResNet152 = partial(ResNet, stage_sizes=(3, 8, 36, 3), block=Bottleneck)
+ResNet50V1 = partial(ResNet50, block=BottleneckV1)
+ResNet101V1 = partial(ResNet101, block=BottleneckV1)
+ResNet152V1 = partial(ResNet152, block=BottleneckV1)
 # For CIFAR, of 6 k + 2 layers.
 CifarResNet = partial(ResNet, block=BasicBlock, width=16, stem="small", shortcut="pad")
 CifarResNet20 = partial(CifarResNet, stage_sizes=(3, 3, 3))
