@@ -60,8 +60,17 @@ def read_package(path: Path) -> Tensors:
     return tensors
 
 
-def to_torchvision(keras: Tensors) -> Tensors:
-    """Keras' tensors in torchvision's names and layout, for normalised RGB pictures."""
+def to_torchvision(keras: Tensors, mean: np.ndarray = MEAN, std: np.ndarray = STD) -> Tensors:
+    """Keras' tensors in torchvision's names and layout.
+
+    Args:
+      keras: see ``read_package``.
+      mean: of the pipeline that the network will see pictures from, RGB, of values in [0, 1].
+      std: likewise.
+
+    Returns:
+      ``{"conv1.weight": [64, 3, 7, 7], ...}``, float32.
+    """
     named: Tensors = {}
 
     def layer(conv: str, norm: str, ours_conv: str, ours_norm: str) -> None:
@@ -69,8 +78,8 @@ def to_torchvision(keras: Tensors) -> Tensors:
         if conv == "conv1":
             # Keras sees bgr = 255 (std x + mean) - its mean, of our x.
             kernel = kernel[:, :, ::-1]
-            shift = shift + kernel.sum((0, 1)).T @ (255 * MEAN - CAFFE_MEAN_BGR[::-1])
-            kernel = kernel * (255 * STD)[:, None]
+            shift = shift + kernel.sum((0, 1)).T @ (255 * mean - CAFFE_MEAN_BGR[::-1])
+            kernel = kernel * (255 * std)[:, None]
         named[f"{ours_conv}.weight"] = kernel.transpose(3, 2, 0, 1)
         named[f"{ours_norm}.weight"] = keras[f"{norm}/gamma"]
         named[f"{ours_norm}.bias"] = keras[f"{norm}/beta"]
@@ -88,10 +97,8 @@ def to_torchvision(keras: Tensors) -> Tensors:
             if index == 0:
                 layer(f"res{theirs}1", f"bn{theirs}1", f"{ours}.downsample.0", f"{ours}.downsample.1")
     named["fc.weight"], named["fc.bias"] = keras["fc1000/kernel"].T, keras["fc1000/bias"]
-    left = 4 * len([name for name in keras if name.endswith("moving_mean")]) + 2 * len(
-        [name for name in keras if name.endswith("kernel")]
-    )
-    assert left == len(keras), "tensors of another network"
+    # A kernel and its bias give one weight, four tensors of a BatchNorm four, the classifier two.
+    assert 6 * (len(named) - 2) // 5 + 2 == len(keras), "tensors of another network"
     return {name: np.ascontiguousarray(value, np.float32) for name, value in named.items()}
 
 
