@@ -28,7 +28,9 @@ def command(data: str, row: str, overrides: dict, seed: int, root: Path, out: Pa
     """The run as a user would start it."""
     setting = DATA[data]
     fields = {**COMMON, **setting["overrides"], **overrides, "seed": seed}
-    fields = {name: value.format(out=out, root=root) if isinstance(value, str) else value for name, value in fields.items()}
+    fields = {
+        name: value.format(out=out, root=root) if isinstance(value, str) else value for name, value in fields.items()
+    }
     config = setting["config"].format(row=row.split(", ")[0])
     if setting["root"]:
         fields["data.root"] = str(root / setting["root"])

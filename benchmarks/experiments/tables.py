@@ -107,6 +107,31 @@ def difference(by_seed: dict[tuple[str, str], dict[str, dict[str, float]]], one:
     )
 
 
+def of_losses(out: Path, data: str) -> list[str]:
+    """What u knows under every loss, from the runs of table A, and whether D tells errors better than the distance."""
+    scores = ("uncertainty", "introspective_distance", "nearest_distance", "margin_20")
+    columns = {"uncertainty_mean": "mean length of u", "uncertainty_std": "its deviation"}
+    columns |= {f"R-AUROC({k})": UNCERTAINTY[k] for k in scores} | AMBIGUITY
+    lines, gains = [], []
+    for metric in ("ism", "ism+mixup"):
+        for loss in LOSSES:
+            if runs := figures(out, "A", data, f"{loss}/{metric}"):
+                lines.append((f"{loss}, {metric}", runs))
+                gains += [r["R-AUROC(introspective_distance)"] - r["R-AUROC(nearest_distance)"] for r in runs]
+    if len(gains) < 2:
+        return []
+    columns = {k: v for k, v in columns.items() if any(cell(runs, k) for _, runs in lines)}
+    error = statistics.stdev(gains) / len(gains) ** 0.5
+    return [
+        f"| loss | seeds | {' | '.join(columns.values())} |",
+        "|---" * (len(columns) + 2) + "|",
+        *(f"| {row} | {len(runs)} | {' | '.join(cell(runs, k) for k in columns)} |" for row, runs in lines),
+        "",
+        f"* R-AUROC of D less that of the distance, same run: {statistics.mean(gains):+.3f} (standard error "
+        f"{error:.3f}, {len(gains)} runs, {sum(gain > 0 for gain in gains)} above 0)",
+    ]
+
+
 def beaten(out: Path, data: str) -> list[str]:
     """Joined scores against the best of the free ones, run by run."""
     lines = []
@@ -133,6 +158,7 @@ def sections(out: Path) -> dict[str, list[str]]:
     made = {}
     for data in DATA:
         made[f"A {data}"] = accuracy(out, data)
+        made[f"A {data} uncertainty"] = of_losses(out, data)
         made[f"B {data}"] = show(out, "B", data, ACCURACY | joined)
         made[f"B {data} corrupted"] = show(out, "B", data, corrupted)
         made[f"B {data} aurc"] = show(out, "B", data, {f"AURC({k})": v for k, v in UNCERTAINTY.items()})
