@@ -107,6 +107,7 @@ def default_config() -> ConfigDict:
     config.ism.variant = "relative"  # or absolute, released
     config.ism.temperature = 5.0
     config.ism.ranking = 0.0  # weight of the loss by which u learns to order images by how hard they are
+    config.ism.prior = 0.0  # weight of the pull of the length of u towards 1, where a loss lets u collapse
 
     config.loss = ConfigDict()
     config.loss.name = "proxy_anchor"
@@ -202,7 +203,7 @@ def validate(config: ConfigDict) -> None:
         _at_least(config, field, 1)
     for field in ("seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay",
                   "optim.clip_value", "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation",
-                  "data.pad", "ism.ranking", "mixup.alpha", "memory.size", "memory.warmup_epochs",
+                  "data.pad", "ism.ranking", "ism.prior", "mixup.alpha", "memory.size", "memory.warmup_epochs",
                   "eval.ambiguity_images"):  # fmt: skip
         _at_least(config, field, 0)
     watch.debug_checks(config.debug)
@@ -266,8 +267,11 @@ def validate(config: ConfigDict) -> None:
     kinds = config.data.corrupt_kinds
     if not set(kinds) <= set(CHANGES) or (config.data.corrupt and not kinds):
         raise UserError(f"config.data.corrupt_kinds = {tuple(kinds)} must be some of {', '.join(CHANGES)}")
-    if config.ism.ranking and (config.task != "retrieval" or config.model.uncertainty_head == "none"):
-        raise UserError("config.ism.ranking needs config.task = 'retrieval' and an uncertainty head")
+    for field in ("ranking", "prior"):
+        if config.ism[field] and (config.task != "retrieval" or config.model.uncertainty_head == "none"):
+            raise UserError(f"config.ism.{field} needs config.task = 'retrieval' and an uncertainty head")
+    if config.ism.prior and not learns_uncertainty(config):
+        raise UserError("config.ism.prior only keeps u alive; config.ism.enabled or config.ism.ranking must teach it")
     if not 0 < config.eval.precision <= 1:
         raise UserError(f"config.eval.precision = {config.eval.precision} must be in (0, 1]")
     for field in ("data.validation_classes", "data.validation_images"):

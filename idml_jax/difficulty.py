@@ -1,7 +1,8 @@
-"""A second teacher for the uncertainty: images that are hard for the embedding shall have the longer ``u``.
+"""Second teachers for the uncertainty: hard images shall have the longer ``u``, and no ``u`` shall vanish.
 
 The introspective metric alone teaches ``u`` which pairs to learn from more slowly; nothing in it says that ``u`` has to
-order images by how likely they are to be confused. This loss does: it compares images of a batch two by two.
+order images by how likely they are to be confused. ``ranking_loss`` does: it compares images of a batch two by two.
+Nor does anything keep the length of ``u`` above 0: ``length_prior`` does.
 """
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 from idml_jax.pairs import Pairs
 from idml_jax.reductions import ratio
 
-__all__ = ["confusion", "ranking_loss"]
+__all__ = ["confusion", "length_prior", "ranking_loss"]
 
 # Slope of the comparison in the logarithm of the length: twice the length is a sure order.
 SHARPNESS = 5.0
@@ -55,10 +56,29 @@ def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]
     """
     known = jnp.isfinite(confusions)
     confusions = jax.lax.stop_gradient(jnp.where(known, confusions, 0.0))
-    squares = jnp.sum(jnp.square(uncertainty.astype(jnp.promote_types(uncertainty.dtype, jnp.float32))), axis=1)
-    # The gradient of a logarithm at 0 is infinite.
-    length = 0.5 * jnp.log(jnp.maximum(squares, 1e-12))
+    length = _log_length(uncertainty)
     harder = jnp.maximum(confusions[:, None] - confusions[None, :], 0.0)
     harder = jnp.where(known[:, None] & known[None, :], harder, 0.0)
     losses = jax.nn.softplus(-SHARPNESS * (length[:, None] - length[None, :]))
     return ratio(jnp.sum(harder * losses), jnp.sum(harder))
+
+
+def length_prior(uncertainty: Float[Array, "n k"]) -> Float[Array, ""]:
+    """How far the lengths of the uncertainty embeddings are from 1, by ratio: the mean of ``log(|u|)^2``.
+
+    Under some losses on pairs (multi-similarity, margin, FastAP) ``u`` was seen to shrink to nothing, which makes the
+    metric the plain one. With a small weight this keeps a length for the metric to order.
+
+    Args:
+      uncertainty: ``[n, k]``; a length below 1e-6 counts as 1e-6.
+
+    Returns:
+      The mean, a scalar.
+    """
+    return jnp.mean(jnp.square(_log_length(uncertainty)))
+
+
+def _log_length(uncertainty: Float[Array, "n k"]) -> Float[Array, "n"]:
+    squares = jnp.sum(jnp.square(uncertainty.astype(jnp.promote_types(uncertainty.dtype, jnp.float32))), axis=1)
+    # The gradient of a logarithm at 0 is infinite.
+    return 0.5 * jnp.log(jnp.maximum(squares, 1e-12))

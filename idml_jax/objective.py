@@ -36,6 +36,7 @@ class Objective:
       memory_size: embeddings in the cross-batch memory; 0: none.
       memory_warmup: steps before the memory is used.
       ranking: weight of the loss by which the uncertainty learns to order images by how hard they are.
+      prior: weight of the pull of the length of the uncertainty embedding towards 1.
       mesh: devices over which the proxies, and the matrix along them, are split; ``None``: every device has them all.
     """
 
@@ -51,6 +52,7 @@ class Objective:
     memory_size: int = 0
     memory_warmup: int = 0
     ranking: float = 0.0
+    prior: float = 0.0
     mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
@@ -163,7 +165,11 @@ class Objective:
             options["key"] = key
         if self.spec.needs_count:
             options["num_proxies"] = self.num_classes
-        return self.spec.function(self._split(self.matrix(embedding, references)), pairs, **options)
+        loss = self.spec.function(self._split(self.matrix(embedding, references)), pairs, **options)
+        if self.prior:
+            assert embedding.uncertainty is not None  # see config.check
+            loss += self.prior * difficulty.length_prior(embedding.uncertainty)
+        return loss
 
     def _split(self, matrix: Any) -> Any:
         """Of matrices of images and proxies every device has the columns of its proxies."""

@@ -169,6 +169,7 @@ def build(config: ConfigDict) -> Run:
             memory_size=config.memory.size,
             memory_warmup=config.memory.warmup_epochs * per_epoch,
             ranking=config.ism.ranking,
+            prior=config.ism.prior,
             mesh=mesh if split else None,
         ),
         optimizer=GroupOptimizer(

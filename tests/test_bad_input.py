@@ -207,6 +207,7 @@ for override, answer in (
     ("data.corrupt=1.5", "config.data.corrupt = 1.5 must be a share"),
     ("data.corrupt_kinds=('fog',)", "config.data.corrupt_kinds .* must be some of crop, blur, noise, occlusion"),
     ("ism.ranking=-1.0", "config.ism.ranking"),
+    ("ism.prior=-1.0", "config.ism.prior"),
     ("data.image_size=64", "config.data.resize .* must be at least config.data.image_size"),
     ("data.per_class=3", "config.data.per_class"),
     ("model.dtype=float16", "known: float32, bfloat16"),
@@ -227,6 +228,9 @@ for override, answer in (
     ("debug=nan", "'nan' is no check; known: nans"),
 ):
     setting(override, answer)
+
+case("a prior for what nothing teaches", (*SMALL, "--config.data.root={folder}", "--config.ism.enabled=False",
+     "--config.ism.prior=0.1"), "config.ism.prior only keeps u alive")  # fmt: skip
 
 # Folders and pictures.
 case("no such folder", (*SMALL, "--config.data.root={tmp}/x"), "no such folder")

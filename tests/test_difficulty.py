@@ -1,13 +1,17 @@
 """Images ordered by how hard they are: the loss, its edges, and the training step that has it."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idml_jax import difficulty, losses
+from idml_jax import difficulty, ism, losses
 from idml_jax.data.transforms import SometimesChanged
+from idml_jax.ism import Embedding
+from idml_jax.objective import Objective
 
 
 def test_confusion_is_the_best_wrong_reference_less_the_best_right_one():
@@ -56,6 +60,36 @@ def test_descent_orders_the_lengths():
         u = step(u)
     lengths = np.linalg.norm(u, axis=1)
     assert (np.diff(lengths) > 0).all()
+
+
+def test_length_prior_is_the_formula_and_finite_at_nothing():
+    u = np.random.default_rng(0).normal(size=(9, 4))
+    expected = np.mean(np.log(np.linalg.norm(u, axis=1)) ** 2)
+    np.testing.assert_allclose(difficulty.length_prior(jnp.asarray(u)), expected, rtol=1e-5)
+    assert np.isclose(difficulty.length_prior(jnp.eye(3)), 0)
+    chex.assert_tree_all_finite(jax.value_and_grad(difficulty.length_prior)(jnp.zeros((3, 2))))
+    lengths = lambda u: np.linalg.norm(u, axis=1)
+    short, long = jnp.asarray(u / 50 / lengths(u)[:, None]), jnp.asarray(u * 50 / lengths(u)[:, None])
+    for start in (short, long):
+        step = start - 0.01 * jax.grad(difficulty.length_prior)(start)
+        assert (np.abs(np.log(lengths(step))) < np.abs(np.log(lengths(start)))).all()
+
+
+def test_the_objective_adds_the_prior():
+    keys = jax.random.split(jax.random.key(0))
+    embedding = Embedding(
+        ism.l2_normalize(jax.random.normal(keys[0], (16, 8))), 0.01 * jax.random.normal(keys[1], (16, 4))
+    )
+    labels = jnp.repeat(jnp.arange(4), 4)
+    without = Objective(
+        loss="multi_similarity", options=(), introspective=True, variant="relative", temperature=5.0, num_classes=4,
+        dim=8, uncertainty_dim=4,
+    )  # fmt: skip
+    objective = dataclasses.replace(without, prior=0.1)
+    expected = without({}, embedding, labels) + 0.1 * difficulty.length_prior(embedding.uncertainty)
+    np.testing.assert_allclose(jax.jit(objective)({}, embedding, labels), expected, rtol=1e-6)
+    slope = jax.grad(lambda u: objective({}, embedding._replace(uncertainty=u), labels))(embedding.uncertainty)
+    assert (jnp.sum(slope * embedding.uncertainty, axis=1) < 0).all()  # all become longer
 
 
 def test_some_training_pictures_are_changed():

@@ -82,10 +82,10 @@ VARIANTS: dict[str, Overrides] = {
     "tau 20": {"ism.temperature": 20.0},
     "u scale 0.1": {"model.uncertainty_scale": 0.1},
     "u width 8": {"model.uncertainty_dim": 8},
+    "prior": {"ism.prior": 0.1},
     # Not settings of the package: variants.py.
     **{name: {"variant": name} for name in (
-        "tau learned", "tau from 50 to 5", "tau from 1 to 5", "prior", "ranking reaches the trunk", "softplus u",
-        "u detached",
+        "tau learned", "tau from 50 to 5", "tau from 1 to 5", "ranking reaches the trunk", "softplus u", "u detached",
     )},
 }  # fmt: skip
 
@@ -101,4 +101,19 @@ def table_k() -> dict[str, Overrides]:
     return {row: {} for row in rows} | {"baseline,ism, mlp head": {"model.uncertainty_head": "mlp"}}
 
 
-TABLES = {"A": table_a, "B": table_b, "K": table_k, "P": lambda: {"pretrain": {}}}
+# Losses under which u collapses, and what may keep it alive.
+COLLAPSING = ("multi_similarity", "margin_distance_weighted", "fast_ap")
+ALIVE: dict[str, Overrides] = {
+    "prior 0.1": {"ism.prior": 0.1}, "prior 0.01": {"ism.prior": 0.01}, "ranking": {"ism.ranking": 1.0},
+}  # fmt: skip
+
+
+def table_u() -> dict[str, Overrides]:
+    """What keeps u from collapsing; compare with the same loss in table A, ism+mixup."""
+    return {
+        f"{loss}, {name}": {"loss.name": loss, **METRICS["ism+mixup"], **overrides}
+        for loss in COLLAPSING for name, overrides in ALIVE.items()
+    }  # fmt: skip
+
+
+TABLES = {"A": table_a, "B": table_b, "K": table_k, "P": lambda: {"pretrain": {}}, "U": table_u}

@@ -58,14 +58,6 @@ class ScheduledTemperature(Objective):
         return super().__call__(params, with_temperature(embedding, tau), labels, step=step, **more)
 
 
-class Prior(Objective):
-    """A weak pull of the logarithm of the length of ``u`` towards 0 (length 1)."""
-
-    def __call__(self, params, embedding, labels, **more):
-        squares = jnp.maximum(jnp.sum(jnp.square(embedding.uncertainty), axis=1), 1e-12)
-        return super().__call__(params, embedding, labels, **more) + 0.1 * jnp.mean(jnp.square(0.5 * jnp.log(squares)))
-
-
 class RankingReachesTrunk(Objective):
     """The ranking loss (``ism.ranking``), whose gradient goes into the trunk too."""
 
@@ -95,7 +87,6 @@ OBJECTIVES = {
     "tau learned": LearnedTemperature,
     "tau from 50 to 5": ScheduledTemperature,
     "tau from 1 to 5": partial(ScheduledTemperature, start=LOWEST),
-    "prior": Prior,
     "ranking reaches the trunk": RankingReachesTrunk,
 }
 HEADS = {"softplus u": SoftplusHeads, "u detached": DetachedHeads}

@@ -251,7 +251,10 @@ def failure_signs(
     norms = np.sqrt(embedding_rows(uncertainty, "uncertainty")[1].astype(np.float64))
     signs = []
     if (large := np.quantile(norms, 0.95)) < small:
-        signs.append(f"uncertainty collapsed: 95% of |u| are below {large:.2g}, so it changes no distance")
+        signs.append(
+            f"uncertainty collapsed: 95% of |u| are below {large:.2g}, so it changes no distance "
+            "(a training with config.ism.prior=0.01 keeps its length)"
+        )
     if norms.std() < 1e-3 * norms.mean():
         signs.append(f"uncertainty is constant: |u| = {norms.mean():.4g} for every image")
     correlation = similarity_correlation(semantic, uncertainty)
