@@ -12,7 +12,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tables import UNCERTAINTY, figures
 
-SETS = {"omniglot": "Omniglot", "glyphs": "glyphs", "tiny_pretrained": "Tiny ImageNet", "tiny": "Tiny ImageNet"}
+SETS = {
+    "omniglot": "Omniglot", "glyphs": "glyphs", "tiny_pretrained": "Tiny ImageNet", "tiny": "Tiny ImageNet",
+    "birds_imagenet": "birds",
+}  # fmt: skip
 COLOURS = {"learned": "#c2410c", "free": "#64748b", "joined": "#1d4ed8"}
 KINDS = {
     "learned": ("uncertainty", "pair_uncertainty", "introspective_distance"),

@@ -3,8 +3,8 @@
     python benchmarks/experiments/run.py --table=A --data=omniglot --seeds=0,1,2 --root=data --out=runs/experiments
     python benchmarks/experiments/tables.py --out=runs/experiments
 
-Tables: A accuracy of every loss, B uncertainty, K classification, U what keeps u
-alive, P a trunk for ``--data=tiny_pretrained``.
+Tables: A accuracy of every loss, B uncertainty, K classification, U what keeps u alive, P a trunk for
+``--data=tiny_pretrained``. ``--data=birds_imagenet`` needs ROOT/resnet50_v1.safetensors (imagenet_trunk.py).
 
 ``--only=ism`` takes the rows whose name holds that; ``--list`` prints the commands and runs nothing.
 """

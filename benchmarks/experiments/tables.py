@@ -12,7 +12,7 @@ import re
 import statistics
 from pathlib import Path
 
-from rows import DATA, METRICS, TABLES
+from rows import COLLAPSING, DATA, METRICS, TABLES
 from run import folder_of
 
 from idml_jax.losses import LOSSES
@@ -89,13 +89,18 @@ def accuracy(out: Path, data: str) -> list[str]:
         means.append(" / ".join(f"{100 * mean(k):.1f}" for k in ACCURACY) if every else "")
     lines.append(f"| mean | {' | '.join(means)} |")
     pairs = (("plain", "ism"), ("plain+mixup", "ism+mixup"), ("plain", "plain+mixup"), ("ism", "ism+mixup"))
-    return [*lines, "", *(line for pair in pairs if (line := difference(by_seed, *pair)))]
+    told = [line for pair in pairs if (line := difference(by_seed, *pair, tuple(LOSSES)))]
+    alive = tuple(loss for loss in LOSSES if loss not in COLLAPSING)
+    told += [f"{line}, losses with a living u" for pair in pairs[:2] if (line := difference(by_seed, *pair, alive))]
+    return [*lines, "", *told]
 
 
-def difference(by_seed: dict[tuple[str, str], dict[str, dict[str, float]]], one: str, other: str) -> str:
+def difference(
+    by_seed: dict[tuple[str, str], dict[str, dict[str, float]]], one: str, other: str, of: tuple[str, ...]
+) -> str:
     """R@1 of two ways of training, loss by loss and seed by seed."""
     gains = []
-    for loss in LOSSES:
+    for loss in of:
         before, after = by_seed[loss, one], by_seed[loss, other]
         gains += [after[seed]["R@1"] - before[seed]["R@1"] for seed in before if seed in after]
     if len(gains) < 2:
@@ -110,24 +115,29 @@ def difference(by_seed: dict[tuple[str, str], dict[str, dict[str, float]]], one:
 def of_losses(out: Path, data: str) -> list[str]:
     """What u knows under every loss, from the runs of table A, and whether D tells errors better than the distance."""
     scores = ("uncertainty", "introspective_distance", "nearest_distance", "margin_20")
-    columns = {"uncertainty_mean": "mean length of u", "uncertainty_std": "its deviation"}
+    columns = {"R@1": "R@1", "uncertainty_mean": "mean length of u", "uncertainty_std": "its deviation"}
     columns |= {f"R-AUROC({k})": UNCERTAINTY[k] for k in scores} | AMBIGUITY
-    lines, gains = [], []
-    for metric in ("ism", "ism+mixup"):
-        for loss in LOSSES:
-            if runs := figures(out, "A", data, f"{loss}/{metric}"):
-                lines.append((f"{loss}, {metric}", runs))
-                gains += [r["R-AUROC(introspective_distance)"] - r["R-AUROC(nearest_distance)"] for r in runs]
+    rows = [f"{loss}/{metric}" for metric in ("ism", "ism+mixup") for loss in LOSSES]
+    found = {row.replace("/", ", "): runs for row in rows if (runs := figures(out, "A", data, row))}
+    kept = {row.replace(", ", ", ism+mixup, "): runs for row in TABLES["U"]() if (runs := figures(out, "U", data, row))}
+    gains = [
+        run["R-AUROC(introspective_distance)"] - run["R-AUROC(nearest_distance)"]
+        for runs in found.values()
+        for run in runs
+    ]
     if len(gains) < 2:
         return []
-    columns = {k: v for k, v in columns.items() if any(cell(runs, k) for _, runs in lines)}
+    columns = {k: v for k, v in columns.items() if any(cell(runs, k) for runs in found.values())}
     error = statistics.stdev(gains) / len(gains) ** 0.5
     return [
         f"| loss | seeds | {' | '.join(columns.values())} |",
         "|---" * (len(columns) + 2) + "|",
-        *(f"| {row} | {len(runs)} | {' | '.join(cell(runs, k) for k in columns)} |" for row, runs in lines),
+        *(
+            f"| {row} | {len(runs)} | {' | '.join(cell(runs, k) for k in columns)} |"
+            for row, runs in (found | kept).items()
+        ),
         "",
-        f"* R-AUROC of D less that of the distance, same run: {statistics.mean(gains):+.3f} (standard error "
+        f"* R-AUROC of D less that of the distance, same run of table A: {statistics.mean(gains):+.3f} (standard error "
         f"{error:.3f}, {len(gains)} runs, {sum(gain > 0 for gain in gains)} above 0)",
     ]
 
