@@ -253,7 +253,7 @@ def failure_signs(
     if (large := np.quantile(norms, 0.95)) < small:
         signs.append(
             f"uncertainty collapsed: 95% of |u| are below {large:.2g}, so it changes no distance "
-            "(a training with config.ism.prior=0.01 keeps its length)"
+            "(training with config.ism.ranking=1.0 or config.ism.prior=0.01 keeps it alive)"
         )
     if norms.std() < 1e-3 * norms.mean():
         signs.append(f"uncertainty is constant: |u| = {norms.mean():.4g} for every image")
