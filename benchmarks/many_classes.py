@@ -119,7 +119,7 @@ def in_processes(arguments):
         for i in range(arguments.processes)
     ]
     try:
-        return max(process.wait() for process in started)
+        return int(any([process.wait() for process in started]))
     finally:
         for process in started:
             process.kill()

@@ -107,7 +107,12 @@ def fetch(path: Path) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
-        urllib.request.urlretrieve(PACKAGE, part)
+        try:
+            urllib.request.urlretrieve(PACKAGE, part)
+        except OSError as error:
+            raise SystemExit(
+                f"error: {PACKAGE} cannot be fetched ({error}); put it at {path} by other means"
+            ) from error
         part.rename(path)
     digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if digest != SHA512:
