@@ -35,8 +35,11 @@ def main() -> None:
         if title not in shown and (runs := figures(arguments.out, "B", data, arguments.row)):
             shown[title] = runs
     names = list(UNCERTAINTY)[::-1]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown) + 1.2, 3.6), sharey=True, squeeze=False)
-    for axis, (title, runs) in zip(axes[0], shown.items(), strict=True):
+    lines = -(-len(shown) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(8.4, 3.3 * lines + 0.3), sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    for axis, (title, runs) in zip(axes.flat, shown.items(), strict=False):
         for place, name in enumerate(names):
             kind = next((kind for kind, some in KINDS.items() if name in some), "free")
             for prefix, filled, shift in (("", True, 0.14), ("corrupted/", False, -0.14)):
@@ -48,7 +51,7 @@ def main() -> None:
         axis.axvline(0.5, color="#94a3b8", linewidth=1, linestyle=":")
         axis.set_title(f"{title} ({len(runs)} {'seed' if len(runs) == 1 else 'seeds'})", fontsize=10)
         axis.set_xlim(0.25, 1.0)
-        axis.set_xlabel("R-AUROC", fontsize=9)
+        axis.set_xlabel("R-AUROC" if axis in axes[-1] else "", fontsize=9)
         axis.grid(axis="x", color="#e2e8f0", linewidth=0.8)
         axis.tick_params(labelsize=9)
         axis.spines[["top", "right"]].set_visible(False)
@@ -59,7 +62,7 @@ def main() -> None:
     handles = [dot(label, COLOURS[kind]) for kind, label in LABELS.items()]
     handles += [dot("clean queries"), dot("clean and corrupted", markerfacecolor="white")]
     figure.legend(handles=handles, loc="lower center", ncols=5, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(arguments.write, dpi=130)
     print(arguments.write)
 
