@@ -167,7 +167,7 @@ class Objective:
             options["num_proxies"] = self.num_classes
         loss = self.spec.function(self._split(self.matrix(embedding, references)), pairs, **options)
         if self.prior:
-            assert embedding.uncertainty is not None  # see config.check
+            assert embedding.uncertainty is not None  # see config.validate
             loss += self.prior * difficulty.length_prior(embedding.uncertainty)
         return loss
 

@@ -63,8 +63,13 @@ def show(out: Path, table: str, data: str, columns: dict[str, str]) -> list[str]
     """One table; rows without any of these figures are left out."""
     rows = [(row, runs) for row in TABLES[table]() if (runs := figures(out, table, data, row))]
     rows = [(row, runs) for row, runs in rows if any(cell(runs, k) for k in columns)]
+    return lines_of("row", rows, columns)
+
+
+def lines_of(head: str, rows: list[tuple[str, list[dict[str, float]]]], columns: dict[str, str]) -> list[str]:
+    """Rows by their names; columns that are empty in all are left out."""
     columns = {k: v for k, v in columns.items() if any(cell(runs, k) for _, runs in rows)}
-    lines = [f"| row | seeds | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
+    lines = [f"| {head} | seeds | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
     return lines + [f"| {row} | {len(runs)} | {' | '.join(cell(runs, k) for k in columns)} |" for row, runs in rows]
 
 
@@ -127,15 +132,9 @@ def of_losses(out: Path, data: str) -> list[str]:
     ]
     if len(gains) < 2:
         return []
-    columns = {k: v for k, v in columns.items() if any(cell(runs, k) for runs in found.values())}
     error = statistics.stdev(gains) / len(gains) ** 0.5
     return [
-        f"| loss | seeds | {' | '.join(columns.values())} |",
-        "|---" * (len(columns) + 2) + "|",
-        *(
-            f"| {row} | {len(runs)} | {' | '.join(cell(runs, k) for k in columns)} |"
-            for row, runs in (found | kept).items()
-        ),
+        *lines_of("loss", list((found | kept).items()), columns),
         "",
         f"* R-AUROC of D less that of the distance, same run of table A: {statistics.mean(gains):+.3f} (standard error "
         f"{error:.3f}, {len(gains)} runs, {sum(gain > 0 for gain in gains)} above 0)",
