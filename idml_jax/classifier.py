@@ -59,8 +59,8 @@ def introspective_logits(
     """
     if features.ndim != 2 or weights.ndim != 2 or features.shape[1] != weights.shape[1]:
         raise ValueError(f"features [n, f] and weights [classes, f] do not fit: {features.shape}, {weights.shape}")
-    if uncertainty is not None and (uncertainty.ndim != 2 or len(uncertainty) != len(features)):
-        raise ValueError(f"uncertainty needs the shape [{len(features)}, k]: {uncertainty.shape}")
+    if uncertainty is not None and (uncertainty.ndim != 2 or uncertainty.shape[0] != features.shape[0]):
+        raise ValueError(f"uncertainty needs the shape [{features.shape[0]}, k]: {uncertainty.shape}")
     if bias is not None and bias.shape != weights.shape[:1]:
         raise ValueError(f"bias needs the shape {weights.shape[:1]}: {bias.shape}")
     dtype = jnp.result_type(jnp.float32, features, weights)

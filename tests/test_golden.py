@@ -1,0 +1,134 @@
+"""What the code computed at version 0.1.0 it computes still: steps, results, run folders, exported programs, settings.
+
+On the processor and compiler that the golden numbers come from the comparison is exact; elsewhere values may differ by
+rounding, which training multiplies.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from golden import golden
+
+import idml_jax
+from idml_jax import config as config_lib
+from idml_jax import embed, embeddings, report, search, train
+
+GOLDEN = json.loads((golden.HERE / "golden.json").read_text())
+OLD = json.loads((golden.HERE / "fields_0_1_0.json").read_text())
+EXACT = GOLDEN["machine"] == golden.machine()
+# Of three steps and of a short run, on another machine: relative, and of the largest value of an array.
+STEP_TOLERANCE, RUN_TOLERANCE = 2e-3, 5e-2
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    root = tmp_path_factory.mktemp("golden")
+    return {shared: golden.folder(root / str(shared), shared) for shared in (False, True)}
+
+
+def root_of(roots, changes):
+    return roots[changes.get("task") == "classification"]
+
+
+def assert_same(got, expected, tolerance):
+    """Nested dictionaries and lists of numbers."""
+    if isinstance(expected, dict):
+        assert set(got) == set(expected)
+        for key in expected:
+            assert_same(got[key], expected[key], tolerance)
+    elif isinstance(expected, list):
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other, tolerance)
+    elif EXACT or expected is None or isinstance(expected, str):
+        assert got == expected
+    else:
+        assert got == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", sorted(golden.STEPS))
+def test_three_steps_of_training(name, roots):
+    found, expected = golden.three_steps(name, root_of(roots, golden.STEPS[name])), GOLDEN["steps"][name]
+    found = json.loads(json.dumps(found))
+    assert_same(found["metrics"], expected["metrics"], STEP_TOLERANCE)
+    assert set(found["state"]) == set(expected["state"])
+    for leaf, wanted in expected["state"].items():
+        got = found["state"][leaf]
+        if EXACT:
+            assert got["sha256"] == wanted["sha256"], leaf
+        assert got["norm"] == pytest.approx(wanted["norm"], rel=STEP_TOLERANCE, abs=1e-6), leaf
+        scale = max(1e-6, *(abs(v) for v in wanted["values"]), 0.0)
+        np.testing.assert_allclose(got["values"], wanted["values"], atol=10 * STEP_TOLERANCE * scale, err_msg=leaf)
+
+
+@pytest.mark.parametrize("name", sorted(golden.RUNS))
+def test_every_metric_of_a_run(name, roots, tmp_path):
+    changes = golden.RUNS[name]
+    result = train.train_and_evaluate(golden.config_of(str(root_of(roots, changes)), **changes), tmp_path)
+    stored = json.loads((tmp_path / "result.json").read_text())
+    assert_same(golden.metrics_of(stored), GOLDEN["results"][name], RUN_TOLERANCE)
+    assert set(stored) == set(json.loads((golden.HERE / "runs" / name / "result.json").read_text()))
+    assert result["config"]["task"] == stored["config"]["task"]
+
+
+def copied(name, root, target):
+    """A run folder of version 0.1.0, with its data where the images of this test are."""
+    shutil.copytree(golden.HERE / "runs" / name, target)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["root"] = str(root)
+    path.write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("name", sorted(golden.RUNS))
+def test_a_run_folder_of_version_0_1_0_works_in_every_door(name, roots, tmp_path):
+    root = root_of(roots, golden.RUNS[name])
+    workdir = copied(name, root, tmp_path / "run")
+    written = json.loads((workdir / "result.json").read_text())
+    metrics = json.loads(json.dumps(config_lib.without_nan(train.evaluate_checkpoint(workdir))))
+    assert_same(metrics, written["best"], RUN_TOLERANCE)
+    # The same settings: the run is finished and stays as it is.
+    again = train.train_and_evaluate(golden.config_of(str(root), **golden.RUNS[name]), workdir)
+    assert again["final"] == written["final"]
+    vectors = golden.vectors(workdir, tmp_path / "program")
+    assert_same(vectors, GOLDEN["vectors"][name], RUN_TOLERANCE)
+    out = tmp_path / "x.npz"
+    embed.main([f"--workdir={workdir}", f"--images={root / 'test'}", f"--out={out}"])
+    index = embeddings.read(out)
+    assert len(index.files) == golden.CLASSES * golden.PER_CLASS and index.embedded.uncertainty is not None
+    np.testing.assert_allclose(np.linalg.norm(index.embedded.semantic, axis=1), 1, rtol=1e-5)
+    search.main([f"--index={out}", f"--query={root / 'test'}", "-k", "2", f"--out={tmp_path / 'answers.jsonl'}"])
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == len(index.files)
+    assert "<h2>" in report.make(workdir, tmp_path / "page.html").read_text()
+
+
+def test_a_run_stopped_by_version_0_1_0_goes_on_to_the_same_result(roots, tmp_path):
+    workdir = copied("stopped", roots[False], tmp_path / "run")
+    assert not (workdir / "result.json").exists() and (workdir / "checkpoints" / "stopped").is_dir()
+    train.train_and_evaluate(golden.stopped_config(roots[False]), workdir)
+    stored = json.loads((workdir / "result.json").read_text())
+    assert_same(golden.metrics_of(stored), GOLDEN["resumed"], RUN_TOLERANCE)
+
+
+def test_settings_of_version_0_1_0_are_there_with_their_defaults():
+    fields = json.loads(json.dumps(config_lib.flatten(config_lib.default_config().to_dict())))
+    assert {name: fields.get(name, "missing") for name in OLD["fields"]} == OLD["fields"]
+
+
+def test_public_names_of_version_0_1_0_are_there():
+    assert set(OLD["public"]) <= set(idml_jax.__all__)
+    assert [name for name in OLD["public"] if getattr(idml_jax, name) is None] == []
+
+
+@pytest.mark.parametrize("door", sorted(OLD["options"]))
+def test_options_of_version_0_1_0_are_there(door):
+    words = [*door.split(), "--help"]
+    done = subprocess.run([sys.executable, "-m", f"idml_jax.{words[0]}", *words[1:]], capture_output=True, text=True)
+    names = set(re.findall(r"-{1,2}(?:\[no\])?([a-zA-Z]\w*)", done.stdout))
+    assert {option.lstrip("-") for option in OLD["options"][door]} <= names
