@@ -77,7 +77,8 @@ class Endless:
 
 
 def idml(encoded, threads, resample="fast", parts=True):
-    from idml_jax.data import pipeline, transforms, turbo
+    from idml_jax.data import pipeline
+    from idml_jax.data.images import transforms, turbo
 
     if not parts:
         turbo.library = lambda: None
@@ -96,10 +97,14 @@ def tf_data(encoded, threads, antialias):
 
     def load(data):
         begin, size, _ = tf.image.sample_distorted_bounding_box(
-            tf.image.extract_jpeg_shape(data), tf.zeros((1, 0, 4)), min_object_covered=0.0,
-            aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0), max_attempts=10,
+            tf.image.extract_jpeg_shape(data),
+            tf.zeros((1, 0, 4)),
+            min_object_covered=0.0,
+            aspect_ratio_range=(3 / 4, 4 / 3),
+            area_range=(0.08, 1.0),
+            max_attempts=10,
             use_image_if_no_bounding_boxes=True,
-        )  # fmt: skip
+        )
         window = tf.stack([begin[0], begin[1], size[0], size[1]])
         image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
         image = tf.image.resize(image, (SIZE, SIZE), antialias=antialias)
@@ -115,7 +120,7 @@ def torch_pillow(encoded, threads):
     import torch
     from PIL import Image
 
-    from idml_jax.data.transforms import RandomResizedCrop
+    from idml_jax.data.images.transforms import RandomResizedCrop
 
     crop = RandomResizedCrop(SIZE)
 
@@ -216,8 +221,10 @@ def main():
         print(f"{'':33s}{'img/s':>8s}{'CPU ms/img':>12s}{'peak MiB':>10s}{'grown MiB':>11s}{'CPU / ours':>12s}")
         ours = best.get("idml_jax", {}).get("cpu_ms", float("nan"))
         for name, row in best.items():
-            print(f"{name:33s}{row['per_second']:8.0f}{row['cpu_ms']:12.3f}{row['peak_mb']:10.0f}{row['grown_mb']:11.0f}"
-                  f"{row['cpu_ms'] / ours:12.2f}")  # fmt: skip
+            print(
+                f"{name:33s}{row['per_second']:8.0f}{row['cpu_ms']:12.3f}{row['peak_mb']:10.0f}{row['grown_mb']:11.0f}"
+                f"{row['cpu_ms'] / ours:12.2f}"
+            )
         for name, note in notes.items():
             print(f"{name:33s}left out: {note}")
 

@@ -9,8 +9,8 @@ import argparse
 import runpy
 from pathlib import Path
 
-from idml_jax import train
 from idml_jax.losses import LOSSES
+from idml_jax.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -37,21 +37,31 @@ def make_setup(name, introspective, classes, mesh):
     from idml_jax.models import EmbeddingModel
     from idml_jax.models.convnet import ConvNet
     from idml_jax.models.heads import Heads
-    from idml_jax.objective import Objective
-    from idml_jax.optim import GroupOptimizer, Schedule
-    from idml_jax.steps import StepSetup
+    from idml_jax.training.optim import GroupOptimizer, Schedule
+    from idml_jax.training.steps import StepSetup
+    from idml_jax.training.tasks.objective import Objective
 
     model = EmbeddingModel(
         ConvNet(depth=2, width=8, frozen_statistics=True), Heads(DIMENSION, DIMENSION, uncertainty_hidden=128)
     )
     objective = Objective(
-        loss=name, options=(), introspective=introspective, variant="relative", temperature=5.0, num_classes=classes,
-        dim=DIMENSION, uncertainty_dim=DIMENSION, mesh=mesh,
-    )  # fmt: skip
+        loss=name,
+        options=(),
+        introspective=introspective,
+        variant="relative",
+        temperature=5.0,
+        num_classes=classes,
+        dim=DIMENSION,
+        uncertainty_dim=DIMENSION,
+        mesh=mesh,
+    )
     rule = GroupOptimizer(
-        name="adamw", schedule=Schedule("constant", 1e-4, 100), factors=(("proxies", 100.0),), weight_decay=1e-4,
+        name="adamw",
+        schedule=Schedule("constant", 1e-4, 100),
+        factors=(("proxies", 100.0),),
+        weight_decay=1e-4,
         clip_value=10.0,
-    )  # fmt: skip
+    )
     return StepSetup(model=model, objective=objective, optimizer=rule, mean=(0.5,), std=(0.25,), mixup_alpha=1.0)
 
 
@@ -61,8 +71,9 @@ def planned(setup, mesh, batch):
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from idml_jax import sharding, steps
-    from idml_jax.state import create_state
+    from idml_jax.runtime import sharding
+    from idml_jax.training import steps
+    from idml_jax.training.state import create_state
 
     create = lambda: create_state(jax.random.key(0), setup.model, setup.objective, setup.optimizer, (PIXELS, PIXELS, 1))
     put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
@@ -81,8 +92,9 @@ def measured(setup, mesh, batch, count):
     import jax
     import numpy as np
 
-    from idml_jax import sharding, steps
-    from idml_jax.state import create_state_on
+    from idml_jax.runtime import sharding
+    from idml_jax.training import steps
+    from idml_jax.training.state import create_state_on
 
     shape = (PIXELS, PIXELS, 1)
     state = create_state_on(mesh, jax.random.key(0), setup.model, setup.objective, setup.optimizer, shape)
@@ -147,7 +159,7 @@ def main():
     import numpy as np
     from jax.experimental import multihost_utils
 
-    from idml_jax import hosts, sharding
+    from idml_jax.runtime import hosts, sharding
 
     if arguments.coordinator is not None:
         hosts.connect(arguments.coordinator, arguments.processes, arguments.process_index)

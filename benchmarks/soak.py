@@ -23,9 +23,9 @@ from statistics import median
 
 import jax
 
-from idml_jax import train
-from idml_jax.config import default_config
-from idml_jax.interrupt import EXIT_CODE, Stopped
+from idml_jax.runtime.interrupt import EXIT_CODE, Stopped
+from idml_jax.training import train
+from idml_jax.training.config import default_config
 
 
 def tiny_config(steps, batch_size):
@@ -65,9 +65,13 @@ class Watch(logging.Handler):
         gc.collect()
         arrays = jax.live_arrays()
         row = {
-            "step": step, "rss": resident_bytes(), "device": sum(x.nbytes for x in arrays), "arrays": len(arrays),
-            "ms": float("nan"), "cpu_ms": float("nan"),
-        }  # fmt: skip
+            "step": step,
+            "rss": resident_bytes(),
+            "device": sum(x.nbytes for x in arrays),
+            "arrays": len(arrays),
+            "ms": float("nan"),
+            "cpu_ms": float("nan"),
+        }
         if self._last is not None and step > self._last[0]:
             taken = step - self._last[0]
             row["ms"], row["cpu_ms"] = (1000 * (b - a) / taken for a, b in zip(self._last[1], now, strict=True))
@@ -103,8 +107,12 @@ def show(rows, lines=20):
             f"{row['step']:8d} {row['rss'] / 1e6:8.1f} {row['device'] / 1e6:10.3f} {row['arrays']:7d} "
             f"{row['ms']:8.2f} {row['cpu_ms']:7.2f}"
         )
-    for key, name, unit in (("rss", "RSS, MB", 1e6), ("device", "device, MB", 1e6), ("ms", "ms/step", 1),
-                            ("cpu_ms", "CPU ms/step", 1)):  # fmt: skip
+    for key, name, unit in (
+        ("rss", "RSS, MB", 1e6),
+        ("device", "device, MB", 1e6),
+        ("ms", "ms/step", 1),
+        ("cpu_ms", "CPU ms/step", 1),
+    ):
         before, after = quarters(rows, key)
         print(f"{name:12s} second quarter {before / unit:.3f}, last {after / unit:.3f}: x {after / before:.3f}")
 

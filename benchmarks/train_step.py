@@ -70,11 +70,11 @@ def jax_row(options):
     import jax.numpy as jnp
     import numpy as np
 
-    from idml_jax import steps
     from idml_jax.models import EmbeddingModel, create_model
-    from idml_jax.objective import Objective
-    from idml_jax.optim import GroupOptimizer, Schedule
-    from idml_jax.state import create_state
+    from idml_jax.training import steps
+    from idml_jax.training.optim import GroupOptimizer, Schedule
+    from idml_jax.training.state import create_state
+    from idml_jax.training.tasks.objective import Objective
 
     jax.devices()
     before = resident()
@@ -87,16 +87,23 @@ def jax_row(options):
         "adamw", Schedule("constant", 1e-5, 1000), (("proxies", 100.0),), 1e-4, clip_value=10.0, frozen_norm=True
     )
     setup = steps.StepSetup(
-        model, objective, optimizer, MEAN, STD, mixup_alpha=1.0,
+        model,
+        objective,
+        optimizer,
+        MEAN,
+        STD,
+        mixup_alpha=1.0,
         accumulate=options.parts if kind == "accumulate" else 1,
-    )  # fmt: skip
+    )
     shape = (options.size, options.size, 3)
     state = jax.jit(create_state, static_argnums=(1, 2, 3, 4))(jax.random.key(0), model, objective, optimizer, shape)
     rng = np.random.default_rng(0)
-    batch = jax.device_put({
-        "image": rng.integers(0, 256, (options.batch, *shape), np.uint8),
-        "label": rng.integers(0, CLASSES, options.batch).astype(np.int32),
-    })  # fmt: skip
+    batch = jax.device_put(
+        {
+            "image": rng.integers(0, 256, (options.batch, *shape), np.uint8),
+            "label": rng.integers(0, CLASSES, options.batch).astype(np.int32),
+        }
+    )
     forward = lambda v, x: model.apply(v, x, method=EmbeddingModel.features)
     flops = jax.jit(forward).lower(state.variables, jnp.zeros((1, *shape))).cost_analysis()["flops"]
 

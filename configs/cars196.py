@@ -12,9 +12,9 @@ The words after a colon (``plain``, a loss, ``scratch``, ``quick``) are in ``idm
 without looking at test classes: ``--config.data.validation_classes=0.2 --config.eval.split=validation``.
 """
 
-from idml_jax.protocols import retrieval_config
+from idml_jax.training.protocols.retrieval import retrieval_config
 
 
 def get_config(arg: str = ""):
-    """``arg``: see ``idml_jax.protocols.retrieval_config``."""
+    """``arg``: see ``idml_jax.training.protocols.retrieval.retrieval_config``."""
     return retrieval_config("cars", arg)

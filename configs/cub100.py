@@ -9,7 +9,7 @@ on two busy cores the first step came after 67 s, then about one image per secon
 and 10.1 over the first twelve steps in pairs, and embedding the 2,953 test images took seven minutes.
 """
 
-from idml_jax.config import default_config
+from idml_jax.training.config import default_config
 
 
 def get_config(arg: str = ""):

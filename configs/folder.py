@@ -9,7 +9,7 @@ scratch; ``configs/folder.py:large`` is the protocol's ResNet-50 at 224 pixels, 
 foreign file stops the run with its name; ``--config.data.on_corrupt=skip`` leaves such files out and counts them.
 """
 
-from idml_jax.config import default_config
+from idml_jax.training.config import default_config
 
 
 def get_config(arg: str = ""):

@@ -9,7 +9,7 @@ after (plain: 62.8 %), rank correlation of the uncertainty with the true ambigui
 Plain instead of introspective: ``--config.ism.enabled=False``.
 """
 
-from idml_jax.config import default_config
+from idml_jax.training.config import default_config
 
 
 def get_config(arg: str = ""):

@@ -9,9 +9,9 @@ Meant for a GPU or TPU; ``,quick`` is for a laptop. A folder with ``train/<class
 too: ``--config.data.name=folder --config.data.root=PATH``. The words are in ``idml_jax/protocols_classification.py``.
 """
 
-from idml_jax.protocols_classification import classification_config
+from idml_jax.training.protocols.classification import classification_config
 
 
 def get_config(arg: str = ""):
-    """``arg``: see ``idml_jax.protocols_classification.classification_config``."""
+    """``arg``: see ``idml_jax.training.protocols.classification.classification_config``."""
     return classification_config("imagenet", arg)

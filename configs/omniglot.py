@@ -7,7 +7,7 @@ The folder holds ``train/<Alphabet>.<character>/`` and ``test/...``. Plain inste
 ``--config.ism.enabled=False``; another seed: ``--config.seed=1``.
 """
 
-from idml_jax.config import default_config
+from idml_jax.training.config import default_config
 
 
 def get_config(arg: str = ""):

@@ -15,8 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from idml_jax import embed, ism, trained
-from idml_jax.data.transforms import Changed, Picture
+from idml_jax import embed, ism
+from idml_jax.data.images.transforms import Changed, Picture
+from idml_jax.inference import model as trained
 
 HERE = Path(__file__).parent
 BETAS = (0.0, 1.0, 3.0, 6.0, 12.0)
@@ -59,10 +60,14 @@ def uncertainty(workdir):
 
     def lengths(kind, strength):
         change = model.transform if strength == 0 else Changed(model.transform, kind, strength)
-        images = np.stack([
-            change(Picture(source.read(int(record)), model.config.data.channels), np.random.default_rng(int(record)))
-            for record in chosen
-        ])  # fmt: skip
+        images = np.stack(
+            [
+                change(
+                    Picture(source.read(int(record)), model.config.data.channels), np.random.default_rng(int(record))
+                )
+                for record in chosen
+            ]
+        )
         parts = [trained.embed_pictures(model, images[i : i + size], size) for i in range(0, len(images), size)]
         return images, np.linalg.norm(np.concatenate([part["uncertainty"] for part in parts]), axis=1)
 

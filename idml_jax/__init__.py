@@ -57,52 +57,63 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from idml_jax import (
-        classifier,
-        config,
-        embed,
-        embeddings,
-        evaluate,
-        export,
-        ism,
-        losses,
-        memory,
-        metrics,
-        miners,
-        mixing,
-        models,
-        recipes,
-        report,
-        search,
-        train,
-        trained,
-    )
-    from idml_jax.config import default_config
+    from idml_jax import embed, evaluate, export, ism, losses, metrics, mixing, models, report, search
     from idml_jax.errors import UserError, show_progress
+    from idml_jax.inference import model as trained
+    from idml_jax.inference import store as embeddings
+    from idml_jax.inference.model import load
     from idml_jax.ism import Embedding, introspective_distance, introspective_similarity, semantic_distance
-    from idml_jax.losses import pairs_from_labels
+    from idml_jax.losses import memory, miners, pairs_from_labels
+    from idml_jax.losses import softmax as classifier
     from idml_jax.models import create_classifier, create_model
-    from idml_jax.recipes import get_config
-    from idml_jax.train import evaluate_checkpoint, train_and_evaluate
-    from idml_jax.trained import load
+    from idml_jax.training import config, recipes, train
+    from idml_jax.training.config import default_config
+    from idml_jax.training.recipes import get_config
+    from idml_jax.training.train import evaluate_checkpoint, train_and_evaluate
 
-# Where the names that are no modules come from.
+# Where a public name comes from: a module, or a module and what of it.
 _HOMES = {
-    "Embedding": "ism", "UserError": "errors", "create_classifier": "models", "create_model": "models",
-    "default_config": "config", "evaluate_checkpoint": "train", "get_config": "recipes",
-    "introspective_distance": "ism", "introspective_similarity": "ism", "load": "trained",
-    "pairs_from_labels": "losses", "semantic_distance": "ism", "show_progress": "errors", "train_and_evaluate": "train",
-}  # fmt: skip
+    "Embedding": "ism:Embedding",
+    "UserError": "errors:UserError",
+    "classifier": "losses.softmax",
+    "config": "training.config",
+    "create_classifier": "models:create_classifier",
+    "create_model": "models:create_model",
+    "default_config": "training.config:default_config",
+    "embed": "embed",
+    "embeddings": "inference.store",
+    "evaluate": "evaluate",
+    "evaluate_checkpoint": "training.train:evaluate_checkpoint",
+    "export": "export",
+    "get_config": "training.recipes:get_config",
+    "introspective_distance": "ism:introspective_distance",
+    "introspective_similarity": "ism:introspective_similarity",
+    "ism": "ism",
+    "load": "inference.model:load",
+    "losses": "losses",
+    "memory": "losses.memory",
+    "metrics": "metrics",
+    "miners": "losses.miners",
+    "mixing": "mixing",
+    "models": "models",
+    "pairs_from_labels": "losses:pairs_from_labels",
+    "recipes": "training.recipes",
+    "report": "report",
+    "search": "search",
+    "semantic_distance": "ism:semantic_distance",
+    "show_progress": "errors:show_progress",
+    "train": "training.train",
+    "train_and_evaluate": "training.train:train_and_evaluate",
+    "trained": "inference.model",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f"idml_jax.{_HOMES[name]}"), name)
-    elif name in __all__:
-        value = importlib.import_module(f"idml_jax.{name}")
-    else:
+    if name not in _HOMES:
         raise AttributeError(f"module 'idml_jax' has no attribute {name!r}")
-    globals()[name] = value
+    module, _, member = _HOMES[name].partition(":")
+    value: Any = importlib.import_module(f"idml_jax.{module}")
+    globals()[name] = value = getattr(value, member) if member else value
     return value
 
 

@@ -37,7 +37,7 @@ def stop(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def run_command(action: Callable[[], None], stopped: str = "stopped") -> None:
+def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
     """Runs what a command line asks for: errors of the user become one line and exit status 1, Ctrl-C one and 130."""
     from absl import logging
 

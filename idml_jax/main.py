@@ -17,8 +17,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from idml_jax import recipes
 from idml_jax.errors import UserError, show_progress, stop
+from idml_jax.training import recipes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -66,7 +66,7 @@ def _main(_: list[str]) -> None:
         _run()
     except (UserError, OSError) as error:
         if _COORDINATOR.value and not _TRACEBACK.value:
-            from idml_jax import hosts
+            from idml_jax.runtime import hosts
 
             hosts.leave(str(error))
         stop(error)
@@ -83,7 +83,11 @@ def _check_config(config: Any) -> None:
 
 
 def _run() -> None:
-    from idml_jax import hosts, interrupt, train  # late, so that a wrong flag is answered at once
+    from idml_jax.runtime import (
+        hosts,  # late, so that a wrong flag is answered at once
+        interrupt,
+    )
+    from idml_jax.training import train
 
     workdir = str(_WORKDIR.value)
     if _COORDINATOR.value:

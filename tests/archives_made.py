@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from scipy.io import savemat
 
-from idml_jax.data.layouts_retrieval import official_car_names
+from idml_jax.data.stored.layouts_retrieval import official_car_names
 
 WNIDS = ("n01440764", "n01443537", "n01484850", "n02102040")
 
@@ -170,8 +170,11 @@ def cifar(hundred: bool, binary: bool, per_class: int = 3) -> tuple[dict[str, by
     parts = ["train"] if hundred else [f"data_batch_{i}" for i in range(1, 6)]
     parts.append("test" if hundred else "test_batch")
     names = [f"kind_{k}" for k in range(classes)]
-    root = f"cifar-{100 if hundred else 10}-" + ("binary" if binary and hundred else "batches-bin" if binary else
-                                                 "python" if hundred else "batches-py") + "/"  # fmt: skip
+    root = (
+        f"cifar-{100 if hundred else 10}-"
+        + ("binary" if binary and hundred else "batches-bin" if binary else "python" if hundred else "batches-py")
+        + "/"
+    )
     files, truth = {}, {}
     for seed, part in enumerate(parts):
         pixels = _pixels(labels, seed * 100)
@@ -182,9 +185,11 @@ def cifar(hundred: bool, binary: bool, per_class: int = 3) -> tuple[dict[str, by
             files[f"{root}{part}.bin"] = rows.tobytes()
             continue
         batch = {
-            b"data": pixels, b"fine_labels" if hundred else b"labels": labels, b"batch_label": b"x",
+            b"data": pixels,
+            b"fine_labels" if hundred else b"labels": labels,
+            b"batch_label": b"x",
             b"filenames": [f"{part}_{i}.png".encode() for i in range(len(labels))],
-        }  # fmt: skip
+        }
         files[root + part] = pickle.dumps(batch, protocol=2)
     if binary:
         files[root + ("fine_label_names.txt" if hundred else "batches.meta.txt")] = "\n".join(names).encode() + b"\n\n"

@@ -57,7 +57,7 @@ def finished(image_folder, tmp_path_factory):
     """Workdir and result of a small run that nothing interrupted."""
     from runs_made import small_config
 
-    from idml_jax import train
+    from idml_jax.training import train
 
     workdir = tmp_path_factory.mktemp("finished")
     return workdir, train.train_and_evaluate(small_config(image_folder), workdir)

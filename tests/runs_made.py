@@ -6,9 +6,9 @@ import sys
 import jax
 import numpy as np
 
-from idml_jax import train
-from idml_jax.checkpoint import Checkpoints
-from idml_jax.config import default_config
+from idml_jax.runtime.checkpoint import Checkpoints
+from idml_jax.training import train
+from idml_jax.training.config import default_config
 
 
 def small_config(folder, **changes):

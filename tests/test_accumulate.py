@@ -8,10 +8,12 @@ import pytest
 from test_runtime import batch, fresh, objective, optimizer, setup, tiny
 from test_train import small_config
 
-from idml_jax import models, sharding, steps, train
+from idml_jax import models
 from idml_jax.errors import UserError
 from idml_jax.models import EmbeddingModel
-from idml_jax.optim import Schedule
+from idml_jax.runtime import sharding
+from idml_jax.training import steps, train
+from idml_jax.training.optim import Schedule
 
 # Without moments or their like a step is the gradient, scaled.
 GRADIENT = optimizer(

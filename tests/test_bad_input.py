@@ -25,10 +25,16 @@ from idml_jax import main as main_lib
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = f"--config={ROOT}/configs/folder.py"
 SMALL = (
-    FOLDER, "--config.batch_size=32", "--config.eval.batch_size=32", "--config.model.name=convnet4",
-    "--config.model.embedding_dim=16", "--config.data.image_size=16", "--config.data.resize=16",
-    "--config.log.tensorboard=False", "--workdir={tmp}/run",
-)  # fmt: skip
+    FOLDER,
+    "--config.batch_size=32",
+    "--config.eval.batch_size=32",
+    "--config.model.name=convnet4",
+    "--config.model.embedding_dim=16",
+    "--config.data.image_size=16",
+    "--config.data.resize=16",
+    "--config.log.tensorboard=False",
+    "--workdir={tmp}/run",
+)
 
 
 class RunsCode:
@@ -179,12 +185,24 @@ for title, text, answer in (
     ("no settings", "def get_config():\n    return 3\n", "config"),
     ("binary", b"\x00\x01\x02", "null bytes|source"),
 ):
-    case(f"settings file: {title}", ("--config={tmp}/c.py", "--workdir={tmp}/run"), answer,
-         lambda tmp, text=text: save(tmp / "c.py", text))  # fmt: skip
-case("workdir beneath a file", (*SMALL[:-1], "--config.data.root={folder}", "--workdir={tmp}/file/run"),
-     "cannot be used as --workdir", lambda tmp: save(tmp / "file", "x"))  # fmt: skip
-case("workdir is a file", (*SMALL[:-1], "--config.data.root={folder}", "--workdir={tmp}/file"),
-     "cannot be used as --workdir", lambda tmp: save(tmp / "file", "x"))  # fmt: skip
+    case(
+        f"settings file: {title}",
+        ("--config={tmp}/c.py", "--workdir={tmp}/run"),
+        answer,
+        lambda tmp, text=text: save(tmp / "c.py", text),
+    )
+case(
+    "workdir beneath a file",
+    (*SMALL[:-1], "--config.data.root={folder}", "--workdir={tmp}/file/run"),
+    "cannot be used as --workdir",
+    lambda tmp: save(tmp / "file", "x"),
+)
+case(
+    "workdir is a file",
+    (*SMALL[:-1], "--config.data.root={folder}", "--workdir={tmp}/file"),
+    "cannot be used as --workdir",
+    lambda tmp: save(tmp / "file", "x"),
+)
 case("no root", SMALL, "config.data.root is empty")
 for override, answer in (
     ("optim.lerning_rate=1", "lerning_rate"),
@@ -229,8 +247,11 @@ for override, answer in (
 ):
     setting(override, answer)
 
-case("a prior for what nothing teaches", (*SMALL, "--config.data.root={folder}", "--config.ism.enabled=False",
-     "--config.ism.prior=0.1"), "config.ism.prior only keeps u alive")  # fmt: skip
+case(
+    "a prior for what nothing teaches",
+    (*SMALL, "--config.data.root={folder}", "--config.ism.enabled=False", "--config.ism.prior=0.1"),
+    "config.ism.prior only keeps u alive",
+)
 
 # Folders and pictures.
 case("no such folder", (*SMALL, "--config.data.root={tmp}/x"), "no such folder")
@@ -238,8 +259,11 @@ training("a file for a folder", "images", lambda tmp: save(tmp / "images", "x"))
 training("no images", "holds no images", lambda tmp: (tmp / "images").mkdir())
 training("images without classes", "outside class folders", lambda tmp: save(tmp / "images" / "1.png", png()))
 training("one class", "1 class", lambda tmp: save(tmp / "images" / "a" / "1.png", png()))
-training("a class of one image", r"single image, the first .*c9/1\.png",
-         lambda tmp: save(images(tmp) / "train" / "c9" / "1.png", png()))  # fmt: skip
+training(
+    "a class of one image",
+    r"single image, the first .*c9/1\.png",
+    lambda tmp: save(images(tmp) / "train" / "c9" / "1.png", png()),
+)
 training("a link to nowhere", r"c1/link\.png", lambda tmp: (images(tmp) / "train/c1/link.png").symlink_to("/no/such"))
 for title, data, answer in (
     ("empty", b"", "the file is empty"),
@@ -250,8 +274,11 @@ for title, data, answer in (
     ("of floating point", png(mode="F", fmt="TIFF"), "floating point"),
     ("a pickle", pickle.dumps([1]), "not a picture"),
 ):
-    training(f"picture: {title}", rf"c1/bad\.png: .*{answer}.*on_corrupt=skip|c1/bad\.png: .*{answer}",
-             lambda tmp, data=data: images(tmp, data))  # fmt: skip
+    training(
+        f"picture: {title}",
+        rf"c1/bad\.png: .*{answer}.*on_corrupt=skip|c1/bad\.png: .*{answer}",
+        lambda tmp, data=data: images(tmp, data),
+    )
 
 # Folders of runs.
 case("eval: no run", ("--mode=eval", "--workdir={tmp}/run"), "holds no run")
@@ -261,37 +288,73 @@ for title, text, answer in (
     ("of a wrong type", '{"epochs": "many"}', "config.json.*epochs"),
     ("without checkpoints", '{"epochs": 2}', "config.data.root is empty|no checkpoints"),
 ):
-    case(f"eval: settings {title}", ("--mode=eval", "--workdir={tmp}/old"), answer,
-         lambda tmp, text=text: run_json(tmp, text))  # fmt: skip
-case("another run's workdir", (*SMALL[:-1], "--config.data.root={folder}", "--workdir={tmp}/old"),
-     "holds a run with other settings: ", lambda tmp: run_json(tmp, '{"epochs": 7}'))  # fmt: skip
+    case(
+        f"eval: settings {title}",
+        ("--mode=eval", "--workdir={tmp}/old"),
+        answer,
+        lambda tmp, text=text: run_json(tmp, text),
+    )
+case(
+    "another run's workdir",
+    (*SMALL[:-1], "--config.data.root={folder}", "--workdir={tmp}/old"),
+    "holds a run with other settings: ",
+    lambda tmp: run_json(tmp, '{"epochs": 7}'),
+)
 
 # Weights.
 starting("none", "w.safetensors", "no such weights file", nothing)
 starting("another kind", "w.h5", "weights come as .safetensors", lambda tmp: save(tmp / "w.h5", "x"))
 starting("text", "w.safetensors", "cannot be read as safetensors", lambda tmp: save(tmp / "w.safetensors", "hello"))
-starting("a header of 2^60 bytes", "w.safetensors", "cannot be read as safetensors",
-         lambda tmp: save(tmp / "w.safetensors", struct.pack("<Q", 2**60) + b"{}"))  # fmt: skip
+starting(
+    "a header of 2^60 bytes",
+    "w.safetensors",
+    "cannot be read as safetensors",
+    lambda tmp: save(tmp / "w.safetensors", struct.pack("<Q", 2**60) + b"{}"),
+)
 starting("of nothing", "w.safetensors", "holds no weights", lambda tmp: weights(tmp, **{"fc.weight": np.ones((2, 2))}))
-starting("another network", "w.safetensors", "does not fit the network",
-         lambda tmp: weights(tmp, **{"conv1.weight": np.ones((2, 2), np.float32)}))  # fmt: skip
+starting(
+    "another network",
+    "w.safetensors",
+    "does not fit the network",
+    lambda tmp: weights(tmp, **{"conv1.weight": np.ones((2, 2), np.float32)}),
+)
 starting("an empty folder", "w", "neither weights of this package nor", lambda tmp: (tmp / "w").mkdir())
 starting("a damaged folder", "w", "cannot be read", lambda tmp: save(tmp / "w" / "_METADATA", "{}"))
-starting("a pickle that runs code", "w.pth", "holds more than tensors and is refused",
-         lambda tmp: torch_file(tmp, {"state_dict": RunsCode(tmp / "was_here")}))  # fmt: skip
-starting("a bare pickle that runs code", "w.pth", "refused|PyTorch",
-         lambda tmp: save(tmp / "w.pth", pickle.dumps(RunsCode(tmp / "was_here"))))  # fmt: skip
+starting(
+    "a pickle that runs code",
+    "w.pth",
+    "holds more than tensors and is refused",
+    lambda tmp: torch_file(tmp, {"state_dict": RunsCode(tmp / "was_here")}),
+)
+starting(
+    "a bare pickle that runs code",
+    "w.pth",
+    "refused|PyTorch",
+    lambda tmp: save(tmp / "w.pth", pickle.dumps(RunsCode(tmp / "was_here"))),
+)
 case("convert: nothing to convert", ("convert", "{tmp}/none.pth", "{tmp}/out"), "no such weights", door="pretrained")
-case("convert: no such model", ("convert", "{tmp}/a", "{tmp}/out", "--model=resnet51"), "known: .*resnet50",
-     door="pretrained")  # fmt: skip
-case("convert: the target is there", ("convert", "{tmp}/a", "{tmp}/out"), "already there",
-     lambda tmp: save(tmp / "out", "precious"), "pretrained")  # fmt: skip
+case(
+    "convert: no such model",
+    ("convert", "{tmp}/a", "{tmp}/out", "--model=resnet51"),
+    "known: .*resnet50",
+    door="pretrained",
+)
+case(
+    "convert: the target is there",
+    ("convert", "{tmp}/a", "{tmp}/out"),
+    "already there",
+    lambda tmp: save(tmp / "out", "precious"),
+    "pretrained",
+)
 
 # Embeddings and labels.
 embeddings("none", "no such file", nothing)
 embeddings("text", "not an .npz file", lambda tmp: save(tmp / "x.npz", "hello"))
-embeddings("a pickle that runs code", "not an .npz file",
-           lambda tmp: save(tmp / "x.npz", pickle.dumps(RunsCode(tmp / "was_here"))))  # fmt: skip
+embeddings(
+    "a pickle that runs code",
+    "not an .npz file",
+    lambda tmp: save(tmp / "x.npz", pickle.dumps(RunsCode(tmp / "was_here"))),
+)
 embeddings("objects", "plain arrays", semantic=np.asarray([[object()]] * 2), labels=np.arange(2))
 embeddings("labels alone", "needs the arrays semantic .*; it holds labels", labels=np.arange(4))
 embeddings("no labels", "needs the arrays", semantic=np.ones((4, 2)))
@@ -304,48 +367,107 @@ embeddings("text for numbers", "semantic", semantic=np.asarray([["a", "b"]] * 4)
 embeddings("one row", "single row", semantic=np.ones((1, 2)), labels=np.arange(1))
 embeddings("no rows", "no rows", semantic=np.ones((0, 2)), labels=np.arange(0))
 embeddings("ks of words", "--ks=a", None, "--ks=a", semantic=np.eye(4), labels=np.arange(4) // 2)
-embeddings("a gallery of another width", "3.*4|4.*3|dimension|shape", lambda tmp: (
-    np.savez(tmp / "x.npz", semantic=np.eye(4), labels=np.arange(4) // 2),
-    np.savez(tmp / "y.npz", semantic=np.eye(3), labels=np.arange(3) // 2),
-), "--gallery={tmp}/y.npz")  # fmt: skip
-embeddings("a report into nowhere", "file", lambda tmp: (
-    np.savez(tmp / "x.npz", semantic=np.eye(4), labels=np.arange(4) // 2), save(tmp / "file", "x"),
-), "--out={tmp}/file/m.json")  # fmt: skip
+embeddings(
+    "a gallery of another width",
+    "3.*4|4.*3|dimension|shape",
+    lambda tmp: (
+        np.savez(tmp / "x.npz", semantic=np.eye(4), labels=np.arange(4) // 2),
+        np.savez(tmp / "y.npz", semantic=np.eye(3), labels=np.arange(3) // 2),
+    ),
+    "--gallery={tmp}/y.npz",
+)
+embeddings(
+    "a report into nowhere",
+    "file",
+    lambda tmp: (
+        np.savez(tmp / "x.npz", semantic=np.eye(4), labels=np.arange(4) // 2),
+        save(tmp / "file", "x"),
+    ),
+    "--out={tmp}/file/m.json",
+)
 
 # Archives and label files.
 one = {"a/1.jpg": made.jpeg(0, 0)}
 storing("none", "x", "no such file or folder", nothing)
 storing("no archive", "x.txt", "neither a folder nor an archive", lambda tmp: save(tmp / "x.txt", "x"))
 storing("empty", "x", "holds no images", lambda tmp: (tmp / "x").mkdir())
-storing("a name that leads out", "x", "letters, digits and _ only", lambda tmp: (tmp / "x").mkdir(), "folder",
-        "--name=../up")  # fmt: skip
-storing("shards of nothing", "x", "--shard_megabytes=0", lambda tmp: (tmp / "x").mkdir(), "folder",
-        "--shard_megabytes=0")  # fmt: skip
+storing(
+    "a name that leads out",
+    "x",
+    "letters, digits and _ only",
+    lambda tmp: (tmp / "x").mkdir(),
+    "folder",
+    "--name=../up",
+)
+storing(
+    "shards of nothing", "x", "--shard_megabytes=0", lambda tmp: (tmp / "x").mkdir(), "folder", "--shard_megabytes=0"
+)
 for path in ("../out/1.jpg", "/etc/1.jpg", "a/../../1.jpg", "C:\\a\\1.jpg"):
     for kind in ("x.tar", "x.zip"):
-        storing(f"{path} in {kind}", kind, "leads out of the archive; refused",
-                lambda tmp, path=path, kind=kind: archive(tmp, kind, {path: made.jpeg(0, 0), **one}))  # fmt: skip
-for title, kind in (("link", tarfile.SYMTYPE), ("hard link", tarfile.LNKTYPE), ("device", tarfile.CHRTYPE),
-                    ("pipe", tarfile.FIFOTYPE)):  # fmt: skip
+        storing(
+            f"{path} in {kind}",
+            kind,
+            "leads out of the archive; refused",
+            lambda tmp, path=path, kind=kind: archive(tmp, kind, {path: made.jpeg(0, 0), **one}),
+        )
+for title, kind in (
+    ("link", tarfile.SYMTYPE),
+    ("hard link", tarfile.LNKTYPE),
+    ("device", tarfile.CHRTYPE),
+    ("pipe", tarfile.FIFOTYPE),
+):
     storing(f"a {title} in a tar", "x.tar", "is a link or a device; refused", lambda tmp, kind=kind: special(tmp, kind))
 storing("a link in a zip", "x.zip", "is a link or a device; refused", zip_link)
 for kind in ("x.tar", "x.zip"):
     storing(f"{kind} cut short", kind, "damaged or cut short after", lambda tmp, kind=kind: cut(tmp, kind))
-    storing(f"{kind} of html", kind, "damaged or cut short after 0 files",
-            lambda tmp, kind=kind: save(tmp / kind, b"<html>Please sign in</html>" * 40))  # fmt: skip
-storing("a picture of 100,000 x 100,000 pixels", "x", "100000 x 100000 pixels|1.png",
-        lambda tmp: made.write_files(tmp / "x", {"a/1.png": huge_png(), "b/1.png": png()}))  # fmt: skip
-storing("CIFAR's pickle runs code", "x", "data_batch_3: not one of CIFAR's pickles",
-        lambda tmp: cifar(tmp, pickle.dumps({b"data": RunsCode(tmp / "was_here"), b"labels": []}, 2)), "cifar10")
+    storing(
+        f"{kind} of html",
+        kind,
+        "damaged or cut short after 0 files",
+        lambda tmp, kind=kind: save(tmp / kind, b"<html>Please sign in</html>" * 40),
+    )
+storing(
+    "a picture of 100,000 x 100,000 pixels",
+    "x",
+    "100000 x 100000 pixels|1.png",
+    lambda tmp: made.write_files(tmp / "x", {"a/1.png": huge_png(), "b/1.png": png()}),
+)
+storing(
+    "CIFAR's pickle runs code",
+    "x",
+    "data_batch_3: not one of CIFAR's pickles",
+    lambda tmp: cifar(tmp, pickle.dumps({b"data": RunsCode(tmp / "was_here"), b"labels": []}, 2)),
+    "cifar10",
+)
 storing("CIFAR's pickle is none", "x", "data_batch_3: not one of CIFAR's", lambda tmp: cifar(tmp, b"hello"), "cifar10")
-storing("CUB without labels", "x", "image_class_labels|no known layout", lambda tmp: cub(
-    tmp, image_class_labels=lambda _: None), "cub")  # fmt: skip
-storing("CUB's labels are words", "x", "image_class_labels",
-        lambda tmp: cub(tmp, image_class_labels=b"one two\nthree four\n"), "cub")  # fmt: skip
-storing("CUB's labels are cut short", "x", "not the complete CUB-200-2011: train: 21 of 5,864 images",
-        lambda tmp: cub(tmp, image_class_labels=lambda data: data[: len(data) // 2]), "cub")  # fmt: skip
-storing("CUB's labels are binary", "x", "image_class_labels",
-        lambda tmp: cub(tmp, image_class_labels=b"\xff\xfe\x00\x80"), "cub")  # fmt: skip
+storing(
+    "CUB without labels",
+    "x",
+    "image_class_labels|no known layout",
+    lambda tmp: cub(tmp, image_class_labels=lambda _: None),
+    "cub",
+)
+storing(
+    "CUB's labels are words",
+    "x",
+    "image_class_labels",
+    lambda tmp: cub(tmp, image_class_labels=b"one two\nthree four\n"),
+    "cub",
+)
+storing(
+    "CUB's labels are cut short",
+    "x",
+    "not the complete CUB-200-2011: train: 21 of 5,864 images",
+    lambda tmp: cub(tmp, image_class_labels=lambda data: data[: len(data) // 2]),
+    "cub",
+)
+storing(
+    "CUB's labels are binary",
+    "x",
+    "image_class_labels",
+    lambda tmp: cub(tmp, image_class_labels=b"\xff\xfe\x00\x80"),
+    "cub",
+)
 
 
 DOORS = {"evaluate": evaluate.main, "pretrained": pretrained.main, "prepare": prepare.main}
@@ -413,12 +535,15 @@ def test_bad_input_ends_in_one_line(name, image_folder, tmp_path, monkeypatch, c
     assert not list((tmp / "sets").rglob("1.0.0")), "published"
 
 
-@pytest.mark.parametrize("door,arguments,asked", [
-    ("main", ("--workdir={tmp}/run", FOLDER, "--config.epochs=0"), "flag"),
-    ("prepare", ("--dataset=folder", "--source={tmp}/none"), "environment"),
-    ("evaluate", ("--embeddings={tmp}/none.npz",), "environment"),
-    ("pretrained", ("convert", "{tmp}/none.pth", "{tmp}/out"), "environment"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "door,arguments,asked",
+    [
+        ("main", ("--workdir={tmp}/run", FOLDER, "--config.epochs=0"), "flag"),
+        ("prepare", ("--dataset=folder", "--source={tmp}/none"), "environment"),
+        ("evaluate", ("--embeddings={tmp}/none.npz",), "environment"),
+        ("pretrained", ("convert", "{tmp}/none.pth", "{tmp}/out"), "environment"),
+    ],
+)
 def test_the_traceback_comes_when_asked_for(door, arguments, asked, tmp_path):
     given = [a.format(tmp=tmp_path) for a in arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -13,14 +13,20 @@ import jax
 import numpy as np
 import pytest
 
-from idml_jax import config as config_lib
 from idml_jax import main as main_lib  # noqa: F401 (its flags are those of a real run)
 from idml_jax import prepare as prepare_lib
-from idml_jax import protocols, sharding, steps, train
-from idml_jax.data import datasets, index, pipeline, prepared, transforms
-from idml_jax.data.protocol import BENCHMARKS
+from idml_jax.data import datasets, pipeline
+from idml_jax.data.images import transforms
+from idml_jax.data.stored import label_index as index
+from idml_jax.data.stored import prepared
+from idml_jax.data.stored.benchmarks import BENCHMARKS
 from idml_jax.errors import UserError
-from idml_jax.run import build
+from idml_jax.runtime import sharding
+from idml_jax.training import config as config_lib
+from idml_jax.training import steps, train
+from idml_jax.training.build import build
+from idml_jax.training.config_checks import validate
+from idml_jax.training.protocols import retrieval as protocols
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,8 +116,8 @@ def test_queries_search_the_gallery_in_a_run(stored, tmp_path, caplog):
     assert len(gallery) == 12 and gallery is state_run.splits.gallery
     # The same figures from embeddings taken apart from the run.
     from idml_jax import evaluate
-    from idml_jax.checkpoint import Checkpoints
     from idml_jax.metrics.retrieval import retrieval_metrics
+    from idml_jax.runtime.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", "R@1", read_only=True)
     state, _ = checkpoints.restore(checkpoints.latest, state_run.initial_state())
@@ -322,7 +328,8 @@ class TestTfdsOwnSets:
 def test_tensorflow_is_never_imported(tmp_path):
     downloads("cars", tmp_path / "cars")
     code = (
-        "import sys; from idml_jax import prepare; from idml_jax.data import datasets, transforms;"
+        "import sys; from idml_jax import prepare; from idml_jax.data import datasets;"
+        "from idml_jax.data.images import transforms;"
         f"prepare.main(['--dataset=cars', '--source={tmp_path}/cars', '--data_dir={tmp_path}', '--allow_incomplete']);"
         f"splits = datasets.load_dataset('cars', data_dir='{tmp_path}', warn=lambda line: None);"
         "transforms.decode(splits.test.read(0));"
@@ -358,7 +365,7 @@ class TestProtocols:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         for arg in ("", "plain", "quick", "scratch", "plain,scratch,triplet_semihard", "fast_ap,quick"):
-            config_lib.validate(module.get_config(arg))
+            validate(module.get_config(arg))
         with pytest.raises(ValueError, match="unknown variant 'fast'; known: plain, scratch, quick, contrastive"):
             module.get_config("plain,fast")
         with pytest.raises(ValueError, match="two losses"):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idml_jax import classifier, mixing
+from idml_jax import mixing
+from idml_jax.losses import softmax as classifier
 from idml_jax.models import create_classifier, create_model
 
 
@@ -113,9 +114,12 @@ def test_the_head_is_the_formula_on_any_trunk(head):
         u = np.maximum(out["features"] @ heads["uncertainty"]["kernel"] + heads["uncertainty"]["bias"][None], 0)
         np.testing.assert_allclose(out["uncertainty"], u, rtol=1e-4, atol=1e-6)
     logits = classifier.introspective_logits(
-        out["features"], None if head == "none" else out["uncertainty"], heads["classifier"]["kernel"].T,
-        heads["classifier"]["bias"], 2.0,
-    )  # fmt: skip
+        out["features"],
+        None if head == "none" else out["uncertainty"],
+        heads["classifier"]["kernel"].T,
+        heads["classifier"]["bias"],
+        2.0,
+    )
     chex.assert_trees_all_close((out["logits"], out["weakened"]), tuple(logits), rtol=1e-5, atol=1e-6)
     assert (out["uncertainty"] >= 0).all() and bool(out["uncertainty"].any()) == (head != "none")
     # What an embedding has too.

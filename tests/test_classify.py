@@ -13,12 +13,16 @@ import pytest
 import safetensors.numpy
 from test_train import assert_same_run, rows, small_config, train_killed_at
 
-from idml_jax import classify, embed, embeddings, interrupt, pretrained, report, train
+from idml_jax import embed, pretrained, report
 from idml_jax.data import pipeline
 from idml_jax.errors import UserError
+from idml_jax.inference import store as embeddings
 from idml_jax.metrics.classification import classification_metrics
-from idml_jax.optim import Schedule
-from idml_jax.steps import averaged
+from idml_jax.runtime import interrupt
+from idml_jax.training import train
+from idml_jax.training.optim import Schedule
+from idml_jax.training.steps import averaged
+from idml_jax.training.tasks import classification_summary as classify
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -229,7 +233,7 @@ def test_the_recipes_are_the_protocol_s():
         for mixing in ("baseline", "mixup", "cutmix"):
             for ism in ("", ",ism"):
                 config = read_config(name, mixing + ism)
-                train.config_lib.validate(config)
+                train.validate(config)
                 assert config.ism.enabled == bool(ism) and config.data.name == name
                 assert config.classification.mixing == mixing.replace("baseline", "none")
                 assert (config.optim.name, config.optim.weight_decay, config.epochs) == ("sgd", 1e-4, 300)

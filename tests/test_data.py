@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from idml_jax.data import datasets, pipeline, samplers, sources, transforms
-from idml_jax.data.transforms import DecodeError, RandomResizedCrop, ResizeCenterCrop, decode
+from idml_jax.data import datasets, pipeline, samplers, sources
+from idml_jax.data.images import transforms
+from idml_jax.data.images.transforms import DecodeError, RandomResizedCrop, ResizeCenterCrop, decode
 from idml_jax.errors import UserError
 
 
@@ -92,9 +93,7 @@ class TestDecode:
 
 
 class TestTransforms:
-    @given(
-        height=st.integers(3, 400), width=st.integers(3, 400), seed=st.integers(0, 1000), low=st.floats(0.05, 1.0)
-    )
+    @given(height=st.integers(3, 400), width=st.integers(3, 400), seed=st.integers(0, 1000), low=st.floats(0.05, 1.0))
     @settings(max_examples=200, deadline=None)
     def test_boxes_lie_inside_and_have_the_wanted_shape(self, height, width, seed, low):
         crop = RandomResizedCrop(32, scale=(low, 1.0))
@@ -335,7 +334,7 @@ class TestFolders:
 
 def test_tfds_records_become_a_source(tmp_path):
     """The glyphs come as a real tfds array_record set; the generic door to such sets splits it by class."""
-    from idml_jax.data import glyphs
+    from idml_jax.data.glyphs import builder as glyphs
 
     glyphs.prepare(tmp_path, "tiny")
     splits = datasets.load_dataset("glyphs", data_dir=str(tmp_path), variant="tiny")

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from test_runtime import batch, fresh, objective, optimizer, setup, tiny
 
-from idml_jax import evaluate, sharding, steps
-from idml_jax.data import datasets, transforms
+from idml_jax import evaluate
+from idml_jax.data import datasets
+from idml_jax.data.images import transforms
 from idml_jax.losses import LOSSES
-from idml_jax.metrics.report import retrieval_report
-from idml_jax.optim import Schedule
+from idml_jax.metrics.summary import retrieval_report
+from idml_jax.runtime import sharding
+from idml_jax.training import steps
+from idml_jax.training.optim import Schedule
 
 # Without moments or decay a step is the gradient; at this rate it stands out of the rounding of the parameters.
 RULE = optimizer(

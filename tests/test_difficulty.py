@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idml_jax import difficulty, ism, losses
-from idml_jax.data.transforms import SometimesChanged
+from idml_jax import ism, losses
+from idml_jax.data.images.transforms import SometimesChanged
 from idml_jax.ism import Embedding
-from idml_jax.objective import Objective
+from idml_jax.losses import auxiliary as difficulty
+from idml_jax.training.tasks.objective import Objective
 
 
 def test_confusion_is_the_best_wrong_reference_less_the_best_right_one():
@@ -82,9 +83,15 @@ def test_the_objective_adds_the_prior():
     )
     labels = jnp.repeat(jnp.arange(4), 4)
     without = Objective(
-        loss="multi_similarity", options=(), introspective=True, variant="relative", temperature=5.0, num_classes=4,
-        dim=8, uncertainty_dim=4,
-    )  # fmt: skip
+        loss="multi_similarity",
+        options=(),
+        introspective=True,
+        variant="relative",
+        temperature=5.0,
+        num_classes=4,
+        dim=8,
+        uncertainty_dim=4,
+    )
     objective = dataclasses.replace(without, prior=0.1)
     expected = without({}, embedding, labels) + 0.1 * difficulty.length_prior(embedding.uncertainty)
     np.testing.assert_allclose(jax.jit(objective)({}, embedding, labels), expected, rtol=1e-6)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from idml_jax import recipes
-from idml_jax.config import default_config, flatten
+from idml_jax.training import recipes
+from idml_jax.training.config import default_config
+from idml_jax.training.workdir import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -180,7 +181,8 @@ def test_the_code_on_uncertainty_runs(tmp_path, image_folder, monkeypatch, capsy
     """Block after block, on a small run in place of the characters."""
     from runs_made import small_config
 
-    from idml_jax import embed, train
+    from idml_jax import embed
+    from idml_jax.training import train
 
     monkeypatch.chdir(tmp_path)
     train.train_and_evaluate(small_config(image_folder, epochs=1, **{"data.validation_classes": 0.5}), "run")
@@ -193,9 +195,12 @@ def test_the_code_on_uncertainty_runs(tmp_path, image_folder, monkeypatch, capsy
     exec(compile(code, "uncertainty.md", "exec"), {})
     told = capsys.readouterr().out
     for text in (
-        "of the queries are answered", "of the first 100 are wrong", "in the less uncertain half", "labelled class_",
+        "of the queries are answered",
+        "of the first 100 are wrong",
+        "in the less uncertain half",
+        "labelled class_",
         "are junk",
-    ):  # fmt: skip
+    ):
         assert text in told
 
 
@@ -203,7 +208,7 @@ def test_a_loss_of_ones_own_trains(image_folder, tmp_path, monkeypatch):
     """The page's code on a small run in place of the characters: the loop takes the step from its objective."""
     from runs_made import small_config
 
-    from idml_jax import steps
+    from idml_jax.training import steps
 
     monkeypatch.chdir(tmp_path)
     fast = {"eval.untrained": False, "eval.cluster": False, "eval.ambiguity_images": 0}

@@ -9,16 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-from idml_jax import evaluate, sharding, steps
-from idml_jax.data import sources, transforms
-from idml_jax.data.transforms import CHANGES, Changed, ResizeCenterCrop
+from idml_jax import evaluate
+from idml_jax.data import sources
+from idml_jax.data.images import transforms
+from idml_jax.data.images.transforms import CHANGES, Changed, ResizeCenterCrop
 from idml_jax.errors import UserError
-from idml_jax.metrics.report import Embedded, Ism, ambiguity_report, corrupted_report, full_report
+from idml_jax.metrics.summary import Embedded, Ism, ambiguity_report, corrupted_report, full_report
 from idml_jax.models import EmbeddingModel
 from idml_jax.models.convnet import ConvNet
 from idml_jax.models.heads import Heads
-from idml_jax.objective import Objective
-from idml_jax.optim import GroupOptimizer, Schedule
+from idml_jax.runtime import sharding
+from idml_jax.training import steps
+from idml_jax.training.optim import GroupOptimizer, Schedule
+from idml_jax.training.tasks.objective import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,13 +64,22 @@ class TestEmbed:
         assert np.abs(mixed.semantic[1] - whole.semantic[6]).max() > 1e-3
 
         report = evaluate.ambiguity(
-            sharding.replicate(variables, mesh), source, ResizeCenterCrop(12, 12), setup, mesh, images=20, seed=0,
-            gallery=whole, batch_size=24, channels=1,
-        )  # fmt: skip
+            sharding.replicate(variables, mesh),
+            source,
+            ResizeCenterCrop(12, 12),
+            setup,
+            mesh,
+            images=20,
+            seed=0,
+            gallery=whole,
+            batch_size=24,
+            channels=1,
+        )
         corrupted = {name for name in report if name.startswith("corrupted/")}
         assert set(report) - corrupted == {
-            *(f"P(u_{k}>u)" for k in ("mixed", *CHANGES)), *(f"spearman(u,{k})" for k in CHANGES)
-        }  # fmt: skip
+            *(f"P(u_{k}>u)" for k in ("mixed", *CHANGES)),
+            *(f"spearman(u,{k})" for k in CHANGES),
+        }
         assert {"corrupted/R@1", "corrupted/R-AUROC(uncertainty)", "corrupted/R-AUROC(margin_10)"} < corrupted
         assert all(-1 <= v <= 1 for v in report.values())
 
@@ -188,8 +200,10 @@ class TestCommand:
         np.savez(path, embeddings=clusters().semantic, labels=clusters().labels)
         done = subprocess.run(
             [sys.executable, "-m", "idml_jax.evaluate", f"--embeddings={path}", "--no_clustering"],
-            capture_output=True, text=True, cwd=ROOT,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
         assert done.returncode == 0 and "MAP@R" in done.stdout, done.stderr
 
     @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from idml_jax.data import glyphs, glyphs_draw
+from idml_jax.data.glyphs import builder as glyphs
+from idml_jax.data.glyphs import draw as glyphs_draw
 
 SKIP = {"image": tfds.decode.SkipDecoding()}
 SMALL = {"train_classes": 12, "test_classes": 6, "images_per_class": 20, "degraded": 0.5}
@@ -270,7 +271,7 @@ def test_threads_read_the_png_bytes(small):
 def test_another_process_draws_the_same_without_tensorflow_and_without_chatter(tmp_path):
     code = (
         "import sys, tensorflow_datasets as tfds\n"
-        "from idml_jax.data import glyphs\n"
+        "from idml_jax.data.glyphs import builder as glyphs\n"
         "builder = glyphs.prepare(sys.argv[1], 'tiny')\n"
         "source = builder.as_data_source('test', decoders={'image': tfds.decode.SkipDecoding()})\n"
         "assert len(source) == 36 and isinstance(source[35]['image'], bytes)\n"

@@ -15,8 +15,12 @@ import pytest
 from golden import golden
 
 import idml_jax
-from idml_jax import config as config_lib
-from idml_jax import embed, embeddings, report, search, train
+from idml_jax import embed, report, search
+from idml_jax.inference import store as embeddings
+from idml_jax.runtime.files import without_nan
+from idml_jax.training import config as config_lib
+from idml_jax.training import train
+from idml_jax.training.workdir import flatten
 
 GOLDEN = json.loads((golden.HERE / "golden.json").read_text())
 OLD = json.loads((golden.HERE / "fields_0_1_0.json").read_text())
@@ -91,7 +95,7 @@ def test_a_run_folder_of_version_0_1_0_works_in_every_door(name, roots, tmp_path
     root = root_of(roots, golden.RUNS[name])
     workdir = copied(name, root, tmp_path / "run")
     written = json.loads((workdir / "result.json").read_text())
-    metrics = json.loads(json.dumps(config_lib.without_nan(train.evaluate_checkpoint(workdir))))
+    metrics = json.loads(json.dumps(without_nan(train.evaluate_checkpoint(workdir))))
     assert_same(metrics, written["best"], RUN_TOLERANCE)
     # The same settings: the run is finished and stays as it is.
     again = train.train_and_evaluate(golden.config_of(str(root), **golden.RUNS[name]), workdir)
@@ -117,7 +121,7 @@ def test_a_run_stopped_by_version_0_1_0_goes_on_to_the_same_result(roots, tmp_pa
 
 
 def test_settings_of_version_0_1_0_are_there_with_their_defaults():
-    fields = json.loads(json.dumps(config_lib.flatten(config_lib.default_config().to_dict())))
+    fields = json.loads(json.dumps(flatten(config_lib.default_config().to_dict())))
     assert {name: fields.get(name, "missing") for name in OLD["fields"]} == OLD["fields"]
 
 

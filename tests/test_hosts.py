@@ -33,18 +33,31 @@ def start(workdir, folder, processes, *more, devices=2):
     port, started = free_port(), []
     for index in range(processes):
         arguments = [
-            f"--config={ROOT}/configs/omniglot.py", f"--workdir={workdir}", f"--config.data.root={folder}",
-            "--config.batch_size=32", "--config.eval.batch_size=32", "--config.data.image_size=16",
-            "--config.data.resize=16", "--config.log.tensorboard=False", "--config.eval.cluster=False",
-            "--config.eval.ambiguity_images=0", "--config.log.every_steps=1", *more,
-        ]  # fmt: skip
+            f"--config={ROOT}/configs/omniglot.py",
+            f"--workdir={workdir}",
+            f"--config.data.root={folder}",
+            "--config.batch_size=32",
+            "--config.eval.batch_size=32",
+            "--config.data.image_size=16",
+            "--config.data.resize=16",
+            "--config.log.tensorboard=False",
+            "--config.eval.cluster=False",
+            "--config.eval.ambiguity_images=0",
+            "--config.log.every_steps=1",
+            *more,
+        ]
         if processes > 1:
             arguments += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process_index={index}"]
         environment = environment_with(devices // processes)
-        started.append(subprocess.Popen(
-            [sys.executable, "-m", "idml_jax.main", *arguments], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        ))  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "idml_jax.main", *arguments],
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
     return started
 
 
@@ -75,7 +88,7 @@ def test_two_processes_are_one_run_and_one_process_goes_on(image_folder, tmp_pat
     assert results[1]["final"]["R@1"] == pytest.approx(results[0]["final"]["R@1"], abs=0.03)
     # Written by two processes, read by one.
     (two / "result.json").unlink()
-    (out, err, code), = finish(start(two, image_folder, 1, "--config.epochs=2", "--config.max_steps=6"))
+    ((out, err, code),) = finish(start(two, image_folder, 1, "--config.epochs=2", "--config.max_steps=6"))
     assert code == 0 and "going on from step 6" in out, out + err
     assert json.loads((two / "result.json").read_text())["final"]["R@1"] == pytest.approx(results[1]["final"]["R@1"])
 
@@ -224,9 +237,11 @@ def test_a_signal_while_evaluating_stops_both_at_the_same_batch(image_folder, tm
     port, started = free_port(), []
     for index in range(2):
         command = [sys.executable, "-c", STOPPED, str(image_folder), str(tmp_path / "run"), str(port), str(index)]
-        started.append(subprocess.Popen(
-            command, env=environment_with(1), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ))  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                command, env=environment_with(1), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
     ends = finish(started, 300)
     assert [code for *_, code in ends] == [75, 75], ends
     told = [re.search(r"^(\d+) stopped by SIG(TERM|USR1); nothing is saved yet", out, re.M) for out, *_ in ends]
@@ -251,8 +266,8 @@ def test_a_dead_process_stops_the_others_with_a_message(image_folder, tmp_path):
 
 
 def test_addresses_that_cannot_be_are_refused():
-    from idml_jax import hosts
     from idml_jax.errors import UserError
+    from idml_jax.runtime import hosts
 
     with pytest.raises(UserError, match="--coordinator=here: host:port of process 0, or auto"):
         hosts.connect("here", 2, 0)

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 
-from idml_jax import config as config_lib
-from idml_jax.data import colour, decode, resample, transforms, turbo
-from idml_jax.data.transforms import DecodeError, Picture
+from idml_jax.data.images import colour, decode, resample, transforms, turbo
+from idml_jax.data.images.transforms import DecodeError, Picture
 from idml_jax.errors import UserError
+from idml_jax.training import config as config_lib
+from idml_jax.training.config_checks import validate
 
 PHOTOS = [np.ascontiguousarray(photo) for photo in load_sample_images().images]  # 427 x 640, full of detail
 PHOTO = PHOTOS[0][:120, :160]
@@ -258,9 +259,10 @@ class TestAgreement:
         for photo in PHOTOS:
             image = Image.fromarray(photo)
             for ours, theirs in (
-                (colour.brightness, ImageEnhance.Brightness), (colour.contrast, ImageEnhance.Contrast),
+                (colour.brightness, ImageEnhance.Brightness),
+                (colour.contrast, ImageEnhance.Contrast),
                 (colour.saturation, ImageEnhance.Color),
-            ):  # fmt: skip
+            ):
                 expected = np.asarray(theirs(image).enhance(factor), int)
                 found = ours(photo, factor).astype(int)
                 assert np.abs(found - expected).max() <= 1 and np.abs(found - expected).mean() < 0.05, ours
@@ -341,4 +343,4 @@ class TestTransforms:
         for field, value in fields.items():
             config.data[field] = value
         with pytest.raises(UserError, match=message):
-            config_lib.validate(config)
+            validate(config)

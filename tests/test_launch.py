@@ -58,9 +58,11 @@ def test_no_network_is_said_plainly(tmp_path):
 
 def call(script, *words, path=os.environ["PATH"], **environment):
     return subprocess.run(
-        ["bash", str(ROOT / "launch" / script), *words], env={"PATH": path, **environment}, capture_output=True,
+        ["bash", str(ROOT / "launch" / script), *words],
+        env={"PATH": path, **environment},
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
 
 
 def without_tools(tmp_path):
@@ -84,9 +86,16 @@ def without_tools(tmp_path):
 )
 def test_tpu_vm_says_what_it_would_do(tmp_path, command, expected):
     done = call(
-        "tpu_vm.sh", command, "--dry-run", "--", "--config=configs/cub200.py", path=without_tools(tmp_path), NAME="n",
-        ZONE="z", TYPE="v4-32",
-    )  # fmt: skip
+        "tpu_vm.sh",
+        command,
+        "--dry-run",
+        "--",
+        "--config=configs/cub200.py",
+        path=without_tools(tmp_path),
+        NAME="n",
+        ZONE="z",
+        TYPE="v4-32",
+    )
     assert done.returncode == 0, done.stderr
     rest = done.stdout.replace("\\", "")
     for text in expected:

@@ -10,13 +10,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from runs_made import small_config
 from test_runtime import batch, objective, optimizer, setup, tiny
 
-from idml_jax import ism, sharding, steps, train
-from idml_jax.checkpoint import Checkpoints
-from idml_jax.config import SPLIT_CLASSES
+from idml_jax import ism
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
-from idml_jax.run import _split_proxies
-from idml_jax.state import create_state, create_state_on
+from idml_jax.runtime import sharding
+from idml_jax.runtime.checkpoint import Checkpoints
+from idml_jax.training import steps, train
+from idml_jax.training.build import _split_proxies
+from idml_jax.training.config import SPLIT_CLASSES
+from idml_jax.training.state import create_state, create_state_on
 
 CLASSES = 1009  # a prime, found nowhere else in a program; 3840 rows when split
 ROWS = sharding.padded_rows(CLASSES)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idml_jax import ism, losses, memory
+from idml_jax import ism, losses
 from idml_jax.ism import Embedding
+from idml_jax.losses import memory
 
 SIZE, N, D, K = 7, 3, 4, 2
 

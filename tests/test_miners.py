@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idml_jax import miners
-from idml_jax.pairs import Pairs, pairs_from_labels
+from idml_jax.losses import miners
+from idml_jax.losses.pairs import Pairs, pairs_from_labels
 
 SHAPE = (5, 8)
 

@@ -50,9 +50,12 @@ def test_features_after_every_stage_and_pooled_agree(size):
     @jax.jit
     def apply(variables, x):
         return model.apply(
-            variables, x, method=lambda m, x: m.features(x), mutable=["intermediates"],
+            variables,
+            x,
+            method=lambda m, x: m.features(x),
+            mutable=["intermediates"],
             capture_intermediates=lambda module, _: module.name in ends,
-        )  # fmt: skip
+        )
 
     got, kept = apply(variables_of(net, model, x), x)
     for name, stage in ends.items():

@@ -57,8 +57,10 @@ def test_every_cell_runs(path, tmp_path, monkeypatch):
     pytest.importorskip("ipykernel", reason="ipykernel is not installed (extra 'test')")
     book = nbformat.read(path, as_version=4)
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "IDML_JAX_NOTEBOOK_TINY": "1", "IDML_JAX_NOTEBOOK_DIR": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+        "IDML_JAX_NOTEBOOK_TINY": "1",
+        "IDML_JAX_NOTEBOOK_DIR": str(tmp_path / "runs"),
+        "PYTHONPATH": str(ROOT),
+    }
     client = nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=environment)
     texts = "".join(o.get("text", "") for c in book.cells for o in c.get("outputs", ()))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import idml_jax
-from idml_jax import recipes
 from idml_jax.errors import UserError
+from idml_jax.training import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

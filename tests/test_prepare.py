@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 
 from idml_jax import prepare as prepare_lib
-from idml_jax.data import datasets, layouts_classification, protocol, transforms
+from idml_jax.data import datasets
+from idml_jax.data.images import transforms
+from idml_jax.data.stored import benchmarks as protocol
+from idml_jax.data.stored import layouts_classification
 from idml_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,8 +88,13 @@ class TestCub:
         with pytest.raises(UserError) as caught:
             prepare("cub", source, tmp_path / "sets", allow_incomplete=False)
         message = str(caught.value)
-        for part in ("train: 19 of 5,864 images", "test: 4 of 100 classes", "1 listed images are not there",
-                     "002.Bird_2/Bird_2_0001.jpg", "--allow_incomplete"):  # fmt: skip
+        for part in (
+            "train: 19 of 5,864 images",
+            "test: 4 of 100 classes",
+            "1 listed images are not there",
+            "002.Bird_2/Bird_2_0001.jpg",
+            "--allow_incomplete",
+        ):
             assert part in message
         assert not (tmp_path / "sets/idml_cub/1.0.0").exists()
         with pytest.raises(UserError, match="no prepared cub under .*prepare --dataset=cub"):
@@ -172,9 +180,11 @@ class TestCars:
         names = made.official_car_names()
         assert len(names) == len(set(names)) == 196
         assert (names[0], names[97], names[98], names[195]) == (
-            "AM General Hummer SUV 2000", "Eagle Talon Hatchback 1998", "FIAT 500 Abarth 2012",
+            "AM General Hummer SUV 2000",
+            "Eagle Talon Hatchback 1998",
+            "FIAT 500 Abarth 2012",
             "smart fortwo Convertible 2012",
-        )  # fmt: skip
+        )
 
     def test_test_annotations_without_labels(self, tmp_path):
         files = made.cars_apart()
@@ -506,7 +516,7 @@ class TestInterruption:
         incomplete = sets / "idml_folder/x/1.0.0.incomplete"
         # A reader that dawdles, so that the kill comes in the middle whatever the machine.
         code = (
-            "import sys, time; from idml_jax import prepare; from idml_jax.data import transforms as t;"
+            "import sys, time; from idml_jax import prepare; from idml_jax.data.images import transforms as t;"
             "check = t.check_whole; t.check_whole = lambda data: (time.sleep(0.003), check(data));"
             "prepare.main(sys.argv[1:])"
         )
@@ -553,7 +563,7 @@ class TestInterruption:
 
     def test_one_writer_at_a_time_and_finished_sets_stay(self, tmp_path):
         source, _ = self.many(tmp_path / "x", classes=4, per_class=2)
-        from idml_jax.data import shards
+        from idml_jax.data.stored import shards
 
         busy = pytest.raises(UserError, match="another process is preparing this set")
         with shards.locked(tmp_path / "idml_folder/x"), busy:

@@ -12,9 +12,10 @@ import pytest
 from safetensors import numpy as safetensors
 from test_train import ROOT, small_config
 
-from idml_jax import models, pretrained, train
+from idml_jax import models, pretrained
 from idml_jax.errors import UserError
 from idml_jax.models import naming
+from idml_jax.training import train
 
 
 def random_variables(name, size=32, seed=0, **options):
@@ -28,9 +29,7 @@ def random_variables(name, size=32, seed=0, **options):
 def write(path, variables, change=lambda named: named, parts=("trunk",)):
     """A .safetensors file in PyTorch's naming."""
     flat = naming.flatten(variables)
-    named = {
-        naming.torch_name(p): naming.to_torch(p, v) for p, v in flat.items() if p.split("/")[1] in parts
-    }
+    named = {naming.torch_name(p): naming.to_torch(p, v) for p, v in flat.items() if p.split("/")[1] in parts}
     safetensors.save_file(change(named), path)
     return path
 
@@ -86,9 +85,11 @@ def test_parts_and_prefixes(tmp_path):
     classifier = {"fc.weight": np.ones((10, 16), np.float32), "fc.bias": np.ones(10, np.float32)}
     counter = {"bn1.num_batches_tracked": np.asarray(3, np.int64)}
     source = write(
-        tmp_path / "a.safetensors", variables, parts=("trunk", "heads"),
+        tmp_path / "a.safetensors",
+        variables,
+        parts=("trunk", "heads"),
         change=lambda named: {f"module.model.{k}": v for k, v in {**named, **classifier, **counter}.items()},
-    )  # fmt: skip
+    )
     loaded, told = pretrained.load(source, variables, "trunk")
     assert set(loaded["params"]) == {"trunk"} and "embedding.weight" in told and "fc.weight" in told
     loaded, _ = pretrained.load(source, variables, "semantic")
@@ -176,9 +177,11 @@ def test_the_command_converts_and_refuses_in_one_line(tmp_path):
     _, variables = random_variables("resnet_tiny")
     source = write(tmp_path / "a.safetensors", variables)
     command = lambda *words: subprocess.run(
-        [sys.executable, "-m", "idml_jax.pretrained", "convert", *map(str, words)], cwd=ROOT, capture_output=True,
+        [sys.executable, "-m", "idml_jax.pretrained", "convert", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     done = command(source, tmp_path / "ours", "--model=resnet_tiny")
     assert done.returncode == 0 and "tensors from" in done.stdout, done.stderr
     assert_same(pretrained.load(tmp_path / "ours", variables)[0]["params"]["trunk"], variables["params"]["trunk"])

@@ -7,30 +7,41 @@ import numpy as np
 import optax
 import pytest
 
-from idml_jax import ism, losses, mixing, sharding, steps
+from idml_jax import ism, losses, mixing
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
 from idml_jax.models import EmbeddingModel
 from idml_jax.models.convnet import ConvNet
 from idml_jax.models.heads import Heads
-from idml_jax.objective import Objective
-from idml_jax.optim import GroupOptimizer, Schedule
-from idml_jax.state import create_state
+from idml_jax.runtime import sharding
+from idml_jax.training import steps
+from idml_jax.training.optim import GroupOptimizer, Schedule
+from idml_jax.training.state import create_state
+from idml_jax.training.tasks.objective import Objective
 
 
 def objective(**changes):
     settings = dict(
-        loss="proxy_anchor", options=(), introspective=True, variant="relative", temperature=5.0, num_classes=4, dim=8,
+        loss="proxy_anchor",
+        options=(),
+        introspective=True,
+        variant="relative",
+        temperature=5.0,
+        num_classes=4,
+        dim=8,
         uncertainty_dim=4,
-    )  # fmt: skip
+    )
     return Objective(**{**settings, **changes})
 
 
 def optimizer(**changes):
     settings = dict(
-        name="adamw", schedule=Schedule("constant", 1e-2, 100), factors=(("proxies", 10.0),), weight_decay=1e-2,
+        name="adamw",
+        schedule=Schedule("constant", 1e-2, 100),
+        factors=(("proxies", 10.0),),
+        weight_decay=1e-2,
         clip_value=10.0,
-    )  # fmt: skip
+    )
     return GroupOptimizer(**{**settings, **changes})
 
 
@@ -95,9 +106,7 @@ class TestOptimizer:
         params, _ = rule.update(self.grads, rule.init(self.params), self.params, jnp.asarray(0))
         for group, rate in (("trunk", 1e-2), ("proxies", 1e-1)):
             reference = optax.adamw(rate, weight_decay=1e-2)
-            updates, _ = reference.update(
-                self.grads[group], reference.init(self.params[group]), self.params[group]
-            )
+            updates, _ = reference.update(self.grads[group], reference.init(self.params[group]), self.params[group])
             chex.assert_trees_all_close(params[group], optax.apply_updates(self.params[group], updates), rtol=1e-6)
 
     def test_sgd_is_nesterovs(self):
@@ -200,9 +209,7 @@ class TestTrainStep:
                 variables, steps.normalize(data["image"], s.mean, s.std), True, mutable=["batch_stats"]
             )
             out_mixed, _ = s.model.apply(variables, mixed.images, True, mutable=["batch_stats"])
-            loss = lambda o, labels: s.objective(
-                params, Embedding(o["semantic"], o["uncertainty"]), labels
-            )
+            loss = lambda o, labels: s.objective(params, Embedding(o["semantic"], o["uncertainty"]), labels)
             return (
                 loss(out, data["label"])
                 + mixed.lam * loss(out_mixed, data["label"])

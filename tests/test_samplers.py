@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idml_jax.data import pipeline, samplers, sources, transforms
+from idml_jax.data import pipeline, samplers, sources
+from idml_jax.data.images import transforms
 from idml_jax.errors import UserError
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -91,8 +92,9 @@ def test_a_batch_is_a_function_of_seed_and_step(case, steps):
 def test_different_seeds_give_different_orders():
     labels = np.repeat(np.arange(10), 5)
     for make in (
-        lambda seed: samplers.BalancedSampler(labels, 8, 2, seed), lambda seed: samplers.ShuffledSampler(50, 8, seed)
-    ):  # fmt: skip
+        lambda seed: samplers.BalancedSampler(labels, 8, 2, seed),
+        lambda seed: samplers.ShuffledSampler(50, 8, seed),
+    ):
         batches = {tuple(make(seed).batch(0)) for seed in range(20)}
         assert len(batches) == 20
 
@@ -142,9 +144,7 @@ def test_four_hosts_together_give_the_batches_of_one(photographs, name, balanced
 
     def run(start, stop, **options):
         options = {"seed": 5, "prefetch": 3, **options}
-        return list(
-            pipeline.train_batches(photographs, sampler, TRANSFORMS[name], start=start, stop=stop, **options)
-        )
+        return list(pipeline.train_batches(photographs, sampler, TRANSFORMS[name], start=start, stop=stop, **options))
 
     whole = run(0, 7, threads=3)
     hosts = [
@@ -167,9 +167,7 @@ def test_worker_processes_give_the_same(image_folder):
     source = sources.scan_folder(image_folder / "train")
     sampler = samplers.BalancedSampler(source.labels, 16, 4, 2)
     options = {"seed": 3, "start": 2, "stop": 7, "channels": 3, "hosts": 4}
-    run = lambda **more: list(
-        pipeline.train_batches(source, sampler, TRANSFORMS["imagenet"], **options, **more)
-    )
+    run = lambda **more: list(pipeline.train_batches(source, sampler, TRANSFORMS["imagenet"], **options, **more))
     for host, workers in ((3, 2),):
         for a, b in zip(run(host=host, workers=workers), run(host=host, threads=2), strict=True):
             for key in a:
@@ -180,9 +178,7 @@ def test_hosts_must_divide_the_batch(photographs):
     sampler = samplers.ShuffledSampler(47, 10, 0)
     with pytest.raises(UserError, match=r"config.batch_size \(10\) must be a multiple of the 4 hosts"):
         next(
-            pipeline.train_batches(
-                photographs, sampler, TRANSFORMS["cifar"], seed=0, start=0, stop=1, host=0, hosts=4
-            )
+            pipeline.train_batches(photographs, sampler, TRANSFORMS["cifar"], seed=0, start=0, stop=1, host=0, hosts=4)
         )
 
 

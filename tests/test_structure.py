@@ -9,48 +9,52 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
-MATHS = (
-    "ism", "pairs", "reductions", "miners", "losses", "pair_losses", "proxy_losses", "memory", "mixing", "difficulty",
-    "classifier",
-)  # fmt: skip
-RUNTIME = (
-    "watch", "interrupt", "hosts", "config", "recipes", "protocols", "sharding", "optim", "objective", "state", "steps",
-    "checkpoint", "writers", "evaluate", "pretrained", "classify_steps", "classify", "protocols_classification",
-    "run", "loop", "train", "trained", "embeddings", "faiss_index",
-)  # fmt: skip
-ROOMS = {
-    "errors": {"errors"},
-    "maths": {"maths"},
-    "models": {"maths", "models"},
-    "metrics": {"maths", "metrics"},
-    "data": {"errors", "data"},
-    "runtime": {"errors", "maths", "models", "metrics", "data", "runtime"},
-    "doors": {"errors", "maths", "models", "metrics", "data", "runtime", "doors"},
+# What each folder (or module) of the package may import of the package, beside itself; the rest are doors.
+FLOORS = {
+    "errors": set(),
+    "ism": set(),
+    "losses": {"ism"},
+    "mixing": set(),
+    "models": {"ism", "losses"},
+    "metrics": {"ism"},
+    "runtime": {"errors"},
+    "data": {"errors", "runtime"},
+    "training": {"errors", "ism", "losses", "mixing", "models", "metrics", "runtime", "data"},
 }
+FLOORS["inference"] = FLOORS["training"] | {"training"}
+FLOORS["reporting"] = FLOORS["inference"] | {"inference"}
+DOORS = {"main", "prepare", "embed", "search", "report", "export", "evaluate", "pretrained"}
 # Who alone may import what.
 EDGES = {
-    "orbax": {"checkpoint"},
-    "clu": {"writers"},
+    "orbax": {"runtime.checkpoint"},
+    "clu": {"runtime.writers"},
     "tensorflow": set(),
-    "torch": {"pretrained"},
-    "safetensors": {"pretrained"},
-    "tensorflow_datasets": {"data.glyphs", "data.shards", "data.prepared", "data.layouts_tfds"},
-    "array_record": {"data.shards"},
-    "matplotlib": {"data.glyphs_draw", "plots"},
-    "sklearn": {"plots"},
-    "pyarrow": {"embeddings"},
-    "faiss": {"faiss_index"},
+    "torch": {"training.weights"},
+    "safetensors": {"training.weights"},
+    "tensorflow_datasets": {
+        "data.glyphs.builder",
+        "data.stored.shards",
+        "data.stored.prepared",
+        "data.stored.layouts_tfds",
+    },
+    "array_record": {"data.stored.shards"},
+    "matplotlib": {"data.glyphs.draw", "reporting.plots"},
+    "sklearn": {"reporting.plots"},
+    "pyarrow": {"inference.store"},
+    "faiss": {"inference.faiss_index"},
     "grain": {"data.pipeline"},
     "cv2": {
-        "data.colour", "data.decode", "data.resample", "data.transforms", "data.glyphs_draw", "data.glyphs",
-        "data.layouts_classification",
+        "data.images.colour",
+        "data.images.decode",
+        "data.images.resample",
+        "data.images.transforms",
+        "data.glyphs.draw",
+        "data.glyphs.builder",
+        "data.stored.layouts_classification",
     },
-    "PIL": {"data.decode", "data.resample", "data.glyphs_draw", "data.glyphs"},
-    "ml_collections": {
-        "classify_steps", "config", "recipes", "protocols", "protocols_classification", "run", "train", "trained",
-        "main",
-    },
-    "scipy": {"data.layouts_retrieval", "data.layouts_classification"},  # MATLAB files
+    "PIL": {"data.images.decode", "data.images.resample", "data.glyphs.draw", "data.glyphs.builder"},
+    "ml_collections": {"training", "inference", "main"},
+    "scipy": {"data.stored.layouts_retrieval", "data.stored.layouts_classification"},  # MATLAB files
 }
 
 
@@ -60,13 +64,8 @@ def modules():
         yield name.removesuffix(".__init__"), path
 
 
-def room_of(name):
-    first = name.split(".")[0]
-    if first in ("models", "metrics", "data", "errors"):
-        return first
-    if first in MATHS:
-        return "maths"
-    return "runtime" if first in RUNTIME else "doors"
+def floor_of(name):
+    return name.split(".")[0]
 
 
 def imports(path):
@@ -80,17 +79,20 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_imports_point_only_to_earlier_rooms():
+def test_every_module_has_its_floor():
+    assert {floor_of(name) for name, _ in modules()} - {"__init__"} == set(FLOORS) | DOORS
+
+
+def test_imports_point_only_to_lower_floors():
     known = {name for name, _ in modules()}
     wrong = []
     for name, path in modules():
-        if name == "__init__":
+        floor = floor_of(name)
+        if floor not in FLOORS:
             continue
         for target in imports(path):
-            if not target.startswith("idml_jax."):
-                continue
             target = target.removeprefix("idml_jax.")
-            if target in known and room_of(target) not in ROOMS[room_of(name)]:
+            if target in known and floor_of(target) not in FLOORS[floor] | {floor}:
                 wrong.append(f"{name} -> {target}")
     assert not wrong
 
@@ -98,14 +100,38 @@ def test_imports_point_only_to_earlier_rooms():
 @pytest.mark.parametrize("package", sorted(EDGES))
 def test_heavy_packages_stay_at_the_edge(package):
     users = {name for name, path in modules() for target in imports(path) if target.split(".")[0] == package}
-    assert users <= EDGES[package]
+    assert {name for name in users if not {name, floor_of(name)} & EDGES[package]} == set()
 
 
 def test_maths_and_metrics_import_neither_io_nor_config():
     forbidden = {"absl", "clu", "orbax", "tensorflow", "tensorflow_datasets", "grain", "ml_collections", "cv2", "PIL"}
     for name, path in modules():
-        if room_of(name) in ("maths", "metrics"):
+        if floor_of(name) in ("ism", "losses", "mixing", "models", "metrics"):
             assert not forbidden & {target.split(".")[0] for target in imports(path)}, name
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    known = {name for name, _ in modules()}
+    graph = {
+        name: {t.removeprefix("idml_jax.") for t in imports(path)} & known - {name}
+        for name, path in modules()
+        if name != "__init__"
+    }
+    done, trail = set(), []
+
+    def visit(name):
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name in done:
+            return
+        trail.append(name)
+        for target in sorted(graph.get(name, ())):
+            # A package's own module names the package, whose file gathers its modules.
+            if not name.startswith(f"{target}."):
+                visit(target)
+        done.add(trail.pop())
+
+    for name in sorted(graph):
+        visit(name)
 
 
 def test_files_stay_small():

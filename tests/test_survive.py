@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from runs_made import assert_same_run, rows, small_config
 
-from idml_jax import evaluate, hosts, interrupt, loop, train, watch
-from idml_jax.checkpoint import Checkpoints
+from idml_jax import evaluate
 from idml_jax.errors import UserError
-from idml_jax.writers import MetricWriter
+from idml_jax.runtime import hosts, interrupt
+from idml_jax.runtime.checkpoint import Checkpoints
+from idml_jax.runtime.writers import MetricWriter
+from idml_jax.training import loop, train, watch
 
 HERE = Path(__file__).resolve().parent
 
@@ -75,8 +77,10 @@ def test_a_signal_saves_and_stops_and_nothing_is_lost(image_folder, finished, tm
 def start(folder, workdir, epochs):
     return subprocess.Popen(
         [sys.executable, str(HERE / "runs_made.py"), str(folder), str(workdir), str(epochs)],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def wait_for(process, condition, seconds=600):  # a guard, for machines that are very busy

@@ -11,9 +11,9 @@ import jax
 import pytest
 from runs_made import assert_same_run, rows, small_config
 
-from idml_jax import config as config_lib
-from idml_jax import loop, train
 from idml_jax.errors import UserError
+from idml_jax.runtime.files import write_json
+from idml_jax.training import loop, train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,7 +108,7 @@ def test_another_config_or_architecture_in_the_workdir_is_refused(image_folder, 
     # The same settings on paper, another network in the checkpoint.
     shutil.copytree(workdir, tmp_path / "copy")
     changed = small_config(image_folder, **{"model.embedding_dim": 24})
-    config_lib.write_json(tmp_path / "copy" / "config.json", changed.to_dict())
+    write_json(tmp_path / "copy" / "config.json", changed.to_dict())
     (tmp_path / "copy" / "result.json").unlink()
     with pytest.raises(UserError, match=r"another architecture: .*semantic.* is \(16,\) there, \(24,\) here"):
         train.train_and_evaluate(changed, tmp_path / "copy")
@@ -124,9 +124,13 @@ def test_a_loss_that_is_no_number_stops_the_run(image_folder, tmp_path):
 def command(*arguments, cwd=ROOT):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
-        [sys.executable, "-m", "idml_jax.main", *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+        [sys.executable, "-m", "idml_jax.main", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
         timeout=300,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,9 +152,14 @@ def test_the_command_trains_evaluates_and_writes_tensorboard(image_folder, tmp_p
     workdir = tmp_path / "run"
     # From another folder: nothing may depend on the current one.
     done = command(
-        f"--config={ROOT}/configs/omniglot.py", f"--workdir={workdir}", f"--config.data.root={image_folder}",
-        "--config.epochs=1", "--config.batch_size=32", "--config.eval.batch_size=32", cwd=tmp_path,
-    )  # fmt: skip
+        f"--config={ROOT}/configs/omniglot.py",
+        f"--workdir={workdir}",
+        f"--config.data.root={image_folder}",
+        "--config.epochs=1",
+        "--config.batch_size=32",
+        "--config.eval.batch_size=32",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     for text in ("96 training images of 8 classes", "untrained  R@1", "trained    R@1", "MAP@R", "to go", "images/s"):
         assert text in done.stdout, text
@@ -163,7 +172,7 @@ def test_the_command_trains_evaluates_and_writes_tensorboard(image_folder, tmp_p
 def test_without_tensorflow_a_run_goes_on_with_one_warning(tmp_path):
     code = (
         "import sys, logging; sys.modules['tensorflow'] = None; logging.basicConfig(format='%(message)s')\n"
-        "from pathlib import Path; from idml_jax.writers import MetricWriter\n"
+        "from pathlib import Path; from idml_jax.runtime.writers import MetricWriter\n"
         f"w = MetricWriter(Path({str(tmp_path)!r})); w.write(1, {{'a': 1.0}}); p = w.progress(2, 0); p.tick(1)\n"
         "print(p.measure(1)[0] > 0); w.close()"
     )

@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 from test_train import small_config
 
-from idml_jax import embed, embeddings, evaluate, export, pages, plots, report, report_parts, search, train, trained
+from idml_jax import embed, evaluate, export, report, search
 from idml_jax.errors import UserError
+from idml_jax.inference import model as trained
+from idml_jax.inference import store as embeddings
 from idml_jax.metrics import retrieval
-from idml_jax.metrics.report import Embedded, Ism
+from idml_jax.metrics.summary import Embedded, Ism
 from idml_jax.metrics.uncertainty import threshold_for_precision
+from idml_jax.reporting import html as pages
+from idml_jax.reporting import plots
+from idml_jax.reporting import sections as report_parts
+from idml_jax.training import train
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +125,7 @@ class TestEmbed:
     def test_the_runs_own_pictures(self, workdir, index, tmp_path):
         out = tmp_path / "x.npz"
         embed.main([f"--workdir={workdir}", "--split=test", f"--out={out}"])
-        np.testing.assert_array_equal(
-            embeddings.read(out).embedded.semantic, embeddings.read(index).embedded.semantic
-        )
+        np.testing.assert_array_equal(embeddings.read(out).embedded.semantic, embeddings.read(index).embedded.semantic)
 
     @pytest.mark.parametrize(
         "words,message",
@@ -246,9 +250,9 @@ class TestSearch:
         small = tmp_path / "small.npz"
         folder = image_folder / "test" / "class_04"
         embed.main([f"--workdir={workdir}", f"--images={folder}", f"--out={small}"])
-        search.main([
-            f"--index={small}", f"--query={folder / '00.png'}", f"--held_out={index}", f"--out={tmp_path / 'a.jsonl'}"
-        ])  # fmt: skip
+        search.main(
+            [f"--index={small}", f"--query={folder / '00.png'}", f"--held_out={index}", f"--out={tmp_path / 'a.jsonl'}"]
+        )
         (row,) = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
         assert 0 < row["sure"] < 1 and len(row["neighbours"]) == 10
 

@@ -45,9 +45,14 @@ def main() -> None:
             for prefix, filled, shift in (("", True, 0.14), ("corrupted/", False, -0.14)):
                 values = [run[f"{prefix}R-AUROC({name})"] for run in runs if f"{prefix}R-AUROC({name})" in run]
                 axis.scatter(
-                    values, [place + shift] * len(values), s=34, linewidths=1.3, edgecolors=COLOURS[kind],
-                    facecolors=COLOURS[kind] if filled else "white", zorder=3,
-                )  # fmt: skip
+                    values,
+                    [place + shift] * len(values),
+                    s=34,
+                    linewidths=1.3,
+                    edgecolors=COLOURS[kind],
+                    facecolors=COLOURS[kind] if filled else "white",
+                    zorder=3,
+                )
         axis.axvline(0.5, color="#94a3b8", linewidth=1, linestyle=":")
         axis.set_title(f"{title} ({len(runs)} {'seed' if len(runs) == 1 else 'seeds'})", fontsize=10)
         axis.set_xlim(0.25, 1.0)

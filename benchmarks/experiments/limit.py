@@ -12,15 +12,16 @@ import argparse
 import jax
 import numpy as np
 
-from idml_jax import config as config_lib
-from idml_jax import run as run_lib
-from idml_jax import steps, trained
 from idml_jax.data import pipeline
+from idml_jax.inference import model as trained
 from idml_jax.metrics import retrieval, uncertainty
 from idml_jax.metrics.confidence import confidence, fit_confidence
 from idml_jax.metrics.embedded import Embedded, Ism, scores_of
 from idml_jax.metrics.introspective import LEARNED
 from idml_jax.models import EmbeddingModel
+from idml_jax.training import build as run_lib
+from idml_jax.training import config as config_lib
+from idml_jax.training import steps
 
 
 def across_classes(scores, correct, labels, ridge):
@@ -52,9 +53,15 @@ def main() -> None:
 
     parts = []
     for batch in pipeline.eval_batches(
-        source, built.test_transform, order=np.arange(len(source)), batch_size=128,
-        channels=model.config.data.channels, threads=2, host=0, hosts=1,
-    ):  # fmt: skip
+        source,
+        built.test_transform,
+        order=np.arange(len(source)),
+        batch_size=128,
+        channels=model.config.data.channels,
+        threads=2,
+        host=0,
+        hosts=1,
+    ):
         parts.append(jax.tree.map(np.asarray, embed(model.variables, batch["image"])))
     features = np.concatenate([f for f, _ in parts])[: len(source)]
     out = {k: np.concatenate([o[k] for _, o in parts])[: len(source)] for k in parts[0][1]}
@@ -71,7 +78,7 @@ def main() -> None:
         **({"u": (columns(out["uncertainty"]), 100.0)} if taught else {}),
         "free scores of the answer": ({k: v for k, v in scores.items() if k not in LEARNED}, 1.0),
         "all scores of the answer": (scores, 1.0),
-    }  # fmt: skip
+    }
     for name, (some, ridge) in rows.items():
         print(f"{name:28s} {across_classes(some, correct, source.labels, ridge):.3f}", flush=True)
 

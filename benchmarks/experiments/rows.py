@@ -17,23 +17,35 @@ DATA: dict[str, dict[str, Any]] = {
     "tiny": {"config": "omniglot.py", "root": "tiny_retrieval", "overrides": TINY},
     # Its trunk is that of table P, pretrained as a classifier of the same training classes.
     "tiny_pretrained": {
-        "config": "omniglot.py", "root": "tiny_retrieval",
+        "config": "omniglot.py",
+        "root": "tiny_retrieval",
         "overrides": {**TINY, "model.init_from": "{out}/P/tiny_classes/pretrain/seed0"},
     },
     "tiny_classes": {
-        "config": "cifar10.py:baseline,quick", "root": "tiny_classes",
+        "config": "cifar10.py:baseline,quick",
+        "root": "tiny_classes",
         "overrides": {"data.name": "folder", "epochs": 2},
     },
     "cifar10": {
-        "config": "cifar10.py:{row},quick", "root": "cifar10", "overrides": {"data.name": "folder", "epochs": 1},
+        "config": "cifar10.py:{row},quick",
+        "root": "cifar10",
+        "overrides": {"data.name": "folder", "epochs": 1},
     },
     "birds": {
         "config": "cub100.py",
         "root": "cub100",
         "overrides": {
-            "epochs": 12, "batch_size": 128, "data.image_size": 64, "data.resize": 64, "data.crop_scale": (0.3, 1.0),
-            "model.name": "convnet4", "model.embedding_dim": 64, "model.uncertainty_dim": 64,
-            "model.dtype": "float32", "optim.learning_rate": 2e-3, "optim.schedule": "cosine",
+            "epochs": 12,
+            "batch_size": 128,
+            "data.image_size": 64,
+            "data.resize": 64,
+            "data.crop_scale": (0.3, 1.0),
+            "model.name": "convnet4",
+            "model.embedding_dim": 64,
+            "model.uncertainty_dim": 64,
+            "model.dtype": "float32",
+            "optim.learning_rate": 2e-3,
+            "optim.schedule": "cosine",
             "optim.proxy_lr_factor": 10.0,
         },
     },
@@ -42,13 +54,22 @@ DATA: dict[str, dict[str, Any]] = {
         "config": "cub100.py",
         "root": "cub100",
         "overrides": {
-            "model.name": "resnet50_v1", "model.init_from": "{root}/resnet50_v1.safetensors",
-            "model.batchnorm": "frozen", "model.dtype": "float32", "epochs": 4, "batch_size": 60,
-            "data.image_size": 96, "data.resize": 96, "data.crop_scale": (0.3, 1.0), "optim.learning_rate": 1e-4,
-            "optim.schedule": "cosine", "optim.warmup_epochs": 2, "eval.batch_size": 60,
+            "model.name": "resnet50_v1",
+            "model.init_from": "{root}/resnet50_v1.safetensors",
+            "model.batchnorm": "frozen",
+            "model.dtype": "float32",
+            "epochs": 4,
+            "batch_size": 60,
+            "data.image_size": 96,
+            "data.resize": 96,
+            "data.crop_scale": (0.3, 1.0),
+            "optim.learning_rate": 1e-4,
+            "optim.schedule": "cosine",
+            "optim.warmup_epochs": 2,
+            "eval.batch_size": 60,
         },
     },
-}  # fmt: skip
+}
 
 METRICS: dict[str, Overrides] = {
     "plain": {"ism.enabled": False, "mixup.enabled": False, "model.uncertainty_head": "none"},
@@ -84,10 +105,18 @@ VARIANTS: dict[str, Overrides] = {
     "u width 8": {"model.uncertainty_dim": 8},
     "prior": {"ism.prior": 0.1},
     # Not settings of the package: variants.py.
-    **{name: {"variant": name} for name in (
-        "tau learned", "tau from 50 to 5", "tau from 1 to 5", "ranking reaches the trunk", "softplus u", "u detached",
-    )},
-}  # fmt: skip
+    **{
+        name: {"variant": name}
+        for name in (
+            "tau learned",
+            "tau from 50 to 5",
+            "tau from 1 to 5",
+            "ranking reaches the trunk",
+            "softplus u",
+            "u detached",
+        )
+    },
+}
 
 
 def table_b() -> dict[str, Overrides]:
@@ -112,8 +141,9 @@ def table_u() -> dict[str, Overrides]:
     """What keeps u from collapsing; compare with the same loss in table A, ism+mixup."""
     return {
         f"{loss}, {name}": {"loss.name": loss, **METRICS["ism+mixup"], **overrides}
-        for loss in COLLAPSING for name, overrides in ALIVE.items()
-    }  # fmt: skip
+        for loss in COLLAPSING
+        for name, overrides in ALIVE.items()
+    }
 
 
 TABLES = {"A": table_a, "B": table_b, "K": table_k, "P": lambda: {"pretrain": {}}, "U": table_u}

@@ -38,9 +38,12 @@ def command(data: str, row: str, overrides: dict, seed: int, root: Path, out: Pa
     variant = fields.pop("variant", None)
     program = ["benchmarks/experiments/variants.py", f"--variant={variant}"] if variant else ["-m", "idml_jax.main"]
     return [
-        sys.executable, *program, f"--config=configs/{config}", f"--workdir={workdir}",
+        sys.executable,
+        *program,
+        f"--config=configs/{config}",
+        f"--workdir={workdir}",
         *(f"--config.{name}={value}" for name, value in fields.items()),
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 import idml_jax.main  # noqa: F401, its flags
-from idml_jax import train
-from idml_jax.difficulty import ranking_loss
 from idml_jax.errors import show_progress
 from idml_jax.ism import DEFAULT_TEMPERATURE, Embedding
+from idml_jax.losses.auxiliary import ranking_loss
 from idml_jax.models.heads import Heads
-from idml_jax.objective import Objective
-from idml_jax.run import Run, build
+from idml_jax.training import train
+from idml_jax.training.build import Run, build
+from idml_jax.training.tasks.objective import Objective
 
 LOWEST, HIGHEST = 1.0, 50.0
 

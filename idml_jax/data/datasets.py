@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from idml_jax.data import prepared as prepared_lib
-from idml_jax.data.protocol import BENCHMARKS, Count, differences
 from idml_jax.data.sources import (
     FolderSource,
     Joined,
@@ -22,6 +20,8 @@ from idml_jax.data.sources import (
     select_classes,
     split_by_class,
 )
+from idml_jax.data.stored import prepared as prepared_lib
+from idml_jax.data.stored.benchmarks import BENCHMARKS, Count, differences
 from idml_jax.errors import UserError
 
 # Share of the training images that stands in for a missing ImageNet validation split: about 50 of a class.
@@ -112,7 +112,7 @@ def _separate(parts: Mapping[str, Source]) -> Splits:
 
 def load_glyphs(*, data_dir: str = "", variant: str = "default", **_: object) -> Splits:
     """The built-in characters; made on first use."""
-    from idml_jax.data import glyphs
+    from idml_jax.data.glyphs import builder as glyphs
 
     builder = glyphs.prepare(data_dir or default_data_dir(), variant or "default")
     found = prepared_lib.Prepared(Path(builder.data_path), builder, True, None)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from idml_jax.data.images.transforms import DecodeError, Picture, Transform
 from idml_jax.data.samplers import Sampler
 from idml_jax.data.sources import Source
-from idml_jax.data.transforms import DecodeError, Picture, Transform
 from idml_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -175,9 +175,16 @@ def eval_batches(
     sampler = _InOrder(records, batch_size)
     local = batch_size // hosts
     batches = _Batches(
-        source, sampler, transform, seed=0, start=0, stop=sampler.steps_per_epoch, channels=channels, host=host,
+        source,
+        sampler,
+        transform,
+        seed=0,
+        start=0,
+        stop=sampler.steps_per_epoch,
+        channels=channels,
+        host=host,
         hosts=hosts,
-    )  # fmt: skip
+    )
     for step, batch in enumerate(_iterate(batches, threads, prefetch, 0)):
         places = step * batch_size + host * local + np.arange(local)
         batch["mask"] = places < len(records)

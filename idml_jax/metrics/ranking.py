@@ -204,8 +204,10 @@ def _blocks(rows, norms, ids, slots, tile) -> tiles.Blocks:
     placed_ids = np.full(blocks * tile, -1, np.int32)
     placed[slots], placed_norms[slots], placed_ids[slots] = rows, norms, ids
     of_host: Any = (
-        placed.reshape(blocks, tile, -1), placed_norms.reshape(blocks, tile), placed_ids.reshape(blocks, tile)
-    )  # fmt: skip
+        placed.reshape(blocks, tile, -1),
+        placed_norms.reshape(blocks, tile),
+        placed_ids.reshape(blocks, tile),
+    )
     return tiles.Blocks(*of_host)
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from idml_jax.classifier import introspective_logits
 from idml_jax.ism import l2_normalize
+from idml_jax.losses.softmax import introspective_logits
 from idml_jax.models.layers import kaiming_normal
 
 UNCERTAINTY_HEADS = ("mlp", "linear", "none")

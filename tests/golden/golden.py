@@ -11,18 +11,18 @@ import os
 import platform
 import re
 import shutil
-import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import conftest  # noqa: F401  (eight devices, before jax is imported)
+# Eight devices, as in the tests; before jax is imported.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
 import cv2
 import jax
 import numpy as np
 
 from idml_jax import default_config
 
+HERE = Path(__file__).resolve().parent
 PIXELS = 16
 CLASSES = 6
 PER_CLASS = 8
@@ -63,13 +63,29 @@ def config_of(root: str, **changes):
     """Settings of a tiny run."""
     config = default_config()
     flat = {
-        "batch_size": 24, "epochs": 2, "data.root": root, "data.image_size": PIXELS, "data.resize": PIXELS,
-        "data.channels": 1, "data.mean": (0.5,), "data.std": (0.25,), "data.crop_scale": (0.6, 1.0),
-        "model.name": "resnet_tiny", "model.embedding_dim": 8, "model.uncertainty_dim": 4,
-        "model.uncertainty_hidden": 4, "model.batchnorm": "live", "optim.warmup_epochs": 0,
-        "optim.learning_rate": 3e-3, "optim.proxy_lr_factor": 10.0, "eval.batch_size": 24,
-        "eval.ambiguity_images": 16, "log.tensorboard": False, "log.every_steps": 1, "checkpoint.keep_latest": 1,
-    }  # fmt: skip
+        "batch_size": 24,
+        "epochs": 2,
+        "data.root": root,
+        "data.image_size": PIXELS,
+        "data.resize": PIXELS,
+        "data.channels": 1,
+        "data.mean": (0.5,),
+        "data.std": (0.25,),
+        "data.crop_scale": (0.6, 1.0),
+        "model.name": "resnet_tiny",
+        "model.embedding_dim": 8,
+        "model.uncertainty_dim": 4,
+        "model.uncertainty_hidden": 4,
+        "model.batchnorm": "live",
+        "optim.warmup_epochs": 0,
+        "optim.learning_rate": 3e-3,
+        "optim.proxy_lr_factor": 10.0,
+        "eval.batch_size": 24,
+        "eval.ambiguity_images": 16,
+        "log.tensorboard": False,
+        "log.every_steps": 1,
+        "checkpoint.keep_latest": 1,
+    }
     with config.unlocked():
         config.update_from_flattened_dict(flat | changes)
     return config
@@ -115,7 +131,8 @@ def leaves(tree) -> dict:
 
 def three_steps(name: str, root: Path) -> dict:
     """Metrics and parameters of three steps of training on given batches."""
-    from idml_jax import sharding, steps, train
+    from idml_jax.runtime import sharding
+    from idml_jax.training import steps, train
 
     run = train.build(config_of(str(root), **STEPS[name]))
     state, metrics = run.initial_state(), []
@@ -123,8 +140,17 @@ def three_steps(name: str, root: Path) -> dict:
         batch = {"image": pictures(24, 10 + step), "label": np.arange(24, dtype=np.int32) % CLASSES}
         state, found = steps.jit_train_step(state, sharding.shard_batch(batch, run.mesh), setup=run.setup)
         metrics.append({k: float(v) for k, v in sorted(found.items())})
-    return {"metrics": metrics, "state": leaves({"params": state.params, "batch_stats": state.batch_stats,
-                                                 "opt_state": state.opt_state, "memory": state.memory})}  # fmt: skip
+    return {
+        "metrics": metrics,
+        "state": leaves(
+            {
+                "params": state.params,
+                "batch_stats": state.batch_stats,
+                "opt_state": state.opt_state,
+                "memory": state.memory,
+            }
+        ),
+    }
 
 
 def metrics_of(result: dict) -> dict:
@@ -136,7 +162,8 @@ def write_runs() -> None:
     """Writes ``runs/``: of each task a finished run, and one of retrieval that was stopped inside an epoch."""
     import signal
 
-    from idml_jax import interrupt, loop, train
+    from idml_jax.runtime import interrupt
+    from idml_jax.training import loop, train
 
     shutil.rmtree(HERE / "runs", ignore_errors=True)
     for name, changes in RUNS.items():
@@ -152,9 +179,7 @@ def write_runs() -> None:
 
     loop.steps.jit_train_step = stops
     try:
-        train.train_and_evaluate(
-            config_of(str(HERE / "images" / "retrieval"), **STOPPED), HERE / "runs" / "stopped"
-        )
+        train.train_and_evaluate(config_of(str(HERE / "images" / "retrieval"), **STOPPED), HERE / "runs" / "stopped")
         raise AssertionError("the run was not stopped")
     except interrupt.Stopped:
         pass
@@ -187,7 +212,7 @@ def vectors(workdir: Path, scratch: Path) -> dict:
 def main() -> None:
     import tempfile
 
-    from idml_jax import train
+    from idml_jax.training import train
 
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from idml_jax import ism, losses, memory
+from idml_jax import ism, losses
 from idml_jax.ism import Embedding
+from idml_jax.losses import memory
 
 NAMES = list(losses.LOSSES)
 DEVICES, N, FEATURES, D, K, CLASSES = 8, 24, 6, 8, 3, 5

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from loss_helpers import value_and_gradient
 
-from idml_jax import losses, miners
-from idml_jax.losses import Pairs
+from idml_jax import losses
+from idml_jax.losses import Pairs, miners
 
 NAMES = [name for name in losses.LOSSES if name != "margin_distance_weighted"]
 RELATIONS = ("classes", "query x gallery", "multi-label", "with ignored entries", "padded", "no rule at all")

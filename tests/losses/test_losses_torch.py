@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idml_jax import ism, losses, miners
+from idml_jax import ism, losses
+from idml_jax.losses import miners
 
 pytestmark = pytest.mark.torch
 

@@ -1,0 +1,243 @@
+"""The built-in data set `glyphs`: characters of many scripts and faces, with the true ambiguity of every picture.
+
+A tfds builder that needs neither a download nor TensorFlow:
+
+    builder = glyphs.prepare("~/data")
+    records = builder.as_data_source("train", decoders={"image": tfds.decode.SkipDecoding()})
+"""
+
+import contextlib
+import dataclasses
+import io
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from tensorflow_datasets.core.utils import tqdm_utils
+
+from idml_jax.data.glyphs import draw as glyphs_draw
+
+KINDS = glyphs_draw.KINDS
+_SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class GlyphsConfig(tfds.core.BuilderConfig):
+    """What a variant of the set holds. A config of one's own needs a `name` that is not taken.
+
+    Attributes:
+      train_classes: characters of the train split.
+      test_classes: characters of the test split, none of which is in train.
+      images_per_class: pictures of each character.
+      image_size: width and height of a picture in pixels, at least 16.
+      seed: of the choice of the characters and of every picture, >= 0.
+      degraded: share in [0, 1] of pictures that are not clean, in both splits.
+
+    Raises:
+      ValueError: a value is out of its range.
+    """
+
+    train_classes: int = 300
+    test_classes: int = 200
+    images_per_class: int = 20
+    image_size: int = 32
+    seed: int = 0
+    degraded: float = 0.3
+
+    def __post_init__(self):
+        # A blend needs a second class in its split.
+        for field, least in (("train_classes", 2), ("test_classes", 2), ("images_per_class", 1), ("image_size", 16)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field} must be at least {least}, got {getattr(self, field)}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}.")
+        if not 0 <= self.degraded <= 1:
+            raise ValueError(f"degraded is a share in [0, 1], got {self.degraded}.")
+
+    def parameters(self) -> dict[str, int | float]:
+        """Everything that the pictures depend on, by name."""
+        base = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
+        return {key: value for key, value in vars(self).items() if key not in base}
+
+
+def choose_classes(config: GlyphsConfig) -> dict[str, list[int]]:
+    """The code points of each split, ascending: all characters in a random order, cut twice.
+
+    So both splits mix all scripts in the same proportions, and share no character. Each character draws its own place
+    in the order: should a new version of a font or a library add or drop one, the others stay.
+
+    Raises:
+      ValueError: more classes are asked for than the fonts have.
+      FileNotFoundError: a font is missing.
+    """
+    codes = list(glyphs_draw.characters())
+    wanted = config.train_classes + config.test_classes
+    if wanted > len(codes):
+        raise ValueError(f"{wanted} classes were asked for, the fonts have {len(codes)} characters that differ enough.")
+    order = sorted(codes, key=lambda code: np.random.default_rng([config.seed, code]).random())
+    parts = order[: config.train_classes], order[config.train_classes : wanted]
+    return {split: sorted(part) for split, part in zip(_SPLITS, parts, strict=True)}
+
+
+class Glyphs(tfds.core.GeneratorBasedBuilder):
+    """Characters in 6 to 21 faces each, dark ink on lighter paper, in small rotations, shears, stretches and sizes.
+
+    Each example holds
+      image: uint8 [S, S, 1], stored as PNG.
+      label: the character, named like 'U+0416 CYRILLIC CAPITAL LETTER ZHE'. Train has 0 to T - 1, test the rest.
+      kind: what was done to the picture: 'clean', 'blur', 'occlusion', 'noise' or 'blend'.
+      ambiguity: float32 in [0, 1]: 0 for a clean picture, 1 where nothing is left by which to tell the character.
+      other_label: int64, the second character of a blend (from the same split), otherwise -1.
+
+    A share `degraded` of the pictures of either split is degraded: one of the four kinds with equal probability, with
+    ambiguity a uniform in [0, 1), which sets the strength:
+      blur: a Gaussian with sigma a S / 4.
+      occlusion: a patch of a flat shade hides the share a of the ink, coming from one side.
+      noise: (1 - w) picture + w noise with w = sqrt(a), noise of mean 0.5 and deviation 0.25 (white is 1).
+      blend: (1 - w) ink + w ink of the other character with w = sqrt(a) / 2, the label being that of the heavier one;
+        at a = 1 nobody can say which of the two is meant.
+    The scales are set so that the kinds can be compared: a small network that had learnt 150 of the characters in
+    all these states misread about the share a of the pictures at ambiguity a (to within 0.2; of blends about a / 2, as
+    every second guess between two is right).
+
+    Deterministic: a picture depends on the seed, the split, the character and its index (a blend on its second
+    character too), its bytes also on the versions of Pillow, OpenCV, NumPy and matplotlib (whose fonts are drawn),
+    which `info.metadata` records. Two preparations hold the same records in the same order; the files can differ, as
+    protobuf writes the fields of a record in an order that changes from process to process.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012 (tfds wants a plain attribute)
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        GlyphsConfig(name="default", description="300 + 200 characters, 20 pictures each."),
+        GlyphsConfig(
+            name="tiny",
+            train_classes=8,
+            test_classes=6,
+            images_per_class=6,
+            description="8 + 6 characters, 6 pictures each: for tests.",
+        ),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        config = self.builder_config
+        side = config.image_size
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(side, side, 1), dtype=np.uint8, encoding_format="png"),
+                    # Named in _split_generators: choosing the characters takes seconds, reading the set must not.
+                    "label": tfds.features.ClassLabel(num_classes=config.train_classes + config.test_classes),
+                    "ambiguity": tfds.features.Scalar(dtype=np.float32),
+                    "kind": tfds.features.ClassLabel(names=KINDS),
+                    "other_label": tfds.features.Scalar(dtype=np.int64),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
+        del dl_manager  # nothing to download
+        classes = choose_classes(self.builder_config)
+        codes = classes["train"] + classes["test"]
+        self.info.features["label"].names = [f"U+{code:04X} {unicodedata.name(chr(code))}" for code in codes]
+        self.info.metadata["parameters"] = self.builder_config.parameters()
+        self.info.metadata["drawn_with"] = glyphs_draw.versions()
+        return {split: self._generate_examples(split, classes[split], codes) for split in _SPLITS}
+
+    def _generate_examples(self, split: str, codes: list[int], all_codes: list[int]) -> Iterator[tuple[str, dict]]:
+        first_label = all_codes.index(codes[0])
+        for i in range(len(codes)):
+            for index in range(self.builder_config.images_per_class):
+                example = _draw_example(self.builder_config, split, codes, i, index)
+                example["label"] += first_label
+                if example["kind"] == "blend":
+                    example["other_label"] += first_label
+                yield f"{split}_{example['label']}_{index}", example
+
+
+def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: int, index: int) -> dict[str, Any]:
+    """Picture `index` of character `codes[position]`, its labels being positions in `codes`."""
+    rng = np.random.default_rng([config.seed, _SPLITS.index(split), codes[position], index])
+    is_degraded, kind, ambiguity = rng.random() < config.degraded, KINDS[rng.integers(1, len(KINDS))], rng.random()
+    if not is_degraded:
+        kind, ambiguity = "clean", 0.0
+    other = (position + 1 + int(rng.integers(len(codes) - 1))) % len(codes)
+    picture = glyphs_draw.picture(rng, codes[position], config.image_size, kind, ambiguity, codes[other])
+    return {
+        "image": io.BytesIO(cv2.imencode(".png", picture)[1].tobytes()),
+        "label": position,
+        "ambiguity": np.float32(ambiguity),
+        "kind": kind,
+        "other_label": other if kind == "blend" else -1,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without tfds' progress bars and its talk of downloads."""
+    shown = getattr(tqdm_utils, "_active", True)  # tfds has a setter only
+    tfds.display_progress_bar(False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(shown)
+
+
+def _is_there(builder: Glyphs) -> bool:
+    return builder.data_path.exists() and builder.is_prepared()  # the latter warns where there is no folder
+
+
+def prepare(data_dir: str | Path, config: str | GlyphsConfig = "default") -> Glyphs:
+    """Returns the builder of a prepared set, drawing it into `data_dir` first if it is not there.
+
+    The set appears under `data_dir/glyphs/<config>/<version>` at once when it is complete; an interrupted run leaves
+    at most a folder `incomplete.*` beside it, which is never read.
+
+    Args:
+      data_dir: folder of data sets, made if missing; `~` is expanded.
+      config: the name of a predefined variant ('default', 'tiny') or a config with a name of its own.
+
+    Raises:
+      ValueError: an unknown name; more classes than there are characters; a set of that name with other parameters
+        already lies there.
+      FileNotFoundError: matplotlib's fonts are missing.
+      OSError: `data_dir` cannot be written.
+    """
+    known = {known.name: known for known in Glyphs.BUILDER_CONFIGS}
+    if isinstance(config, str):
+        if config not in known:
+            raise ValueError(f"No glyphs config {config!r}; known: {', '.join(known)}.")
+        config = known[config]
+    data_dir = Path(data_dir).expanduser()
+    builder = Glyphs(data_dir=data_dir, config=config)
+    if not _is_there(builder):
+        classes = config.train_classes + config.test_classes
+        logging.info("Drawing %d glyphs into %s", classes * config.images_per_class, builder.data_dir)
+        try:
+            # Without this flag tfds asks Google's servers for a ready-made copy.
+            download = tfds.download.DownloadConfig(try_download_gcs=False)
+            with _quiet(), tempfile.TemporaryDirectory() as folder:  # tfds makes its download folders in any case
+                builder.download_and_prepare(download_dir=folder, download_config=download, file_format="array_record")
+        except OSError:
+            # Another process may have finished the same set meanwhile: the rename then finds it in its way.
+            builder = Glyphs(data_dir=data_dir, config=config)
+            if not _is_there(builder):
+                raise
+    drawn = dict(builder.info.metadata or {}).get("parameters")
+    if drawn != config.parameters():
+        raise ValueError(
+            f"{builder.data_dir} holds a set with other parameters: {drawn}, not {config.parameters()}. "
+            "Give the config another name, or delete that folder."
+        )
+    return builder

@@ -1,0 +1,1 @@
+"""Bytes to pixels: decoding, resampling, colour, transforms."""

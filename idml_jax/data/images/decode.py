@@ -1,0 +1,255 @@
+"""Bytes to uint8 pictures: the only decoder, and what it refuses.
+
+Every picture is what Pillow's ``Image.open(...).convert("RGB")`` would give, with one difference: a photograph whose
+EXIF data say that the camera was turned is turned upright. Colour profiles are ignored, transparency is dropped (the
+colour beneath it shows), and of an animation the first frame is taken.
+"""
+
+import io
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from idml_jax.data.images import turbo
+
+# The pipeline's threads are the parallelism; OpenCV's own on top would only compete with them.
+cv2.setNumThreads(0)
+
+# Pillow's own limit against decompression bombs: 268 MB of RGB.
+MAX_PIXELS = 89_478_485
+# What OpenCV decodes as Pillow does, and faster; all else goes to Pillow.
+_FAST_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+_FAST_MODES = ("L", "RGB", "RGBA", "LA", "1")
+# EXIF orientation to what undoes it.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# OpenCV's flags by reduction.
+_GREY = {
+    1: cv2.IMREAD_GRAYSCALE,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+_COLOUR = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+
+class DecodeError(ValueError):
+    """The bytes are not a whole picture."""
+
+
+class _Jpeg(NamedTuple):
+    """What the header of a plain JPEG says."""
+
+    height: int
+    width: int
+    components: int
+    exif: bool
+
+
+def _jpeg_header(data: bytes) -> _Jpeg | None:
+    """Size and components of a whole 8-bit JPEG with 1 or 3 components; ``None`` for anything else."""
+    # A whole file ends in an end marker; a few bytes may follow it.
+    if data[:3] != b"\xff\xd8\xff" or b"\xff\xd9" not in data[-64:]:
+        return None
+    place, exif, end = 2, False, len(data) - 10
+    while place < end and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # padding
+            place += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
+            precision, components = data[place + 4], data[place + 9]
+            plain = precision == 8 and components in (1, 3) and marker <= 0xC2 and height and width
+            return _Jpeg(height, width, components, exif) if plain else None
+        if marker == 0xE1 and data[place + 4 : place + 8] == b"Exif":
+            exif = True
+        if 0xD0 <= marker <= 0xDA:  # picture data before any frame
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return None
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise DecodeError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header alone, which tells format and size before anything is allocated."""
+    if not data:
+        raise DecodeError("the file is empty")
+    if data[:8] == b"\x89PNG\r\n\x1a\n":  # before Pillow, which warns of such sizes
+        _check_size(int.from_bytes(data[20:24]), int.from_bytes(data[16:20]))
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise DecodeError(f"it has more pixels than the limit of {MAX_PIXELS}") from error
+    except Exception as error:
+        raise DecodeError("not a picture in a known format") from error
+    _check_size(image.size[1], image.size[0])
+    return image
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Whether OpenCV decodes it whole and as Pillow does; it fills files that are cut short with grey in silence."""
+    if image.format not in _FAST_FORMATS or image.mode not in _FAST_MODES or getattr(image, "is_animated", False):
+        return False
+    if image.format in ("JPEG", "MPO"):
+        return b"\xff\xd9" in data[-64:]
+    return "exif" not in image.info and (image.format != "PNG" or b"IEND" in data[-64:])
+
+
+def check_whole(data: bytes) -> None:
+    """Looks at header, size and end of an encoded picture; cheap, so it does not find every damage.
+
+    Raises:
+      DecodeError: as ``decode``.
+    """
+    header = _jpeg_header(data)
+    if header is not None:
+        _check_size(header.height, header.width)
+        return
+    image = _open(data)
+    if not _is_plain(image, data):
+        _decode_carefully(image, 3)
+
+
+def decode(data: bytes, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
+    """Decodes JPEG, PNG, WebP, BMP, TIFF, GIF or PNM bytes; EXIF rotation is applied, an alpha channel dropped.
+
+    Args:
+      data: the file's bytes.
+      channels: 3 for RGB, 1 for grey.
+
+    Returns:
+      ``[h, w, channels]`` uint8.
+
+    Raises:
+      DecodeError: if the data is empty, unreadable, truncated, or larger than ``MAX_PIXELS``.
+    """
+    return Picture(data, channels).part(None)
+
+
+def _decode_fast(data: bytes, channels: int, reduce: int = 1) -> UInt8[np.ndarray, "h w c"]:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), (_COLOUR if channels == 3 else _GREY)[reduce])
+    except cv2.error as error:
+        raise DecodeError(f"not a readable picture ({error.err})") from error
+    if image is None:
+        raise DecodeError("not a readable picture")
+    if channels == 1:
+        return image[:, :, None]
+    return image if reduce == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _decode_carefully(image: Image.Image, channels: int) -> UInt8[np.ndarray, "h w c"]:
+    """Pillow's way, for files that OpenCV would let pass (cut short) or convert otherwise (CMYK, 16 bit)."""
+    try:
+        image.load()  # raises for a truncated file
+    except Exception as error:
+        raise DecodeError(f"not a readable picture ({error})".replace("\n", " ")) from error
+    # 16-bit grey; of a PGM file Pillow makes 32 bits with the range of 16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        values = np.asarray(image).astype(np.float32)
+        image_8 = Image.fromarray((values * (255.0 / 65535.0)).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise DecodeError(f"pixels of {'32 bits' if image.mode == 'I' else 'floating point'}, whose range is unknown")
+    else:
+        # By way of RGBA, as Pillow warns of palettes with transparency otherwise.
+        image_8 = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+    turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
+    image_8 = image_8 if turn is None else image_8.transpose(turn)
+    array = np.asarray(image_8.convert("RGB" if channels == 3 else "L"))
+    return array if channels == 3 else array[:, :, None]
+
+
+class Picture:
+    """An encoded picture of which the pixels are decoded when a part of it is asked for.
+
+    Args:
+      data: the file's bytes.
+      channels: 3 for RGB, 1 for grey.
+
+    Attributes:
+      shape: height, width and channels.
+
+    Raises:
+      DecodeError: as ``decode``.
+    """
+
+    def __init__(self, data: bytes, channels: int = 3):
+        self._data, self._channels, self._whole = data, channels, None
+        header = self._jpeg = _jpeg_header(data)
+        if header is not None:
+            _check_size(header.height, header.width)
+        # A turned photograph has its size after decoding only.
+        if header is not None and not header.exif:
+            self.shape = (header.height, header.width, channels)
+        else:
+            self._jpeg = None
+            self._whole = self._decode()
+            self.shape = self._whole.shape
+
+    def _decode(self) -> np.ndarray:
+        if _jpeg_header(self._data) is not None:
+            return _decode_fast(self._data, self._channels)
+        image = _open(self._data)
+        plain = _is_plain(image, self._data)
+        return _decode_fast(self._data, self._channels) if plain else _decode_carefully(image, self._channels)
+
+    def part(
+        self, box: tuple[int, int, int, int] | None, wanted: tuple[int, int] | None = None
+    ) -> UInt8[np.ndarray, "h w c"]:
+        """The pixels of a box.
+
+        Args:
+          box: top, left, height and width; ``None`` is the whole picture.
+          wanted: height and width that the box will be resampled to. A JPEG of which at least four times as many
+            are there is decoded at one half (or quarter or eighth) of its size, so that twice as many remain.
+
+        Returns:
+          ``[height, width, channels]``, or that over ``reduction(...)``.
+
+        Raises:
+          DecodeError: if the data is damaged.
+        """
+        height, width = self.shape[:2]
+        top, left, box_height, box_width = box or (0, 0, height, width)
+        if self._whole is None and wanted is not None:
+            reduce = reduction((box_height, box_width), wanted)
+            if reduce > 1:
+                small = _decode_fast(self._data, self._channels, reduce)
+                bottom, right = -(-(top + box_height) // reduce), -(-(left + box_width) // reduce)
+                return small[top // reduce : bottom, left // reduce : right]
+        # Less than four fifths: what is decoded less pays for the second look at the header.
+        if self._whole is None and box_height * box_width < 0.8 * height * width:
+            found = turbo.decode_part(self._data, (top, left, box_height, box_width), (height, width), self._channels)
+            if found is not None:
+                return found
+        if self._whole is None:
+            self._whole = self._decode()
+        if box is None:
+            return self._whole
+        return self._whole[top : top + box_height, left : left + box_width]
+
+
+def reduction(box: tuple[int, int], wanted: tuple[int, int]) -> int:
+    """By how much a JPEG may be reduced in decoding so that at least twice the wanted pixels remain: 1, 2, 4 or 8."""
+    scale = min(box[0] / wanted[0], box[1] / wanted[1])
+    return next((reduce for reduce in (8, 4, 2) if scale >= 2 * reduce), 1)

@@ -1,0 +1,105 @@
+"""Resampling with the antialiased bilinear filter that torchvision's transforms mean: exactly, or fast.
+
+The filter is a triangle as wide as the scale: where a picture shrinks by s, each pixel of the result is the mean of
+those within s of its place, weighted by 1 - distance / s. ``exact`` lets Pillow do it and gives torchvision's very
+pixels. ``fast`` filters with a few taps and interpolates linearly, both in OpenCV; the taps are those for which the two
+steps together come nearest to the triangle, in least squares over all places between two pixels. How near is measured
+in ``docs/input_pipeline.md``.
+"""
+
+import functools
+import math
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+METHODS = ("fast", "exact")
+
+
+@functools.lru_cache(maxsize=4096)
+def _taps(steps: int, halvings: int) -> Float[np.ndarray, "k"]:
+    """Filter before linear interpolation with a step of ``steps / 64`` pixels.
+
+    Args:
+      steps: 64 times the scale.
+      halvings: how often pairs of pixels have been averaged before, which has done a part of the smoothing.
+
+    Returns:
+      An odd number of symmetric taps, which sum to 1.
+    """
+    scale = steps / 64
+    if scale <= 1:
+        return np.ones(1, np.float32)
+    # A triangle of half-width s has the variance s^2 / 6, and the mean of m pixels has (1 - 1 / m^2) / 12 of its own.
+    width = math.sqrt(max(scale**2 - (1 - 4.0**-halvings) / 2, 1.0))
+    reach = max(1, math.ceil(scale - 0.15) - 1)
+    places = np.arange(-reach - math.ceil(scale) - 2, reach + math.ceil(scale) + 3)
+    phases = (np.arange(32)[:, None] + 0.5) / 32 - 0.5
+    triangle = np.maximum(0, 1 - np.abs(places - phases) / width)
+    triangle /= triangle.sum(1, keepdims=True)
+    linear = np.maximum(0, 1 - np.abs(places - phases))
+    columns = [linear] + [np.roll(linear, k, 1) + np.roll(linear, -k, 1) for k in range(1, reach + 1)]
+    # Photographs have far more of the low frequencies, and running sums weigh errors that way.
+    matrix = np.cumsum(np.stack(columns, -1), axis=1).reshape(-1, reach + 1)
+    target = np.cumsum(triangle, axis=1).reshape(-1)
+    # The taps sum to 1, so the middle one follows from the others.
+    others = matrix[:, 1:] - 2 * matrix[:, :1]
+    side = np.linalg.lstsq(others, target - matrix[:, 0], rcond=None)[0]
+    taps = np.concatenate([side[::-1], [1 - 2 * side.sum()], side]).astype(np.float32)
+    taps.flags.writeable = False
+    return taps
+
+
+def resize(
+    image: UInt8[np.ndarray, "h w c"],
+    height: int,
+    width: int,
+    method: str = "fast",
+    *,
+    reduced: int = 1,
+    extent: tuple[float, float] | None = None,
+) -> UInt8[np.ndarray, "height width c"]:
+    """Resamples a picture.
+
+    Args:
+      image: ``[h, w, 1 or 3]`` uint8.
+      height: of the result.
+      width: of the result.
+      method: one of ``METHODS``.
+      reduced: by how much (1, 2, 4 or 8) the picture was reduced in decoding; ``fast`` takes it into account.
+      extent: height and width that the result shows, in pixels of ``image``, where they are not whole.
+
+    Returns:
+      ``[height, width, c]`` uint8.
+    """
+    extent = extent or image.shape[:2]
+    if image.shape[:2] == extent == (height, width):
+        return image
+    if method == "exact":
+        pixels = Image.fromarray(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0]))
+        out = np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR))
+    else:
+        out = _resize_fast(image, (height, width), extent, reduced.bit_length() - 1)
+    return out.reshape(height, width, image.shape[2])
+
+
+def _resize_fast(image: np.ndarray, size: tuple[int, int], extent: tuple[float, float], halvings: int) -> np.ndarray:
+    # Means of two by two pixels are quick, and what remains is small. An odd last row or column has no partner.
+    while min(extent[0] / size[0], extent[1] / size[1]) > 4.1:
+        height, width = image.shape[0] // 2, image.shape[1] // 2
+        image = cv2.resize(image[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+        extent = (extent[0] / 2, extent[1] / 2)
+        halvings += 1
+    scales = extent[0] / size[0], extent[1] / size[1]
+    vertical, horizontal = (_taps(round(64 * scale), halvings) for scale in scales)
+    if len(vertical) > 1 or len(horizontal) > 1:
+        image = cv2.sepFilter2D(image, -1, horizontal, vertical, borderType=cv2.BORDER_REPLICATE)
+    if image.shape[:2] == extent:
+        return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    # The same with an extent that is not whole: where the centre of each pixel comes from.
+    origin = [(scale - 1) / 2 for scale in scales]
+    places = np.array([[scales[1], 0, origin[1]], [0, scales[0], origin[0]]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, places, size[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)

@@ -1,0 +1,321 @@
+"""Pictures to uint8 crops of one size: the training and test transforms. Normalisation happens on the device.
+
+Definitions are torchvision's (over Pillow): boxes, rounding, antialiased bilinear resampling, colour changes. A
+transform is a function of a picture, decoded or still encoded (then only what it needs is decoded), and a generator of
+random numbers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from idml_jax.data.images import colour
+from idml_jax.data.images.decode import DecodeError, Picture, check_whole, decode, reduction
+from idml_jax.data.images.resample import METHODS, resize
+from idml_jax.errors import UserError
+
+__all__ = ["DecodeError", "Picture", "Transform", "check_whole", "create", "decode"]
+
+AnyPicture = UInt8[np.ndarray, "h w c"] | Picture
+Transform = Callable[[AnyPicture, np.random.Generator], UInt8[np.ndarray, "size size c"]]
+
+
+def _resample_part(
+    image: AnyPicture, box: tuple[int, int, int, int], height: int, width: int, method: str
+) -> UInt8[np.ndarray, "height width c"]:
+    """The part of a picture in a box of top, left, height and width, at another size."""
+    top, left, box_height, box_width = box
+    if not isinstance(image, Picture):
+        return resize(image[top : top + box_height, left : left + box_width], height, width, method)
+    part = image.part(box, (height, width) if method == "fast" else None)
+    reduced = 1 if part.shape[:2] == (box_height, box_width) else reduction((box_height, box_width), (height, width))
+    extent = (box_height / reduced, box_width / reduced)
+    return resize(part, height, width, method, reduced=reduced, extent=extent)
+
+
+def _pixels(image: AnyPicture) -> UInt8[np.ndarray, "h w c"]:
+    return image.part(None) if isinstance(image, Picture) else image
+
+
+def _mirror(image: np.ndarray) -> np.ndarray:
+    return cv2.flip(image, 1).reshape(image.shape)
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A random part of the picture at a fixed size, perhaps mirrored: the training transform of metric learning.
+
+    Area and aspect ratio (log-uniform) are drawn up to ten times until the box fits, else the largest central box of
+    an allowed ratio is taken, as in the Inception line of work. Of a box at least four times as large as the result,
+    place and size are whole multiples of 2 (4, 8) pixels, so that a JPEG may be decoded at a half (quarter, eighth).
+
+    Attributes:
+      size: side of the result in pixels.
+      scale: range of the area relative to the picture.
+      ratio: range of width over height.
+      flip: mirror with probability one half.
+      rotation: largest rotation in degrees, drawn uniformly (0: none); corners are filled by replicating the border.
+      resample: ``fast`` or ``exact``, see ``resample``.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    rotation: float = 0.0
+    resample: str = "fast"
+
+    def __call__(self, image: AnyPicture, rng: np.random.Generator) -> np.ndarray:
+        box = self.box(image.shape[0], image.shape[1], rng)
+        image = _resample_part(image, box, self.size, self.size, self.resample)
+        if self.rotation:
+            center = ((self.size - 1) / 2, (self.size - 1) / 2)
+            turn = cv2.getRotationMatrix2D(center, rng.uniform(-self.rotation, self.rotation), 1.0)
+            turned = cv2.warpAffine(
+                image, turn, (self.size, self.size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+            )
+            image = turned.reshape(image.shape)
+        if self.flip and rng.random() < 0.5:
+            image = _mirror(image)
+        return image
+
+    def box(self, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the part, in pixels."""
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(10):
+            for_area, for_ratio, down, right = rng.random(4).tolist()
+            area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * for_area)
+            ratio = math.exp(low + (high - low) * for_ratio)
+            box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < box_width <= width and 0 < box_height <= height:
+                top, left = int(down * (height - box_height + 1)), int(right * (width - box_width + 1))
+                return self._to_grid(top, left, box_height, box_width)
+        box_width, box_height = width, height
+        if width / height < self.ratio[0]:
+            box_height = round(width / self.ratio[0])
+        elif width / height > self.ratio[1]:
+            box_width = round(height * self.ratio[1])
+        return self._to_grid((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+    def _to_grid(self, top: int, left: int, height: int, width: int) -> tuple[int, int, int, int]:
+        step = reduction((height, width), (self.size, self.size))
+        return top // step * step, left // step * step, height // step * step, width // step * step
+
+
+@dataclass(frozen=True)
+class ImageNetTrain:
+    """Random resized crop, mirroring, colour jitter and PCA lighting: the training transform of classification.
+
+    Attributes:
+      crop: crop and mirroring.
+      color_jitter: strength of the changes of brightness, contrast and saturation, in [0, 1]; the hue stays.
+      lighting: standard deviation of the multiples of ImageNet's principal components of colour.
+    """
+
+    crop: RandomResizedCrop
+    color_jitter: float = 0.4
+    lighting: float = 0.1
+
+    def __call__(self, image: AnyPicture, rng: np.random.Generator) -> np.ndarray:
+        image = self.crop(image, rng)
+        if self.color_jitter:
+            image = colour.jitter(image, self.color_jitter, rng)
+        return colour.lighting(image, self.lighting, rng) if self.lighting else image
+
+
+@dataclass(frozen=True)
+class PaddedCrop:
+    """A random crop of a picture with a black border, perhaps mirrored: the training transform of CIFAR.
+
+    Attributes:
+      size: side of the result in pixels.
+      pad: width of the border in pixels.
+      flip: mirror with probability one half.
+    """
+
+    size: int
+    pad: int = 4
+    flip: bool = True
+
+    def __call__(self, image: AnyPicture, rng: np.random.Generator) -> np.ndarray:
+        image = _pixels(image)
+        height, width = (side + 2 * self.pad for side in image.shape[:2])
+        if min(height, width) < self.size:
+            raise DecodeError(f"{image.shape[1]} x {image.shape[0]} pixels are too few for a crop of {self.size}")
+        padded = np.pad(image, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
+        top, left = (int(rng.integers(0, side - self.size + 1)) for side in (height, width))
+        out = padded[top : top + self.size, left : left + self.size]
+        return _mirror(out) if self.flip and rng.random() < 0.5 else np.ascontiguousarray(out)
+
+
+@dataclass(frozen=True)
+class AsIs:
+    """The picture itself, which must have the right size: the test transform of CIFAR.
+
+    Attributes:
+      size: side of the picture in pixels.
+    """
+
+    size: int
+
+    def __call__(self, image: AnyPicture, rng: np.random.Generator | None = None) -> np.ndarray:
+        image = _pixels(image)
+        if image.shape[:2] != (self.size, self.size):
+            raise DecodeError(
+                f"{image.shape[1]} x {image.shape[0]} pixels, but config.data.transform = 'cifar' takes pictures of "
+                f"config.data.image_size = {self.size} as they are"
+            )
+        return image
+
+
+@dataclass(frozen=True)
+class ResizeCenterCrop:
+    """The shorter side to ``resize`` pixels, then the central square of ``size``: the test transform.
+
+    Attributes:
+      size: side of the result in pixels.
+      resize: length of the shorter side before the crop; at least ``size``.
+      resample: ``fast`` or ``exact``, see ``resample``.
+    """
+
+    size: int
+    resize: int
+    resample: str = "fast"
+
+    def __post_init__(self) -> None:
+        if self.resize < self.size:
+            raise ValueError(f"resize ({self.resize}) must be at least size ({self.size})")
+
+    def __call__(self, image: AnyPicture, rng: np.random.Generator | None = None) -> np.ndarray:
+        height, width = image.shape[:2]
+        shorter = min(height, width)
+        new_height, new_width = (self.resize * side // shorter for side in (height, width))
+        image = _resample_part(image, (0, 0, height, width), new_height, new_width, self.resample)
+        # torchvision's centre: half the difference, rounded.
+        top, left = round((new_height - self.size) / 2), round((new_width - self.size) / 2)
+        return np.ascontiguousarray(image[top : top + self.size, left : left + self.size])
+
+
+TRANSFORMS = ("retrieval", "imagenet", "cifar")
+
+
+def create(
+    name: str,
+    *,
+    size: int,
+    resize: int,
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = True,
+    rotation: float = 0.0,
+    pad: int = 4,
+    color_jitter: float = 0.4,
+    lighting: float = 0.1,
+    resample: str = "fast",
+) -> tuple[Transform, Transform]:
+    """The training and the test transform by name.
+
+    Args:
+      name: ``retrieval`` (crop, rotation, mirroring), ``imagenet`` (with colour jitter and lighting) or ``cifar``
+        (crop of the padded picture; none at test).
+      size: side of the pictures in pixels.
+      resize: shorter side before the central crop at test.
+      crop_scale: range of the crop's area.
+      crop_ratio: range of the crop's width over its height.
+      flip: whether to mirror.
+      rotation: in degrees, of ``retrieval``.
+      pad: in pixels, of ``cifar``.
+      color_jitter: of ``imagenet``.
+      lighting: of ``imagenet``.
+      resample: ``fast`` or ``exact``.
+
+    Returns:
+      Both transforms.
+
+    Raises:
+      UserError: for an unknown name or method.
+    """
+    if name not in TRANSFORMS:
+        raise UserError(f"config.data.transform = {name!r}; known: {', '.join(TRANSFORMS)}")
+    if resample not in METHODS:
+        raise UserError(f"config.data.resample = {resample!r}; known: {', '.join(METHODS)}")
+    if name == "cifar":
+        return PaddedCrop(size, pad, flip), AsIs(size)
+    turn = rotation if name == "retrieval" else 0.0
+    (low, high), (narrow, wide) = crop_scale, crop_ratio
+    train = RandomResizedCrop(size, (low, high), (narrow, wide), flip, turn, resample)
+    test = ResizeCenterCrop(size, resize, resample)
+    return (train if name == "retrieval" else ImageNetTrain(train, color_jitter, lighting)), test
+
+
+CHANGES = ("crop", "blur", "noise", "occlusion")
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Another transform, after which the picture is made harder to recognise; for tests of the uncertainty.
+
+    Attributes:
+      transform: gives the picture.
+      kind: ``crop`` keeps a random part of the area (1 - strength) and enlarges it; ``blur`` is Gaussian with a
+        standard deviation of ``strength / 8`` of the side; ``noise`` replaces the share ``strength`` of the contrast
+        by uniform noise; ``occlusion`` covers a random square of the area ``strength`` with the picture's mean colour.
+      strength: in [0, 1).
+    """
+
+    transform: Transform
+    kind: str
+    strength: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in CHANGES:
+            raise ValueError(f"unknown change {self.kind!r}; known: {', '.join(CHANGES)}")
+        if not 0 <= self.strength < 1:
+            raise ValueError(f"strength {self.strength} must be in [0, 1)")
+
+    def __call__(self, image: AnyPicture, rng: np.random.Generator) -> np.ndarray:
+        image = self.transform(image, rng)
+        size = image.shape[0]
+        if self.kind == "blur":
+            return self._blur(image)
+        if self.kind == "noise":
+            noise = rng.uniform(0, 255, image.shape)
+            return ((1 - self.strength) * image + self.strength * noise).round().astype(np.uint8)
+        share = self.strength if self.kind == "occlusion" else 1 - self.strength
+        side = max(1, round(size * math.sqrt(share)))
+        top, left = rng.integers(0, size - side + 1, 2)
+        if self.kind == "crop":
+            return np.ascontiguousarray(resize(image[top : top + side, left : left + side], size, size))
+        covered = image.copy()
+        covered[top : top + side, left : left + side] = image.mean(axis=(0, 1)).round().astype(np.uint8)
+        return image if self.strength == 0 else covered
+
+    def _blur(self, image: np.ndarray) -> np.ndarray:
+        sigma = self.strength * image.shape[0] / 8
+        blurred = cv2.GaussianBlur(image, (0, 0), sigma) if sigma > 0 else image
+        return blurred if blurred.ndim == 3 else blurred[:, :, None]
+
+
+@dataclass(frozen=True)
+class SometimesChanged:
+    """Another transform, after which some pictures are made harder to recognise; for training.
+
+    Attributes:
+      transform: gives the picture.
+      probability: of being changed.
+      kinds: of change, see ``Changed``; one is drawn, and its strength evenly from 0.1 to 0.75.
+    """
+
+    transform: Transform
+    probability: float
+    kinds: tuple[str, ...] = CHANGES
+
+    def __call__(self, image: AnyPicture, rng: np.random.Generator) -> np.ndarray:
+        if rng.random() >= self.probability:
+            return self.transform(image, rng)
+        kind = self.kinds[rng.integers(len(self.kinds))]
+        return Changed(self.transform, kind, rng.uniform(0.1, 0.75))(image, rng)

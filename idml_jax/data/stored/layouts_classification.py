@@ -1,0 +1,308 @@
+"""CIFAR-10, CIFAR-100 and ImageNet as people have them."""
+
+import csv
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from scipy.io import loadmat
+
+from idml_jax.data.stored import archives
+from idml_jax.data.stored.layouts import Plan, Record, by_pattern, find, is_image, not_found, rows, text, whole_number
+from idml_jax.errors import UserError
+
+_SIDE = 32
+_PIXELS = 3 * _SIDE * _SIDE
+
+
+class _Array:
+    """Stands for ``numpy.ndarray`` and ``numpy.dtype`` while a foreign pickle is read; keeps what it is given."""
+
+    def __init__(self, *arguments: Any):
+        self.arguments, self.state = arguments, None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _latin1(value: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes into old pickles."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"unexpected encoding {encoding!r}")
+    return value.encode("latin1")
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Reads dictionaries, lists, numbers, bytes and plain arrays. Everything else that a pickle could ask for, which
+    is how a foreign file would run code here, is refused; not even numpy is called."""
+
+    known = {  # noqa: RUF012
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Array,
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,
+        ("_codecs", "encode"): _latin1,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.known:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.known[module, name]
+
+
+def read_pickle(data: bytes, name: str) -> dict[str, Any]:
+    """The dictionary in one of CIFAR's pickles, its keys as text, without running anything in it.
+
+    Args:
+      data: content of the file.
+      name: of the file, for messages.
+
+    Raises:
+      UserError: if it is damaged, or holds more than plain data.
+    """
+    try:
+        values = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:
+        raise UserError(f"{name}: not one of CIFAR's pickles ({error}); refused") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: not one of CIFAR's pickles (no dictionary); refused")
+    return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in values.items()}
+
+
+def _pixels(value: Any, name: str) -> np.ndarray:
+    """``[n, 3072]`` uint8 from what a pickle gave for an array."""
+    state = value.state if isinstance(value, _Array) else None
+    if isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], _Array):
+        _, shape, dtype, fortran, data = state
+        is_bytes = dtype.arguments[:1] in ((b"u1",), ("u1",)) and isinstance(data, bytes)
+        if is_bytes and not fortran and len(shape) == 2 and shape[1] == _PIXELS and len(data) == shape[0] * _PIXELS:
+            return np.frombuffer(data, np.uint8).reshape(-1, _PIXELS)
+    raise UserError(f"{name}: its 'data' is no array of bytes [n, {_PIXELS}]")
+
+
+def _batch(data: bytes, name: str, label_key: str, label_bytes: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Pixels ``[n, 3072]``, labels ``[n]`` and file names of one file of CIFAR, binary or pickled."""
+    if name.endswith(".bin"):
+        if not data or len(data) % (label_bytes + _PIXELS):
+            raise UserError(f"{name}: {len(data):,} bytes are no whole number of records; damaged")
+        table = np.frombuffer(data, np.uint8).reshape(-1, label_bytes + _PIXELS)
+        return table[:, label_bytes:], table[:, label_bytes - 1].astype(np.int64), []
+    values = read_pickle(data, name)
+    if "data" not in values or label_key not in values:
+        raise UserError(f"{name}: lacks 'data' or {label_key!r}")
+    pixels = _pixels(values["data"], name)
+    labels = values[label_key]
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(isinstance(k, int) for k in labels):
+        raise UserError(f"{name}: {label_key!r} is no list of {len(pixels)} numbers")
+    files = [f.decode("latin1") if isinstance(f, bytes) else str(f) for f in values.get("filenames", [])]
+    return pixels, np.asarray(labels), files
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Pixels ``[3072]``, red plane first, as PNG: the same picture bit for bit."""
+    picture = pixels.reshape(3, _SIDE, _SIDE).transpose(1, 2, 0)[:, :, ::-1]
+    return cv2.imencode(".png", picture)[1].tobytes()
+
+
+def _cifar(
+    source: Path,
+    title: str,
+    files: Mapping[str, Sequence[str]],
+    meta: Sequence[str],
+    names_key: str,
+    label_key: str,
+    label_bytes: int,
+) -> Plan:
+    """A plan for either CIFAR.
+
+    Args:
+      source: folder or archive.
+      title: of the set.
+      files: base names without ``.bin`` by split.
+      meta: base names of the file with the class names: pickle and text.
+      names_key: of the class names in the pickle.
+      label_key: of the labels in the pickles.
+      label_bytes: before the pixels of a binary record; the last is the label.
+    """
+    pattern = "|".join(re.escape(base) + r"(\.bin)?" for bases in files.values() for base in bases)
+    pattern += "|" + "|".join(map(re.escape, meta))
+    enter_none, enter_cifar = (lambda name: False), by_pattern(r".*cifar.*\.(tar\.gz|tgz|tar|zip)")
+    split_of = {base: split for split, bases in files.items() for base in bases}
+    for enter in (enter_none, enter_cifar):
+        names = [entry.name for entry in archives.walk(source, enter) if by_pattern(pattern)(entry.name)]
+        batches = {
+            n: split_of[n.rsplit("/", 1)[-1].removesuffix(".bin")] for n in names if n.rsplit("/", 1)[-1] not in meta
+        }
+        meta_names = [n for n in names if n not in batches]
+        # CIFAR-100's files are called train and test, which much else is; its meta file tells them apart.
+        if batches and meta_names:
+            break
+    if not batches or not meta_names:
+        raise not_found(source, title, f"its archive or folder with {', '.join(meta)} and {', '.join(split_of)}")
+    folder = min((n.rpartition("/")[0] for n in meta_names), key=lambda n: (n.count("/"), n))
+    batches = {n: s for n, s in batches.items() if n.rpartition("/")[0] == folder}
+    both = [n for n in batches if n + ".bin" in batches]
+    batches = {n: s for n, s in batches.items() if n.removesuffix(".bin") not in both or n in both}
+    found = {n.rsplit("/", 1)[-1].removesuffix(".bin") for n in batches}
+    absent = [base for base in split_of if base not in found]
+    if absent:
+        raise UserError(f"{source}: {', '.join(absent)} missing in {folder or source}")
+    meta_name = next(n for n in meta_names if n.rpartition("/")[0] == folder)
+    contents = {e.name: e.read() for e in archives.walk(source, enter) if e.name == meta_name}
+    if meta_name.endswith(".txt"):
+        class_names = [line.strip() for line in text(contents[meta_name], meta_name).splitlines() if line.strip()]
+    else:
+        listed = read_pickle(contents[meta_name], meta_name).get(names_key)
+        if not isinstance(listed, list):
+            raise UserError(f"{meta_name}: lacks {names_key!r}")
+        class_names = [n.decode("latin1") if isinstance(n, bytes) else str(n) for n in listed]
+
+    def records() -> Iterator[Record]:
+        for entry in archives.walk(source, enter):
+            if entry.name not in batches:
+                continue
+            pixels, labels, file_names = _batch(entry.read(), entry.name, label_key, label_bytes)
+            if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
+                raise UserError(f"{entry.name}: labels {labels.min()} to {labels.max()}; {len(class_names)} classes")
+            for i in range(len(labels)):
+                name = f"{entry.name}/{file_names[i] if i < len(file_names) else i}"
+                yield Record(batches[entry.name], int(labels[i]), name, partial(_png, pixels[i]))
+
+    kind = "binary files" if next(iter(batches)).endswith(".bin") else "python files"
+    return Plan(kind, class_names, ("train", "test"), records)
+
+
+def cifar10(source: Path) -> Plan:
+    """CIFAR-10: ``cifar-10-python.tar.gz`` or ``cifar-10-binary.tar.gz``, or what came out of them."""
+    files = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+    return _cifar(source, "CIFAR-10", files, ("batches.meta", "batches.meta.txt"), "label_names", "labels", 1)
+
+
+def cifar100(source: Path) -> Plan:
+    """CIFAR-100 with its fine labels: ``cifar-100-python.tar.gz`` or ``-binary``, or what came out of them."""
+    files = {"train": ["train"], "test": ["test"]}
+    return _cifar(source, "CIFAR-100", files, ("meta", "fine_label_names.txt"), "fine_label_names", "fine_labels", 2)
+
+
+_WNID = re.compile(r"n\d{8}")
+_VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
+_LISTS = (
+    r"meta\.mat|ILSVRC2012_validation_ground_truth\.txt|imagenet_2012_validation_synset_labels\.txt|"
+    r"LOC_val_solution\.csv|LOC_synset_mapping\.txt"
+)
+
+
+def imagenet(source: Path) -> Plan:
+    """ImageNet-1K: ``ILSVRC2012_img_train.tar`` (a tar of tars), perhaps ``ILSVRC2012_img_val.tar`` with the devkit or
+    a list of the validation labels; or class folders ``train/<wnid>/`` and ``val/<wnid>/``. Training images alone
+    will do. Labels are in the order of the WordNet ids."""
+    enter_train = by_pattern(r"(ILSVRC2012_img_(train|val)|train|val|n\d{8})\.tar")
+    enter_lists = by_pattern(r"ILSVRC2012_devkit.*\.(tar\.gz|tgz|tar)")
+    _, lists = archives.read_small(source, by_pattern(_LISTS), enter_lists)
+
+    def place(name: str) -> tuple[str, str | int] | None:
+        """Split, and WordNet id or number of a validation image."""
+        parts = [part.removesuffix(".tar") for part in name.split("/")]
+        validation = _VALIDATION.fullmatch(parts[-1])
+        folder = next((part for part in reversed(parts[:-1]) if _WNID.fullmatch(part)), None)
+        if validation:
+            return "validation", folder or int(validation[1])
+        if not is_image(name) or folder is None:
+            return None
+        inside = [part.lower() for part in parts[: parts.index(folder)]]
+        if any(part in ("val", "validation", "ilsvrc2012_img_val") for part in inside):
+            return "validation", folder
+        return "train", folder
+
+    # Names of the classes first, without reading the tar of tars: its members are named after them.
+    outer = by_pattern(r"(ILSVRC2012_img_(train|val)|train|val)\.tar")
+    wnids, has_validation = set(), False
+    for entry in archives.walk(source, outer):
+        base = entry.name.rsplit("/", 1)[-1].removesuffix(".tar")
+        found = ("train", base) if _WNID.fullmatch(base) else place(entry.name)
+        if found and found[0] == "train":
+            wnids.add(found[1])
+        has_validation = has_validation or bool(found and found[0] == "validation")
+    if not wnids:
+        raise not_found(
+            source,
+            "ImageNet-1K",
+            "ILSVRC2012_img_train.tar (and ILSVRC2012_img_val.tar with ILSVRC2012_devkit_t12.tar.gz) in one folder, or "
+            "train/<wnid>/ and val/<wnid>/",
+        )
+    order = sorted(wnid for wnid in wnids if isinstance(wnid, str))
+    label_of = {wnid: label for label, wnid in enumerate(order)}
+    truth = _validation_truth(source, lists) if has_validation else None
+
+    def label(key: str | int, name: str) -> int:
+        if isinstance(key, int):
+            if truth is None:
+                raise UserError(
+                    f"{source}: {name}: its class is unknown; put ILSVRC2012_devkit_t12.tar.gz, "
+                    "imagenet_2012_validation_synset_labels.txt or LOC_val_solution.csv beside it"
+                )
+            if key not in truth:
+                raise UserError(f"{source}: {name}: the list of validation labels has no image {key}")
+            key = truth[key]
+        if key not in label_of:
+            raise UserError(f"{source}: {name}: class {key} has no training images")
+        return label_of[key]
+
+    def records() -> Iterator[Record]:
+        for entry in archives.walk(source, enter_train):
+            found = place(entry.name)
+            if found is not None:
+                yield Record(found[0], label(found[1], entry.name), entry.name, entry.read)
+
+    shape = "tars" if source.is_file() or any(p.suffix == ".tar" for p in source.iterdir()) else "class folders"
+    return Plan(shape, order, ("train", "validation") if has_validation else ("train",), records)
+
+
+def _validation_truth(source: Path, lists: Mapping[str, bytes]) -> dict[int, str] | None:
+    """WordNet id of every validation image by its number from 1, from whichever list is there."""
+    readers: dict[str, Callable[[bytes, str], dict[int, str]]] = {
+        "imagenet_2012_validation_synset_labels.txt": lambda data, name: {
+            i: row[0] for i, row in enumerate(rows(data, name, 1), 1)
+        },
+        "LOC_val_solution.csv": _kaggle_truth,
+    }
+    for base, read in readers.items():
+        name = find(lists, base)
+        if name:
+            return read(lists[name], name)
+    name, meta = find(lists, "ILSVRC2012_validation_ground_truth.txt"), find(lists, "meta.mat")
+    if name is None:
+        return None
+    if meta is None:
+        raise UserError(f"{source}: {name} needs the devkit's meta.mat beside it, which tells its numbers' classes")
+    try:
+        synsets = loadmat(io.BytesIO(lists[meta]), squeeze_me=True)["synsets"]
+        wnid_of = {
+            int(number): str(wnid) for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
+        }
+    except Exception as error:
+        raise UserError(f"{meta}: not the devkit's meta.mat ({(str(error) or 'damaged').splitlines()[0]})") from error
+    truth = {}
+    for i, row in enumerate(rows(lists[name], name, 1), 1):
+        number = whole_number(row[0], name)
+        if number not in wnid_of:
+            raise UserError(f"{name}, line {i}: {number} is not a class of {meta}")
+        truth[i] = wnid_of[number]
+    return truth
+
+
+def _kaggle_truth(data: bytes, name: str) -> dict[int, str]:
+    truth = {}
+    for row in csv.DictReader(io.StringIO(text(data, name))):
+        match = re.fullmatch(r"ILSVRC2012_val_(\d{8})", row.get("ImageId") or "")
+        prediction = (row.get("PredictionString") or "").split()
+        if not match or not prediction:
+            raise UserError(f"{name}: expected the columns ImageId and PredictionString")
+        truth[int(match[1])] = prediction[0]
+    return truth

@@ -1,0 +1,81 @@
+"""Sets that tfds stored as TFRecord, its default, which allows no random access: read one after the other, without
+TensorFlow, to be stored again."""
+
+import struct
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from idml_jax.data.stored.archives import MAX_FILE_BYTES
+from idml_jax.data.stored.benchmarks import BENCHMARKS
+from idml_jax.data.stored.layouts import Plan, Record
+from idml_jax.errors import UserError
+
+_LABEL_KEYS = ("label", "class_id")
+
+
+def is_tfds(source: Path) -> bool:
+    """Whether a folder is one version of a tfds set."""
+    return source.is_dir() and (source / "dataset_info.json").exists() and (source / "features.json").exists()
+
+
+def read_tfrecord(path: Path) -> Iterator[bytes]:
+    """The records of a TFRecord file: eight bytes of length, four of its checksum, the record, four of its checksum.
+
+    Raises:
+      UserError: if the file ends in the middle of a record.
+    """
+    with open(path, "rb") as file:
+        while head := file.read(12):
+            length = struct.unpack("<Q", head[:8])[0] if len(head) == 12 else MAX_FILE_BYTES + 1
+            if length > MAX_FILE_BYTES:
+                raise UserError(f"{path}: damaged (a record of impossible length)")
+            record = file.read(length)
+            if len(record) != length or len(file.read(4)) != 4:
+                raise UserError(f"{path}: cut short")
+            yield record
+
+
+def plan(dataset: str, source: Path) -> Plan:
+    """A plan for a stored tfds set: a benchmark's, with the protocol's splits, or any as ``folder``.
+
+    Raises:
+      UserError: if it is another data set, or not stored as TFRecord.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(source)
+    benchmark = BENCHMARKS.get(dataset)
+    if benchmark and builder.info.name not in benchmark.tfds_names:
+        names = ", ".join(benchmark.tfds_names) or "none that tfds has"
+        raise UserError(f"{source}: the tfds set {builder.info.name}; {benchmark.title} is {names}")
+    if builder.info.file_format.value != "tfrecord":
+        raise UserError(
+            f"{source}: a tfds set stored as {builder.info.file_format.value}; if that is array_record it is used as "
+            "it is, with --config.data.data_dir"
+        )
+    label_key = next((key for key in _LABEL_KEYS if key in builder.info.features), None)
+    if label_key is None or "image" not in builder.info.features:
+        raise UserError(f"{source}: has the features {', '.join(builder.info.features)}; expected image and label")
+    file_key = next((key for key in ("file_name", "image/filename") if key in builder.info.features), None)
+    keys = ["image", label_key, *([file_key] if file_key else [])]
+    features = tfds.features.FeaturesDict({key: builder.info.features[key] for key in keys})
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    bound = benchmark.train_classes if benchmark else None
+    known = [s for s in ("train", "test", "validation") if s in builder.info.splits]
+    stored = known if bound or not benchmark else [s for s in benchmark.splits if s in builder.info.splits]
+    splits = ("train", "test") if bound else tuple(stored)
+
+    def records() -> Iterator[Record]:
+        for split in stored:
+            for path in builder.info.splits[split].filepaths:
+                for number, raw in enumerate(read_tfrecord(Path(path))):
+                    example = features.deserialize_example_np(raw, decoders=decoders)
+                    label = int(example[label_key])
+                    name = example[file_key] if file_key else f"{Path(path).name} record {number}"
+                    name = name.decode() if isinstance(name, bytes) else str(name)
+                    to = split if bound is None else ("train" if label < bound else "test")
+                    yield Record(to, label, name, partial(bytes, example["image"]))
+
+    listed = None if bound else {s: builder.info.splits[s].num_examples for s in stored}
+    return Plan(f"tfds' {builder.info.full_name}", builder.info.features[label_key].names, splits, records, listed)

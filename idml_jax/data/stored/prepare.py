@@ -1,0 +1,200 @@
+"""Stores a data set as it was downloaded as a tfds set of array_record files, which training reads at random."""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from idml_jax.data.datasets import default_data_dir
+from idml_jax.data.stored import layouts, layouts_classification, layouts_retrieval, layouts_tfds, shards
+from idml_jax.data.stored.benchmarks import BENCHMARKS, differences
+from idml_jax.data.stored.layouts import Listed, Plan
+from idml_jax.data.stored.prepared import PREFIX
+from idml_jax.errors import UserError
+
+LAYOUTS: dict[str, Callable[[Path], Plan]] = {
+    "cub": layouts_retrieval.cub,
+    "cars": layouts_retrieval.cars,
+    "sop": layouts_retrieval.sop,
+    "inshop": layouts_retrieval.inshop,
+    "cifar10": layouts_classification.cifar10,
+    "cifar100": layouts_classification.cifar100,
+    "imagenet": layouts_classification.imagenet,
+    "folder": layouts.folder,
+}
+
+
+def prepare(
+    dataset: str,
+    source: str | Path,
+    data_dir: str | Path = "",
+    *,
+    name: str = "",
+    allow_incomplete: bool = False,
+    on_corrupt: str = "refuse",
+    shard_megabytes: int = 256,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Stores a data set, or goes on storing it.
+
+    Args:
+      dataset: key of ``LAYOUTS``.
+      source: folder or archive.
+      data_dir: where sets are kept; empty: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
+      name: of the set, for image folders; by default the source's.
+      allow_incomplete: store a set whose counts are not the benchmark's.
+      on_corrupt: ``refuse`` or ``skip`` files that are not whole pictures.
+      shard_megabytes: size of the files of records; what a stopped run loses is at most one per split.
+      say: receives lines about the progress.
+
+    Returns:
+      Folder of the stored set.
+
+    Raises:
+      UserError: for a source without a known layout, damaged or incomplete, or a disk that is too small.
+    """
+    if dataset not in LAYOUTS:
+        raise UserError(f"--dataset={dataset}; known: {', '.join(LAYOUTS)}")
+    if on_corrupt not in ("refuse", "skip"):
+        raise UserError(f"--on_corrupt={on_corrupt}; known: refuse, skip")
+    if shard_megabytes < 1:
+        raise UserError(f"--shard_megabytes={shard_megabytes} must be at least 1")
+    source = Path(source).expanduser().resolve()
+    root = Path(data_dir or default_data_dir()).expanduser().absolute()
+    home = root / (PREFIX + dataset)
+    if dataset == "folder":
+        name = name or re.sub(r"\W+", "_", source.name.split(".")[0]).strip("_")
+        if not re.fullmatch(r"\w+", name):
+            raise UserError(f"--name={name!r}: letters, digits and _ only")
+        home /= name
+    elif name:
+        raise UserError(f"--name={name} is for --dataset=folder only")
+    final = home / shards.VERSION
+    if final.exists():
+        say(f"{final} is prepared already; delete that folder to prepare it anew")
+        return final
+    title = BENCHMARKS[dataset].title if dataset in BENCHMARKS else f"image folder {name}"
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder (--source)")
+    say(f"{title}: looking at {source}")
+    plan = layouts_tfds.plan(dataset, source) if layouts_tfds.is_tfds(source) else LAYOUTS[dataset](source)
+    say(f"found {plan.layout}: {len(plan.class_names):,} classes{_listed(plan)}")
+    _check_room(source, root)
+    try:
+        with shards.locked(home):
+            return _store(dataset, title, source, home, plan, allow_incomplete, on_corrupt, shard_megabytes, say)
+    except OSError as error:
+        raise UserError(f"{home}: cannot be written ({error.strerror or error}); the same command goes on") from error
+
+
+def _store(
+    dataset: str,
+    title: str,
+    source: Path,
+    home: Path,
+    plan: Plan,
+    allow_incomplete: bool,
+    on_corrupt: str,
+    shard_megabytes: int,
+    say: Callable[[str], None],
+) -> Path:
+    if (home / shards.VERSION).exists():  # another process was faster
+        return home / shards.VERSION
+    state = source.stat()
+    identity = {
+        "dataset": dataset,
+        "source": str(source),
+        "on_corrupt": on_corrupt,
+        "file": [state.st_size, int(state.st_mtime)] if source.is_file() else None,
+    }
+    options = (home, PREFIX + dataset, plan, identity, shard_megabytes * 2**20)
+    writer = shards.SetWriter(*options)
+    if writer.started_over:
+        say("the source or the settings are not those of the stopped run; starting over")
+    if writer.resumed:
+        say(f"going on after {writer.resumed:,} images")
+    try:
+        stored = writer.write(on_corrupt, _Report(plan, writer.resumed, say))
+    except shards.SourceChangedError:
+        say("the source has changed since the stopped run; starting over")
+        writer = shards.SetWriter(*options, start_over=True)
+        stored = writer.write(on_corrupt, _Report(plan, 0, say))
+    wrong = _shortcomings(dataset, plan, stored)
+    if wrong and not allow_incomplete:
+        raise UserError(
+            f"{source} is not the complete {title}: {'; '.join(wrong)}. Nothing is published; with what is missing, or "
+            "with --allow_incomplete, the same command goes on"
+        )
+    empty = [s for s in plan.splits if not stored.counts[s].images]
+    if empty:
+        raise UserError(f"{source}: no readable images for {', '.join(empty)}")
+    for phrase in wrong:
+        say(f"incomplete: {phrase}")
+    counts = {split: count._asdict() for split, count in stored.counts.items()}
+    about = {
+        "dataset": dataset,
+        "layout": plan.layout,
+        "complete": not wrong,
+        "counts": counts,
+        "skipped": stored.skipped,
+    }
+    folder = writer.publish(f"{title}, prepared from {plan.layout}", about)
+    say(", ".join(f"{s}: {c.images:,} images of {c.classes:,} classes" for s, c in stored.counts.items()))
+    say(f"{'complete; ' if dataset in BENCHMARKS and not wrong else ''}stored in {folder}")
+    return folder
+
+
+def _listed(plan: Plan) -> str:
+    if plan.listed is None:
+        return ""
+    return ", " + ", ".join(f"{split} {count:,}" for split, count in plan.listed.items()) + " images"
+
+
+def _shortcomings(dataset: str, plan: Plan, stored: shards.Stored) -> list[str]:
+    """What keeps a stored set from being complete, in words."""
+    wrong = differences(dataset, stored.counts)
+    for split, count in (plan.listed or {}).items():
+        if stored.counts[split].images != count and dataset not in BENCHMARKS:
+            wrong.append(f"{split}: {stored.counts[split].images:,} of {count:,} images")
+    if isinstance(plan.records, Listed) and plan.records.missing:
+        missing = plan.records.missing
+        wrong.append(f"{len(missing):,} listed images are not there, the first {missing[0]}")
+    if stored.skipped:
+        wrong.append(f"{len(stored.skipped):,} files are no whole pictures, the first {stored.skipped[0]}")
+    return wrong
+
+
+def _check_room(source: Path, root: Path) -> None:
+    """The set takes about as much room as an archive of its images."""
+    if not source.is_file():
+        return
+    above = root
+    while not above.exists():
+        above = above.parent
+    free, needed = shutil.disk_usage(above).free, source.stat().st_size
+    if free < needed:
+        raise UserError(f"{root}: {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed (--data_dir)")
+
+
+class _Report:
+    """Says how far things are, every few seconds."""
+
+    def __init__(self, plan: Plan, resumed: int, say: Callable[[str], None], seconds: float = 5.0):
+        self._total = sum(plan.listed.values()) if plan.listed else None
+        self._listed: Mapping[str, int] = plan.listed or {}
+        self._resumed, self._say, self._seconds = resumed, say, seconds
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, progress: shards.Progress) -> None:
+        now = time.monotonic()
+        if now - self._last < self._seconds:
+            return
+        self._last = now
+        rate = progress.fresh / (now - self._start)
+        of = lambda split: f" of {self._listed[split]:,}" if split in self._listed else ""
+        line = ", ".join(f"{split} {done:,}{of(split)}" for split, done in progress.done.items())
+        left = ""
+        if self._total is not None:
+            left = f", {max(self._total - self._resumed - progress.fresh, 0) / rate:.0f} s to go"
+        self._say(f"{line} ({rate:,.0f} images/s{left})")

@@ -1,0 +1,128 @@
+"""Losses of deep metric learning as pure functions of a matrix and a relation.
+
+Every loss reads one matrix, of distances or of similarities, between ``n`` anchors (rows) and ``m`` references
+(columns: the batch itself, proxies, a memory, a gallery), and a ``Pairs`` relation that says which entries are of the
+same class, of different classes, or neither. Introspection enters as the matrix: a loss on
+``ism.introspective_distance`` is introspective, the same loss on ``ism.semantic_distance`` is plain. Padding, several
+labels per image, hierarchies and shards are all a matter of ``Pairs``.
+
+Over several devices, under ``jit`` with sharded arrays the batch is global and nothing is to be done. Under ``pmap``
+or ``shard_map`` a device holds some of the rows; it compares them with those of all devices and names the axis::
+
+    everyone = losses.gather(embedding, "data")
+    pairs = losses.pairs_from_labels(labels, axis_name="data")
+    loss = losses.contrastive(ism.introspective_distance(embedding, everyone), pairs, axis_name="data")
+
+which is the loss of the whole batch, the same on every device. ``jax.lax.pmean`` of the gradients of replicated
+parameters is then the gradient of that loss, as it is without an axis.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from idml_jax.losses.pairs import Pairs, concatenate_pairs, gather, pairs_from_labels, pairs_from_relation
+from idml_jax.losses.pairwise import contrastive, fast_ap, margin_distance_weighted, multi_similarity, triplet_semihard
+from idml_jax.losses.proxy import proxy_anchor, proxy_nca
+
+__all__ = [
+    "LOSSES",
+    "LossParameter",
+    "LossSpec",
+    "Pairs",
+    "concatenate_pairs",
+    "contrastive",
+    "fast_ap",
+    "gather",
+    "init_parameters",
+    "margin_distance_weighted",
+    "multi_similarity",
+    "pairs_from_labels",
+    "pairs_from_relation",
+    "parameters_of_rows",
+    "proxy_anchor",
+    "proxy_nca",
+    "triplet_semihard",
+]
+
+
+class LossParameter(NamedTuple):
+    """A number that a loss can learn: once, or once per class.
+
+    Attributes:
+      initial: where it starts, and what it stays when it is not learned.
+    """
+
+    initial: float
+
+
+class LossSpec(NamedTuple):
+    """How a loss is fed.
+
+    Attributes:
+      function: ``(matrix, pairs, **options) -> scalar``.
+      reads: whether the matrix holds distances or similarities.
+      references: what the columns are: learned ``proxies``, one per class, or the ``batch`` itself.
+      needs_key: it draws at random and takes ``key=``.
+      needs_dimension: it depends on the number of dimensions of the embeddings and takes ``dimension=``.
+      needs_count: it averages over its references and takes ``num_proxies=`` where some columns are padding.
+      parameters: the options that can be learned, by name (see ``init_parameters``).
+    """
+
+    function: Callable[..., Array]
+    reads: Literal["distance", "similarity"]
+    references: Literal["proxies", "batch"]
+    needs_key: bool = False
+    needs_dimension: bool = False
+    needs_count: bool = False
+    parameters: Mapping[str, LossParameter] = MappingProxyType({})
+
+
+LOSSES: dict[str, LossSpec] = {
+    "contrastive": LossSpec(contrastive, "distance", "batch"),
+    "triplet_semihard": LossSpec(triplet_semihard, "distance", "batch"),
+    "margin_distance_weighted": LossSpec(
+        margin_distance_weighted,
+        "distance",
+        "batch",
+        needs_key=True,
+        needs_dimension=True,
+        parameters=MappingProxyType({"beta": LossParameter(1.2)}),
+    ),
+    "multi_similarity": LossSpec(multi_similarity, "similarity", "batch"),
+    "fast_ap": LossSpec(fast_ap, "distance", "batch"),
+    "proxy_nca": LossSpec(proxy_nca, "distance", "proxies"),
+    "proxy_anchor": LossSpec(proxy_anchor, "similarity", "proxies", needs_count=True),
+}
+
+
+def init_parameters(spec: LossSpec, num_classes: int | None = None) -> dict[str, Float[Array, "..."]]:
+    """The learned numbers of a loss at their initial values, to be kept and trained beside the proxies.
+
+    Args:
+      spec: the loss.
+      num_classes: how many classes have a number of their own; ``None`` for one that all share.
+
+    Returns:
+      Arrays of shape ``[]`` or ``[num_classes]`` by name; empty for a loss that has nothing to learn.
+    """
+    shape = () if num_classes is None else (num_classes,)
+    return {name: jnp.full(shape, parameter.initial, jnp.float32) for name, parameter in spec.parameters.items()}
+
+
+def parameters_of_rows(
+    parameters: Mapping[str, Float[Array, "..."]], labels: Int[Array, "n"]
+) -> dict[str, Float[Array, "..."]]:
+    """Learned numbers as options of the loss: those per class become those of each row's class.
+
+    Args:
+      parameters: arrays ``[]`` or ``[num_classes]``, from ``init_parameters``.
+      labels: ``[n]`` class of each row, below ``num_classes``.
+
+    Returns:
+      Arrays ``[]`` or ``[n]``: ``spec.function(matrix, pairs, **parameters_of_rows(parameters, labels))``.
+    """
+    return {name: value[labels] if value.ndim else value for name, value in parameters.items()}

@@ -1,0 +1,84 @@
+"""Second teachers for the uncertainty: hard images shall have the longer ``u``, and no ``u`` shall vanish.
+
+The introspective metric alone teaches ``u`` which pairs to learn from more slowly; nothing in it says that ``u`` has to
+order images by how likely they are to be confused. ``ranking_loss`` does: it compares images of a batch two by two.
+Nor does anything keep the length of ``u`` above 0: ``length_prior`` does.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from idml_jax.losses.pairs import Pairs
+from idml_jax.losses.reductions import ratio
+
+__all__ = ["confusion", "length_prior", "ranking_loss"]
+
+# Slope of the comparison in the logarithm of the length: twice the length is a sure order.
+SHARPNESS = 5.0
+
+
+def confusion(similarity: Float[Array, "n m"], pairs: Pairs) -> Float[Array, "n"]:
+    """How near each image is to being answered wrongly: its most similar negative less its most similar positive.
+
+    Args:
+      similarity: ``[n, m]`` plain similarities of images and references (proxies, or the batch); not differentiated.
+      pairs: relation of the two.
+
+    Returns:
+      ``[n]``, above 0 where the nearest reference is of another class; NaN for an image without a positive or without
+      a negative, of which nothing can be said.
+    """
+    similarity = jax.lax.stop_gradient(similarity)
+
+    def most(where: Array) -> Array:
+        return jnp.max(jnp.where(where, similarity, -jnp.inf), axis=1, initial=-jnp.inf)
+
+    positive, negative = most(pairs.positive), most(pairs.negative)
+    known = jnp.isfinite(positive) & jnp.isfinite(negative)
+    return jnp.where(known, jnp.where(known, negative, 0.0) - jnp.where(known, positive, 0.0), jnp.nan)
+
+
+def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]) -> Float[Array, ""]:
+    """Logistic loss over pairs of images: the one that is confused more shall have the longer uncertainty embedding.
+
+        mean over i, j with c_i > c_j of  (c_i - c_j) log(1 + (|u_j| / |u_i|)^5),  weights normalised to a mean of 1
+
+    The ranking form of loss prediction (Yoo and Kweon, "Learning Loss for Active Learning", CVPR 2019) on the length
+    that the metric itself reads. Only the order counts, so it leaves the scale of ``u`` to the metric.
+
+    Args:
+      uncertainty: ``[n, k]``.
+      confusions: ``[n]``, see ``confusion``; not differentiated; images with NaN are left out.
+
+    Returns:
+      The loss, a scalar; log 2 where ``u`` knows nothing, 0 without two images to compare.
+    """
+    known = jnp.isfinite(confusions)
+    confusions = jax.lax.stop_gradient(jnp.where(known, confusions, 0.0))
+    length = _log_length(uncertainty)
+    harder = jnp.maximum(confusions[:, None] - confusions[None, :], 0.0)
+    harder = jnp.where(known[:, None] & known[None, :], harder, 0.0)
+    losses = jax.nn.softplus(-SHARPNESS * (length[:, None] - length[None, :]))
+    return ratio(jnp.sum(harder * losses), jnp.sum(harder))
+
+
+def length_prior(uncertainty: Float[Array, "n k"]) -> Float[Array, ""]:
+    """How far the lengths of the uncertainty embeddings are from 1, by ratio: the mean of ``log(|u|)^2``.
+
+    Under some losses on pairs (multi-similarity, margin, FastAP) ``u`` was seen to shrink to nothing, which makes the
+    metric the plain one. With a small weight this keeps a length for the metric to order.
+
+    Args:
+      uncertainty: ``[n, k]``; a length below 1e-6 counts as 1e-6.
+
+    Returns:
+      The mean, a scalar.
+    """
+    return jnp.mean(jnp.square(_log_length(uncertainty)))
+
+
+def _log_length(uncertainty: Float[Array, "n k"]) -> Float[Array, "n"]:
+    squares = jnp.sum(jnp.square(uncertainty.astype(jnp.promote_types(uncertainty.dtype, jnp.float32))), axis=1)
+    # The gradient of a logarithm at 0 is infinite.
+    return 0.5 * jnp.log(jnp.maximum(squares, 1e-12))

@@ -1,0 +1,179 @@
+"""Cross-batch memory, Wang et al., CVPR 2020: the embeddings of past batches as further references.
+
+A memory is a plain pytree of fixed shape, so it lives in a train state, compiles once, and is saved and restored with
+it. The functions return a new memory. One step with it::
+
+    references = memory.with_batch(state.memory, embedding)
+    pairs = memory.pairs_with_batch(state.memory, labels, active=step >= warmup_steps)
+    loss = losses.contrastive(ism.introspective_distance(embedding, references), pairs)
+    new_memory = memory.enqueue(state.memory, embedding, labels)
+
+The batch is enqueued after its loss, so that no image meets itself. Under ``pmap`` or ``shard_map`` every device keeps
+the whole memory: enqueue what ``losses.gather`` returns, and see ``pairs_with_batch`` for the relation.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from idml_jax.ism import Embedding
+from idml_jax.losses.pairs import AxisName, Pairs, concatenate_pairs, gather, pairs_from_labels
+
+__all__ = ["Memory", "create", "enqueue", "pairs", "pairs_with_batch", "with_batch"]
+
+
+class Memory(NamedTuple):
+    """A ring buffer of ``size`` embeddings.
+
+    Attributes:
+      embedding: ``[size, d]`` and ``[size, k]`` (``None`` where the uncertainty is not kept).
+      labels: ``[size]`` int32.
+      valid: ``[size]`` bool, false where nothing was stored yet.
+      position: scalar int32, where the next embedding goes.
+    """
+
+    embedding: Embedding
+    labels: Int[Array, "size"]
+    valid: Bool[Array, "size"]
+    position: Int[Array, ""]
+
+
+def create(
+    size: int, dimension: int, uncertainty_dimension: int | None = None, dtype: jnp.dtype = jnp.float32
+) -> Memory:
+    """An empty memory.
+
+    Args:
+      size: how many embeddings it holds.
+      dimension: of the semantic embedding.
+      uncertainty_dimension: of the uncertainty embedding; ``None`` keeps none, for plain metrics.
+      dtype: of the stored embeddings.
+
+    Returns:
+      The memory.
+
+    Raises:
+      ValueError: if it could hold nothing.
+    """
+    if size < 1:
+        raise ValueError(f"a memory holds at least 1 embedding; got {size}")
+    uncertainty = None if uncertainty_dimension is None else jnp.zeros((size, uncertainty_dimension), dtype)
+    return Memory(
+        Embedding(jnp.zeros((size, dimension), dtype), uncertainty),
+        jnp.zeros((size,), jnp.int32),
+        jnp.zeros((size,), bool),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def enqueue(
+    memory: Memory, embedding: Embedding, labels: Int[Array, "n"], mask: Bool[Array, "n"] | None = None
+) -> Memory:
+    """The memory with a batch in the place of the oldest embeddings. Nothing is differentiated through it.
+
+    Args:
+      memory: as it was.
+      embedding: ``n`` embeddings; an uncertainty that the memory does not keep is left out.
+      labels: ``[n]``.
+      mask: ``[n]``, false for padding, which is not stored and takes no place.
+
+    Returns:
+      The new memory.
+
+    Raises:
+      ValueError: if the batch is larger than the memory, lacks an uncertainty that it keeps, or does not fit it.
+    """
+    size, n = memory.labels.shape[0], embedding.semantic.shape[0]
+    if n > size:
+        raise ValueError(f"a batch of {n} does not fit into a memory of {size}")
+    if memory.embedding.uncertainty is None:
+        embedding = Embedding(embedding.semantic, None)
+    elif embedding.uncertainty is None:
+        raise ValueError("the memory keeps an uncertainty and the batch has none")
+    for kept, new in zip(jax.tree.leaves(memory.embedding), jax.tree.leaves(embedding), strict=True):
+        if new.shape != (n, kept.shape[1]):
+            raise ValueError(f"the memory keeps rows of length {kept.shape[1]}; got the shape {new.shape}")
+    mask = jnp.ones((n,), bool) if mask is None else jnp.asarray(mask, bool)
+    if labels.shape != (n,) or mask.shape != (n,):
+        raise ValueError(f"labels and mask need the shape {(n,)}; got {labels.shape} and {mask.shape}")
+    order = jnp.cumsum(mask, dtype=jnp.int32)
+    # Padding goes to the index `size`, which is dropped.
+    places = jnp.where(mask, (memory.position + order - 1) % size, size)
+
+    def store(kept: Array, new: Array) -> Array:
+        return kept.at[places].set(jax.lax.stop_gradient(new).astype(kept.dtype), mode="drop")
+
+    return Memory(
+        jax.tree.map(store, memory.embedding, embedding),
+        store(memory.labels, labels),
+        store(memory.valid, mask),
+        (memory.position + jnp.sum(mask, dtype=jnp.int32)) % size,
+    )
+
+
+def pairs(
+    memory: Memory,
+    labels: Int[Array, "n"],
+    mask: Bool[Array, "n"] | None = None,
+    *,
+    active: Bool[Array, ""] | bool = True,
+) -> Pairs:
+    """The relation of a batch (rows) and what the memory holds (columns).
+
+    Args:
+      memory: the memory.
+      labels: ``[n]`` of the rows.
+      mask: ``[n]``, false for rows that are padding.
+      active: false while warming up, when embeddings still change too fast to be remembered: every entry is then
+        ignored.
+
+    Returns:
+      ``Pairs`` of shape ``[n, size]``.
+    """
+    return pairs_from_labels(labels, memory.labels, mask, reference_mask=memory.valid & active)
+
+
+def with_batch(memory: Memory, embedding: Embedding, axis_name: AxisName | None = None) -> Embedding:
+    """The batch and the memory as one set of references, ``[n + size]`` rows.
+
+    Args:
+      memory: the memory.
+      embedding: ``n`` embeddings.
+      axis_name: under ``pmap`` or ``shard_map``, the mapped axis; the batch is then that of all devices.
+
+    Returns:
+      The references. The uncertainty is ``None`` if the memory keeps none, or the batch has none.
+    """
+    batch = gather(embedding, axis_name)
+    kept = memory.embedding
+    semantic = jnp.concatenate([batch.semantic, kept.semantic.astype(batch.semantic.dtype)])
+    if kept.uncertainty is None or batch.uncertainty is None:
+        return Embedding(semantic, None)
+    return Embedding(semantic, jnp.concatenate([batch.uncertainty, kept.uncertainty.astype(batch.uncertainty.dtype)]))
+
+
+def pairs_with_batch(
+    memory: Memory,
+    labels: Int[Array, "n"],
+    mask: Bool[Array, "n"] | None = None,
+    *,
+    active: Bool[Array, ""] | bool = True,
+    axis_name: AxisName | None = None,
+) -> Pairs:
+    """The relation of a batch to itself and to the memory: the columns of ``with_batch``.
+
+    Args:
+      memory: the memory.
+      labels: ``[n]``.
+      mask: ``[n]``, false for padding.
+      active: false while warming up: only the batch is then compared.
+      axis_name: as for ``with_batch``.
+
+    Returns:
+      ``Pairs`` of shape ``[n, n + size]``.
+    """
+    return concatenate_pairs(
+        pairs_from_labels(labels, mask=mask, axis_name=axis_name), pairs(memory, labels, mask, active=active)
+    )

@@ -1,0 +1,111 @@
+"""Losses between images and learned proxies of the classes; import them from ``idml_jax.losses``."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from idml_jax.losses.pairs import AxisName, Pairs
+from idml_jax.losses.reductions import Reduction, log_one_plus_sum_exp, prepare, ratio, total
+
+__all__ = ["proxy_anchor", "proxy_nca"]
+
+
+def proxy_anchor(
+    similarity: Float[Array, "n m"],
+    pairs: Pairs,
+    *,
+    margin: float = 0.1,
+    alpha: float = 32.0,
+    weights: Float[Array, "n"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+    num_proxies: int | None = None,
+) -> Float[Array, ""] | Float[Array, "m"]:
+    """ProxyAnchor loss, Kim et al., CVPR 2020, eq. 4.
+
+        mean over proxies with a positive of  log(1 + sum_pos exp(-alpha (S - margin)))
+      + mean over all proxies of              log(1 + sum_neg exp( alpha (S + margin)))
+
+    Each column is a proxy that acts as an anchor for the whole batch. Written as log-sum-exp, so it is safe in
+    float32 at any ``alpha``. Works for any number of proxies (the published code's label binarisation breaks for two).
+
+    Args:
+      similarity: ``[n, m]`` similarity of ``n`` images and ``m`` proxies, plain (cosine) or introspective.
+      pairs: relation of images and proxies; a proxy without any entry counts in the second mean with the value 0.
+      margin: the paper's delta.
+      alpha: the paper's scale.
+      weights: ``[n]`` at least 0, of the images, within the two sums: with weight 2 an image counts as if it were
+        there twice, with 0 as if it were not.
+      reduction: ``'none'`` returns for each proxy the sum of its two logarithms.
+      axis_name: under ``pmap`` or ``shard_map``, the mapped axis that the images are split over; the proxies are the
+        same on every device.
+      num_proxies: how many of the columns are proxies, where the others are padding, which the relation leaves out;
+        all by default.
+
+    Returns:
+      The loss, a scalar, 0 for an empty relation; or ``[m]`` unreduced.
+
+    Raises:
+      ValueError: if the shapes do not fit or the reduction is unknown.
+    """
+    similarity, weights = prepare(similarity, pairs, weights, reduction)
+    chosen = weights[:, None] > 0
+    is_positive, is_negative = pairs.positive & chosen, pairs.negative & chosen
+    positive = log_one_plus_sum_exp(-alpha * (similarity - margin), is_positive, 0, weights, axis_name)
+    negative = log_one_plus_sum_exp(alpha * (similarity + margin), is_negative, 0, weights, axis_name)
+    if reduction == "none":
+        return positive + negative
+    with_positive = jnp.sum(total(is_positive.astype(similarity.dtype), axis_name, axis=0) > 0)
+    num_proxies = similarity.shape[1] if num_proxies is None else num_proxies
+    return jnp.sum(positive) / jnp.maximum(with_positive, 1) + jnp.sum(negative) / max(num_proxies, 1)
+
+
+def proxy_nca(
+    distance: Float[Array, "n m"],
+    pairs: Pairs,
+    *,
+    scale: float = 32.0,
+    weights: Float[Array, "n"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+) -> Float[Array, ""] | Float[Array, "n"]:
+    """ProxyNCA loss, Movshovitz-Attias et al., ICCV 2017, eq. 4, with a temperature (Teh et al., ECCV 2020).
+
+        mean over images with a positive of  -log( sum_pos exp(-scale d^2) / sum_(pos and neg) exp(-scale d^2) )
+
+    The denominator contains the image's own proxy, as in the later paper and in pytorch-metric-learning, so that the
+    value is at least 0; the first paper leaves it out. Computed in the log domain: an image far from its proxy keeps
+    its full loss and gradient. (Where the softmax is taken first, as in pytorch-metric-learning, it underflows in
+    float32 and those images, the hardest ones, silently drop out of the batch.)
+
+    With the batch or a memory as the references this is the loss of neighbourhood component analysis.
+
+    Args:
+      distance: ``[n, m]`` distances of images and proxies, not squared; plain or introspective.
+      pairs: relation of images and proxies; images without a positive are left out.
+      scale: factor of the squared distances, 1 in the original.
+      weights: ``[n]`` at least 0, of the images, in the mean.
+      reduction: ``'none'`` returns for each image its term times its weight, 0 without a positive.
+      axis_name: under ``pmap`` or ``shard_map``, the mapped axis that the rows are split over.
+
+    Returns:
+      The loss, a scalar, 0 for an empty relation; or ``[n]`` unreduced.
+
+    Raises:
+      ValueError: if the shapes do not fit or the reduction is unknown.
+    """
+    distance, weights = prepare(distance, pairs, weights, reduction)
+    logits = -scale * distance * distance
+    counted = jnp.any(pairs.positive, axis=1)
+
+    def log_sum_exp(where: Array) -> Array:
+        # Where nothing is chosen the sum is replaced before the logarithm, which keeps the gradient finite.
+        largest = jnp.max(jnp.where(where, logits, -jnp.inf), axis=1, initial=-jnp.inf)
+        largest = jax.lax.stop_gradient(jnp.where(counted, largest, 0.0))
+        terms = jnp.where(where, jnp.exp(jnp.where(where, logits - largest[:, None], 0.0)), 0.0)
+        return largest + jnp.log(jnp.where(counted, jnp.sum(terms, axis=1), 1.0))
+
+    values = weights * (log_sum_exp(pairs.positive | pairs.negative) - log_sum_exp(pairs.positive))
+    if reduction == "none":
+        return values
+    return ratio(total(values, axis_name), total(jnp.where(counted, weights, 0.0), axis_name))

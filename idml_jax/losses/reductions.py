@@ -1,0 +1,76 @@
+"""What the losses share: checked inputs and weighted means, over one device or all of them."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from idml_jax.losses.pairs import AxisName, Pairs
+
+__all__ = ["Reduction", "log_one_plus_sum_exp", "prepare", "ratio", "total"]
+
+Reduction = Literal["mean", "none"]
+
+
+def prepare(
+    matrix: Float[Array, "n m"], pairs: Pairs, weights: Float[Array, "n"] | None, reduction: Reduction
+) -> tuple[Float[Array, "n m"], Float[Array, "n"]]:
+    """The matrix in at least float32, with 0 wherever the relation ignores it, and the rows' weights.
+
+    Ignored entries may hold anything, NaN included: they reach neither the value nor the gradient.
+
+    Raises:
+      ValueError: if the shapes do not fit or the reduction is unknown.
+    """
+    matrix = jnp.asarray(matrix)
+    matrix = matrix.astype(jnp.result_type(jnp.float32, matrix))
+    if matrix.ndim != 2 or pairs.positive.shape != matrix.shape or pairs.negative.shape != matrix.shape:
+        raise ValueError(
+            "a loss needs a matrix and pairs of the same shape [n, m]; got "
+            f"{matrix.shape}, {pairs.positive.shape} and {pairs.negative.shape}"
+        )
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
+    matrix = jnp.where(pairs.positive | pairs.negative, matrix, 0.0)
+    if weights is None:
+        return matrix, jnp.ones(matrix.shape[:1], matrix.dtype)
+    weights = jnp.asarray(weights).astype(matrix.dtype)
+    if weights.shape != matrix.shape[:1]:
+        raise ValueError(f"weights need the rows' shape {matrix.shape[:1]}; got {weights.shape}")
+    return matrix, weights
+
+
+def total(x: Array, axis_name: AxisName | None = None, axis: int | None = None) -> Array:
+    """Sum over an axis (``None``: everything), and over the devices of a mapped axis."""
+    summed = jnp.sum(x, axis=axis)
+    return summed if axis_name is None else jax.lax.psum(summed, axis_name)
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """``numerator / denominator``, and 0 with a gradient of 0 where the denominator is 0."""
+    some = denominator > 0
+    return jnp.where(some, numerator, 0.0) / jnp.where(some, denominator, 1.0)
+
+
+def log_one_plus_sum_exp(
+    logits: Float[Array, "n m"],
+    where: Bool[Array, "n m"],
+    axis: int,
+    weights: Float[Array, "n"] | None = None,
+    axis_name: AxisName | None = None,
+) -> Array:
+    """``log(1 + sum w exp(logits))`` over the chosen entries; 0 with gradient 0 where none is chosen.
+
+    ``weights`` belong to the rows; ``axis_name`` also sums over the devices.
+    """
+    masked = jnp.where(where, logits, -jnp.inf)
+    # The 1 is exp(0), so the largest exponent is at least 0 and nothing overflows at any scale.
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(masked, axis=axis, initial=-jnp.inf), 0.0))
+    if axis_name is not None:
+        largest = jax.lax.pmax(largest, axis_name)
+    shifted = jnp.where(where, logits - jnp.expand_dims(largest, axis), 0.0)
+    terms = jnp.where(where, jnp.exp(shifted), 0.0)
+    if weights is not None:
+        terms *= weights[:, None]
+    return largest + jnp.log(jnp.exp(-largest) + total(terms, axis_name, axis))

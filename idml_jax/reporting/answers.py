@@ -1,0 +1,129 @@
+"""Answers of a search as a table, records, a page or a sheet of pictures."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from idml_jax.inference import embed
+from idml_jax.inference import model as trained
+from idml_jax.inference.search import Answers
+from idml_jax.inference.store import Index
+from idml_jax.reporting import html as pages
+from idml_jax.reporting import plots
+from idml_jax.reporting.thumbnails import thumbnail
+from idml_jax.runtime.files import without_nan
+
+SHEET_ROWS = 40
+
+
+def records(
+    queries: Index, index: Index, answers: Answers, own: Int[np.ndarray, "n"] | None = None
+) -> list[dict[str, Any]]:
+    """A JSON-able dictionary per query; neighbours are left out where there is no answer.
+
+    The class of a query is its own or, where that is unknown, that of its row ``own`` of the index.
+    """
+
+    def known_class(i: int) -> str | None:
+        if own is not None and own[i] >= 0 and queries.class_names is None:
+            return index.class_of(int(own[i]))
+        return queries.class_of(i)
+
+    optional = lambda column, i: None if column is None else float(column[i])
+    rows = []
+    for i, file in enumerate(queries.files):
+        near = [
+            {
+                "file": str(index.files[row]),
+                "class": index.class_of(row),
+                "distance": float(answers.distance[i, j]),
+                "introspective_distance": optional(answers.introspective, (i, j)),
+            }
+            for j, row in enumerate(answers.index[i].tolist())
+        ]
+        rows.append(
+            {
+                "query": str(file),
+                "class": known_class(i),
+                "sure": optional(answers.sure, i),
+                "uncertainty": optional(answers.uncertainty, i),
+                "margin": optional(answers.margin, i),
+                "answered": bool(answers.answered[i]),
+                "neighbours": near if answers.answered[i] else [],
+            }
+        )
+    return without_nan(rows)
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """For a terminal."""
+    lines = []
+    for row in rows:
+        lines.append(f"{row['query']}   {'   '.join(_facts(row))}")
+        for place, near in enumerate(row["neighbours"], 1):
+            inner = near["introspective_distance"]
+            shown = "" if inner is None else f"  D {inner:.3f}"
+            lines.append(f"  {place:3d}  distance {near['distance']:.3f}{shown}  {near['class'] or ''}  {near['file']}")
+    return "\n".join(lines)
+
+
+def _facts(row: dict[str, Any]) -> list[str]:
+    facts = [] if row["answered"] else ["no answer"]
+    for name, form in (("sure", "sure {:.0%}"), ("uncertainty", "|u| {:.2f}"), ("margin", "margin {:.3f}")):
+        if row[name] is not None:
+            facts.append(form.format(row[name]))
+    return facts
+
+
+def picture_reader(index: Index, workdir: str) -> Callable[[str], np.ndarray | None]:
+    """From the name of a row to its small picture; a run's own pictures are read from its data."""
+    origin = str(index.about.get("images", ""))
+    if not origin.startswith("split:"):
+        return lambda file: thumbnail(Path(file).read_bytes()) if os.path.isfile(file) else None
+    source = embed.split_source(trained.load(workdir), origin.removeprefix("split:"))
+    known = {source.name(record): record for record in range(len(source))}
+    return lambda file: thumbnail(source.read(known[file])) if file in known else None
+
+
+def as_html(rows: list[dict[str, Any]], read_query: Callable, read: Callable, note: str) -> str:
+    """A page of pictures."""
+    encode = lambda pixels: None if pixels is None else plots.encode(pixels)
+    body = [f"<h1>{len(rows):,} queries</h1><p class='muted'>{pages.text(note)}</p>"]
+    for row in rows:
+        head = pages.badge("answered" if row["answered"] else "no answer", row["answered"])
+        caption = [head, *(f for f in _facts(row) if f != "no answer"), row["class"] or Path(row["query"]).name]
+        cells = [pages.tile(encode(read_query(row["query"])), caption, "query", row["query"])]
+        for near in row["neighbours"]:
+            cells.append(pages.tile(encode(read(near["file"])), _near(near), _kind(row, near), near["file"]))
+        body.append(pages.row(cells))
+    return pages.page("Search", "\n".join(body))
+
+
+def _near(near: dict[str, Any]) -> list[str]:
+    inner = near["introspective_distance"]
+    lines = [f"distance {near['distance']:.3f}"] + ([] if inner is None else [f"D {inner:.3f}"])
+    return [*lines, near["class"] or Path(near["file"]).name]
+
+
+def _kind(row: dict[str, Any], near: dict[str, Any]) -> str:
+    if row["class"] is None or near["class"] is None:
+        return ""
+    return "right" if row["class"] == near["class"] else "wrong"
+
+
+def as_png(rows: list[dict[str, Any]], read_query: Callable, read: Callable) -> bytes:
+    """A sheet of pictures, of the first ``SHEET_ROWS`` queries."""
+    colours = {"": "#ccd2d8", "right": "#2f8f5b", "wrong": "#c8423b"}
+    short = lambda lines: "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in lines)
+    cells = []
+    for row in rows[:SHEET_ROWS]:
+        caption = short([*_facts(row), row["class"] or Path(row["query"]).name])
+        cells.append(
+            [(read_query(row["query"]), caption, "#33658a")]
+            + [(read(near["file"]), short(_near(near)), colours[_kind(row, near)]) for near in row["neighbours"]]
+        )
+    return plots.sheet(cells)

@@ -1,0 +1,156 @@
+"""The page of a run: what it has learnt, in one self-contained HTML file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from idml_jax.data.sources import Source
+from idml_jax.errors import UserError
+from idml_jax.inference import embed
+from idml_jax.inference import model as trained
+from idml_jax.metrics import calibration, confidence, retrieval
+from idml_jax.metrics.summary import Embedded, retrieval_report, scores_of
+from idml_jax.reporting import html as pages
+from idml_jax.reporting import plots
+from idml_jax.reporting import sections as parts
+from idml_jax.reporting.sections import Pictures, Seen
+from idml_jax.training import build as run
+from idml_jax.training import train
+from idml_jax.training import workdir as workdir_lib
+
+NEIGHBOURS = 9
+COMPARED = (
+    "top1", "top5", "nll", "ece", "AUROC_error(u)", "AUROC_error(max_softmax)", "AUROC_error(entropy)",
+    "R@1", "R@2", "R@4", "R@8", "RP", "MAP@R", "NMI", "AMI", "F1", "R-AUROC(uncertainty)", "R-AUROC(margin_10)",
+    "R-AUROC(nearest_distance)", "R-AUROC(confidence)", "spearman(u,ambiguity)", "corrupted/R@1",
+    "corrupted/R-AUROC(uncertainty)", "corrupted/R-AUROC(margin_10)",
+)  # fmt: skip
+
+
+def look(workdir: str | Path, threads: int = 4) -> Seen:
+    """Embeds the test pictures of a run and searches them.
+
+    Raises:
+      UserError: if there is no run or checkpoint, or its data is gone or damaged.
+    """
+    model = trained.load(workdir)
+    built = run.build(model.config)
+    queries, separate = built.eval_source, built.eval_gallery
+
+    def embedded_of(source: Source) -> Embedded:
+        embedded, kept = embed.embed_all(model, source, threads=threads)
+        if len(kept) < len(source):
+            raise UserError(f"{len(source) - len(kept)} of the run's {len(source)} pictures cannot be read")
+        return embedded
+
+    embedded = embedded_of(queries)
+    searched = embedded if separate is None else embedded_of(separate)
+    own = np.arange(len(queries)) if separate is None else None
+    k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
+    found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
+    scores = scores_of(embedded, searched, model.settings, own)
+    held_out = train.held_out_queries(built, model.variables)
+    if held_out is not None:
+        fitted = calibration.calibrate(held_out, model.settings, scores).model
+        scores["confidence"] = 1.0 - confidence.confidence(fitted, scores)
+    correct = searched.labels[found.index[:, 0]] == embedded.labels
+    figures = retrieval_report(embedded, model.config.eval.ks, None if separate is None else searched)
+    history, result = read_record(model.workdir)
+    return Seen(
+        model,
+        queries,
+        queries if separate is None else separate,
+        embedded,
+        searched,
+        found.index,
+        found.distance,
+        correct,
+        scores,
+        history,
+        result,
+        figures,
+    )
+
+
+def read_record(workdir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of ``metrics.jsonl`` and ``result.json`` of a run; empty where they are missing or cut short."""
+    rows, result = [], {}
+    path = workdir / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a line cut short by a kill
+            continue
+    if (workdir / "result.json").exists():
+        result = json.loads((workdir / "result.json").read_text())
+    return rows, result
+
+
+def comparison(seen: Seen, other: Path) -> str:
+    """Another run's figures beside this one's."""
+    config = workdir_lib.read(other)
+    rows, result = read_record(other)
+    if not result:
+        raise UserError(f"{other}: holds no result.json: the run is not finished")
+    name = lambda path, introspective: f"{'introspective' if introspective else 'plain'} ({path.name})"
+    names = name(seen.model.workdir, seen.model.introspective), name(other, config.ism.enabled)
+    if names[0] == names[1]:
+        names = names[0], str(other)
+    first, shown = ("top1", "top-1") if seen.classifies else ("R@1", "R@1")
+    curves = {
+        n: c
+        for n, r in zip(names, (seen.history, rows), strict=True)
+        for c in [parts.curves(r, {f"eval/{first}": n}, 100).get(n)]
+        if c
+    }
+    ours, theirs = seen.result.get("best", seen.figures), result["best"]
+    table = [
+        (n, *(float(side[n]) if side.get(n) is not None else "-" for side in (ours, theirs)))
+        for n in COMPARED
+        if n in ours or n in theirs
+    ]
+    body = f"<h2>Beside {pages.text(other)}</h2>" + pages.table(("figure", *names), table)
+    if curves:
+        body += pages.plot(plots.lines([(f"{shown} on test pictures, %", "", curves)], "step"), f"{shown} of both runs")
+    return body
+
+
+def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: int = 4) -> Path:
+    """Writes the page of a run.
+
+    Args:
+      workdir: folder of the run.
+      out: file; by default ``report.html`` in that folder.
+      compare: folder of another run.
+      threads: that read and decode.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: see ``look``.
+    """
+    out = Path(out).expanduser() if out else Path(workdir).expanduser() / "report.html"
+    seen = look(workdir, threads)
+    beside = comparison(seen, Path(compare).expanduser().absolute()) if compare else ""
+    picture = Pictures(seen.queries)
+    found = picture if seen.gallery is seen.queries else Pictures(seen.gallery)
+    body = [
+        parts.head(seen),
+        beside,
+        parts.training(seen),
+        parts.classified(seen),
+        parts.knowing(seen),
+        parts.ambiguity(seen),
+        parts.answers(seen, picture, found),
+        parts.extremes(seen, picture),
+        parts.plane(seen),
+        parts.confusion(seen, picture, found),
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(pages.page(f"idml_jax: {seen.model.workdir.name}", "\n".join(body)), encoding="utf-8")
+    temporary.replace(out)
+    return out.absolute()

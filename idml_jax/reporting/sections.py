@@ -1,0 +1,342 @@
+"""The sections of a run's page, each a function of what was seen to HTML."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from idml_jax.data.glyphs.draw import KINDS
+from idml_jax.data.sources import Source
+from idml_jax.inference.model import Trained
+from idml_jax.metrics import uncertainty
+from idml_jax.metrics.summary import Embedded
+from idml_jax.reporting import html as pages
+from idml_jax.reporting import plots
+from idml_jax.reporting.thumbnails import thumbnail
+
+ON_MAP = 1500
+SCORE_NAMES = {
+    "uncertainty": "|u|, learned", "confidence": "all scores joined, fitted on held-out classes",
+    "pair_uncertainty": "|u + u'| of query and answer", "introspective_distance": "introspective distance",
+    "nearest_distance": "distance to the nearest", "margin_2": "margin 1st to 2nd", "margin_10": "margin 1st to 10th",
+    "margin_20": "margin 1st to 20th", "ratio_20": "distance to the 1st over that to the 20th",
+    "norm": "norm before normalising",
+}  # fmt: skip
+DRAWN = ("confidence", "uncertainty", "ratio_20", "margin_20", "nearest_distance", "norm")
+
+
+class Seen(NamedTuple):
+    """What the page is drawn from.
+
+    Attributes:
+      model: trained embedding.
+      queries: pictures that search.
+      gallery: pictures that are searched, the same where there is no gallery.
+      embedded: of the queries, ``n`` of them.
+      searched: of the gallery.
+      index: ``[n, k]`` nearest rows of the gallery.
+      distance: ``[n, k]`` of them.
+      correct: ``[n]`` whether the nearest is of the query's class.
+      scores: ``[n]`` by name, larger = less sure.
+      history: rows of ``metrics.jsonl``.
+      result: ``result.json``, empty where the run is not finished.
+      figures: retrieval figures of this checkpoint.
+    """
+
+    model: Trained
+    queries: Source
+    gallery: Source
+    embedded: Embedded
+    searched: Embedded
+    index: Int[np.ndarray, "n k"]  # type: ignore[assignment]  # in place of tuple.index
+    distance: Float[np.ndarray, "n k"]
+    correct: Bool[np.ndarray, "n"]
+    scores: dict[str, Float[np.ndarray, "n"]]
+    history: list[dict[str, Any]]
+    result: dict[str, Any]
+    figures: dict[str, float]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the run is a classifier, whose pictures search each other by its feature."""
+        return self.model.config.task == "classification"
+
+    @property
+    def doubt(self) -> tuple[str, Float[np.ndarray, "n"]]:
+        """Name and value of the score that pictures are sorted by: the learned one where there is one."""
+        name = next(n for n in ("uncertainty", "margin_10", "margin_2", "nearest_distance") if n in self.scores)
+        return name, self.scores[name]
+
+    def class_of(self, row: int) -> str:
+        """Name of a query's class."""
+        return self.queries.class_names[self.embedded.labels[row]]
+
+    def answer_class(self, row: int) -> str:
+        """Name of the class of a gallery row."""
+        return self.gallery.class_names[self.searched.labels[row]]
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> plots.Curve | None:
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return ([x for x, _ in points], [y for _, y in points]) if points else None
+
+
+def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], factor: float = 1.0) -> dict[str, plots.Curve]:
+    found = {shown: _curve(rows, name) for name, shown in names.items()}
+    return {shown: (x, np.asarray(y) * factor) for shown, curve in found.items() if curve for x, y in [curve]}
+
+
+def head(seen: Seen) -> str:
+    """Title, settings and the main figures."""
+    config, untrained = seen.model.config, seen.result.get("untrained")
+    best = seen.result.get("best", {})
+    values = [("R@1", f"{100 * seen.figures['R@1']:.1f} %"), ("MAP@R", f"{100 * seen.figures['MAP@R']:.1f} %")]
+    if seen.classifies:
+        named = {"top1": "top-1", "top5": "top-5", "ece": "calibration error"}
+        values = [(n, f"{100 * best[k]:.1f} %") for k, n in named.items() if best.get(k) is not None]
+        values.append(("R@1 of the feature", f"{100 * seen.figures['R@1']:.1f} %"))
+    first = "top1" if seen.classifies else "R@1"
+    if untrained and untrained.get(first) is not None:
+        values.insert(0, (f"{values[0][0]} untrained", f"{100 * untrained[first]:.1f} %"))
+    if best.get("NMI") is not None:
+        values.append(("NMI", f"{best['NMI']:.2f}"))
+    if "uncertainty" in seen.scores and uncertainty.r_auroc_undefined(seen.correct) is None:
+        auroc = uncertainty.r_auroc(seen.scores["uncertainty"], seen.correct)
+        values.append(("R-AUROC of |u|", f"{auroc:.2f}"))
+    if best.get("spearman(u,ambiguity)") is not None:
+        values.append(("|u| with true ambiguity", f"{best['spearman(u,ambiguity)']:.2f}"))
+    kind = "introspective" if seen.model.introspective else "plain"
+    mixing = "" if config.classification.mixing == "none" else f", {config.classification.mixing}"
+    loss = f"softmax{mixing}" if seen.classifies else config.loss.name
+    width = "classifier" if seen.classifies else f"{config.model.embedding_dim}-d"
+    name = config.data.name if config.data.name != "folder" else Path(config.data.root or config.data.variant).name
+    return (
+        f"<h1>{pages.text(name)}: {kind} {pages.text(loss)}</h1>"
+        f"<p class='muted'>{pages.text(config.model.name)}, {config.data.image_size} pixels, "
+        f"{width}; step {seen.model.step} of <code>{pages.text(seen.model.workdir)}</code>; "
+        f"{len(seen.queries):,} pictures of {len(seen.queries.class_names):,} classes search "
+        f"{'each other' if seen.gallery is seen.queries else f'{len(seen.gallery):,} others'}.</p>"
+        + pages.cards(values)
+    )
+
+
+def training(seen: Seen) -> str:
+    """Loss, recall and length of the uncertainty over the steps."""
+    rows, panels = seen.history, []
+    losses = {"train/loss": "sum", "train/loss_original": "original pictures", "train/loss_mixed": "mixed pictures"}
+    loss = curves(rows, losses)
+    names = {f"eval/R@{k}": f"R@{k}" for k in seen.model.config.eval.ks}
+    recall = curves(rows, {"eval/top1": "top-1", "eval/top5": "top-5"} if seen.classifies else names, 100)
+    length = curves(rows, {"train/uncertainty": "original pictures", "train/uncertainty_mixed": "mixed pictures"})
+    if loss:
+        panels.append(("Loss", "", loss))
+    if recall:
+        panels.append((f"{'Accuracy' if seen.classifies else 'Recall'} on test pictures, %", "", recall))
+    if length and seen.model.introspective:
+        panels.append(("Mean |u| in training", "", length))
+    if not panels:
+        return ""
+    return "<h2>Training</h2>" + pages.plot(plots.lines(panels, "step"), "loss, recall and uncertainty over the steps")
+
+
+def classified(seen: Seen) -> str:
+    """Which score tells the classifier's wrong predictions; empty for an embedding."""
+    best = seen.result.get("best", {})
+    names = {"u": "|u|, learned", "max_softmax": "1 less the largest probability", "entropy": "entropy"}
+    rows = [
+        (shown, float(best[f"AUROC_error({name})"]), float(best[f"AURC({name})"]))
+        for name, shown in names.items()
+        if best.get(f"AUROC_error({name})") is not None
+    ]
+    if not rows:
+        return ""
+    head = ("score", "AUROC (0.5: chance)", "AURC (0: perfect)")
+    return (
+        "<h2>Does it know which predictions are wrong?</h2>"
+        + pages.table(head, rows)
+        + (
+            "<p>Below, the test pictures search each other by the classifier's feature: an answer is the nearest other "
+            "picture.</p>"
+        )
+    )
+
+
+def knowing(seen: Seen) -> str:
+    """Risk over coverage, and the scores judged."""
+    undefined = uncertainty.r_auroc_undefined(seen.correct)
+    if undefined:
+        return f"<h2>Does it know when it is wrong?</h2><p>Undefined here: {pages.text(undefined)}.</p>"
+    curves = {n: uncertainty.risk_coverage(score, seen.correct) for n, score in seen.scores.items()}
+    wrong = ~seen.correct
+    oracle = uncertainty.risk_coverage(wrong.astype(float), seen.correct)
+    thin = np.unique(np.linspace(0, len(wrong) - 1, 400).astype(int))
+    # The first few answers make a curve of chance.
+    thin = thin[thin >= min(20, len(wrong) // 4)]
+    drawn = {SCORE_NAMES[n]: (curves[n].coverage[thin], curves[n].risk[thin]) for n in DRAWN if n in curves}
+    plot = plots.risk_coverage(drawn, (oracle.coverage, oracle.risk), float(wrong.mean()))
+    rows = [
+        (SCORE_NAMES.get(n, n), float(uncertainty.r_auroc(seen.scores[n], seen.correct)), c.aurc, c.excess_aurc)
+        for n, c in curves.items()
+    ]
+    rows.sort(key=lambda row: -row[1])
+    best, learned = rows[0][0], "uncertainty" in seen.scores
+    said = f"The best score here: <b>{pages.text(best)}</b>." + (
+        " The learned uncertainty alone does not beat the free baselines."
+        if learned
+        and max(
+            float(uncertainty.r_auroc(seen.scores[n], seen.correct))
+            for n in seen.scores
+            if n in ("nearest_distance", "margin_2", "margin_10", "margin_20", "ratio_20", "norm")
+        )
+        >= uncertainty.r_auroc(seen.scores["uncertainty"], seen.correct)
+        else ""
+    )
+    name, score = seen.doubt
+    groups = {"right": score[seen.correct], "wrong": score[wrong]}
+    spread = plots.histograms([(f"{SCORE_NAMES[name]}, by answer", "larger = less sure", groups)])
+    return (
+        "<h2>Does it know when it is wrong?</h2><p>Queries are dropped, the least sure first; what remains should be "
+        f"wrong less often. {said}</p>"
+        + pages.plot(plot, "risk over coverage by score")
+        + pages.table(("score", "R-AUROC (0.5: chance)", "AURC (0: perfect)", "above the best possible"), rows)
+        + pages.plot(spread, "distribution of the uncertainty of right and wrong answers")
+    )
+
+
+def ambiguity(seen: Seen) -> str:
+    """Uncertainty beside the known ambiguity, and where pictures were changed."""
+    parts, best = [], seen.result.get("best", {})
+    truth = seen.queries.fields.get("ambiguity")
+    if truth is not None and "uncertainty" in seen.scores:
+        score = seen.scores["uncertainty"]
+        plot = plots.against_truth(truth, score, seen.correct, uncertainty.spearman(score, truth))
+        parts.append(pages.plot(plot, "uncertainty and recall over the true ambiguity"))
+        kinds = seen.queries.fields.get("kind")
+        if kinds is not None:
+            glyphs = seen.model.config.data.name == "glyphs"
+            names = np.asarray([KINDS[k] if glyphs else str(k) for k in kinds.tolist()])
+            rows = [
+                (k, int((names == k).sum()), float(score[names == k].mean()), float(seen.correct[names == k].mean()))
+                for k in sorted(set(names.tolist()))
+            ]
+            parts.append(pages.table(("kind of picture", "pictures", "mean |u|", "R@1"), rows))
+    rows = [(n[4:-3], float(v)) for n, v in best.items() if n.startswith("P(u_") and v is not None]
+    if rows:
+        parts.append("<h3>How often |u| rises when a picture is changed</h3>")
+        parts.append(pages.table(("change", "P(|u| changed > |u| original); 0.5: chance"), rows))
+    return "<h2>Does the uncertainty see ambiguity?</h2>" + "".join(parts) if parts else ""
+
+
+class Pictures:
+    """Small pictures of a source, encoded, each read once."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._known: dict[int, bytes | None] = {}
+
+    def __call__(self, record: int) -> bytes | None:
+        if record not in self._known:
+            pixels = thumbnail(self._source.read(record))
+            self._known[record] = None if pixels is None else plots.encode(pixels)
+        return self._known[record]
+
+
+def answers(seen: Seen, picture: Callable, found: Callable, rows: int = 5) -> str:
+    """Right and wrong answers, those it is most and least sure of."""
+    name, score = seen.doubt
+    parts = [
+        "<h2>Answers</h2><p>The query, framed blue, and its nearest pictures, the nearest first: green of its class, "
+        f"red of another. Sorted by {pages.text(SCORE_NAMES[name])}.</p>"
+    ]
+    short = "|u|" if name == "uncertainty" else name
+    order = np.argsort(score, kind="stable")
+    for title, those in (
+        ("Right, and sure", order[seen.correct[order]][:rows]),
+        ("Right, and unsure", order[seen.correct[order]][::-1][:rows]),
+        ("Wrong, and sure: confusable classes, or wrong labels", order[~seen.correct[order]][:rows]),
+        ("Wrong, and unsure", order[~seen.correct[order]][::-1][:rows]),
+    ):
+        if not len(those):
+            continue
+        parts.append(f"<h3>{title}</h3>")
+        for query in those.tolist():
+            cells = [
+                pages.tile(
+                    picture(query),
+                    [f"{short} {score[query]:.3f}", seen.class_of(query)],
+                    "query",
+                    seen.queries.name(query),
+                )
+            ]
+            for row, distance in zip(seen.index[query].tolist(), seen.distance[query].tolist(), strict=True):
+                kind = "right" if seen.searched.labels[row] == seen.embedded.labels[query] else "wrong"
+                lines = [f"distance {distance:.3f}", seen.answer_class(row)]
+                cells.append(pages.tile(found(row), lines, kind, seen.gallery.name(row)))
+            parts.append(pages.row(cells))
+    return "".join(parts)
+
+
+def extremes(seen: Seen, picture: Callable, count: int = 20) -> str:
+    """The most and the least uncertain pictures."""
+    if "uncertainty" not in seen.scores:
+        return ""
+    score, truth = seen.scores["uncertainty"], seen.queries.fields.get("ambiguity")
+    order = np.argsort(score, kind="stable")
+    parts = [
+        "<h2>The most and the least uncertain pictures</h2><p>Framed green where the nearest picture is of the same "
+        "class, red where it is not.</p>"
+    ]
+    for title, those in (("Most uncertain", order[::-1][:count]), ("Least uncertain", order[:count])):
+        shown = []
+        for row in those.tolist():
+            lines = [f"|u| {score[row]:.2f}"] + ([] if truth is None else [f"ambiguity {float(truth[row]):.2f}"])
+            kind = "right" if seen.correct[row] else "wrong"
+            shown.append(pages.tile(picture(row), [*lines, seen.class_of(row)], kind, seen.queries.name(row)))
+        parts.append(f"<h3>{title}</h3>{pages.tiles(shown)}")
+    return "".join(parts)
+
+
+def plane(seen: Seen) -> str:
+    """The embeddings in two dimensions."""
+    some = np.unique(np.linspace(0, len(seen.queries) - 1, ON_MAP).astype(int))
+    places, how = plots.flatten_to_plane(seen.embedded.semantic[some], seen.model.config.seed)
+    learned = seen.scores.get("uncertainty")
+    drawn = plots.plane(places, seen.embedded.labels[some], None if learned is None else learned[some], "|u|")
+    note = f"{len(some):,} of {len(seen.queries):,} test pictures by {how}."
+    if how != "t-SNE":
+        note += " With scikit-learn (pip install scikit-learn) the map is made by t-SNE, which shows clusters better."
+    return f"<h2>Map of the embeddings</h2><p>{pages.text(note)}</p>" + pages.plot(drawn, "embeddings in a plane")
+
+
+def confusion(seen: Seen, picture: Callable, found: Callable, pairs: int = 10, classes: int = 20) -> str:
+    """Classes that are taken for each other."""
+    asked, said = seen.embedded.labels, seen.searched.labels[seen.index[:, 0]]
+    wrong = np.flatnonzero(asked != said)
+    if not len(wrong):
+        return "<h2>Confused classes</h2><p>None: every nearest picture is of the query's class.</p>"
+    both = np.sort(np.column_stack([asked[wrong], said[wrong]]), axis=1)
+    kinds, first, counts = np.unique(both, axis=0, return_index=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    parts = [
+        "<h2>Confused classes</h2><p>Pairs of classes most often taken for each other, each with one such query and "
+        "its answer.</p>"
+    ]
+    shown = []
+    for pair in order[:pairs].tolist():
+        query = int(wrong[first[pair]])
+        row = int(seen.index[query, 0])
+        tiles = pages.tile(picture(query), [seen.class_of(query)], "query", seen.queries.name(query))
+        lines = [f"{counts[pair]} times", seen.answer_class(row)]
+        tiles += pages.tile(found(row), lines, "wrong", seen.gallery.name(row))
+        shown.append(f'<div class="pair">{tiles}</div>')
+    parts.append(pages.tiles(shown))
+    chosen = list(dict.fromkeys(kinds[order].reshape(-1).tolist()))[:classes]
+    counted = np.zeros((len(chosen), len(chosen)))
+    for i, label in enumerate(chosen):
+        of_class = said[asked == label]
+        counted[i] = [np.mean(of_class == other) if len(of_class) else 0.0 for other in chosen]
+    names = [seen.queries.class_names[label] for label in chosen]
+    parts.append(pages.plot(plots.matrix(counted, names), "shares of answers between the most confused classes"))
+    return "".join(parts)

@@ -1,0 +1,19 @@
+"""Small versions of images, for pages and sheets."""
+
+import numpy as np
+
+from idml_jax.data.images.decode import DecodeError, decode
+from idml_jax.data.images.resample import resize
+
+SIDE = 96  # pixels
+
+
+def thumbnail(data: bytes, side: int = SIDE) -> np.ndarray | None:
+    """A picture of at most ``side`` pixels, ``[h, w, 3]``; ``None`` where it cannot be read."""
+    try:
+        pixels = decode(data, 3)
+    except DecodeError:
+        return None
+    scale = min(1.0, side / max(pixels.shape[:2]))
+    height, width = (max(1, round(scale * n)) for n in pixels.shape[:2])
+    return pixels if scale == 1.0 else np.ascontiguousarray(resize(pixels, height, width))

@@ -1,0 +1,1 @@
+"""Effects that every upper floor uses: devices, hosts, signals, checkpoints, metric writers."""

@@ -1,0 +1,104 @@
+"""What a run is made of between two steps."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from idml_jax.losses.memory import Memory
+from idml_jax.models import EmbeddingModel
+from idml_jax.runtime import sharding
+from idml_jax.training.optim import GroupOptimizer
+from idml_jax.training.tasks.objective import Objective
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that a checkpoint holds. Randomness is a function of (seed, step), so no key is kept.
+
+    Attributes:
+      step: steps done.
+      params: by group: ``trunk``, ``heads``, and, where the loss has them, ``proxies`` and ``loss`` (learned numbers).
+      batch_stats: running statistics of the trunk.
+      opt_state: optimizer state by group; ``ema``: moving averages of the model's variables, where they are kept.
+      memory: cross-batch memory, ``()`` where there is none.
+    """
+
+    step: Int[Array, ""]
+    params: dict[str, Any]
+    batch_stats: Any
+    opt_state: dict[str, Any]
+    memory: Memory | tuple[()] = ()
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        """The model's variables, as ``model.apply`` takes them, after the last step."""
+        return {"params": {k: self.params[k] for k in ("trunk", "heads")}, "batch_stats": self.batch_stats}
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables to evaluate: the moving averages where they are kept, else the latest."""
+        return self.opt_state.get("ema", self.latest)
+
+    def averaging(self) -> "TrainState":
+        """The state with moving averages that start from the latest variables."""
+        return self.replace(opt_state={**self.opt_state, "ema": jax.tree.map(jnp.copy, self.latest)})
+
+
+def create_state(
+    key: Array,
+    model: EmbeddingModel,
+    objective: Objective,
+    optimizer: GroupOptimizer,
+    image_shape: tuple[int, ...],
+    ema: bool = False,
+) -> TrainState:
+    """A fresh state.
+
+    Args:
+      key: PRNG key of the initial weights.
+      model: network.
+      objective: loss, for its own parameters.
+      optimizer: for its state.
+      image_shape: ``(h, w, c)`` of a picture.
+      ema: whether to keep moving averages.
+
+    Returns:
+      The state at step 0.
+    """
+    model_key, loss_key = jax.random.split(key)
+    variables = model.init(model_key, jnp.zeros((1, *image_shape), jnp.float32))
+    params = {**variables["params"], **objective.init(loss_key)}
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+        memory=objective.init_memory(),
+    )
+    return state.averaging() if ema else state
+
+
+_jit_create_state = jax.jit(create_state, static_argnums=(1, 2, 3, 4, 5))
+
+
+def create_state_on(
+    mesh: Mesh,
+    key: Array,
+    model: EmbeddingModel,
+    objective: Objective,
+    optimizer: GroupOptimizer,
+    image_shape: tuple[int, ...],
+    ema: bool = False,
+) -> TrainState:
+    """``create_state`` on a mesh; of what the objective splits, no device ever holds the whole."""
+    if not objective.split:
+        return sharding.replicate(_jit_create_state(key, model, objective, optimizer, image_shape, ema), mesh)
+    create = partial(
+        create_state, model=model, objective=objective, optimizer=optimizer, image_shape=image_shape, ema=ema
+    )
+    place = sharding.placement(jax.eval_shape(create, key), mesh, objective.split)
+    return jax.jit(create, out_shardings=place)(key)

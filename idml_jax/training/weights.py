@@ -1,0 +1,300 @@
+"""Weights to start from: torchvision and timm files, published metric-learning checkpoints, and this package's own.
+
+``config.model.init_from`` names the file; ``config.model.init_parts`` says what of it to use. From the command line::
+
+    python -m idml_jax.pretrained convert resnet50.safetensors runs/imagenet        # to this package's format
+    python -m idml_jax.pretrained convert runs/cub model.safetensors                # a trained run, for PyTorch
+
+Reading is strict: every tensor of the network has to be there with its shape, and nothing else may be. Left out without
+a complaint are only classifiers, BatchNorm's counter of batches, and the heads where they are not asked for.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idml_jax.errors import UserError
+from idml_jax.models import MODELS, EmbeddingModel, create_model, naming
+from idml_jax.runtime import checkpoint
+from idml_jax.training import workdir as workdir_lib
+
+logger = logging.getLogger("idml_jax")
+
+PARTS = {
+    "trunk": ("params/trunk/", "batch_stats/"),
+    "semantic": ("params/trunk/", "batch_stats/", "params/heads/semantic/"),
+    "all": ("params/trunk/", "batch_stats/", "params/heads/"),
+}
+TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin")
+# Where training scripts put the tensors inside a file, in the order in which they are looked for.
+CONTAINERS = ("model_state_dict", "state_dict", "teacher", "model")
+# Of wrappers: DataParallel; a network kept as an attribute, as the published IDML and ProxyAnchor code does; DINO.
+PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
+CLASSIFIERS = ("fc.", "head.", "classifier.")
+
+
+class Tensors(NamedTuple):
+    """What a file holds, by the file's own names.
+
+    Attributes:
+      values: tensors, classifiers and counters left out.
+      left_out: names of those left out.
+      torch: whether names and axes are PyTorch's; this package's otherwise.
+    """
+
+    values: dict[str, np.ndarray]
+    left_out: tuple[str, ...]
+    torch: bool
+
+
+def read(source: str | Path) -> Tensors:
+    """All tensors of a file or folder.
+
+    Args:
+      source: ``.safetensors``; ``.pth``, ``.pt``, ``.tar``, ``.bin`` (needs PyTorch, and may hold nothing but
+        tensors and plain containers); a folder that ``convert`` wrote; the folder of a run, of which the best
+        checkpoint is taken, or one checkpoint in it.
+
+    Returns:
+      The tensors as float32 numpy arrays.
+
+    Raises:
+      UserError: if it is missing, of another kind, damaged, or holds no tensors.
+    """
+    path = Path(source).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"{path}: no such weights file (config.model.init_from)")
+    if path.is_dir():
+        return Tensors(_read_own(path), (), torch=False)
+    if path.suffix == ".safetensors":
+        named = _read_safetensors(path)
+    elif path.suffix in TORCH_SUFFIXES:
+        named = _read_torch(path)
+    else:
+        raise UserError(
+            f"{path}: weights come as .safetensors, as {', '.join(TORCH_SUFFIXES)} or as a folder of this package"
+        )
+    named = _without_prefixes(named)
+    left_out = tuple(n for n in named if n.startswith(CLASSIFIERS) or n.endswith("num_batches_tracked"))
+    values = {n: v for n, v in named.items() if n not in left_out}
+    if not values:
+        raise UserError(f"{path}: holds no weights of a network")
+    return Tensors(values, left_out, torch=True)
+
+
+def load(source: str | Path | Tensors, like: Mapping[str, Any], parts: str = "trunk") -> tuple[dict[str, Any], str]:
+    """Variables for a model from a file.
+
+    Args:
+      source: see ``read``, or what it gave.
+      like: the model's variables (``params`` and ``batch_stats``), arrays or their shapes.
+      parts: ``trunk``, ``semantic`` (with the semantic head) or ``all`` (with both heads).
+
+    Returns:
+      The variables of these parts as nested dictionaries of numpy arrays, for ``merge``; and a line that says what
+      was used.
+
+    Raises:
+      UserError: naming missing, additional and wrongly shaped tensors, or ones that are not finite.
+      ValueError: for an unknown part.
+    """
+    if parts not in PARTS:
+        raise ValueError(f"unknown parts {parts!r}; known: {', '.join(PARTS)}")
+    where = "the given tensors" if isinstance(source, Tensors) else str(source)
+    tensors = source if isinstance(source, Tensors) else read(source)
+    ours = naming.flatten(like)
+    name_of = {path: naming.torch_name(path) if tensors.torch else path for path in ours}
+    wanted = {path for path in ours if path.startswith(PARTS[parts])}
+    heads = {path for path in ours if path.startswith("params/heads/")}
+    # Heads that are not asked for may be there or not, and in any form.
+    ignored = {n for n in tensors.values if _is_head(n, tensors.torch)} - {name_of[path] for path in wanted & heads}
+    if parts == "all":
+        ignored = set()
+    problems, loaded = [], {}
+    for path in sorted(wanted):
+        name, shape = name_of[path], tuple(ours[path].shape)
+        if name not in tensors.values:
+            problems.append(f"{name} is missing there")
+            continue
+        value = tensors.values[name]
+        expected = naming.shape_in_torch(path, shape) if tensors.torch else shape
+        if path.endswith("/pos_embed") and _resizable(value.shape, expected):
+            value = _resize_positions(value, expected)
+        if value.shape != expected:
+            problems.append(f"{name} is {value.shape} there, {expected} here")
+        elif not np.isfinite(value).all():
+            problems.append(f"{name} is not finite")
+        else:
+            loaded[path] = naming.from_torch(path, value) if tensors.torch else value
+    used = {name_of[path] for path in wanted} | ignored
+    problems += [f"{name} is only there" for name in sorted(set(tensors.values) - used)]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{where} does not fit the network: {'; '.join(problems[:4])}{more}{_hint(tensors, parts)}")
+    left_out = sorted({*tensors.left_out, *ignored} - {n for n in tensors.left_out if "num_batches" in n})
+    told = f"; left out: {', '.join(left_out)}" if left_out else ""
+    return naming.unflatten(loaded), f"{len(loaded)} tensors from {where} ({parts}){told}"
+
+
+def merge(variables: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's variables with those that ``load`` gave in the place of its own."""
+    merged = naming.unflatten({**naming.flatten(variables), **naming.flatten(loaded)})
+    return {"params": merged["params"], "batch_stats": merged.get("batch_stats", {})}
+
+
+def _hint(tensors: Tensors, parts: str) -> str:
+    kernel = "uncertainty.weight" if tensors.torch else "params/heads/uncertainty/kernel"
+    if parts == "trunk":
+        return ""
+    if kernel not in tensors.values:
+        head = "no uncertainty head: config.model.init_parts=semantic leaves it random"
+    elif any("uncertainty_hidden" in name for name in tensors.values):
+        head = "an uncertainty head with a hidden layer: config.model.uncertainty_head=mlp"
+    else:
+        head = "a linear uncertainty head: config.model.uncertainty_head=linear"
+    return f" (the file has {head}; config.model.init_parts=trunk leaves heads out)"
+
+
+def _is_head(name: str, torch: bool) -> bool:
+    return name.startswith(tuple(f"{n}." for n in naming.HEADS.values()) if torch else "params/heads/")
+
+
+def _resizable(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    square = lambda n: math.isqrt(max(n, 0)) ** 2 == n
+    return (
+        len(stored) == 3
+        and stored[2] == expected[2]
+        and stored[1] != expected[1]
+        and square(stored[1] - 1)
+        and square(expected[1] - 1)
+    )
+
+
+def _resize_positions(value: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
+    """Position embeddings of another picture size, bicubically; the class token's stays."""
+    old, new = math.isqrt(value.shape[1] - 1), math.isqrt(expected[1] - 1)
+    grid = value[:, 1:].reshape(1, old, old, -1)
+    grid = np.asarray(jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic", antialias=False))
+    return np.concatenate([value[:, :1], grid.reshape(1, new * new, -1)], axis=1)
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    import ml_dtypes  # noqa: F401  numpy then knows bfloat16
+    from safetensors import numpy as safetensors
+
+    try:
+        named = safetensors.load_file(path)
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from error
+    return {name: value.astype(np.float32) for name, value in named.items()}
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{path}: {path.suffix} files are read by PyTorch, which is not installed; install it (pip install torch) "
+            "or have the file as .safetensors"
+        ) from error
+    try:
+        # Nothing but tensors and plain containers is unpickled: a weights file cannot run code.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path}: is damaged, or holds more than tensors and is refused ({_first_line(error)}); "
+            "save the state_dict alone"
+        ) from error
+    for name in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UserError(f"{path}: holds no state_dict, alone or under {', '.join(CONTAINERS)}")
+    return {name: value.detach().float().numpy() for name, value in content.items()}
+
+
+def _without_prefixes(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    while True:
+        prefix = next((p for p in PREFIXES if named and all(name.startswith(p) for name in named)), None)
+        if prefix is None:
+            return named
+        named = {name.removeprefix(prefix): value for name, value in named.items()}
+
+
+def _read_own(path: Path) -> dict[str, np.ndarray]:
+    run = next((folder for folder in (path, path.parent) if (folder / "config.json").is_file()), None)
+    metric = workdir_lib.read(run).eval.best_metric if run else ""
+    tree = checkpoint.read_variables(checkpoint.find_state(path, metric))
+    return naming.flatten(tree)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
+    """A model with the heads that the tensors have, and the parts to load."""
+    shape = {n: v.shape for n, v in tensors.values.items()}
+    names = ("embedding", "uncertainty", "uncertainty_hidden")
+    semantic, uncertainty, hidden = (shape.get(f"{name}.weight") for name in names)
+    if semantic is None:
+        return create_model(name), "trunk"
+    return create_model(
+        name,
+        embedding_dim=semantic[0],
+        uncertainty_dim=uncertainty[0] if uncertainty else 1,
+        uncertainty_head="none" if uncertainty is None else "mlp" if hidden else "linear",
+        uncertainty_hidden=hidden[0] if hidden else 1,
+    ), "all"
+
+
+def convert(source: str | Path, out: str | Path, *, model: str = "resnet50", size: int = 224, prefix: str = "") -> str:
+    """Writes weights in another format.
+
+    Args:
+      source: see ``read``.
+      out: a ``.safetensors`` file, which gets PyTorch's names and axes, or a folder, which gets this package's.
+      model: key of ``MODELS``, against which PyTorch's weights are checked on the way to a folder.
+      size: of the pictures, for networks whose weights depend on it.
+      prefix: put before every name in a ``.safetensors`` file (``model.``: as the published IDML code names them).
+
+    Returns:
+      A line that says what was written.
+
+    Raises:
+      UserError: if the source does not fit, or ``out`` is already there.
+    """
+    out = Path(out).expanduser().absolute()
+    if out.exists():
+        raise UserError(f"{out} is already there")
+    if model not in MODELS:
+        raise UserError(f"--model={model}; known: {', '.join(sorted(MODELS))}")
+    tensors = read(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".safetensors":
+        from safetensors import numpy as safetensors
+
+        named = tensors.values
+        if not tensors.torch:
+            named = {naming.torch_name(path): naming.to_torch(path, value) for path, value in named.items()}
+        temporary = out.with_name(out.name + ".tmp")
+        safetensors.save_file({prefix + n: np.ascontiguousarray(v) for n, v in named.items()}, temporary)
+        temporary.replace(out)
+        return f"{len(named)} tensors written to {out} in PyTorch's naming"
+    if not tensors.torch:
+        raise UserError(f"{source} already is in this package's format; give a .safetensors file to write to")
+    network, parts = _model_of(tensors, model)
+    like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    try:
+        variables, told = load(tensors, like, parts)
+    except UserError as error:
+        raise UserError(f"{str(error).replace('the given tensors', str(source))}; --model={model}") from error
+    checkpoint.save_variables(out, variables)
+    return f"{told.replace('the given tensors', str(source))} written to {out}"

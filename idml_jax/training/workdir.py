@@ -1,0 +1,84 @@
+"""What a run's folder remembers of its settings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from idml_jax.errors import UserError
+from idml_jax.runtime.files import write_json
+from idml_jax.training.config import default_config
+
+# Fields that change how a run is carried out but not what comes out: a resumed run may differ in them.
+FREE_FIELDS = (
+    "data.root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps", "log.tensorboard",
+    "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size", "debug",
+)  # fmt: skip
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"a.b": value}``."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def remember(config: ConfigDict, workdir: Path) -> None:
+    """Writes ``config.json`` into a new workdir, or checks that a known one holds the same settings.
+
+    Raises:
+      UserError: naming up to three fields that differ.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        old, new = flatten(read(workdir).to_dict()), flatten(config.to_dict())
+        missing = "(not set)"
+        differing = [
+            f"config.{field} = {old.get(field, missing)!r} there, {new.get(field, missing)!r} here"
+            for field in sorted(set(old) | set(new))
+            if field not in FREE_FIELDS and old.get(field, missing) != new.get(field, missing)
+        ]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(
+                f"{workdir} holds a run with other settings: {'; '.join(differing[:3])}{more}. "
+                "Use the same settings or another --workdir"
+            )
+        return
+    write_json(path, config.to_dict())
+
+
+def read(workdir: Path) -> ConfigDict:
+    """The settings of the run in a workdir.
+
+    Raises:
+      UserError: if there are none.
+    """
+    path = workdir / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir} holds no run (no config.json)") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+    # Settings that are newer than the run have their defaults.
+    config = default_config()
+    try:
+        with config.unlocked():
+            config.update(_tuples(values))
+    except (TypeError, ValueError, AttributeError) as error:
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} does not hold the settings of a run ({told})") from error
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists back to the tuples they were."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
