@@ -17,7 +17,7 @@ import numpy as np
 
 from idml_jax import embed, ism
 from idml_jax.data.images.transforms import Changed, Picture
-from idml_jax.inference import model as trained
+from idml_jax.inference.model import load
 
 HERE = Path(__file__).parent
 BETAS = (0.0, 1.0, 3.0, 6.0, 12.0)
@@ -52,11 +52,10 @@ def metric():
 
 def uncertainty(workdir):
     """Pictures of growing damage with the length of u beneath them, and its mean over many."""
-    model = trained.load(workdir)
+    model = load(workdir)
     source = embed.split_source(model, "test")
     clean = np.flatnonzero(source.fields["ambiguity"] == 0)
     chosen = clean[np.linspace(0, len(clean) - 1, PICTURES).astype(int)]
-    size = trained.batch_size_of(model)
 
     def lengths(kind, strength):
         change = model.transform if strength == 0 else Changed(model.transform, kind, strength)
@@ -68,8 +67,7 @@ def uncertainty(workdir):
                 for record in chosen
             ]
         )
-        parts = [trained.embed_pictures(model, images[i : i + size], size) for i in range(0, len(images), size)]
-        return images, np.linalg.norm(np.concatenate([part["uncertainty"] for part in parts]), axis=1)
+        return images, np.linalg.norm(model.embedder.images(images)["uncertainty"], axis=1)
 
     figure = plt.figure(figsize=(9.5, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))

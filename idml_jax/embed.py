@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from idml_jax.errors import UserError, run_command
-from idml_jax.inference import model as trained
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.embed import LISTS, SPLITS, embed_all, embed_to_file, index_of, list_images, split_source
+from idml_jax.inference.model import load
 
 __all__ = [
     "LISTS",
@@ -37,22 +37,20 @@ def _embed(given: dict[str, Any]) -> None:
     for name in ("batch_size", "threads"):
         if given[name] < (name == "threads"):
             raise UserError(f"--{name}={given[name]} must be at least {int(name == 'threads')}")
-    model = trained.load(given["workdir"])
+    model = load(given["workdir"]).using(threads=given["threads"], batch_size=given["batch_size"])
     if given["split"]:
         source, labelled, origin = split_source(model, given["split"]), True, f"split:{given['split']}"
     else:
         (source, labelled), origin = list_images(given["images"]), str(Path(given["images"]).expanduser().absolute())
     labelled = labelled and not given["no_labels"]
     classes = f" of {len(source.class_names):,} classes" if labelled else ", classes unknown"
-    print(f"{len(source):,} pictures{classes}; checkpoint of step {model.step} of {model.workdir}", flush=True)
+    print(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}", flush=True)
     embed_to_file(
         model,
         source,
         given["out"],
         labelled=labelled,
         origin=origin,
-        threads=given["threads"],
-        batch_size=given["batch_size"],
         overwrite=given["overwrite"],
         say=lambda line: print(line, flush=True),
     )

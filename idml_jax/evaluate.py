@@ -19,9 +19,8 @@ from idml_jax.errors import UserError, stop
 from idml_jax.metrics.embedded import Embedded, Ism
 from idml_jax.metrics.summary import full_report
 from idml_jax.runtime.files import without_nan, write_json
-from idml_jax.training.evaluation import ambiguity, embed, held_out_queries
 
-__all__ = ["ambiguity", "embed", "held_out_queries", "load_embeddings", "main", "show"]
+__all__ = ["load_embeddings", "main", "show"]
 
 
 def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] | None]:

@@ -115,16 +115,13 @@ def test_queries_search_the_gallery_in_a_run(stored, tmp_path, caplog):
     gallery, query = state_run.eval_gallery, state_run.eval_source
     assert len(gallery) == 12 and gallery is state_run.splits.gallery
     # The same figures from embeddings taken apart from the run.
-    from idml_jax import evaluate
     from idml_jax.metrics.retrieval import retrieval_metrics
     from idml_jax.runtime.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(tmp_path / "checkpoints", "R@1", read_only=True)
     state, _ = checkpoints.restore(checkpoints.latest, state_run.initial_state())
     checkpoints.close()
-    embed = lambda source: evaluate.embed(
-        state.variables, source, state_run.test_transform, state_run.setup, state_run.mesh, batch_size=8
-    )
+    embed = state_run.evaluation(state.variables).embedder
     q, g = embed(query), embed(gallery)
     alone = retrieval_metrics(q.semantic, q.labels, g.semantic, g.labels, ks=(1, 10))
     together = retrieval_metrics(q.semantic, q.labels, ks=(1, 10))

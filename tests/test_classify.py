@@ -153,7 +153,7 @@ def test_a_signal_stops_an_evaluation_before_its_next_batch(finished, monkeypatc
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     calls = []
     for name in ("jit_predict_step", "jit_predict_mixed_step"):
-        real = getattr(classify.classify_steps, name)
+        real = getattr(classify, name)
 
         def counting(*args, name=name, real=real, **kwargs):
             calls.append(name)
@@ -161,7 +161,7 @@ def test_a_signal_stops_an_evaluation_before_its_next_batch(finished, monkeypatc
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(classify.classify_steps, name, counting)
+        monkeypatch.setattr(classify, name, counting)
     with pytest.raises(interrupt.Stopped, match="stopped by SIGTERM; nothing was written; the same command starts"):
         train.evaluate_checkpoint(workdir)
     assert calls.count(step) == 1 and calls[-1] == step

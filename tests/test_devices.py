@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from test_runtime import batch, fresh, objective, optimizer, setup, tiny
 
-from idml_jax import evaluate
 from idml_jax.data import datasets
 from idml_jax.data.images import transforms
 from idml_jax.losses import LOSSES
 from idml_jax.metrics.summary import retrieval_report
 from idml_jax.runtime import sharding
 from idml_jax.training import steps
+from idml_jax.training.embedder import Embedder, Network
 from idml_jax.training.optim import Schedule
 
 # Without moments or decay a step is the gradient; at this rate it stands out of the rounding of the parameters.
@@ -71,7 +71,8 @@ def test_an_evaluation_is_the_same_on_one_and_on_eight_devices(image_folder):
     for devices in (1, 8):
         mesh = sharding.data_mesh(jax.devices()[:devices])
         variables = sharding.replicate(fresh(s).variables, mesh)
-        embedded = evaluate.embed(variables, source, transform, s, mesh, batch_size=40, channels=1)
+        network = Network(s.model, s.mean, s.std)
+        embedded = Embedder(network, variables, transform, mesh, batch_size=40, channels=1)(source)
         found.append((embedded, retrieval_report(embedded, (1, 2, 4), None)))
     (one, report), (eight, others) = found
     assert one.semantic.shape == (96, 8)

@@ -3,14 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from idml_jax import evaluate
-from idml_jax.data import sources
+from idml_jax import default_config, evaluate
+from idml_jax.data import datasets, sources
 from idml_jax.data.images import transforms
 from idml_jax.data.images.transforms import CHANGES, Changed, ResizeCenterCrop
 from idml_jax.errors import UserError
@@ -20,8 +21,12 @@ from idml_jax.models.convnet import ConvNet
 from idml_jax.models.heads import Heads
 from idml_jax.runtime import sharding
 from idml_jax.training import steps
+from idml_jax.training.embedder import Embedder, Network
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.tasks.objective import Objective
+from idml_jax.training.tasks.probes import partners_of_other_classes
+from idml_jax.training.tasks.retrieval_summary import ambiguity
+from idml_jax.training.tasks.task import Evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,9 +54,15 @@ class TestEmbed:
         source = sources.scan_folder(image_folder / "test")
         variables = setup.model.init(jax.random.key(0), np.zeros((1, 12, 12, 1), np.float32))
         mesh = sharding.data_mesh()
-        run = lambda **options: evaluate.embed(
-            sharding.replicate(variables, mesh), source, ResizeCenterCrop(12, 12), setup, mesh, channels=1, **options
+        embedder = Embedder(
+            Network(setup.model, setup.mean, setup.std),
+            sharding.replicate(variables, mesh),
+            ResizeCenterCrop(12, 12),
+            mesh,
+            batch_size=32,
+            channels=1,
         )
+        run = lambda batch_size, **options: replace(embedder, batch_size=batch_size)(source, **options)
         whole = run(batch_size=32)
         assert whole.semantic.shape == (96, 8) and whole.uncertainty.shape == (96, 4)
         np.testing.assert_array_equal(whole.labels, source.labels)
@@ -63,18 +74,10 @@ class TestEmbed:
         np.testing.assert_allclose(mixed.semantic[0], whole.semantic[5], rtol=1e-4, atol=1e-5)
         assert np.abs(mixed.semantic[1] - whole.semantic[6]).max() > 1e-3
 
-        report = evaluate.ambiguity(
-            sharding.replicate(variables, mesh),
-            source,
-            ResizeCenterCrop(12, 12),
-            setup,
-            mesh,
-            images=20,
-            seed=0,
-            gallery=whole,
-            batch_size=24,
-            channels=1,
-        )
+        config = default_config()
+        config.eval.ambiguity_images = 20
+        splits = datasets.Splits(source, source)
+        report = ambiguity(Evaluation(config, replace(embedder, batch_size=24), splits), whole)
         corrupted = {name for name in report if name.startswith("corrupted/")}
         assert set(report) - corrupted == {
             *(f"P(u_{k}>u)" for k in ("mixed", *CHANGES)),
@@ -86,7 +89,7 @@ class TestEmbed:
     def test_partners_are_of_other_classes(self):
         labels = np.repeat(np.arange(5), 4)
         chosen = np.asarray([0, 7, 19])
-        partners = evaluate.partners_of_other_classes(labels, chosen, 0)
+        partners = partners_of_other_classes(labels, chosen, 0)
         assert partners.shape == (3,) and np.all(labels[partners] != labels[chosen])
 
 

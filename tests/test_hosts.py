@@ -213,17 +213,18 @@ def test_two_processes_agree_on_the_checkpoint_and_on_where_to_stop(tmp_path):
 STOPPED = """
 import os, signal, sys, time
 folder, workdir, port, index = sys.argv[1:]
-from idml_jax import evaluate, hosts, interrupt, train
+from idml_jax.runtime import hosts, interrupt
+from idml_jax.training import embedder, train
 from runs_made import small_config
 hosts.connect(f"127.0.0.1:{port}", 2, int(index))
-real, calls = evaluate.steps.jit_embed_step, []
+real, calls = embedder.jit_embed_step, []
 def slow(*args, **kwargs):
     calls.append(1)
     if len(calls) == 2 and index == "1":
         os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(0.5)
     return real(*args, **kwargs)
-evaluate.steps.jit_embed_step = slow
+embedder.jit_embed_step = slow
 try:
     train.train_and_evaluate(small_config(folder, **{"eval.batch_size": 4}), workdir)
 except interrupt.Stopped as stopped:

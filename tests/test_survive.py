@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 from runs_made import assert_same_run, rows, small_config
 
-from idml_jax import evaluate
 from idml_jax.errors import UserError
 from idml_jax.runtime import hosts, interrupt
 from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.runtime.writers import MetricWriter
-from idml_jax.training import loop, train, watch
+from idml_jax.training import embedder, loop, train, watch
 
 HERE = Path(__file__).resolve().parent
 
@@ -48,11 +47,11 @@ def terminate(number=signal.SIGTERM):
 QUICK = ("inside an epoch and a log window", "in an evaluation between epochs")
 # Of nine steps in three epochs; an evaluation of 96 images has three batches, the untrained network's is the first.
 MOMENTS = {
-    "in the first evaluation": (evaluate.steps, "jit_embed_step", 2, signal.SIGTERM, None),
+    "in the first evaluation": (embedder, "jit_embed_step", 2, signal.SIGTERM, None),
     "inside an epoch and a log window": (loop.steps, "jit_train_step", 5, signal.SIGUSR1, 5),
     "in the last step of an epoch": (loop.steps, "jit_train_step", 6, signal.SIGTERM, 6),
-    "in an evaluation between epochs": (evaluate.steps, "jit_embed_step", 8, signal.SIGTERM, 6),
-    "in the last evaluation": (evaluate.steps, "jit_embed_step", 14, signal.SIGTERM, 9),
+    "in an evaluation between epochs": (embedder, "jit_embed_step", 8, signal.SIGTERM, 6),
+    "in the last evaluation": (embedder, "jit_embed_step", 14, signal.SIGTERM, 9),
 }
 
 

@@ -21,6 +21,7 @@ from idml_jax.reporting import html as pages
 from idml_jax.reporting import plots
 from idml_jax.reporting import sections as report_parts
 from idml_jax.training import train
+from idml_jax.training.embedder import Embedder
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ class TestEmbed:
         assert found.class_names is None  # a flat folder says nothing about classes
         listed = (tmp_path / "x.npz.skipped.txt").read_text().splitlines()
         assert [line.split("\t")[0] for line in listed] == [str(folder / "00.png"), str(folder / "05.png")]
-        assert "2 of 12 pictures cannot be read" in capsys.readouterr().out
+        assert "2 of 12 images cannot be read" in capsys.readouterr().out
 
     def test_a_list_with_classes_and_a_missing_file(self, workdir, image_folder, tmp_path):
         rows = [f"{image_folder}/test/class_04/00.png\tb", f"{image_folder}/test/class_05/00.png\ta", "none.png\ta"]
@@ -97,7 +98,7 @@ class TestEmbed:
         model = trained.load(workdir)
         source, labelled = embed.list_images(image_folder / "test")
         out, calls, said = tmp_path / "x.npz", [], []
-        real = trained.embed_pictures
+        real = Embedder.images
 
         def stopping(*arguments):
             calls.append(1)
@@ -105,16 +106,17 @@ class TestEmbed:
                 raise Stopped
             return real(*arguments)
 
+        small = model.using(batch_size=16)
         run = lambda: embed.embed_to_file(
-            model, source, out, labelled=labelled, origin="x", batch_size=16, part_batches=1, say=said.append
+            small, source, out, labelled=labelled, origin="x", part_batches=1, say=said.append
         )
-        monkeypatch.setattr(trained, "embed_pictures", stopping)
+        monkeypatch.setattr(Embedder, "images", stopping)
         with pytest.raises(Stopped):
             run()
         assert not out.exists()
         run()
         assert len(calls) == 3 + 4  # two parts of six were done, the third was begun
-        assert "going on: 32 of 96 pictures are done" in said
+        assert "going on: 32 of 96 images are done" in said
         assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npz"]
         np.testing.assert_allclose(
             embeddings.read(out).embedded.semantic, embeddings.read(index).embedded.semantic, rtol=1e-4, atol=1e-5
@@ -345,7 +347,7 @@ class TestExport:
         assert called.platforms == ("cpu", "cuda", "tpu")
         model = trained.load(workdir)
         images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 1), np.uint8)
-        expected = trained.embed_pictures(model, images, 16)
+        expected = model.embedder.images(images)
         for size in (1, 5, 16):
             found = called.call(images[:size])
             assert set(found) == set(expected)

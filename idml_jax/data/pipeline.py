@@ -1,7 +1,10 @@
 """From a source to batches: the Grain chain, the host's slice, padding and mask."""
 
+import collections
+import concurrent.futures
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 import grain
 import numpy as np
@@ -12,6 +15,12 @@ from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+OnBad = Literal["raise", "skip"]
+
+
+def slot_generator(seed: int, slot: int) -> np.random.Generator:
+    """The random numbers of the image in a slot, its place in the order of all steps, whoever reads it."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, slot))))
 
 
 class _Batches:
@@ -60,9 +69,8 @@ class _Batches:
         }
 
     def _load(self, record: int, slot: int) -> np.ndarray:
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, slot))))
         try:
-            return self._transform(Picture(self._source.read(record), self._channels), rng)
+            return self._transform(Picture(self._source.read(record), self._channels), slot_generator(self._seed, slot))
         except DecodeError as error:
             raise UserError(f"{self._source.name(record)}: {error}") from error
 
@@ -125,21 +133,6 @@ def train_batches(
     yield from _iterate(batches, threads, prefetch, workers)
 
 
-class _InOrder:
-    """Records in a given order in whole batches, the last one filled up with repeats of its first record."""
-
-    steps_per_epoch = 0
-
-    def __init__(self, records: np.ndarray, batch_size: int):
-        self.batch_size = batch_size
-        self.steps_per_epoch = -(-len(records) // batch_size)
-        self._padded = np.resize(records, self.steps_per_epoch * batch_size)
-        self._padded[len(records) :] = records[0]
-
-    def batch(self, step: int) -> np.ndarray:
-        return self._padded[step * self.batch_size : (step + 1) * self.batch_size]
-
-
 def eval_batches(
     source: Source,
     transform: Transform,
@@ -150,7 +143,8 @@ def eval_batches(
     host: int = 0,
     hosts: int = 1,
     threads: int = 4,
-    prefetch: int = 4,
+    prefetch: int = 2,
+    on_bad: OnBad = "raise",
 ) -> Iterator[Batch]:
     """Every image once, in order, in batches of one size; the tail is padded and masked.
 
@@ -162,30 +156,66 @@ def eval_batches(
       channels: 3 for colour, 1 for grey.
       host: index of this host.
       hosts: number of hosts.
-      threads: reading and decoding threads.
-      prefetch: batches held ready.
+      threads: number of reader and decoder threads.
+      prefetch: number of batches read ahead; with the one in use, memory is ``prefetch`` + 1 batches of uint8 images.
+      on_bad: ``raise`` ends at an image that cannot be read; ``skip`` masks it and gives the reason.
 
     Yields:
-      As ``train_batches``, and ``mask`` [b] bool, false for padding.
+      ``image`` [b, size, size, channels] uint8, zeros where nothing could be read (absent if that is so for the whole
+      batch), ``label`` [b] int32, ``index`` [b] int32, the record, ``mask`` [b] bool, false for padding and for
+      images that cannot be read, and ``problem`` [b], why an image cannot be read, empty for the others.
 
     Raises:
-      UserError: naming an unreadable file.
+      UserError: naming an unreadable file, unless ``on_bad`` is ``skip``.
     """
+    if batch_size % hosts:
+        raise UserError(f"config.eval.batch_size ({batch_size}) must be a multiple of the {hosts} hosts")
     records = np.arange(len(source)) if order is None else np.asarray(order)
-    sampler = _InOrder(records, batch_size)
     local = batch_size // hosts
-    batches = _Batches(
-        source,
-        sampler,
-        transform,
-        seed=0,
-        start=0,
-        stop=sampler.steps_per_epoch,
-        channels=channels,
-        host=host,
-        hosts=hosts,
-    )
-    for step, batch in enumerate(_iterate(batches, threads, prefetch, 0)):
-        places = step * batch_size + host * local + np.arange(local)
-        batch["mask"] = places < len(records)
-        yield batch
+    places = np.arange(0, len(records), batch_size)[:, None] + host * local + np.arange(local)[None, :]
+
+    def load(record: int, slot: int) -> np.ndarray | str:
+        try:
+            return transform(Picture(source.read(record), channels), slot_generator(0, slot))
+        except (DecodeError, UserError) as error:
+            text = str(error).removeprefix(f"{source.name(record)}: ")
+            if on_bad == "skip":
+                return text
+            raise UserError(f"{source.name(record)}: {text}") from error
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        started: collections.deque[tuple[np.ndarray, list[concurrent.futures.Future]]] = collections.deque()
+        try:
+            for number in range(len(places) + prefetch):
+                if number < len(places):
+                    slots = places[number][places[number] < len(records)]
+                    real = records[slots]
+                    tasks = zip(real.tolist(), slots.tolist(), strict=True)
+                    started.append((real, [pool.submit(load, record, slot) for record, slot in tasks]))
+                if number >= prefetch:
+                    real, loaded = started.popleft()
+                    images = [one.result() for one in loaded]
+                    batch = _collected(source, real, images, local, int(records[0]))
+                    if not len(real):  # the last batch is too short for this host, which takes part all the same
+                        batch["image"] = np.zeros((local, *np.shape(load(int(records[0]), 0))), np.uint8)
+                    yield batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _collected(source: Source, real: np.ndarray, loaded: list[np.ndarray | str], size: int, padding: int) -> Batch:
+    """A batch of ``size`` places from what was read of the ``real`` records; ``padding`` names the others."""
+    index = np.full(size, padding, np.int32)
+    index[: len(real)] = real
+    problem = np.full(size, "", object)
+    mask = np.zeros(size, bool)
+    batch: Batch = {"label": source.labels[index].astype(np.int32), "index": index, "mask": mask, "problem": problem}
+    for place, image in enumerate(loaded):
+        if isinstance(image, str):
+            problem[place] = image
+            continue
+        mask[place] = True
+        if "image" not in batch:
+            batch["image"] = np.zeros((size, *image.shape), np.uint8)
+        batch["image"][place] = image
+    return batch

@@ -1,4 +1,4 @@
-"""Pictures to vectors: which pictures a path stands for, and their embeddings in memory or in a file."""
+"""Images to vectors: which images a path stands for, and their embeddings in memory or in a file."""
 
 import sys
 import time
@@ -9,13 +9,12 @@ import numpy as np
 
 from idml_jax.data.sources import EXTENSIONS, FolderSource, Source
 from idml_jax.errors import UserError
-from idml_jax.inference import model as trained
-from idml_jax.inference import store as embeddings
+from idml_jax.inference import store
 from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index
-from idml_jax.metrics.summary import Embedded
+from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.writers import format_seconds
-from idml_jax.training import build as run
+from idml_jax.training.build import data_of
 
 SPLITS = ("train", "test", "validation", "gallery")
 LISTS = (".txt", ".tsv", ".csv", ".lst")
@@ -74,8 +73,6 @@ def embed_all(
     model: Trained,
     source: Source,
     *,
-    threads: int = 4,
-    batch_size: int = 0,
     warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> tuple[Embedded, np.ndarray]:
     """Embeds a source in memory.
@@ -83,8 +80,6 @@ def embed_all(
     Args:
       model: trained embedding.
       source: images.
-      threads: that read and decode.
-      batch_size: 0: the run's.
       warn: receives a line per image that cannot be read.
 
     Returns:
@@ -93,13 +88,12 @@ def embed_all(
     Raises:
       UserError: if none can be read; the first is named.
     """
-    size = trained.batch_size_of(model, batch_size)
     parts, records, skipped = [], [], []
-    for batch in trained.read_batches(model, source, range(len(source)), size, threads):
-        skipped += batch.skipped
-        if len(batch.records):
-            parts.append(trained.embed_pictures(model, batch.images, size))
-            records.append(batch.records)
+    for rows in model.embedder.rows(source):
+        skipped += rows.skipped
+        if rows.values:
+            parts.append(rows.values)
+            records.append(rows.records)
     if not parts:
         raise UserError(f"{source.name(skipped[0][0])}: {skipped[0][1]}")
     for record, reason in skipped:
@@ -116,8 +110,6 @@ def embed_to_file(
     *,
     labelled: bool,
     origin: str,
-    threads: int = 4,
-    batch_size: int = 0,
     part_batches: int = 64,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
@@ -125,14 +117,12 @@ def embed_to_file(
     """Embeds a source into a file, or goes on doing so.
 
     Args:
-      model: trained embedding.
+      model: trained embedding; ``model.using`` sets threads and batch size.
       source: images.
       out: ``.npz`` or ``.parquet``.
       labelled: whether the source's labels mean anything.
       origin: where the images come from, for the file's ``about``.
-      threads: that read and decode.
-      batch_size: 0: the run's.
-      part_batches: batches between two saves; what a stopped command loses.
+      part_batches: number of batches between two saves: what a stopped command loses.
       overwrite: replace a file that is there.
       say: receives lines about the progress.
 
@@ -143,11 +133,10 @@ def embed_to_file(
       UserError: if no image can be read, the file is there already, or it cannot be written.
     """
     out = Path(out).expanduser().absolute()
-    embeddings.check_suffix(out, "--out")
+    store.check_suffix(out, "--out")
     if out.exists() and not overwrite:
         raise UserError(f"{out} is already there; --overwrite replaces it")
-    size = trained.batch_size_of(model, batch_size)
-    per_part = size * part_batches
+    per_part = model.embedder.batch_size * part_batches
     total = len(source)
     names = [source.name(record) for record in range(total)]
     about = {
@@ -159,27 +148,27 @@ def embed_to_file(
     }
     identity = {
         **about,
-        "names": embeddings.digest(names),
+        "names": store.digest(names),
         "per_part": per_part,
         "labelled": labelled,
-        "labels": embeddings.digest([str(label) for label in source.labels]),
+        "labels": store.digest([str(label) for label in source.labels]),
     }
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        parts = embeddings.Parts(out, identity)
+        parts = store.Parts(out, identity)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
     if parts.started_over:
-        say("pictures, run or settings are not those of the stopped command; starting over")
+        say("images, run or settings are not those of the stopped command; starting over")
     count = -(-total // per_part)
     known = [number for number in range(count) if parts.has(number)]
     if known:
-        say(f"going on: {min(len(known) * per_part, total):,} of {total:,} pictures are done")
+        say(f"going on: {min(len(known) * per_part, total):,} of {total:,} images are done")
     progress = _Progress(total, min(len(known) * per_part, total), say)
     for number in range(count):
         if number not in known:
-            records = range(number * per_part, min((number + 1) * per_part, total))
-            parts.write(number, _part(model, source, records, size, threads, progress))
+            records = np.arange(number * per_part, min((number + 1) * per_part, total))
+            parts.write(number, _part(model, source, records, progress))
     skipped = [
         (int(record), str(reason))
         for number in range(count)
@@ -189,7 +178,7 @@ def embed_to_file(
     _list_skipped(out, [(names[record], reason) for record, reason in skipped], total, say)
     if len(skipped) == total:
         parts.remove()
-        raise UserError(f"none of {total} pictures can be read; the first: {names[0]}: {skipped[0][1]}")
+        raise UserError(f"none of {total} images can be read; the first: {names[0]}: {skipped[0][1]}")
 
     def columns() -> Iterator[dict[str, np.ndarray]]:
         for number in range(count):
@@ -205,24 +194,22 @@ def embed_to_file(
                 part["uncertainty_norm"] = np.linalg.norm(part["uncertainty"], axis=1)
             yield part
 
-    embeddings.join(out, columns, source.class_names if labelled else None, about)
+    store.join(out, columns, source.class_names if labelled else None, about)
     parts.remove()
-    say(f"{total - len(skipped):,} pictures embedded in {out}")
+    say(f"{total - len(skipped):,} images embedded in {out}")
     return out
 
 
-def _part(
-    model: Trained, source: Source, records: range, size: int, threads: int, progress: "_Progress"
-) -> dict[str, np.ndarray]:
-    rows: list[dict[str, np.ndarray]] = []
+def _part(model: Trained, source: Source, records: np.ndarray, progress: "_Progress") -> dict[str, np.ndarray]:
+    """The arrays of some records, as the parts of a file hold them."""
+    values: list[dict[str, np.ndarray]] = []
     kept, skipped = [np.zeros(0, np.int64)], []
-    for batch in trained.read_batches(model, source, records, size, threads):
-        kept.append(batch.records)
-        skipped += batch.skipped
-        if len(batch.records):
-            rows.append(trained.embed_pictures(model, batch.images, size))
-        progress.add(len(batch.records) + len(batch.skipped))
-    arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
+    for rows in model.embedder.rows(source, records):
+        kept.append(rows.records)
+        skipped += rows.skipped
+        values += [rows.values] if rows.values else []
+        progress.add(len(rows.records) + len(rows.skipped))
+    arrays = {name: np.concatenate([part[name] for part in values]) for name in values[0]} if values else {}
     return arrays | {
         "records": np.concatenate(kept).astype(np.int64),
         "skipped": np.asarray([record for record, _ in skipped], np.int64),
@@ -237,7 +224,7 @@ def _list_skipped(out: Path, skipped: list[tuple[str, str]], total: int, say: Ca
         return
     listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in skipped))
     name, reason = skipped[0]
-    say(f"{len(skipped):,} of {total:,} pictures cannot be read and are left out, the first {name}: {reason}")
+    say(f"{len(skipped):,} of {total:,} images cannot be read and are left out, the first {name}: {reason}")
     say(f"all of them are listed in {listing}")
 
 
@@ -259,23 +246,23 @@ class _Progress:
         filled = 20 * self._done // self._total
         bar = "#" * filled + "." * (20 - filled)
         left = format_seconds((self._total - self._done) / max(rate, 1e-9))
-        self._say(f"[{bar}] {self._done:,} of {self._total:,} pictures, {rate:,.0f}/s, {left} to go")
+        self._say(f"[{bar}] {self._done:,} of {self._total:,} images, {rate:,.0f}/s, {left} to go")
 
 
 def split_source(model: Trained, split: str) -> Source:
-    """Pictures of the run's own data.
+    """Images of the run's own data.
 
     Raises:
       UserError: if the run has no such split, or its data is gone.
     """
-    source = getattr(run.build(model.config).splits, split)
+    source = getattr(data_of(model.config), split)
     if source is None:
         raise UserError(f"--split={split}: the run's data has none")
     return source
 
 
-def index_of(model: Trained, source: Source, labelled: bool, origin: str, threads: int = 4) -> Index:
+def index_of(model: Trained, source: Source, labelled: bool, origin: str) -> Index:
     """Embeds a source in memory, as an index."""
-    embedded, records = embed_all(model, source, threads=threads)
+    embedded, records = embed_all(model, source)
     files = np.asarray([source.name(int(record)) for record in records])
     return Index(embedded, files, list(source.class_names) if labelled else None, {"images": origin})

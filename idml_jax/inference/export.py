@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from idml_jax.errors import UserError
-from idml_jax.inference import model as trained
 from idml_jax.inference.model import Trained
+from idml_jax.training.embedder import embed_step
 
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
 
@@ -53,10 +53,9 @@ def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu
     """
     data = model.config.data
     variables = jax.tree.map(np.asarray, model.variables)
-    embed = trained.embed_function(model)
 
     def embed_images(images: jax.Array) -> dict[str, jax.Array]:
-        out = embed(variables, images)
+        out = embed_step(variables, images, network=model.embedder.network)
         return out if model.introspective else {k: v for k, v in out.items() if k != "uncertainty"}
 
     shape = jax.export.symbolic_shape(f"b, {data.image_size}, {data.image_size}, {data.channels}")

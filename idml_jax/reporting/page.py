@@ -8,17 +8,18 @@ import numpy as np
 
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
-from idml_jax.inference import embed
-from idml_jax.inference import model as trained
+from idml_jax.inference.embed import embed_all
+from idml_jax.inference.model import load
 from idml_jax.metrics import calibration, confidence, retrieval
 from idml_jax.metrics.summary import Embedded, retrieval_report, scores_of
 from idml_jax.reporting import html as pages
 from idml_jax.reporting import plots
 from idml_jax.reporting import sections as parts
-from idml_jax.reporting.sections import Pictures, Seen
-from idml_jax.training import build as run
-from idml_jax.training import train
+from idml_jax.reporting.sections import SECTIONS, Seen, Thumbnails
 from idml_jax.training import workdir as workdir_lib
+from idml_jax.training.build import data_of
+from idml_jax.training.tasks import Evaluation
+from idml_jax.training.tasks.retrieval_summary import held_out_queries
 
 NEIGHBOURS = 9
 COMPARED = (
@@ -35,12 +36,12 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     Raises:
       UserError: if there is no run or checkpoint, or its data is gone or damaged.
     """
-    model = trained.load(workdir)
-    built = run.build(model.config)
-    queries, separate = built.eval_source, built.eval_gallery
+    model = load(workdir).using(threads=threads)
+    evaluation = Evaluation(model.config, model.embedder, data_of(model.config))
+    queries, separate = evaluation.source, evaluation.gallery
 
     def embedded_of(source: Source) -> Embedded:
-        embedded, kept = embed.embed_all(model, source, threads=threads)
+        embedded, kept = embed_all(model, source)
         if len(kept) < len(source):
             raise UserError(f"{len(source) - len(kept)} of the run's {len(source)} pictures cannot be read")
         return embedded
@@ -51,7 +52,7 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
     found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
     scores = scores_of(embedded, searched, model.settings, own)
-    held_out = train.held_out_queries(built, model.variables)
+    held_out = held_out_queries(evaluation)
     if held_out is not None:
         fitted = calibration.calibrate(held_out, model.settings, scores).model
         scores["confidence"] = 1.0 - confidence.confidence(fitted, scores)
@@ -98,7 +99,7 @@ def comparison(seen: Seen, other: Path) -> str:
     names = name(seen.model.workdir, seen.model.introspective), name(other, config.ism.enabled)
     if names[0] == names[1]:
         names = names[0], str(other)
-    first, shown = ("top1", "top-1") if seen.classifies else ("R@1", "R@1")
+    first, shown = next(iter(seen.task.headline.items()))
     curves = {
         n: c
         for n, r in zip(names, (seen.history, rows), strict=True)
@@ -135,20 +136,9 @@ def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: 
     out = Path(out).expanduser() if out else Path(workdir).expanduser() / "report.html"
     seen = look(workdir, threads)
     beside = comparison(seen, Path(compare).expanduser().absolute()) if compare else ""
-    picture = Pictures(seen.queries)
-    found = picture if seen.gallery is seen.queries else Pictures(seen.gallery)
-    body = [
-        parts.head(seen),
-        beside,
-        parts.training(seen),
-        parts.classified(seen),
-        parts.knowing(seen),
-        parts.ambiguity(seen),
-        parts.answers(seen, picture, found),
-        parts.extremes(seen, picture),
-        parts.plane(seen),
-        parts.confusion(seen, picture, found),
-    ]
+    images = Thumbnails(seen)
+    sections = [SECTIONS[name](seen, images) for name in seen.task.sections]
+    body = [parts.head(seen, images), beside, *sections]
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(pages.page(f"idml_jax: {seen.model.workdir.name}", "\n".join(body)), encoding="utf-8")

@@ -15,6 +15,7 @@ from idml_jax.metrics.summary import Embedded
 from idml_jax.reporting import html as pages
 from idml_jax.reporting import plots
 from idml_jax.reporting.thumbnails import thumbnail
+from idml_jax.training.tasks import Task, task_of
 
 ON_MAP = 1500
 SCORE_NAMES = {
@@ -59,9 +60,9 @@ class Seen(NamedTuple):
     figures: dict[str, float]
 
     @property
-    def classifies(self) -> bool:
-        """Whether the run is a classifier, whose pictures search each other by its feature."""
-        return self.model.config.task == "classification"
+    def task(self) -> Task:
+        """What the run has learnt."""
+        return task_of(self.model.config)
 
     @property
     def doubt(self) -> tuple[str, Float[np.ndarray, "n"]]:
@@ -78,6 +79,31 @@ class Seen(NamedTuple):
         return self.gallery.class_names[self.searched.labels[row]]
 
 
+class _Encoded:
+    """Small pictures of a source, encoded, each read once."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._known: dict[int, bytes | None] = {}
+
+    def __call__(self, record: int) -> bytes | None:
+        if record not in self._known:
+            pixels = thumbnail(self._source.read(record))
+            self._known[record] = None if pixels is None else plots.encode(pixels)
+        return self._known[record]
+
+
+class Thumbnails:
+    """Small versions of the images of a page: ``query(record)`` and ``found(record)``, of the gallery."""
+
+    def __init__(self, seen: Seen):
+        self.query = _Encoded(seen.queries)
+        self.found = self.query if seen.gallery is seen.queries else _Encoded(seen.gallery)
+
+
+Section = Callable[[Seen, Thumbnails], str]
+
+
 def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> plots.Curve | None:
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return ([x for x, _ in points], [y for _, y in points]) if points else None
@@ -88,16 +114,15 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], factor: 
     return {shown: (x, np.asarray(y) * factor) for shown, curve in found.items() if curve for x, y in [curve]}
 
 
-def head(seen: Seen) -> str:
+def head(seen: Seen, images: Thumbnails) -> str:
     """Title, settings and the main figures."""
     config, untrained = seen.model.config, seen.result.get("untrained")
     best = seen.result.get("best", {})
-    values = [("R@1", f"{100 * seen.figures['R@1']:.1f} %"), ("MAP@R", f"{100 * seen.figures['MAP@R']:.1f} %")]
-    if seen.classifies:
-        named = {"top1": "top-1", "top5": "top-5", "ece": "calibration error"}
-        values = [(n, f"{100 * best[k]:.1f} %") for k, n in named.items() if best.get(k) is not None]
+    headline, measured = seen.task.headline, {**best, **seen.figures}
+    values = [(shown, f"{100 * measured[n]:.1f} %") for n, shown in headline.items() if measured.get(n) is not None]
+    if "R@1" not in headline:
         values.append(("R@1 of the feature", f"{100 * seen.figures['R@1']:.1f} %"))
-    first = "top1" if seen.classifies else "R@1"
+    first = next(iter(headline))
     if untrained and untrained.get(first) is not None:
         values.insert(0, (f"{values[0][0]} untrained", f"{100 * untrained[first]:.1f} %"))
     if best.get("NMI") is not None:
@@ -108,32 +133,29 @@ def head(seen: Seen) -> str:
     if best.get("spearman(u,ambiguity)") is not None:
         values.append(("|u| with true ambiguity", f"{best['spearman(u,ambiguity)']:.2f}"))
     kind = "introspective" if seen.model.introspective else "plain"
-    mixing = "" if config.classification.mixing == "none" else f", {config.classification.mixing}"
-    loss = f"softmax{mixing}" if seen.classifies else config.loss.name
-    width = "classifier" if seen.classifies else f"{config.model.embedding_dim}-d"
     name = config.data.name if config.data.name != "folder" else Path(config.data.root or config.data.variant).name
     return (
-        f"<h1>{pages.text(name)}: {kind} {pages.text(loss)}</h1>"
+        f"<h1>{pages.text(name)}: {kind} {pages.text(seen.task.loss_text(config))}</h1>"
         f"<p class='muted'>{pages.text(config.model.name)}, {config.data.image_size} pixels, "
-        f"{width}; step {seen.model.step} of <code>{pages.text(seen.model.workdir)}</code>; "
+        f"step {seen.model.step} of <code>{pages.text(seen.model.workdir)}</code>; "
         f"{len(seen.queries):,} pictures of {len(seen.queries.class_names):,} classes search "
         f"{'each other' if seen.gallery is seen.queries else f'{len(seen.gallery):,} others'}.</p>"
         + pages.cards(values)
     )
 
 
-def training(seen: Seen) -> str:
+def training(seen: Seen, images: Thumbnails) -> str:
     """Loss, recall and length of the uncertainty over the steps."""
     rows, panels = seen.history, []
     losses = {"train/loss": "sum", "train/loss_original": "original pictures", "train/loss_mixed": "mixed pictures"}
     loss = curves(rows, losses)
-    names = {f"eval/R@{k}": f"R@{k}" for k in seen.model.config.eval.ks}
-    recall = curves(rows, {"eval/top1": "top-1", "eval/top5": "top-5"} if seen.classifies else names, 100)
+    shown = seen.task.followed(seen.model.config)
+    recall = curves(rows, {f"eval/{name}": shown for name, shown in shown.items()}, 100)
     length = curves(rows, {"train/uncertainty": "original pictures", "train/uncertainty_mixed": "mixed pictures"})
     if loss:
         panels.append(("Loss", "", loss))
     if recall:
-        panels.append((f"{'Accuracy' if seen.classifies else 'Recall'} on test pictures, %", "", recall))
+        panels.append((f"{seen.task.curve} on test images, %", "", recall))
     if length and seen.model.introspective:
         panels.append(("Mean |u| in training", "", length))
     if not panels:
@@ -141,7 +163,7 @@ def training(seen: Seen) -> str:
     return "<h2>Training</h2>" + pages.plot(plots.lines(panels, "step"), "loss, recall and uncertainty over the steps")
 
 
-def classified(seen: Seen) -> str:
+def predictions(seen: Seen, images: Thumbnails) -> str:
     """Which score tells the classifier's wrong predictions; empty for an embedding."""
     best = seen.result.get("best", {})
     names = {"u": "|u|, learned", "max_softmax": "1 less the largest probability", "entropy": "entropy"}
@@ -163,7 +185,7 @@ def classified(seen: Seen) -> str:
     )
 
 
-def knowing(seen: Seen) -> str:
+def knowing(seen: Seen, images: Thumbnails) -> str:
     """Risk over coverage, and the scores judged."""
     undefined = uncertainty.r_auroc_undefined(seen.correct)
     if undefined:
@@ -205,7 +227,7 @@ def knowing(seen: Seen) -> str:
     )
 
 
-def ambiguity(seen: Seen) -> str:
+def ambiguity(seen: Seen, images: Thumbnails) -> str:
     """Uncertainty beside the known ambiguity, and where pictures were changed."""
     parts, best = [], seen.result.get("best", {})
     truth = seen.queries.fields.get("ambiguity")
@@ -229,21 +251,7 @@ def ambiguity(seen: Seen) -> str:
     return "<h2>Does the uncertainty see ambiguity?</h2>" + "".join(parts) if parts else ""
 
 
-class Pictures:
-    """Small pictures of a source, encoded, each read once."""
-
-    def __init__(self, source: Source):
-        self._source = source
-        self._known: dict[int, bytes | None] = {}
-
-    def __call__(self, record: int) -> bytes | None:
-        if record not in self._known:
-            pixels = thumbnail(self._source.read(record))
-            self._known[record] = None if pixels is None else plots.encode(pixels)
-        return self._known[record]
-
-
-def answers(seen: Seen, picture: Callable, found: Callable, rows: int = 5) -> str:
+def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> str:
     """Right and wrong answers, those it is most and least sure of."""
     name, score = seen.doubt
     parts = [
@@ -264,7 +272,7 @@ def answers(seen: Seen, picture: Callable, found: Callable, rows: int = 5) -> st
         for query in those.tolist():
             cells = [
                 pages.tile(
-                    picture(query),
+                    images.query(query),
                     [f"{short} {score[query]:.3f}", seen.class_of(query)],
                     "query",
                     seen.queries.name(query),
@@ -273,12 +281,12 @@ def answers(seen: Seen, picture: Callable, found: Callable, rows: int = 5) -> st
             for row, distance in zip(seen.index[query].tolist(), seen.distance[query].tolist(), strict=True):
                 kind = "right" if seen.searched.labels[row] == seen.embedded.labels[query] else "wrong"
                 lines = [f"distance {distance:.3f}", seen.answer_class(row)]
-                cells.append(pages.tile(found(row), lines, kind, seen.gallery.name(row)))
+                cells.append(pages.tile(images.found(row), lines, kind, seen.gallery.name(row)))
             parts.append(pages.row(cells))
     return "".join(parts)
 
 
-def extremes(seen: Seen, picture: Callable, count: int = 20) -> str:
+def extremes(seen: Seen, images: Thumbnails, count: int = 20) -> str:
     """The most and the least uncertain pictures."""
     if "uncertainty" not in seen.scores:
         return ""
@@ -293,12 +301,12 @@ def extremes(seen: Seen, picture: Callable, count: int = 20) -> str:
         for row in those.tolist():
             lines = [f"|u| {score[row]:.2f}"] + ([] if truth is None else [f"ambiguity {float(truth[row]):.2f}"])
             kind = "right" if seen.correct[row] else "wrong"
-            shown.append(pages.tile(picture(row), [*lines, seen.class_of(row)], kind, seen.queries.name(row)))
+            shown.append(pages.tile(images.query(row), [*lines, seen.class_of(row)], kind, seen.queries.name(row)))
         parts.append(f"<h3>{title}</h3>{pages.tiles(shown)}")
     return "".join(parts)
 
 
-def plane(seen: Seen) -> str:
+def plane(seen: Seen, images: Thumbnails) -> str:
     """The embeddings in two dimensions."""
     some = np.unique(np.linspace(0, len(seen.queries) - 1, ON_MAP).astype(int))
     places, how = plots.flatten_to_plane(seen.embedded.semantic[some], seen.model.config.seed)
@@ -310,7 +318,7 @@ def plane(seen: Seen) -> str:
     return f"<h2>Map of the embeddings</h2><p>{pages.text(note)}</p>" + pages.plot(drawn, "embeddings in a plane")
 
 
-def confusion(seen: Seen, picture: Callable, found: Callable, pairs: int = 10, classes: int = 20) -> str:
+def confusion(seen: Seen, images: Thumbnails, pairs: int = 10, classes: int = 20) -> str:
     """Classes that are taken for each other."""
     asked, said = seen.embedded.labels, seen.searched.labels[seen.index[:, 0]]
     wrong = np.flatnonzero(asked != said)
@@ -327,9 +335,9 @@ def confusion(seen: Seen, picture: Callable, found: Callable, pairs: int = 10, c
     for pair in order[:pairs].tolist():
         query = int(wrong[first[pair]])
         row = int(seen.index[query, 0])
-        tiles = pages.tile(picture(query), [seen.class_of(query)], "query", seen.queries.name(query))
+        tiles = pages.tile(images.query(query), [seen.class_of(query)], "query", seen.queries.name(query))
         lines = [f"{counts[pair]} times", seen.answer_class(row)]
-        tiles += pages.tile(found(row), lines, "wrong", seen.gallery.name(row))
+        tiles += pages.tile(images.found(row), lines, "wrong", seen.gallery.name(row))
         shown.append(f'<div class="pair">{tiles}</div>')
     parts.append(pages.tiles(shown))
     chosen = list(dict.fromkeys(kinds[order].reshape(-1).tolist()))[:classes]
@@ -340,3 +348,16 @@ def confusion(seen: Seen, picture: Callable, found: Callable, pairs: int = 10, c
     names = [seen.queries.class_names[label] for label in chosen]
     parts.append(pages.plot(plots.matrix(counted, names), "shares of answers between the most confused classes"))
     return "".join(parts)
+
+
+# Sections of the page by name; a task says which of them its page has, and in which order.
+SECTIONS: dict[str, Section] = {
+    "training": training,
+    "predictions": predictions,
+    "knowing": knowing,
+    "ambiguity": ambiguity,
+    "answers": answers,
+    "extremes": extremes,
+    "map": plane,
+    "confusion": confusion,
+}

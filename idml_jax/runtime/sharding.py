@@ -18,6 +18,12 @@ def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def host_of(mesh: Mesh) -> tuple[int, int]:
+    """This host's number among those whose devices are in the mesh, and how many there are."""
+    processes = sorted({device.process_index for device in mesh.devices.flat})
+    return processes.index(jax.process_index()), len(processes)
+
+
 def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
     """Raises ``UserError`` unless a batch splits evenly over the devices."""
     if batch_size < 1 or batch_size % mesh.size:

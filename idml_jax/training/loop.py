@@ -1,9 +1,10 @@
-"""The loop over the steps of a run: batches in, figures out, and what happens when it has to end early."""
+"""The loop over the steps of a run: batches in, metrics out, and what happens when it has to end early."""
 
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -40,128 +41,152 @@ class Speed:
         }
 
 
-def train(
-    run: Run,
-    state: TrainState,
-    step: int,
-    record: dict[str, Any],
-    checkpoints: Checkpoints,
-    writer: MetricWriter,
-    speed: Speed,
-    stop: StopRequest,
-    end_epoch: Callable[[TrainState, int], None],
-) -> TrainState:
-    """Trains from a step to the end of the run.
+@dataclass
+class Trainer:
+    """A run on its way: what it is made of, how far it is, and where metrics and checkpoints go.
 
-    Args:
+    Attributes:
       run: what it is made of.
-      state: before the first step.
-      step: how many steps are done.
-      record: of the run so far; ``unfinished`` is taken out of it, and put in where the run is stopped.
-      checkpoints: gets the state of a run that is stopped; those at the end of an epoch are ``end_epoch``'s.
-      writer: gets the figures of the steps.
-      speed: gets the times.
+      state: after the steps done so far.
+      checkpoints: keep the state of a run that is stopped; those at the end of an epoch are ``end_epoch``'s.
+      writer: gets the metrics of the steps.
       stop: asked after every step.
-      end_epoch: called with state and step after every epoch; may raise ``Stopped``, and is then called again when the
+      end_epoch: called with the trainer after every epoch; may raise ``Stopped``, and is then called again when the
         run goes on.
-
-    Returns:
-      The state after the last step.
-
-    Raises:
-      UserError: if loss or gradient are no longer numbers.
-      Stopped: after saving.
+      speed: gets the times.
+      record: of the run so far, kept with every checkpoint: ``untrained`` metrics, ``history`` of the epochs, ``rows``
+        of the log, and ``unfinished`` where a run was stopped inside an epoch.
     """
-    config, per_epoch = run.config, run.sampler.steps_per_epoch
-    data = config.data
-    unfinished = record.pop("unfinished", {})  # of a run that was stopped
-    batches = pipeline.train_batches(
-        run.splits.train,
-        run.sampler,
-        run.train_transform,
-        seed=config.seed,
-        start=step,
-        stop=run.total_steps,
-        channels=data.channels,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-        threads=data.threads,
-        prefetch=data.prefetch,
-        workers=data.workers,
-    )
-    progress = writer.progress(run.total_steps, step)
 
-    def broken(found: watch.Broken) -> None:
-        raise UserError(_broken(run, found, checkpoints))
+    run: Run
+    state: TrainState
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    stop: StopRequest
+    end_epoch: Callable[["Trainer"], None]
+    speed: Speed
+    record: dict[str, Any] = field(default_factory=lambda: {"untrained": None, "history": [], "rows": 0})
+    step: int = 0
 
-    window = watch.Window(broken, unfinished.get("window"))
-    checks = watch.debug_checks(config.debug)
-    train_step = steps.jit_checked_train_step if {"nans", "infs"} & set(checks) else steps.jit_train_step
-    warmup = config.optim.warmup_epochs * per_epoch
-    pending = unfinished.get("end_epoch", False)
-    try:
-        if pending:
-            end_epoch(state, step)
-            pending = False
-        for batch in batches:
-            place = sharding.shard_batch({k: batch[k] for k in ("image", "label")}, run.mesh)
-            try:
-                with watch.debugging(checks):
-                    state, metrics = train_step(state, place, setup=run.setup, train_trunk=step >= warmup)
-            except FloatingPointError as error:  # of the checks
-                text = " ".join(str(error).split("\n")[:1])
-                broken(watch.Broken(step + 1, f"jax found: {text}", batch["index"]))
-            step += 1
-            window.add(step, metrics, batch["index"])
-            if speed.first_step is None:
-                jax.block_until_ready(metrics)
-                speed.first_step = time.monotonic() - speed.started
-                logger.info("first step done %.1f s after the start", speed.first_step)
-                progress.measure(step)
-            progress.tick(step)
-            last = step == run.total_steps
-            end_of_epoch = step % per_epoch == 0 or last
-            if step % config.log.every_steps == 0 or end_of_epoch:
-                means = window.flush()
-                rate, remaining = progress.measure(step)
-                if rate > 0 and math.isfinite(rate) and step > 1:
-                    speed.rates.append(rate * config.batch_size)
-                images = rate * config.batch_size
-                writer.write(step, {**{f"train/{k}": v for k, v in means.items()}, "train/images_per_second": images})
-                logger.info(
-                    "epoch %d/%d  step %d/%d  loss %.4f  %.0f images/s  %s to go",
-                    -(-step // per_epoch),
-                    config.epochs,
-                    step,
-                    run.total_steps,
-                    means["loss"],
-                    images,
-                    format_seconds(remaining),
-                )
-            if end_of_epoch:
-                paused, pending = time.monotonic(), True
-                end_epoch(state, step)
+    def __post_init__(self) -> None:
+        self.step = int(self.state.step)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the last step belongs to, from 1."""
+        return -(-self.step // self.run.sampler.steps_per_epoch)
+
+    @property
+    def last(self) -> bool:
+        """Whether the last step of the run is done."""
+        return self.step == self.run.total_steps
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The record as a checkpoint keeps it."""
+        return without_nan({**self.record, "rows": self.writer.rows})
+
+    def train(self) -> TrainState:
+        """Trains from the state to the end of the run.
+
+        Returns:
+          The state after the last step.
+
+        Raises:
+          UserError: if loss or gradient are no longer finite.
+          Stopped: after saving.
+        """
+        config, per_epoch = self.run.config, self.run.sampler.steps_per_epoch
+        unfinished = self.record.pop("unfinished", {})  # of a run that was stopped
+        window = watch.Window(self._broken, unfinished.get("window"))
+        checks = watch.debug_checks(config.debug)
+        train_step = steps.jit_checked_train_step if {"nans", "infs"} & set(checks) else steps.jit_train_step
+        warmup = config.optim.warmup_epochs * per_epoch
+        progress = self.writer.progress(self.run.total_steps, self.step)
+        pending = unfinished.get("end_epoch", False)
+        try:
+            if pending:
+                self.end_epoch(self)
                 pending = False
-                progress.pause(time.monotonic() - paused)
-            stop.check()
-    except Stopped:
-        if checkpoints.newest != step and step:
-            record["unfinished"] = {"window": window.state(), "end_epoch": pending}
-            writer.sync()
-            checkpoints.save_stopped(step, state, without_nan({**record, "rows": writer.rows}))
-        raise
-    return state
+            for batch in self._batches():
+                placed = sharding.shard_batch({k: batch[k] for k in ("image", "label")}, self.run.mesh)
+                try:
+                    with watch.debugging(checks):
+                        self.state, metrics = train_step(
+                            self.state, placed, setup=self.run.setup, train_trunk=self.step >= warmup
+                        )
+                except FloatingPointError as error:  # of the checks
+                    found = " ".join(str(error).split("\n")[:1])
+                    self._broken(watch.Broken(self.step + 1, f"jax found: {found}", batch["index"]))
+                self.step += 1
+                window.add(self.step, metrics, batch["index"])
+                if self.speed.first_step is None:
+                    jax.block_until_ready(metrics)
+                    self.speed.first_step = time.monotonic() - self.speed.started
+                    logger.info("first step done %.1f s after the start", self.speed.first_step)
+                    progress.measure(self.step)
+                progress.tick(self.step)
+                end_of_epoch = self.step % per_epoch == 0 or self.last
+                if self.step % config.log.every_steps == 0 or end_of_epoch:
+                    self._log(window.flush(), *progress.measure(self.step))
+                if end_of_epoch:
+                    paused, pending = time.monotonic(), True
+                    self.end_epoch(self)
+                    pending = False
+                    progress.pause(time.monotonic() - paused)
+                self.stop.check()
+        except Stopped:
+            if self.checkpoints.newest != self.step and self.step:
+                self.record["unfinished"] = {"window": window.state(), "end_epoch": pending}
+                self.writer.sync()
+                self.checkpoints.save_stopped(self.step, self.state, self.kept)
+            raise
+        return self.state
 
+    def _batches(self) -> Iterator[pipeline.Batch]:
+        config, run = self.run.config, self.run
+        return pipeline.train_batches(
+            run.splits.train,
+            run.sampler,
+            run.train_transform,
+            seed=config.seed,
+            start=self.step,
+            stop=run.total_steps,
+            channels=config.data.channels,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+            workers=config.data.workers,
+        )
 
-def _broken(run: Run, found: watch.Broken, checkpoints: Checkpoints) -> str:
-    """What to tell of a step that gave no numbers; its whole batch goes to ``broken_batch.json``."""
-    names = [run.splits.train.name(int(record)) for record in found.records]
-    path = checkpoints.folder.parent / "broken_batch.json"
-    if jax.process_index() == 0:
-        write_json(path, {"step": found.step, "what": found.what, "images": names})
-    newest = checkpoints.newest
-    kept = "there is no checkpoint" if newest is None else f"the last good checkpoint is of step {newest}"
-    return (
-        f"{found.what} at step {found.step}; its batch has {', '.join(names[:3])} and {len(names) - 3} more images, "
-        f"see {path}; {kept} in {checkpoints.folder.parent}; a lower config.optim.learning_rate may help"
-    )
+    def _log(self, means: dict[str, float], rate: float, remaining: float) -> None:
+        """Writes and shows the mean metrics of the last steps."""
+        images = rate * self.run.config.batch_size
+        if rate > 0 and math.isfinite(rate) and self.step > 1:
+            self.speed.rates.append(images)
+        self.writer.write(self.step, {**{f"train/{k}": v for k, v in means.items()}, "train/images_per_second": images})
+        logger.info(
+            "epoch %d/%d  step %d/%d  loss %.4f  %.0f images/s  %s to go",
+            self.epoch,
+            self.run.config.epochs,
+            self.step,
+            self.run.total_steps,
+            means["loss"],
+            images,
+            format_seconds(remaining),
+        )
+
+    def _broken(self, found: watch.Broken) -> None:
+        """Raises ``UserError`` about a step with non-finite values; its whole batch goes to ``broken_batch.json``."""
+        names = [self.run.splits.train.name(int(record)) for record in found.records]
+        workdir = self.checkpoints.folder.parent
+        path = workdir / "broken_batch.json"
+        if jax.process_index() == 0:
+            write_json(path, {"step": found.step, "what": found.what, "images": names})
+        newest = self.checkpoints.newest
+        kept = "there is no checkpoint" if newest is None else f"the last good checkpoint is of step {newest}"
+        raise UserError(
+            f"{found.what} at step {found.step}; its batch has {', '.join(names[:3])} and {len(names) - 3} more "
+            f"images, see {path}; {kept} in {workdir}; a lower config.optim.learning_rate may help"
+        )

@@ -12,8 +12,8 @@ from jaxtyping import Array, Int
 from idml_jax.losses.memory import Memory
 from idml_jax.models import EmbeddingModel
 from idml_jax.runtime import sharding
+from idml_jax.training.criterion import Criterion
 from idml_jax.training.optim import GroupOptimizer
-from idml_jax.training.tasks.objective import Objective
 
 
 class TrainState(struct.PyTreeNode):
@@ -51,7 +51,7 @@ class TrainState(struct.PyTreeNode):
 def create_state(
     key: Array,
     model: EmbeddingModel,
-    objective: Objective,
+    objective: Criterion,
     optimizer: GroupOptimizer,
     image_shape: tuple[int, ...],
     ema: bool = False,
@@ -89,7 +89,7 @@ def create_state_on(
     mesh: Mesh,
     key: Array,
     model: EmbeddingModel,
-    objective: Objective,
+    objective: Criterion,
     optimizer: GroupOptimizer,
     image_shape: tuple[int, ...],
     ema: bool = False,

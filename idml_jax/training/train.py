@@ -1,4 +1,4 @@
-"""A run: from settings and a workdir to a trained embedding and its figures."""
+"""A run: from settings and a workdir to a trained embedding and its metrics."""
 
 import json
 import logging
@@ -13,137 +13,56 @@ import jax
 from ml_collections import ConfigDict
 
 import idml_jax
-from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
-from idml_jax.metrics.summary import Embedded, HeldOut, Ism, full_report, retrieval_report
 from idml_jax.runtime import hosts
 from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.runtime.files import without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.writers import MetricWriter
-from idml_jax.training import config as config_lib
-from idml_jax.training import evaluation as evaluate
-from idml_jax.training import loop
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
-from idml_jax.training.state import TrainState
-from idml_jax.training.tasks import classification_summary as classify
+from idml_jax.training.loop import Speed, Trainer
 from idml_jax.training.workdir import remember
 
 logger = logging.getLogger("idml_jax")
 
-# Of the many figures of the last evaluation, those told on the console; all are in result.json.
+# Of the many metrics of the last evaluation, those shown on the console; all are in result.json.
 SHOWN = (
-    "NMI", "P(u_mixed>u)", "P(u_occlusion>u)", "spearman(u,ambiguity)", "R-AUROC(uncertainty)",
-    "R-AUROC(nearest_distance)", "R-AUROC(margin_20)", "R-AUROC(ratio_20)", "R-AUROC(confidence)", "answered",
+    "NMI",
+    "P(u_mixed>u)",
+    "P(u_occlusion>u)",
+    "spearman(u,ambiguity)",
+    "R-AUROC(uncertainty)",
+    "R-AUROC(nearest_distance)",
+    "R-AUROC(margin_20)",
+    "R-AUROC(ratio_20)",
+    "R-AUROC(confidence)",
+    "answered",
     "answered_precision",
-    "AUROC_error(u)", "AUROC_error(max_softmax)", "mean_u",
-)  # fmt: skip
+    "AUROC_error(u)",
+    "AUROC_error(max_softmax)",
+    "mean_u",
+)
 
-
-Check = Callable[[], None]
 Build = Callable[[ConfigDict], Run]
 
 
-def _embed_options(run: Run) -> dict[str, Any]:
-    config = run.config
-    return {
-        "batch_size": config.eval.batch_size,
-        "channels": config.data.channels,
-        "threads": config.data.threads,
-    }
+def full_evaluation(run: Run, variables: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """All metrics of a run's task; warnings go to the log.
 
-
-def _embed(run: Run, state: TrainState, check: Check, source: Source | None = None) -> Embedded:
-    source = run.eval_source if source is None else source
-    embedded = evaluate.embed(
-        state.variables, source, run.test_transform, run.setup, run.mesh, check=check, **_embed_options(run)
-    )
-    # In a plain run nothing has taught the uncertainty head anything.
-    return embedded if config_lib.learns_uncertainty(run.config) else embedded._replace(uncertainty=None)
-
-
-def _gallery(run: Run, state: TrainState, check: Check) -> Embedded | None:
-    return None if run.eval_gallery is None else _embed(run, state, check, run.eval_gallery)
-
-
-def _measure(run: Run, state: TrainState, check: Check) -> dict[str, float]:
-    if run.config.task == "classification":
-        return classify.report(run, state, full=False, check=check)
-    return retrieval_report(_embed(run, state, check), run.config.eval.ks, _gallery(run, state, check))
-
-
-def held_out_queries(run: Run, variables: Any, check: Check = lambda: None) -> HeldOut | None:
-    """Held-out classes that teach how sure answers are; ``None`` without any, or where they are what is evaluated."""
-    validation = run.splits.validation
-    if validation is None or run.config.eval.split != "test":
-        return None
-    held_out = evaluate.held_out_queries(
-        variables,
-        validation,
-        run.splits.train,
-        run.test_transform,
-        run.setup,
-        run.mesh,
-        searched=len(run.eval_gallery or run.eval_source),
-        images=run.config.eval.ambiguity_images,
-        seed=run.config.seed,
-        check=check,
-        **_embed_options(run),
-    )
-    return held_out if config_lib.learns_uncertainty(run.config) else held_out.without_uncertainty()
-
-
-def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) -> dict[str, float]:
-    """Retrieval, clustering and what the uncertainty knows; see ``metrics.report``; of a classifier ``classify``.
-
-    ``check`` may raise to stop.
+    Args:
+      run: what it is made of.
+      variables: of the model, on the mesh.
+      check: called before every batch; may raise to stop.
     """
-    if run.config.task == "classification":
-        return classify.report(run, state, full=True, check=check)
-    started, config, source = time.monotonic(), run.config, run.eval_source
-    truth = source.fields.get("ambiguity")
-    settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state, check)
-    truth = truth if config_lib.learns_uncertainty(config) else None
-    gallery, held_out = _gallery(run, state, check), held_out_queries(run, state.variables, check)
-    report, warnings = full_report(
-        embedded,
-        gallery,
-        ks=config.eval.ks,
-        seed=config.seed,
-        ambiguity=truth,
-        settings=settings,
-        precision=config.eval.precision,
-        held_out=held_out,
-        cluster=config.eval.cluster,
-    )
-    if config.eval.ambiguity_images:
-        report |= evaluate.ambiguity(
-            state.variables,
-            source,
-            run.test_transform,
-            run.setup,
-            run.mesh,
-            seed=config.seed,
-            images=config.eval.ambiguity_images,
-            gallery=embedded,
-            settings=settings,
-            held_out=held_out,
-            check=check,
-            **_embed_options(run),
-        )
+    started = time.monotonic()
+    evaluation = run.evaluation(variables, check)
+    report, warnings = run.task.evaluate(evaluation)
     for warning in warnings:
         logger.warning("warning: %s", warning)
-    count = len(source) + len(run.eval_gallery or ())
+    count = len(evaluation.source) + len(evaluation.gallery or ())
     logger.info("full evaluation of %d images: %.1f s", count, time.monotonic() - started)
     return report
-
-
-def describe(metrics: dict[str, float], ks: tuple[int, ...]) -> str:
-    """One line: ``R@1 71.2  R@2 80.1  RP 35.0  MAP@R 30.4`` in percent; of a classifier its accuracy."""
-    if "top1" in metrics:
-        return classify.describe(metrics)
-    return "  ".join(f"{name} {100 * metrics[name]:.1f}" for name in (*(f"R@{k}" for k in ks), "RP", "MAP@R"))
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = build) -> dict[str, Any]:
@@ -156,14 +75,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = b
     Args:
       config: settings, see ``idml_jax.default_config``.
       workdir: folder of the run.
-      build: puts the run together; one of your own may change what ``run.build`` gives, for instance its objective.
+      build: puts the run together; a function of your own may change what ``training.build.build`` returns, for
+        instance its objective.
 
     Returns:
       The content of ``result.json``: metrics ``untrained``, ``final`` and ``best`` (``None`` where one is undefined),
       the settings, versions and speed.
 
     Raises:
-      UserError: for settings or data that cannot work, and if the loss is no longer a number.
+      UserError: for settings or data that cannot work, and if the loss is no longer finite.
       Stopped: on SIGTERM or SIGUSR1, after saving; the same call goes on, to the same result.
     """
     with StopRequest() as stop:
@@ -171,35 +91,68 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = b
 
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, build: Build) -> dict[str, Any]:
-    started = time.monotonic()
+    speed = Speed(time.monotonic())
     run = build(config)
     if stop.requested:
         raise Stopped(f"stopped by {stop.requested} before the first step; nothing was changed in {workdir}")
-    first_host = jax.process_index() == 0
     finished = workdir / "result.json"
     # Read before anything is written, and not at all once the run has a checkpoint of its own.
     pretrained = None
     if config.model.init_from and not finished.exists() and not has_checkpoints(workdir / "checkpoints"):
         pretrained = run.pretrained()
-    _prepare(workdir, config, first_host)
-
+    _prepare(workdir, config)
     if finished.exists():
         logger.info("this run is finished: %s; --mode=eval evaluates its best checkpoint again", finished)
         try:
             return json.loads(finished.read_text())
         except ValueError as error:
             raise UserError(f"{finished} is not valid JSON ({error}); without it the run is evaluated again") from error
+    trainer = _started(run, workdir, pretrained, stop, speed)
+    try:
+        _measure_untrained(trainer)
+        trainer.train()
+        trainer.checkpoints.wait()
+        result = without_nan(_finish(trainer))
+        _write_result(trainer, workdir, result)
+    except Stopped as stopped:
+        raise _told(stopped, workdir, trainer.checkpoints) from None
+    finally:
+        trainer.writer.close()
+        trainer.checkpoints.close()
+    return result
 
-    train, test = run.splits.train, run.eval_source
+
+def _prepare(workdir: Path, config: ConfigDict) -> None:
+    """Makes the workdir and writes the settings, or checks that they are those of the run in it; on the first host."""
+    problem = None
+    try:
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            remember(config, workdir)
+    except OSError as error:
+        problem = UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})")
+        problem.__cause__ = error
+    except UserError as error:
+        problem = error
+    hosts.agree(problem)
+
+
+def _started(
+    run: Run, workdir: Path, pretrained: tuple[dict[str, Any], str] | None, stop: StopRequest, speed: Speed
+) -> Trainer:
+    """The trainer at step 0, or where the run in the workdir was left."""
+    config, train = run.config, run.splits.train
+    evaluation = run.evaluation(None)
+    gallery = evaluation.gallery
     logger.info(
         "%s: %d training images of %d classes, %d %s images of %d classes%s",
         config.data.name,
         len(train),
         len(train.class_names),
-        len(test),
+        len(evaluation.source),
         config.eval.split,
-        len(test.class_names),
-        "" if run.eval_gallery is None else f", searching {len(run.eval_gallery)} gallery images",
+        len(evaluation.source.class_names),
+        "" if gallery is None else f", searching {len(gallery)} gallery images",
     )
     state = run.initial_state()
     logger.info(
@@ -225,106 +178,64 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
         state, record = resumed
         logger.info("going on from step %d in %s", int(state.step), workdir)
     elif pretrained is not None:
-        variables, told = pretrained
+        variables, source = pretrained
         state = run.with_variables(state, variables)
-        logger.info("starting from %s", told)
-    step = int(state.step)
-    writer = MetricWriter(workdir, active=first_host, tensorboard=config.log.tensorboard, rows=record["rows"])
-    try:
-        if step == 0 and config.eval.untrained and record["untrained"] is None:
-            untrained = record["untrained"] = _measure(run, state, stop.check)
-            writer.write(0, {f"eval/{k}": v for k, v in untrained.items()})
-            logger.info("untrained: %s", describe(untrained, config.eval.ks))
-        speed = loop.Speed(started)
-
-        def end_epoch(state: TrainState, step: int) -> None:
-            _end_epoch(run, state, step, record, checkpoints, writer, stop.check)
-
-        state = loop.train(run, state, step, record, checkpoints, writer, speed, stop, end_epoch)
-        checkpoints.wait()
-        result = without_nan(_finish(run, state, record, checkpoints, speed, stop.check))
-        # Before the result, which says that the run is finished.
-        writer.write(run.total_steps, {f"final/{k}": v for k, v in result["final"].items() if v is not None})
-        writer.sync()
-        if first_host:
-            write_json(workdir / "result.json", result)
-        logger.info("checkpoints      %s", workdir / "checkpoints")
-        logger.info("TensorBoard logs %s", workdir / "tensorboard" if writer.tensorboard else "none")
-        logger.info("all figures      %s", workdir / "result.json")
-    except Stopped as stopped:
-        raise _told(stopped, workdir, checkpoints) from None
-    finally:
-        writer.close()
-        checkpoints.close()
-    return result
+        logger.info("starting from %s", source)
+    writer = MetricWriter(
+        workdir, active=jax.process_index() == 0, tensorboard=config.log.tensorboard, rows=record["rows"]
+    )
+    return Trainer(run, state, checkpoints, writer, stop, _end_epoch, speed, record)
 
 
-def _prepare(workdir: Path, config: ConfigDict, first_host: bool) -> None:
-    problem = None
-    try:
-        if first_host:
-            workdir.mkdir(parents=True, exist_ok=True)
-            remember(config, workdir)
-    except OSError as error:
-        problem = UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})")
-        problem.__cause__ = error
-    except UserError as error:
-        problem = error
-    hosts.agree(problem)
+def _measure(trainer: Trainer) -> dict[str, float]:
+    run = trainer.run
+    return run.task.measure(run.evaluation(trainer.state.variables, trainer.stop.check))
 
 
-def _told(stopped: Stopped, workdir: Path, checkpoints: Checkpoints) -> Stopped:
-    checkpoints.wait()
-    newest = checkpoints.newest
-    kept = "nothing is saved yet" if newest is None else f"saved at step {newest} in {workdir}"
-    return Stopped(f"stopped by {stopped}; {kept}; the same command goes on from there")
+def _measure_untrained(trainer: Trainer) -> None:
+    run, record = trainer.run, trainer.record
+    if trainer.step == 0 and run.config.eval.untrained and record["untrained"] is None:
+        untrained = record["untrained"] = _measure(trainer)
+        trainer.writer.write(0, {f"eval/{k}": v for k, v in untrained.items()})
+        logger.info("untrained: %s", run.task.describe(untrained, run.config))
 
 
-def _end_epoch(
-    run: Run,
-    state: TrainState,
-    step: int,
-    record: dict[str, Any],
-    checkpoints: Checkpoints,
-    writer: MetricWriter,
-    check: Check,
-) -> None:
-    config, started = run.config, time.monotonic()
-    epoch, last = -(-step // run.sampler.steps_per_epoch), step == run.total_steps
+def _end_epoch(trainer: Trainer) -> None:
+    """Measures and saves, where the settings say so for this epoch."""
+    run, config, started = trainer.run, trainer.run.config, time.monotonic()
     metrics = None
-    if epoch % config.eval.every_epochs == 0 or last:
-        metrics = _measure(run, state, check)
-        record["history"].append({"step": step, **without_nan(metrics)})
-        writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
+    if trainer.epoch % config.eval.every_epochs == 0 or trainer.last:
+        metrics = _measure(trainer)
+        trainer.record["history"].append({"step": trainer.step, **without_nan(metrics)})
+        trainer.writer.write(trainer.step, {f"eval/{k}": v for k, v in metrics.items()})
         took = time.monotonic() - started
-        logger.info("epoch %d  %s  (%.1f s)", epoch, describe(metrics, config.eval.ks), took)
-    if last or metrics is not None or epoch % config.checkpoint.every_epochs == 0:
-        writer.sync()
-        whole = without_nan({**record, "rows": writer.rows})
-        checkpoints.save(step, state, whole, without_nan(metrics))
+        logger.info("epoch %d  %s  (%.1f s)", trainer.epoch, run.task.describe(metrics, config), took)
+    if trainer.last or metrics is not None or trainer.epoch % config.checkpoint.every_epochs == 0:
+        trainer.writer.sync()
+        trainer.checkpoints.save(trainer.step, trainer.state, trainer.kept, without_nan(metrics))
 
 
-def _finish(
-    run: Run, state: TrainState, record: dict[str, Any], checkpoints: Checkpoints, speed: loop.Speed, check: Check
-) -> dict[str, Any]:
-    ks = run.config.eval.ks
-    final = full_evaluation(run, state, check)
+def _finish(trainer: Trainer) -> dict[str, Any]:
+    """The last evaluation, of the last and of the best checkpoint; the content of ``result.json``."""
+    run, record, checkpoints = trainer.run, trainer.record, trainer.checkpoints
+    describe = lambda metrics: run.task.describe(metrics, run.config)
+    final = full_evaluation(run, trainer.state.variables, trainer.stop.check)
     best, best_step = dict(final), run.total_steps
     for step in checkpoints.by_metric:
         if step == run.total_steps:
             break
         try:
-            restored, _ = checkpoints.restore(step, state)
+            restored, _ = checkpoints.restore(step, trainer.state)
         except DamagedError as error:
             logger.warning("warning: %s; taking the next best", error)
             continue
-        best, best_step = full_evaluation(run, restored, check), step
+        best, best_step = full_evaluation(run, restored.variables, trainer.stop.check), step
         break
     if record["untrained"]:
-        logger.info("untrained  %s", describe(record["untrained"], ks))
-    logger.info("trained    %s", describe(final, ks))
+        logger.info("untrained  %s", describe(record["untrained"]))
+    logger.info("trained    %s", describe(final))
     if best_step != run.total_steps:
-        logger.info("best       %s  (step %d by %s)", describe(best, ks), best_step, run.config.eval.best_metric)
+        logger.info("best       %s  (step %d by %s)", describe(best), best_step, run.config.eval.best_metric)
     for name in SHOWN:
         if name in final:
             logger.info("%-26s %.3f", name, final[name])
@@ -333,10 +244,31 @@ def _finish(
         "final": final,
         "best": {"step": best_step, **best},
         "history": record["history"],
-        **speed.summary(),
+        **trainer.speed.summary(),
         "config": run.config.to_dict(),
         "versions": versions(),
     }
+
+
+def _write_result(trainer: Trainer, workdir: Path, result: dict[str, Any]) -> None:
+    writer = trainer.writer
+    # Before the result, which says that the run is finished.
+    final = {f"final/{k}": v for k, v in result["final"].items() if v is not None}
+    writer.write(trainer.run.total_steps, final)
+    writer.sync()
+    if jax.process_index() == 0:
+        write_json(workdir / "result.json", result)
+    logger.info("checkpoints      %s", workdir / "checkpoints")
+    logger.info("TensorBoard logs %s", workdir / "tensorboard" if writer.tensorboard else "none")
+    logger.info("all metrics      %s", workdir / "result.json")
+
+
+def _told(stopped: Stopped, workdir: Path, checkpoints: Checkpoints) -> Stopped:
+    """The message of a run that was stopped, with what is saved."""
+    checkpoints.wait()
+    newest = checkpoints.newest
+    kept = "nothing is saved yet" if newest is None else f"saved at step {newest} in {workdir}"
+    return Stopped(f"stopped by {stopped}; {kept}; the same command goes on from there")
 
 
 def evaluate_checkpoint(
@@ -346,7 +278,7 @@ def evaluate_checkpoint(
 
     Args:
       workdir: folder of the run.
-      overrides: settings to hold the workdir's against, as in training; by default the workdir's own.
+      overrides: settings to compare with the workdir's, as in training; by default the workdir's own.
       build: as of ``train_and_evaluate``.
 
     Returns:
@@ -381,8 +313,8 @@ def _evaluate_checkpoint(
         state, _ = checkpoints.restore(step, run.initial_state())
     finally:
         checkpoints.close()
-    metrics = {"step": step, **full_evaluation(run, state, stop.check)}
-    logger.info("step %d: %s", step, describe(metrics, run.config.eval.ks))
+    metrics = {"step": step, **full_evaluation(run, state.variables, stop.check)}
+    logger.info("step %d: %s", step, run.task.describe(metrics, run.config))
     if jax.process_index() == 0:
         write_json(workdir / "eval.json", without_nan(metrics))
     return metrics

@@ -1,128 +1,148 @@
 """Evaluation of a classifier on a whole set, tail included: accuracy, calibration, what the uncertainty knows."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int, UInt8
 
-from idml_jax.data import pipeline
-from idml_jax.data.images.transforms import CHANGES, Changed, Transform
+from idml_jax import mixing
+from idml_jax.data.images.transforms import CHANGES, Changed
 from idml_jax.data.sources import Source
 from idml_jax.metrics import classification, uncertainty
+from idml_jax.metrics.classification import batch_sums
 from idml_jax.metrics.summary import ambiguity_report
 from idml_jax.runtime import sharding
-from idml_jax.training import evaluation as evaluate
-from idml_jax.training.steps import StepSetup
-from idml_jax.training.tasks import classification as classify_steps
+from idml_jax.training.embedder import Embedder, Network, joined_rows
+from idml_jax.training.tasks.probes import STRENGTHS, drawn_images, partners_of_other_classes
+from idml_jax.training.tasks.task import Evaluation
 
 SCORES = ("u", "max_softmax", "entropy")
 MIXED = {"mixed": "mixup", "cutmix": "cutmix"}
 
 
-def predict(
+def _scores(out: dict[str, Array]) -> dict[str, Array]:
+    """Per picture, larger meaning less sure."""
+    log_probability = jax.nn.log_softmax(out["logits"], axis=1)
+    return {
+        "u": jnp.linalg.norm(out["uncertainty"], axis=1),
+        "max_softmax": 1.0 - jnp.exp(jnp.max(log_probability, axis=1)),
+        "entropy": -jnp.sum(jnp.exp(log_probability) * log_probability, axis=1),
+    }
+
+
+def predict_step(
     variables: Any,
-    source: Source,
-    transform: Transform,
-    setup: StepSetup,
-    mesh: Mesh,
+    images: UInt8[Array, "n h w c"],
+    labels: Int[Array, "n"],
+    mask: Bool[Array, "n"],
     *,
-    batch_size: int,
-    order: np.ndarray | None = None,
-    channels: int = 3,
-    threads: int = 4,
-    check: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Judges every picture of a source (or those of ``order``) once.
+    network: Network,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Plain logits judged.
 
     Args:
-      variables: of the model, on the mesh.
-      source: images.
-      transform: test transform.
-      setup: of the steps.
-      mesh: devices.
-      batch_size: images per step over all devices.
-      order: records, ``[n]``; all by default.
-      channels: 3 or 1.
-      threads: that read and decode.
-      check: called before every batch; may raise to stop.
+      variables: of the model.
+      images: pictures.
+      labels: their classes.
+      mask: false for padding, which has no effect on the sums.
+      network: model and normalisation.
 
     Returns:
-      ``top1``, ``top5``, ``nll``, ``ece`` and ``count``; and per picture ``right`` and the scores of ``predict_step``.
+      ``metrics.classification.batch_sums``, and per picture, padding included, ``right`` and how unsure the network is:
+      ``u`` (length of the uncertainty), ``max_softmax`` (1 less the largest probability), ``entropy`` (nats).
+    """
+    out: dict[str, Array] = network.outputs(variables, network.normal(images))
+    right = jax.vmap(lambda row, label: batch_sums(row[None], label[None])["top1"])(out["logits"], labels)
+    return batch_sums(out["logits"], labels, mask), {"right": right, **_scores(out)}
+
+
+def predict_mixed_step(
+    variables: Any,
+    images: UInt8[Array, "n h w c"],
+    others: UInt8[Array, "n h w c"],
+    *,
+    network: Network,
+    method: str,
+) -> dict[str, Array]:
+    """How unsure the network is of pictures mixed with others in about equal parts, as ``predict_step``.
+
+    Args:
+      variables: of the model.
+      images: pictures.
+      others: their partners.
+      network: model and normalisation.
+      method: ``mixup`` (equal weights) or ``cutmix`` (a central box of half the area).
+
+    Returns:
+      Scores per picture.
+    """
+    n, height, width, _ = images.shape
+    if method == "mixup":
+        outside, box = 0.5, (0, 0, 0, 0)
+    else:
+        rows, columns = round(height * 0.5**0.5), round(width * 0.5**0.5)
+        top, left = (height - rows) // 2, (width - columns) // 2
+        outside, box = 1.0, (top, left, top + rows, left + columns)
+    boxes = jnp.broadcast_to(jnp.asarray(box, jnp.int32)[None], (n, 4))
+    mixed = mixing.mix(network.normal(images), network.normal(others), jnp.full((n,), outside), boxes)
+    out: dict[str, Array] = network.outputs(variables, mixed)
+    return _scores(out)
+
+
+jit_predict_step = jax.jit(predict_step, static_argnames=("network",))
+jit_predict_mixed_step = jax.jit(predict_mixed_step, static_argnames=("network", "method"))
+
+
+def predict(
+    embedder: Embedder, source: Source, order: Int[np.ndarray, "m"] | None = None
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Judges every image of a source (or those of ``order``) once.
+
+    Args:
+      embedder: holds network, weights and transform.
+      source: images.
+      order: ``[m]`` records; all by default.
+
+    Returns:
+      ``top1``, ``top5``, ``nll``, ``ece`` and ``count``; and per image ``right`` and the scores of ``predict_step``.
+
+    Raises:
+      UserError: naming an image that cannot be read.
     """
     total, parts = None, []
-    options = dict(host=jax.process_index(), hosts=jax.process_count(), threads=threads, channels=channels)
-    for batch in pipeline.eval_batches(source, transform, batch_size=batch_size, order=order, **options):
-        check()
-        placed = sharding.shard_batch({k: batch[k] for k in ("image", "label", "mask")}, mesh)
-        sums, rows = classify_steps.jit_predict_step(
-            variables, placed["image"], placed["label"], placed["mask"], setup=setup
+    for placed in embedder.placed(source, order):
+        sums, rows = jit_predict_step(
+            embedder.variables, placed["image"], placed["label"], placed["mask"], network=embedder.network
         )
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         parts.append(rows)
     count = len(source) if order is None else len(order)
-    return classification.finish(sharding.to_host(total)), evaluate.joined_rows(parts, count)
+    return classification.finish(sharding.to_host(total)), joined_rows(parts, count)
 
 
-def _mixed_scores(
-    variables: Any,
-    source: Source,
-    transform: Transform,
-    setup: StepSetup,
-    mesh: Mesh,
-    order: np.ndarray,
-    partners: np.ndarray,
-    method: str,
-    check: Callable[[], None] = lambda: None,
-    **options: Any,
-) -> dict[str, np.ndarray]:
-    options |= dict(host=jax.process_index(), hosts=jax.process_count())
-    pairs = zip(
-        pipeline.eval_batches(source, transform, order=order, **options),
-        pipeline.eval_batches(source, transform, order=partners, **options),
-        strict=True,
-    )
-    parts = []
-    for one, other in pairs:
-        check()
-        placed = sharding.shard_batch({"one": one["image"], "other": other["image"]}, mesh)
-        parts.append(
-            classify_steps.jit_predict_mixed_step(variables, placed["one"], placed["other"], setup=setup, method=method)
-        )
-    return evaluate.joined_rows(parts, len(order))
+def measure(evaluation: Evaluation) -> dict[str, float]:
+    """Accuracy and calibration of one epoch, see ``predict``."""
+    return predict(evaluation.embedder, evaluation.source)[0]
 
 
-def full_report(
-    variables: Any,
-    source: Source,
-    transform: Transform,
-    setup: StepSetup,
-    mesh: Mesh,
-    *,
-    images: int,
-    seed: int,
-    **options: Any,
-) -> dict[str, float]:
-    """Accuracy, calibration, detection of errors, and whether the uncertainty rises where pictures are made harder.
+def evaluate(evaluation: Evaluation) -> dict[str, float]:
+    """Accuracy, calibration, detection of errors, and whether the uncertainty rises where images are made harder.
 
     Args:
-      variables: of the model.
-      source: images.
-      transform: test transform.
-      setup: of the steps.
-      mesh: devices.
-      images: how many pictures, drawn at random, are mixed and changed; 0: none.
-      seed: of the drawing.
-      **options: of ``predict``.
+      evaluation: network and images; the settings say how many images are drawn, and the seed of the drawing.
 
     Returns:
-      As ``predict``; ``AUROC_error(score)`` and ``AURC(score)`` (area under the risk-coverage curve) of the free
+      As ``predict``; ``AUROC_error(score)`` and ``AURC(score)`` (area under the risk-coverage curve) of the baseline
       scores ``max_softmax`` and ``entropy`` and, in an introspective run, of ``u``, with ``mean_u``, ``share_u_zero``,
       ``mean_u_mixed``, ``P(u_kind>u)`` and ``spearman(u,kind)``; ``P(max_softmax_mixed>max_softmax)`` beside them.
     """
-    report, rows = predict(variables, source, transform, setup, mesh, **options)
-    introspective = setup.objective.introspective
+    embedder, source, config = evaluation.embedder, evaluation.source, evaluation.config
+    report, rows = predict(embedder, source)
+    introspective = config.ism.enabled
     right = rows["right"] > 0
     for name in SCORES if introspective else SCORES[1:]:
         report[f"AUROC_error({name})"] = uncertainty.r_auroc(rows[name], right)
@@ -130,13 +150,14 @@ def full_report(
     if introspective:
         report["mean_u"] = float(rows["u"].mean())
         report["share_u_zero"] = float((rows["u"] == 0).mean())
-    if not images:
+    if not config.eval.ambiguity_images:
         return report
-    chosen = evaluate.drawn_pictures(len(source), images, seed)
-    partners = evaluate.partners_of_other_classes(source.labels, chosen, seed)
+    chosen = drawn_images(len(source), config.eval.ambiguity_images, config.seed)
+    partners = partners_of_other_classes(source.labels, chosen, config.seed)
     lengths: dict[str, dict[float, np.ndarray]] = {}
     for kind, method in MIXED.items():
-        scores = _mixed_scores(variables, source, transform, setup, mesh, chosen, partners, method, **options)
+        step = partial(jit_predict_mixed_step, embedder.variables, network=embedder.network, method=method)
+        scores = embedder.gathered(step, source, chosen, partners)
         greater = uncertainty.probability_greater(scores["max_softmax"], rows["max_softmax"][chosen])
         report[f"P(max_softmax_{kind}>max_softmax)"] = greater
         report[f"mean_u_{kind}"] = float(scores["u"].mean())
@@ -144,36 +165,14 @@ def full_report(
     if not introspective:
         return {k: v for k, v in report.items() if not k.startswith("mean_u")}
     for kind in CHANGES:
-        changed = {s: Changed(transform, kind, s) for s in evaluate.STRENGTHS}
         lengths[kind] = {
-            s: predict(variables, source, t, setup, mesh, order=chosen, **options)[1]["u"] for s, t in changed.items()
+            s: predict(evaluation.changed(Changed(embedder.transform, kind, s)), source, chosen)[1]["u"]
+            for s in STRENGTHS
         }
     return report | ambiguity_report(rows["u"][chosen], lengths)
 
 
-def report(run: Any, state: Any, full: bool, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """The figures of a run: those of every epoch, or all of them.
-
-    Args:
-      run: an ``idml_jax.training.build.Run`` whose task is classification.
-      state: of its training.
-      full: as ``full_report``; else as ``predict``.
-      check: called before every batch; may raise to stop.
-    """
-    config = run.config
-    what = (state.variables, run.eval_source, run.test_transform, run.setup, run.mesh)
-    options = {
-        "batch_size": config.eval.batch_size,
-        "channels": config.data.channels,
-        "threads": config.data.threads,
-        "check": check,
-    }
-    if not full:
-        return predict(*what, **options)[0]
-    return full_report(*what, images=config.eval.ambiguity_images, seed=config.seed, **options)
-
-
-def describe(metrics: dict[str, float]) -> str:
+def describe(metrics: Mapping[str, Any]) -> str:
     """One line: ``top-1 76.3  top-5 92.9  NLL 0.95  ECE 3.1`` (percent but for NLL, in nats)."""
     percent = lambda name: 100 * metrics[name]
     return (

@@ -15,13 +15,15 @@ from idml_jax.losses import LOSSES, memory
 from idml_jax.losses import auxiliary as difficulty
 from idml_jax.models import init_proxies
 from idml_jax.runtime import sharding
+from idml_jax.training.criterion import Criterion
+from idml_jax.training.tasks.embedding_loss import embedding_loss
 
 ISM_VARIANTS = ("relative", "absolute", "released")
 LEARNED = ("none", "shared", "per_class")
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(Criterion):
     """A loss, plain or introspective, with the parameters it learns. Hashable: a static argument of the train step.
 
     Attributes:
@@ -88,6 +90,10 @@ class Objective:
     def proxy_rows(self) -> int:
         """Rows of the table of proxies; where it is split the last ones may be padding, zeros that stay zeros."""
         return self.num_classes if self.mesh is None else sharding.padded_rows(self.num_classes)
+
+    def batch_loss(self, *arguments: Any) -> tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]:
+        """The loss of a batch with Mixup; see ``embedding_loss``."""
+        return embedding_loss(*arguments)
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
         """The loss's own groups of parameters: ``proxies`` [rows, dim] and ``loss``, its learned numbers, if any."""

@@ -1,0 +1,46 @@
+"""What a training step minimises, as the step and the training state see it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from idml_jax.ism import Embedding
+from idml_jax.losses.memory import Memory
+
+# Trained and resting parameters, state, batch, set-up of the step, whether the trunk learns; to the loss and
+# (running statistics, outputs of the heads, metrics).
+BatchLoss = Callable[..., tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]]
+
+
+class Criterion:
+    """A loss with what it learns and remembers. Subclasses are frozen dataclasses: a static argument of the step.
+
+    A loss without parameters and memory of its own only has to define ``loss`` and ``batch_loss``.
+
+    Attributes:
+      loss: name of the loss, for messages.
+      split: groups of parameters that are split over devices by rows.
+    """
+
+    loss: str
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        return ()
+
+    def batch_loss(self, *arguments: Any) -> tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]:
+        """The loss of a batch; see ``BatchLoss``."""
+        raise NotImplementedError
+
+    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
+        """Groups of parameters beside the network's."""
+        return {}
+
+    def init_memory(self) -> Memory | tuple[()]:
+        """An empty cross-batch memory, ``()`` where there is none."""
+        return ()
+
+    def remember(self, store: Memory | tuple[()], embedding: Embedding, labels: Int[Array, "n"]) -> Memory | tuple[()]:
+        """The memory with a batch in it; called after the batch's loss."""
+        return store

@@ -1,0 +1,254 @@
+"""Images of a source to embeddings, by one path for evaluation, embedding, search and reports."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8
+
+from idml_jax import mixing
+from idml_jax.data import pipeline
+from idml_jax.data.images.transforms import Transform
+from idml_jax.data.pipeline import OnBad
+from idml_jax.data.sources import Source
+from idml_jax.metrics.embedded import Embedded
+from idml_jax.models import EmbeddingModel
+from idml_jax.runtime import sharding
+from idml_jax.training.steps import normalize
+
+OUTPUTS = ("semantic", "uncertainty", "semantic_norm")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model with the normalisation of its input. Hashable: a static argument of jitted functions.
+
+    Attributes:
+      model: network.
+      mean: per channel, of images in [0, 1].
+      std: per channel.
+    """
+
+    model: EmbeddingModel
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normal(self, images: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        """Images as the model takes them."""
+        return normalize(images, self.mean, self.std)
+
+    def outputs(self, variables: Any, inputs: Float[Array, "n h w c"]) -> dict[str, Array]:
+        """All outputs of the model in evaluation, for normalised images."""
+        out: Any = self.model.apply(variables, inputs, False)
+        return out
+
+
+def embed_step(variables: Any, images: UInt8[Array, "n h w c"], *, network: Network) -> dict[str, Array]:
+    """Embeddings of uint8 images: ``semantic`` [n, d], ``uncertainty`` [n, k], ``semantic_norm`` [n]. Pure."""
+    out = network.outputs(variables, network.normal(images))
+    return {name: out[name] for name in OUTPUTS}
+
+
+def embed_mixed_step(
+    variables: Any,
+    images: UInt8[Array, "n h w c"],
+    others: UInt8[Array, "n h w c"],
+    lam: float = 0.5,
+    *,
+    network: Network,
+) -> dict[str, Array]:
+    """Embeddings of images blended with others, ``lam`` being the share of the first, as ``embed_step``."""
+    out = network.outputs(variables, mixing.blend(network.normal(images), network.normal(others), lam))
+    return {name: out[name] for name in OUTPUTS}
+
+
+jit_embed_step = jax.jit(embed_step, static_argnames=("network",))
+jit_embed_mixed_step = jax.jit(embed_mixed_step, static_argnames=("network",))
+
+
+class Rows(NamedTuple):
+    """What was computed of the images of one batch, on the host.
+
+    Attributes:
+      records: ``[m]`` records of the source, of the images that could be read.
+      values: arrays with a row per record.
+      skipped: record and reason of the images that could not be read.
+    """
+
+    records: Int[np.ndarray, "m"]
+    values: dict[str, np.ndarray]
+    skipped: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Embeds the images of a source: ``embedder(source)``.
+
+    Attributes:
+      network: model and normalisation.
+      variables: weights and statistics, on the mesh.
+      transform: test transform, from an encoded image to pixels.
+      mesh: devices.
+      batch_size: images per step over all devices.
+      channels: 3 for colour, 1 for grey.
+      threads: number of reader and decoder threads.
+      learned: whether training has taught the uncertainty head anything; without it, embeddings have no uncertainty.
+      check: called before every batch; may raise to stop.
+    """
+
+    network: Network
+    variables: Any
+    transform: Transform
+    mesh: Mesh
+    batch_size: int
+    channels: int = 3
+    threads: int = 4
+    learned: bool = True
+    check: Callable[[], None] = lambda: None
+
+    def __call__(
+        self,
+        source: Source,
+        order: Int[np.ndarray, "m"] | None = None,
+        *,
+        partners: Int[np.ndarray, "m"] | None = None,
+    ) -> Embedded:
+        """Embeds every image of a source (or those of ``order``) once.
+
+        Args:
+          source: images.
+          order: ``[m]`` records; all by default.
+          partners: ``[m]`` records to blend each of them with at equal weight.
+
+        Returns:
+          ``m`` embeddings in that order.
+
+        Raises:
+          UserError: naming an image that cannot be read.
+        """
+        order = np.arange(len(source)) if order is None else np.asarray(order)
+        if partners is None:
+            values = self.gathered(self._embed, source, order)
+        else:
+            values = self.gathered(self._embed_mixed, source, order, partners)
+        return Embedded(labels=source.labels[order], **values)
+
+    def gathered(
+        self,
+        step: Callable[..., dict[str, Array]],
+        source: Source,
+        order: Int[np.ndarray, "m"],
+        partners: Int[np.ndarray, "m"] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """What a step gives for all images of ``order``.
+
+        Args:
+          step: from images ``[n, h, w, c]``, sharded over the mesh (and those of the partners), to arrays with a row
+            per image.
+          source: images.
+          order: ``[m]`` records.
+          partners: ``[m]`` records whose images the step gets beside them.
+
+        Returns:
+          The same names, ``[m, ...]``.
+
+        Raises:
+          UserError: naming an image that cannot be read.
+        """
+        parts = [step(*images) for images in self._placed(source, order, partners)]
+        return joined_rows(parts, len(order))
+
+    def rows(self, source: Source, order: Int[np.ndarray, "m"] | None = None, on_bad: OnBad = "skip") -> Iterator[Rows]:
+        """Embeds batch by batch, for sources larger than memory or with images that cannot be read.
+
+        Args:
+          source: images.
+          order: ``[m]`` records; all by default.
+          on_bad: ``skip`` reports an image that cannot be read, ``raise`` raises ``UserError``.
+
+        Yields:
+          Embeddings of one batch after the other.
+        """
+        for batch in self._batches(source, order, on_bad):
+            self.check()
+            good = batch["mask"]
+            skipped = [(int(r), str(p)) for r, p in zip(batch["index"], batch["problem"], strict=True) if p]
+            values: dict[str, np.ndarray] = {}
+            if good.any():
+                values = {name: value[good] for name, value in self.images(batch["image"]).items()}
+            yield Rows(batch["index"][good], values, skipped)
+
+    def images(self, images: UInt8[np.ndarray, "n h w c"]) -> dict[str, Float[np.ndarray, "n ..."]]:
+        """Embeds transformed images; fewer than ``batch_size`` are filled up, so that one program serves all.
+
+        Args:
+          images: ``[n, h, w, c]`` of the network's size.
+
+        Returns:
+          ``semantic`` [n, d], ``semantic_norm`` [n] and, where it was learned, ``uncertainty`` [n, k].
+        """
+        count = len(images)
+        missing = -count % self.batch_size
+        padded = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)]) if missing else images
+        parts = []
+        for start in range(0, len(padded), self.batch_size):
+            part = sharding.shard_batch({"image": padded[start : start + self.batch_size]}, self.mesh)["image"]
+            parts.append(self._embed(part))
+        return joined_rows(parts, count)
+
+    def _embed(self, images: Array) -> dict[str, Array]:
+        return self._taught(jit_embed_step(self.variables, images, network=self.network))
+
+    def _embed_mixed(self, images: Array, others: Array) -> dict[str, Array]:
+        return self._taught(jit_embed_mixed_step(self.variables, images, others, network=self.network))
+
+    def _taught(self, out: dict[str, Array]) -> dict[str, Array]:
+        return out if self.learned else {name: value for name, value in out.items() if name != "uncertainty"}
+
+    def _batches(
+        self, source: Source, order: Int[np.ndarray, "m"] | None, on_bad: OnBad = "raise"
+    ) -> Iterator[pipeline.Batch]:
+        host, hosts = sharding.host_of(self.mesh)
+        return pipeline.eval_batches(
+            source,
+            self.transform,
+            batch_size=self.batch_size,
+            order=order,
+            channels=self.channels,
+            host=host,
+            hosts=hosts,
+            threads=self.threads,
+            on_bad=on_bad,
+        )
+
+    def placed(self, source: Source, order: Int[np.ndarray, "m"] | None = None) -> Iterator[dict[str, Array]]:
+        """Batches on the mesh: ``image`` [n, h, w, c], ``label`` [n] and ``mask`` [n], false for padding."""
+        for batch in self._batches(source, order):
+            self.check()
+            yield sharding.shard_batch({name: batch[name] for name in ("image", "label", "mask")}, self.mesh)
+
+    def _placed(
+        self, source: Source, order: Int[np.ndarray, "m"], partners: Int[np.ndarray, "m"] | None
+    ) -> Iterator[tuple[Array, ...]]:
+        orders = [order] if partners is None else [order, partners]
+        for batches in zip(*(self._batches(source, some) for some in orders), strict=True):
+            self.check()
+            yield tuple(sharding.shard_batch({"image": batch["image"]}, self.mesh)["image"] for batch in batches)
+
+
+def joined_rows(parts: list[dict[str, jax.Array]], count: int) -> dict[str, np.ndarray]:
+    """The rows of all batches on the host, padding removed.
+
+    Args:
+      parts: of each batch, arrays with a row per image.
+      count: number of images in all.
+
+    Returns:
+      The same names, ``[count, ...]``.
+    """
+    # Hosts hold the parts of one global batch side by side, so the padding is at the end of the whole.
+    arrays = [sharding.to_host(part) for part in parts]
+    return {name: np.concatenate([part[name] for part in arrays])[:count] for name in arrays[0]}

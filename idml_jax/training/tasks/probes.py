@@ -1,0 +1,31 @@
+"""Which test images are changed, how strongly, and with whom they are mixed, to probe the uncertainty."""
+
+import numpy as np
+from jaxtyping import Int
+
+STRENGTHS = (0.25, 0.5, 0.75)
+
+
+def drawn_images(size: int, images: int, seed: int) -> Int[np.ndarray, "m"]:
+    """Records of ``images`` of ``size`` images, drawn at random, in order; all if there are no more."""
+    return np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(size)[:images])
+
+
+def partners_of_other_classes(
+    labels: Int[np.ndarray, "n"], chosen: Int[np.ndarray, "m"], seed: int
+) -> Int[np.ndarray, "m"]:
+    """For every chosen image a random one of another class.
+
+    Args:
+      labels: ``[n]`` with at least two classes.
+      chosen: ``[m]`` records.
+      seed: of the choice.
+
+    Returns:
+      ``[m]`` records.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    partner = rng.integers(0, len(labels), len(chosen))
+    while (same := np.flatnonzero(labels[partner] == labels[chosen])).size:
+        partner[same] = rng.integers(0, len(labels), same.size)
+    return partner

@@ -1,0 +1,112 @@
+"""Retrieval: an embedding learned by a loss on pairs or proxies, with the introspective metric."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from idml_jax.data.datasets import Splits
+from idml_jax.errors import UserError
+from idml_jax.losses import LOSSES
+from idml_jax.models import EmbeddingModel, create_model
+from idml_jax.runtime import sharding
+from idml_jax.training.config import SPLIT_CLASSES, network_options
+from idml_jax.training.fields import choice
+from idml_jax.training.tasks import retrieval_summary as summary
+from idml_jax.training.tasks.objective import Objective
+from idml_jax.training.tasks.task import Arrays, Evaluation
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """The task; see ``tasks.task.Task`` for its members."""
+
+    shared_classes: bool = False
+    sections: tuple[str, ...] = ("training", "knowing", "ambiguity", "answers", "extremes", "map", "confusion")
+    curve: str = "Recall"
+
+    @property
+    def headline(self) -> Mapping[str, str]:
+        return {"R@1": "R@1", "MAP@R": "MAP@R"}
+
+    def check(self, config: ConfigDict) -> None:
+        choice(config, "eval.best_metric", (*(f"R@{k}" for k in config.eval.ks), "RP", "MAP@R"))
+        if config.memory.size and config.memory.size < config.batch_size:
+            raise UserError(
+                f"config.memory.size ({config.memory.size}) must be 0 or at least config.batch_size "
+                f"({config.batch_size})"
+            )
+        if config.sharding.proxies == "split" and LOSSES[config.loss.name].references != "proxies":
+            raise UserError(
+                f"config.sharding.proxies = 'split': the loss {config.loss.name} has no proxies; auto or whole"
+            )
+
+    def check_splits(self, splits: Splits) -> None:
+        """Any classes will do."""
+
+    def images_per_class(self, config: ConfigDict) -> int:
+        return 4 if LOSSES[config.loss.name].references == "batch" else 0
+
+    def model(self, config: ConfigDict, num_classes: int) -> EmbeddingModel:
+        model = config.model
+        try:
+            return create_model(
+                model.name,
+                embedding_dim=model.embedding_dim,
+                uncertainty_head=model.uncertainty_head,
+                **network_options(model),
+            )
+        except ValueError as error:
+            raise UserError(f"{error} (config.model)") from error
+
+    def stored_model(self, config: ConfigDict, stored: Callable[[], Arrays], folder: Path) -> EmbeddingModel:
+        return self.model(config, 0)
+
+    def criterion(self, config: ConfigDict, num_classes: int, steps_per_epoch: int, mesh: Mesh) -> Objective:
+        split = self._splits_proxies(config, num_classes)
+        if split:
+            sharding.check_rows(num_classes, mesh)
+        return Objective(
+            loss=config.loss.name,
+            options=tuple(sorted(config.loss[config.loss.name].items())),
+            introspective=config.ism.enabled,
+            variant=config.ism.variant,
+            temperature=config.ism.temperature,
+            num_classes=num_classes,
+            dim=config.model.embedding_dim,
+            uncertainty_dim=config.model.uncertainty_dim,
+            learned=config.loss.learned,
+            memory_size=config.memory.size,
+            memory_warmup=config.memory.warmup_epochs * steps_per_epoch,
+            ranking=config.ism.ranking,
+            prior=config.ism.prior,
+            mesh=mesh if split else None,
+        )
+
+    def _splits_proxies(self, config: ConfigDict, num_classes: int) -> bool:
+        """Whether every device has some of the proxies only."""
+        wanted = num_classes >= SPLIT_CLASSES if config.sharding.proxies == "auto" else True
+        able = LOSSES[config.loss.name].references == "proxies"
+        return able and wanted and config.sharding.proxies != "whole"
+
+    def mixup_alpha(self, config: ConfigDict) -> float:
+        return config.mixup.alpha if config.mixup.enabled else 0.0
+
+    def followed(self, config: ConfigDict) -> Mapping[str, str]:
+        return {f"R@{k}": f"R@{k}" for k in config.eval.ks}
+
+    def loss_text(self, config: ConfigDict) -> str:
+        return f"{config.loss.name}, {config.model.embedding_dim}-d"
+
+    def measure(self, evaluation: Evaluation) -> dict[str, float]:
+        return summary.measure(evaluation)
+
+    def evaluate(self, evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
+        return summary.evaluate(evaluation)
+
+    def describe(self, metrics: Mapping[str, Any], config: ConfigDict) -> str:
+        names = (*(f"R@{k}" for k in config.eval.ks), "RP", "MAP@R")
+        return "  ".join(f"{name} {100 * metrics[name]:.1f}" for name in names)

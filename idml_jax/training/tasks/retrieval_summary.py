@@ -1,0 +1,122 @@
+"""Evaluation of an embedding: retrieval, clustering, and what the uncertainty knows."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from idml_jax.data.images.transforms import CHANGES, Changed, Transform
+from idml_jax.data.sources import Source
+from idml_jax.metrics.embedded import Embedded, Ism, joined
+from idml_jax.metrics.summary import HeldOut, ambiguity_report, corrupted_report, full_report, retrieval_report
+from idml_jax.training.tasks.probes import STRENGTHS, drawn_images, partners_of_other_classes
+from idml_jax.training.tasks.task import Evaluation
+
+
+def measure(evaluation: Evaluation) -> dict[str, float]:
+    """Recall and precision of one epoch, see ``metrics.summary.retrieval_report``."""
+    embedded, gallery = _embedded(evaluation)
+    return retrieval_report(embedded, evaluation.config.eval.ks, gallery)
+
+
+def evaluate(evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
+    """All metrics, see ``metrics.summary.full_report``, ``ambiguity`` and ``held_out_queries``; and warnings."""
+    config = evaluation.config
+    embedded, gallery = _embedded(evaluation)
+    truth = evaluation.source.fields.get("ambiguity") if evaluation.embedder.learned else None
+    settings, held_out = settings_of(config), held_out_queries(evaluation)
+    report, warnings = full_report(
+        embedded,
+        gallery,
+        ks=config.eval.ks,
+        seed=config.seed,
+        ambiguity=truth,
+        settings=settings,
+        precision=config.eval.precision,
+        held_out=held_out,
+        cluster=config.eval.cluster,
+    )
+    if config.eval.ambiguity_images:
+        report |= ambiguity(evaluation, embedded, held_out)
+    return report, warnings
+
+
+def settings_of(config: ConfigDict) -> Ism:
+    """The introspective metric that a run is evaluated with."""
+    return Ism(config.ism.temperature, config.ism.variant != "absolute")
+
+
+def _embedded(evaluation: Evaluation) -> tuple[Embedded, Embedded | None]:
+    """Queries and, where there is one, the gallery."""
+    gallery = evaluation.gallery
+    return evaluation.embedder(evaluation.source), None if gallery is None else evaluation.embedder(gallery)
+
+
+def ambiguity(
+    evaluation: Evaluation, gallery: Embedded, held_out: HeldOut | None = None, kinds: Iterable[str] = CHANGES
+) -> dict[str, float]:
+    """Does the uncertainty rise, and tell wrong answers, when images are mixed, cropped, blurred, noised or occluded?
+
+    Args:
+      evaluation: network and images; the settings say how many images are drawn, and the seed of the drawing.
+      gallery: embeddings of all images of the source; without an uncertainty only the baseline scores are judged.
+      held_out: fits the confidence of answers, see ``held_out_queries``.
+      kinds: changes beside mixing, at the strengths 0.25, 0.5 and 0.75.
+
+    Returns:
+      As ``metrics.summary.ambiguity_report``, mixing being at equal weights with an image of another class, and
+      ``metrics.summary.corrupted_report`` over the changed images, without the mixed ones, which have no class.
+    """
+    config, source = evaluation.config, evaluation.source
+    chosen = drawn_images(len(source), config.eval.ambiguity_images, config.seed)
+    transform = evaluation.embedder.transform
+    original = evaluation.embedder(source, chosen)
+    changed = {
+        kind: {s: evaluation.changed(Changed(transform, kind, s))(source, chosen) for s in STRENGTHS} for kind in kinds
+    }
+    every = [embedded for by_strength in changed.values() for embedded in by_strength.values()]
+    report = corrupted_report(original, every, gallery, chosen, settings_of(config), held_out)
+    if gallery.uncertainty is None:
+        return report
+    partners = partners_of_other_classes(source.labels, chosen, config.seed)
+    changed["mixed"] = {0.5: evaluation.embedder(source, chosen, partners=partners)}
+    lengths = {kind: {s: e.uncertainty_norm for s, e in by_strength.items()} for kind, by_strength in changed.items()}
+    return ambiguity_report(original.uncertainty_norm, lengths) | report
+
+
+def held_out_queries(evaluation: Evaluation) -> HeldOut | None:
+    """Held-out classes as queries that teach how sure answers are.
+
+    They search themselves and whole training classes, drawn until the gallery is as large as the one that will be
+    searched: among few images hardly an answer is wrong, and every distance means something else. Some of them are
+    also cropped, blurred, noised and occluded, as many as the settings say.
+
+    Args:
+      evaluation: network and images.
+
+    Returns:
+      The queries, for ``metrics.summary``; ``None`` without held-out classes, or where they are what is evaluated.
+    """
+    validation, train, config = evaluation.held_out, evaluation.splits.train, evaluation.config
+    if validation is None:
+        return None
+    searched = len(evaluation.gallery or evaluation.source)
+    plain = evaluation.embedder.transform
+
+    def run(source: Source, order: np.ndarray, transform: Transform = plain) -> Embedded:
+        return evaluation.changed(transform)(source, order)
+
+    queries = run(validation, np.arange(len(validation)))
+    size = np.bincount(train.labels, minlength=len(train.class_names))
+    classes = np.random.Generator(np.random.PCG64(config.seed)).permutation(len(size))
+    wanted = classes[np.cumsum(size[classes]) <= max(0, searched - len(validation))]
+    gallery = queries
+    if len(wanted):
+        others = run(train, np.flatnonzero(np.isin(train.labels, wanted)))
+        gallery = joined([queries, others._replace(labels=others.labels + len(validation.class_names))])
+    own = np.arange(len(validation))
+    chosen = drawn_images(len(validation), config.eval.ambiguity_images, config.seed)
+    if not len(chosen):
+        return HeldOut(queries, gallery, own)
+    changed = [run(validation, chosen, Changed(plain, kind, s)) for kind in CHANGES for s in STRENGTHS]
+    return HeldOut(queries, gallery, own, joined(changed), np.tile(chosen, len(changed)))
