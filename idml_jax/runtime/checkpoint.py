@@ -1,8 +1,8 @@
-"""Checkpoints: the latest and the best, through Orbax. The only importer of it.
+"""The latest and the best checkpoints of a run, through Orbax. The only importer of Orbax.
 
-A run that is asked to stop between two of them leaves one more in the folder ``stopped``, beside ``checkpoints``; it
-goes once a later one is on disk. One that cannot be read is moved to ``damaged``, and the one before it is used. With
-several processes each reads its part by itself, and then all learn whether one of them could not.
+A run that is stopped between two checkpoints saves one more in the folder ``stopped``, beside ``checkpoints``; it is
+removed once a later checkpoint is on disk. A checkpoint that cannot be read is moved to ``damaged``, and the previous
+one is used. With several processes, each reads by itself, and then all learn whether one of them failed.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ class Checkpoints:
     """The checkpoints of a run, each a state and a JSON-able record of the run so far.
 
     Args:
-      folder: where they lie.
-      metric: what ``best`` goes by; higher is better.
-      keep_latest: how many of the newest to keep.
-      keep_best: how many of the best to keep.
-      read_only: for evaluation; nothing is created.
+      folder: folder of the checkpoints.
+      metric: name of the metric that decides which is best; higher is better.
+      keep_latest: number of the newest checkpoints to keep.
+      keep_best: number of the best checkpoints to keep.
+      read_only: create nothing, for evaluation.
     """
 
     def __init__(self, folder: Path, metric: str, *, keep_latest: int = 1, keep_best: int = 1, read_only: bool = False):
@@ -59,7 +59,7 @@ class Checkpoints:
             read_only=read_only,
         )
         self._tried: list[str] = []
-        # What is moved is moved by one process, before the others look.
+        # One process moves damaged checkpoints, before the others look.
         if read_only or jax.process_index() == 0:
             for step in _steps(self.folder):
                 self._check_metrics(step, read_only)
@@ -68,7 +68,7 @@ class Checkpoints:
         self._stopped = self.folder.parent / "stopped"
 
     def _check_metrics(self, step: int, read_only: bool) -> None:
-        """Orbax opens no folder in which one of these files, which all checkpoints have read at once, is damaged."""
+        """Orbax reads this file of all checkpoints at once, and opens no folder where one of them is damaged."""
         path = self.folder / str(step) / "metrics" / "metrics"
         try:
             json.loads(path.read_text()) if path.exists() else None
@@ -92,12 +92,12 @@ class Checkpoints:
 
     @property
     def newest(self) -> int | None:
-        """Step of the newest state, one that a stopped run left included."""
+        """Step of the newest state, including that of a stopped run."""
         return max([*self._manager.all_steps(), *_steps(self._stopped)], default=None)
 
     @property
     def by_metric(self) -> list[int]:
-        """Steps, the one with the highest metric first; if none was measured the newest alone."""
+        """Steps, highest metric first; only the newest one if none was measured."""
         scores = {step: self._score(step) for step in self._manager.all_steps()}
         measured = sorted(((score, step) for step, score in scores.items() if score is not None), reverse=True)
         return [step for _, step in measured] or sorted(scores)[-1:]
@@ -114,10 +114,10 @@ class Checkpoints:
             return None
 
     def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        """Saves in the background; a checkpoint is there whole or not at all.
+        """Saves in the background; a checkpoint is whole or absent.
 
         Raises:
-          UserError: if this one, or the one before, cannot be written.
+          UserError: if this checkpoint or the previous one cannot be written.
         """
         with self._writing(step):
             self._manager.wait_until_finished()
@@ -125,7 +125,7 @@ class Checkpoints:
             self._manager.save(step, args=_save_args(state, record), metrics=metrics, force=True)
 
     def save_stopped(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Saves, before it returns, the state in which a run is stopped.
+        """Saves the state of a run that is being stopped, and waits until it is on disk.
 
         Raises:
           UserError: if it cannot be written.
@@ -150,21 +150,21 @@ class Checkpoints:
             ) from error
 
     def _forget_stopped(self) -> None:
-        """Removes what ``save_stopped`` wrote once a later checkpoint is there."""
+        """Removes what ``save_stopped`` wrote once a later checkpoint exists."""
         stopped = _steps(self._stopped)
         if stopped and jax.process_index() == 0 and (self.latest or 0) >= stopped[-1]:
             shutil.rmtree(self._stopped, ignore_errors=True)
 
     def resume(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest readable state and its record; ``None`` where nothing was saved yet.
+        """The newest readable state and its record; ``None`` if nothing was saved yet.
 
-        One that cannot be read is moved to the folder ``damaged``, with a warning, and the one before is tried.
+        An unreadable checkpoint is moved to the folder ``damaged``, with a warning, and the previous one is tried.
 
         Args:
           like: as for ``restore``.
 
         Raises:
-          UserError: if none can be read, or the newest is of another architecture.
+          UserError: if none can be read, or the newest one is of another architecture.
         """
         while True:
             regular, stopped = self.latest, next(iter(_steps(self._stopped)[::-1]), None)
@@ -201,7 +201,7 @@ class Checkpoints:
         return _restore(self.folder, step, like)
 
     def wait(self) -> None:
-        """Until everything saved is on disk.
+        """Waits until everything saved is on disk.
 
         Raises:
           UserError: if it cannot be written.
@@ -211,7 +211,7 @@ class Checkpoints:
             self._forget_stopped()
 
     def close(self) -> None:
-        """Waits and lets go.
+        """Waits until everything is on disk and closes the manager.
 
         Raises:
           UserError: if what was saved cannot be written.
@@ -226,7 +226,7 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
 
 
 def _restore(folder: Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-    """As ``Checkpoints.restore``; on all processes alike, also where one of them alone cannot read it."""
+    """As ``Checkpoints.restore``; fails on all processes if one of them cannot read it."""
     damage = None
     try:
         restored = _restore_alone(folder, step, like)
@@ -241,7 +241,7 @@ def _restore(folder: Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _restore_alone(folder: Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-    # Orbax lets the processes wait for each other after reading, for ever where one of them could not.
+    # Orbax makes the processes wait for each other after reading, for ever if one of them failed.
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     where, path = f"{folder}, step {step}", folder / str(step)

@@ -12,16 +12,16 @@ from idml_jax.errors import UserError
 
 
 def connect(coordinator: str, processes: int, index: int, timeout: int = 300) -> None:
-    """Joins the processes of a run; to be called before jax is asked for a device.
+    """Connects the processes of a run. Call it before jax is asked for a device.
 
     Args:
-      coordinator: ``host:port`` of process 0; ``auto`` where the platform tells all three (TPU pod slice, Slurm).
-      processes: how many there are.
-      index: of this one.
+      coordinator: ``host:port`` of process 0; ``auto`` where the platform provides all three values (TPU pod slice, Slurm).
+      processes: number of processes.
+      index: number of this process.
       timeout: seconds to wait for the others.
 
     Raises:
-      UserError: for impossible values, or if the others do not come.
+      UserError: for impossible values, or if the other processes do not connect in time.
     """
     if coordinator == "auto":
         arguments: dict[str, Any] = {}
@@ -32,7 +32,7 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
             raise UserError(f"--process_index={index} must be in [0, {processes}), of --processes={processes}")
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
     try:
-        # A process that dies is noticed after the heartbeat's limit; the others then end, they do not hang.
+        # A dead process is noticed at the heartbeat's limit; the others then end instead of hanging.
         jax.distributed.initialize(**arguments, initialization_timeout=timeout, heartbeat_timeout_seconds=30)
     except Exception as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -40,7 +40,7 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
 
 
 def first_of(true: bool) -> int | None:
-    """The first process for which something is true, ``None`` if for none; to be called by all at the same place."""
+    """The first process for which ``true`` holds, ``None`` if there is none. All processes must call it."""
     if jax.process_count() == 1:
         return 0 if true else None
     found = np.flatnonzero(multihost_utils.process_allgather(np.asarray([true])))
@@ -48,17 +48,17 @@ def first_of(true: bool) -> int | None:
 
 
 def wait(what: str) -> None:
-    """Until all processes are here."""
+    """Waits until all processes have arrived here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def agree(problem: Exception | None) -> None:
-    """Ends all processes of a run if one of them met a problem; to be called by all at the same place.
+    """Raises on all processes if one of them met a problem. All processes must call it.
 
     Raises:
-      Exception: the own problem.
-      UserError: if another process has one.
+      Exception: the problem of this process.
+      UserError: if another process has a problem.
     """
     failed = first_of(problem is not None)
     if problem is not None:
@@ -68,7 +68,7 @@ def agree(problem: Exception | None) -> None:
 
 
 def lost(error: Exception) -> NoReturn:
-    """Ends this process because another is gone, without waiting for it as a usual exit would."""
+    """Ends this process because another one is gone, without waiting for it as a normal exit would."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     leave(
         f"another process of this run has died or cannot be reached ({line[:200]}); "
@@ -77,7 +77,7 @@ def lost(error: Exception) -> NoReturn:
 
 
 def leave(message: str) -> NoReturn:
-    """Ends this process at once, so that the others, who may wait for it in a sum over all, notice that it is gone."""
+    """Ends this process at once, so that others that wait for it in a collective notice that it is gone."""
     print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

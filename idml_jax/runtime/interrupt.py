@@ -1,6 +1,6 @@
-"""A run that is asked to stop: it saves what it has and ends with an exit code of its own.
+"""Stopping a run by a signal: it saves its state and ends with its own exit code.
 
-Schedulers and clouds announce the end of a machine by SIGTERM, Slurm on wish by SIGUSR1 (``--signal=USR1@120``).
+Schedulers and clouds announce the end of a machine by SIGTERM; Slurm can send SIGUSR1 (``--signal=USR1@120``).
 """
 
 import contextlib
@@ -13,20 +13,20 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on.
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command resumes the run.
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """The run was asked to stop. The message says where it stands."""
+    """The run was asked to stop. The message says which step is saved."""
 
 
 class StopRequest:
-    """Remembers, inside a ``with``, that one of ``SIGNALS`` came; nothing is interrupted by it.
+    """Remembers, inside a ``with`` block, that one of ``SIGNALS`` arrived, without interrupting anything.
 
-    With several processes JAX's own service listens to SIGTERM and lets all of them agree at which of their calls of
-    ``check`` to stop; SIGUSR1 is passed on as one. Outside the main thread no signal can be caught, so none is.
+    With several processes, JAX's own service listens to SIGTERM and makes all of them stop at the same call of
+    ``check``; SIGUSR1 is forwarded as SIGTERM. Outside the main thread Python cannot catch signals, so none is caught.
     """
 
     def __init__(self) -> None:
@@ -52,10 +52,10 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
-        """To be called between two steps and between two batches of an evaluation, by all processes alike.
+        """Call it between two steps and between two batches of an evaluation, on all processes alike.
 
         Raises:
-          Stopped: once a signal came, with several processes at the same call on all of them, whichever got it.
+          Stopped: once a signal has arrived; with several processes, at the same call on all of them.
         """
         if self._shared:
             self._checks += 1

@@ -1,6 +1,6 @@
-"""Where figures go: metrics.jsonl always, TensorBoard and progress through CLU. The only importer of CLU.
+"""Metric writers: metrics.jsonl always, TensorBoard and progress through CLU. The only importer of CLU.
 
-CLU's writers import TensorFlow and TensorBoard. Where those are missing a run goes on without them, after one warning.
+CLU's writers import TensorFlow and TensorBoard. Without those, a run continues after one warning.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def _clu() -> tuple[Any, Any] | None:
     try:
         from clu import metric_writers, periodic_actions
     except ImportError as error:
-        logger.warning("no TensorBoard logs (%s); figures still go to the console and to metrics.jsonl", error)
+        logger.warning("no TensorBoard logs (%s); metrics still go to the console and to metrics.jsonl", error)
         return None
     return metric_writers, periodic_actions
 
@@ -36,13 +36,13 @@ class MetricWriter:
 
     Args:
       workdir: gets ``metrics.jsonl`` and ``tensorboard/``.
-      active: false on all hosts but the first, which then write nothing.
+      active: false on all hosts but the first; an inactive writer writes nothing.
       tensorboard: write TensorBoard logs too, if possible.
-      rows: how many of the rows in ``metrics.jsonl`` belong to the state that the run goes on from. Later ones are
-        dropped, since they will come again; a new run has none.
+      rows: number of rows of ``metrics.jsonl`` that belong to the resumed state, 0 for a new run. Later rows are
+        dropped, since the run will write them again.
 
     Attributes:
-      rows: written so far, kept ones included.
+      rows: number of rows written so far, kept rows included.
     """
 
     def __init__(self, workdir: Path, *, active: bool = True, tensorboard: bool = True, rows: int = 0):
@@ -75,7 +75,7 @@ class MetricWriter:
         return self._tensorboard is not None
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One row: the scalars of a step.
+        """Writes one row: the scalars of a step.
 
         Raises:
           UserError: if the row cannot be written.
@@ -95,7 +95,7 @@ class MetricWriter:
             self._tensorboard.write_scalars(step, values)
 
     def sync(self) -> None:
-        """The rows to disk, to be called before a checkpoint that counts on them."""
+        """Flushes the rows to disk; called before a checkpoint that relies on them."""
         if not self._file:
             return
         try:
@@ -111,17 +111,17 @@ class MetricWriter:
         )
 
     def progress(self, total: int, first: int) -> "Progress":
-        """Progress with time to go, told every few seconds."""
+        """Reports progress and the time left every few seconds."""
         periodic = self._clu[1] if self._clu else None
         return Progress(total, first, periodic, self._tensorboard)
 
     def close(self) -> None:
-        """Everything to disk."""
+        """Flushes everything to disk."""
         if self._tensorboard:
             self._tensorboard.flush()
             self._tensorboard.close()
         if self._file:
-            with contextlib.suppress(OSError):  # told already, when the row was written
+            with contextlib.suppress(OSError):  # reported when the row was written
                 self._file.close()
 
 

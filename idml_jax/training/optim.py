@@ -23,11 +23,11 @@ class Schedule:
 
     Attributes:
       name: ``step`` (times ``factor`` every ``every`` steps), ``cosine`` (to 0 at ``total``) or ``constant``.
-      base: rate at the start.
-      total: steps of the run.
-      every: steps between two falls of ``step``.
-      factor: of each fall.
-      falls: of ``step``, the steps at which it falls, in place of ``every``.
+      base: initial learning rate.
+      total: number of steps of the run.
+      every: number of steps between two drops of ``step``.
+      factor: factor of each drop.
+      falls: steps at which ``step`` drops, instead of ``every``.
     """
 
     name: str
@@ -57,20 +57,20 @@ class Schedule:
 
 @dataclass(frozen=True)
 class GroupOptimizer:
-    """One rule for every group of parameters (the top-level entries), each with its own factor on the rate.
+    """One update rule for all groups of parameters (the top-level entries), each with its own factor on the rate.
 
-    Groups have their own optimizer state and are updated only when named, so a group that rests, like the trunk
-    during warm-up, keeps its moments, its step count and, to the bit, its values.
+    Every group has its own optimizer state and is updated only when named. A resting group, such as the trunk during
+    warm-up, keeps its moments, its step count and, bit for bit, its values.
 
     Attributes:
       name: ``adamw`` (decoupled weight decay, as PyTorch's) or ``sgd`` (Nesterov momentum, weight decay in the
         gradient).
-      schedule: rate by the global step.
-      factors: factor on the rate by group, 1 where unnamed.
-      weight_decay: of every parameter that moves.
-      momentum: of ``sgd``.
-      clip_value: gradients are clipped elementwise to this size; 0: not at all.
-      frozen_norm: scales and biases of normalisation layers in the trunk do not move, nor decay.
+      schedule: learning rate by global step.
+      factors: factor on the learning rate by group; 1 for groups that are not named.
+      weight_decay: decay of every parameter that is updated.
+      momentum: momentum of ``sgd``.
+      clip_value: gradients are clipped elementwise to [-clip_value, clip_value]; 0: no clipping.
+      frozen_norm: scales and biases of normalisation layers in the trunk are neither updated nor decayed.
     """
 
     name: str
@@ -94,7 +94,7 @@ class GroupOptimizer:
         object.__setattr__(self, "rule", rule)
 
     def init(self, params: Mapping[str, Params]) -> dict[str, optax.OptState]:
-        """The state of every group."""
+        """Initial optimizer state of every group."""
         return {group: self.rule.init(values) for group, values in params.items()}
 
     def update(
@@ -104,13 +104,13 @@ class GroupOptimizer:
         params: Mapping[str, Params],
         step: Int[Array, ""],
     ) -> tuple[dict[str, Params], dict[str, optax.OptState]]:
-        """One step of the groups that ``grads`` names.
+        """Updates the groups that ``grads`` names.
 
         Args:
-          grads: gradients by group; groups that are missing rest.
-          opt_state: of all groups.
-          params: of all groups.
-          step: the global step, for the schedule.
+          grads: gradients by group; missing groups rest.
+          opt_state: optimizer state of all groups.
+          params: parameters of all groups.
+          step: global step, for the schedule.
 
         Returns:
           New parameters and new state.
@@ -133,5 +133,5 @@ class GroupOptimizer:
 
 
 def is_norm_parameter(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter belongs to a normalisation layer, by the names of this package's trunks."""
+    """Whether a parameter belongs to a normalisation layer, judged by its name in this package's trunks."""
     return any("bn" in str(getattr(entry, "key", entry)) for entry in path)

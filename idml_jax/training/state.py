@@ -1,4 +1,4 @@
-"""What a run is made of between two steps."""
+"""The state of a run between two steps."""
 
 from functools import partial
 from typing import Any
@@ -20,11 +20,12 @@ class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint holds. Randomness is a function of (seed, step), so no key is kept.
 
     Attributes:
-      step: steps done.
-      params: by group: ``trunk``, ``heads``, and, where the loss has them, ``proxies`` and ``loss`` (learned numbers).
+      step: number of steps done.
+      params: parameters by group: ``trunk``, ``heads``, and, where the loss has them, ``proxies`` and ``loss`` (learned
+        numbers).
       batch_stats: running statistics of the trunk.
       opt_state: optimizer state by group; ``ema``: moving averages of the model's variables, where they are kept.
-      memory: cross-batch memory, ``()`` where there is none.
+      memory: cross-batch memory, ``()`` without one.
     """
 
     step: Int[Array, ""]
@@ -61,9 +62,9 @@ def create_state(
     Args:
       key: PRNG key of the initial weights.
       model: network.
-      objective: loss, for its own parameters.
-      optimizer: for its state.
-      image_shape: ``(h, w, c)`` of a picture.
+      objective: loss, which may have parameters and a memory.
+      optimizer: update rule, which has a state.
+      image_shape: ``(h, w, c)`` of an image.
       ema: whether to keep moving averages.
 
     Returns:
@@ -94,7 +95,7 @@ def create_state_on(
     image_shape: tuple[int, ...],
     ema: bool = False,
 ) -> TrainState:
-    """``create_state`` on a mesh; of what the objective splits, no device ever holds the whole."""
+    """``create_state`` on a mesh; no device ever holds the whole of a table that the objective splits."""
     if not objective.split:
         return sharding.replicate(_jit_create_state(key, model, objective, optimizer, image_shape, ema), mesh)
     create = partial(

@@ -1,4 +1,4 @@
-"""The figures of the steps: their averages for the log, and the end of a run whose loss is no number."""
+"""Metrics of the training steps: averages for the log, and the end of a run whose loss is not finite."""
 
 import contextlib
 import math
@@ -11,12 +11,12 @@ from jaxtyping import Int
 
 from idml_jax.errors import UserError
 
-# What jax checks by its own means when ``config.debug`` names it.
+# Checks that jax itself offers, switched on by ``config.debug``.
 CHECKS = ("nans", "infs", "leaks", "ranks", "transfers")
 
 
 def debug_checks(setting: str) -> tuple[str, ...]:
-    """``config.debug`` as the checks it names, in the order of ``CHECKS``.
+    """The checks that ``config.debug`` names, in the order of ``CHECKS``.
 
     Raises:
       UserError: for an unknown one.
@@ -25,7 +25,7 @@ def debug_checks(setting: str) -> tuple[str, ...]:
     if names == {"all"}:
         return CHECKS
     if unknown := sorted(names - set(CHECKS)):
-        raise UserError(f"config.debug = {setting!r}: {unknown[0]!r} is no check; known: {', '.join(CHECKS)}, all")
+        raise UserError(f"config.debug = {setting!r}: {unknown[0]!r} is not a check; known: {', '.join(CHECKS)}, all")
     return tuple(name for name in CHECKS if name in names)
 
 
@@ -46,12 +46,12 @@ def debugging(checks: tuple[str, ...]) -> Iterator[None]:
 
 
 class Broken(NamedTuple):
-    """A step whose figures are no numbers.
+    """A step with a non-finite loss or gradient.
 
     Attributes:
       step: counted from 1.
-      what: the figure and its value, in words.
-      records: of the batch, ``[b]``; with several hosts this host's.
+      what: name and value of the non-finite metric.
+      records: ``[b]`` records of the batch; with several hosts, those of this host.
     """
 
     step: int
@@ -60,13 +60,13 @@ class Broken(NamedTuple):
 
 
 class Window:
-    """Averages the figures of the steps since the last log row, and tells of one that is no number.
+    """Averages step metrics since the last log row and reports non-finite values.
 
-    The figures of a step are fetched after the next is under way, so the device never waits for the host.
+    The metrics of a step are fetched once the next step is under way, so the device never waits for the host.
 
     Args:
       report: called with a broken step; must raise.
-      stored: what ``state`` gave when the run was stopped.
+      stored: result of ``state`` from when the run was stopped.
     """
 
     def __init__(self, report: Callable[[Broken], None], stored: dict[str, Any] | None = None):
@@ -76,7 +76,7 @@ class Window:
         self._count: int = stored["count"] if stored else 0
 
     def add(self, step: int, metrics: dict[str, jax.Array], records: Int[np.ndarray, "b"]) -> None:
-        """The figures of a step and the records of its batch."""
+        """Takes the metrics of a step and the records of its batch."""
         self._pending.append((step, metrics, records))
         if len(self._pending) > 1:
             self._fetch(*self._pending.pop(0))
@@ -91,18 +91,18 @@ class Window:
         self._count += 1
 
     def settle(self) -> None:
-        """Fetches what is still to come."""
+        """Fetches the metrics of steps that are still under way."""
         while self._pending:
             self._fetch(*self._pending.pop(0))
 
     def flush(self) -> dict[str, float]:
-        """The averages; a new window begins."""
+        """Returns the averages and starts a new window."""
         self.settle()
         means = {k: v / self._count for k, v in self._sums.items()}
         self._sums, self._count = {}, 0
         return means
 
     def state(self) -> dict[str, Any]:
-        """What the window holds, for a run that goes on from here; JSON-able without loss."""
+        """Content of the window, as JSON without loss, for a run that is resumed."""
         self.settle()
         return {"sums": dict(self._sums), "count": self._count}

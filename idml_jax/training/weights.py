@@ -32,20 +32,20 @@ PARTS = {
     "all": ("params/trunk/", "batch_stats/", "params/heads/"),
 }
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin")
-# Where training scripts put the tensors inside a file, in the order in which they are looked for.
+# Keys under which training scripts store the tensors, in the order in which they are tried.
 CONTAINERS = ("model_state_dict", "state_dict", "teacher", "model")
-# Of wrappers: DataParallel; a network kept as an attribute, as the published IDML and ProxyAnchor code does; DINO.
+# Prefixes of wrappers: DataParallel; a network that is an attribute (published IDML and ProxyAnchor code); DINO.
 PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
 CLASSIFIERS = ("fc.", "head.", "classifier.")
 
 
 class Tensors(NamedTuple):
-    """What a file holds, by the file's own names.
+    """The content of a weights file, by the file's own names.
 
     Attributes:
       values: tensors, classifiers and counters left out.
-      left_out: names of those left out.
-      torch: whether names and axes are PyTorch's; this package's otherwise.
+      left_out: names of the tensors left out.
+      torch: whether names and axes are PyTorch's; otherwise they are this package's.
     """
 
     values: dict[str, np.ndarray]
@@ -92,7 +92,7 @@ def load(source: str | Path | Tensors, like: Mapping[str, Any], parts: str = "tr
     """Variables for a model from a file.
 
     Args:
-      source: see ``read``, or what it gave.
+      source: see ``read``, or its result.
       like: the model's variables (``params`` and ``batch_stats``), arrays or their shapes.
       parts: ``trunk``, ``semantic`` (with the semantic head) or ``all`` (with both heads).
 
@@ -143,7 +143,7 @@ def load(source: str | Path | Tensors, like: Mapping[str, Any], parts: str = "tr
 
 
 def merge(variables: Mapping[str, Any], loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's variables with those that ``load`` gave in the place of its own."""
+    """Returns a model's variables with the loaded entries substituted."""
     merged = naming.unflatten({**naming.flatten(variables), **naming.flatten(loaded)})
     return {"params": merged["params"], "batch_stats": merged.get("batch_stats", {})}
 
@@ -177,7 +177,7 @@ def _resizable(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def _resize_positions(value: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
-    """Position embeddings of another picture size, bicubically; the class token's stays."""
+    """Resizes position embeddings to another image size bicubically; that of the class token stays."""
     old, new = math.isqrt(value.shape[1] - 1), math.isqrt(expected[1] - 1)
     grid = value[:, 1:].reshape(1, old, old, -1)
     grid = np.asarray(jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic", antialias=False))
@@ -262,7 +262,7 @@ def convert(source: str | Path, out: str | Path, *, model: str = "resnet50", siz
       source: see ``read``.
       out: a ``.safetensors`` file, which gets PyTorch's names and axes, or a folder, which gets this package's.
       model: key of ``MODELS``, against which PyTorch's weights are checked on the way to a folder.
-      size: of the pictures, for networks whose weights depend on it.
+      size: image size in pixels, for networks whose weights depend on it.
       prefix: put before every name in a ``.safetensors`` file (``model.``: as the published IDML code names them).
 
     Returns:

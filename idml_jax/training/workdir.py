@@ -1,4 +1,4 @@
-"""What a run's folder remembers of its settings."""
+"""The settings that a run's folder stores."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from idml_jax.errors import UserError
 from idml_jax.runtime.files import write_json
 from idml_jax.training.config import default_config
 
-# Fields that change how a run is carried out but not what comes out: a resumed run may differ in them.
+# Fields that change how a run is carried out but not its result: a resumed run may differ in them.
 FREE_FIELDS = (
     "data.root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps", "log.tensorboard",
     "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size", "debug",
@@ -29,7 +29,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def remember(config: ConfigDict, workdir: Path) -> None:
-    """Writes ``config.json`` into a new workdir, or checks that a known one holds the same settings.
+    """Writes ``config.json`` into a new workdir, or checks that an existing one holds the same settings.
 
     Raises:
       UserError: naming up to three fields that differ.
@@ -66,7 +66,7 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{workdir} holds no run (no config.json)") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error})") from error
-    # Settings that are newer than the run have their defaults.
+    # Settings that are newer than the run get their defaults.
     config = default_config()
     try:
         with config.unlocked():
