@@ -12,7 +12,7 @@ from idml_jax.errors import UserError
 
 
 def connect(coordinator: str, processes: int, index: int, timeout: int = 300) -> None:
-    """Connects the processes of a run. Call it before jax is asked for a device.
+    """Connects the processes of a run. Call it before asking jax for a device.
 
     Args:
       coordinator: ``host:port`` of process 0; ``auto`` where the platform provides all three values (TPU pod slice, Slurm).
