@@ -15,7 +15,7 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
     """Connects the processes of a run. Call it before asking jax for a device.
 
     Args:
-      coordinator: ``host:port`` of process 0; ``auto`` where the platform gives all three values (TPU pod slice, Slurm).
+      coordinator: ``host:port`` of process 0; ``auto`` where the platform gives all three (TPU pod slice, Slurm).
       processes: number of processes.
       index: number of this process.
       timeout: seconds to wait for the others.
