@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -163,6 +164,19 @@ def test_every_page_is_in_the_navigation_once():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = list(leaves(site["nav"]))
     assert sorted(listed) == sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md"))
+
+
+def test_the_picture_of_the_floors_is_up_to_date():
+    """If this fails: ``python docs/design_picture.py``."""
+    picture = runpy.run_path(str(DOCS / "design_picture.py"))
+    assert (DOCS / "design.svg").read_text() == picture["draw"](*picture["read_floors"]())
+
+
+def test_every_row_of_what_can_be_added_has_its_example():
+    rows = re.findall(r"^\| an? .*\| `(test_\w+)` \|$", (DOCS / "design.md").read_text(), re.M)
+    assert len(rows) == 7
+    tests = ast.parse((ROOT / "tests" / "test_extending.py").read_text())
+    assert set(rows) == {n.name for n in tests.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")}
 
 
 @pytest.mark.slow
