@@ -54,13 +54,22 @@ def levels(floors: dict[str, set[str]]) -> dict[str, int]:
     return {name: lowest - depth[name] for name in floors}
 
 
+def below(floors: dict[str, set[str]], name: str) -> set[str]:
+    """All floors that a floor reaches through allowed imports."""
+    return floors[name].union(*(below(floors, other) for other in floors[name]))
+
+
 def direct(floors: dict[str, set[str]]) -> list[tuple[str, str]]:
     """Allowed imports that do not follow from a chain of others, as (importing, imported)."""
+    return [
+        (a, b) for a in floors for b in sorted(floors[a]) if not any(b in below(floors, c) for c in floors[a] - {b})
+    ]
 
-    def below(name: str) -> set[str]:
-        return floors[name].union(*(below(other) for other in floors[name]))
 
-    return [(a, b) for a in floors for b in sorted(floors[a]) if not any(b in below(c) for c in floors[a] - {b})]
+def exceptions(floors: dict[str, set[str]]) -> list[str]:
+    """Floors that not all may import which a chain of arrows leads to them, as text."""
+    hidden = sorted({other for name in floors for other in below(floors, name) - floors[name]})
+    return [f"only {' and '.join(n for n in floors if other in floors[n])} may import {other}" for other in hidden]
 
 
 def uses_effects(floors: dict[str, set[str]], name: str) -> bool:
@@ -93,7 +102,7 @@ def draw(floors: dict[str, set[str]], doors: set[str]) -> str:
             centre[name] = max(centre[name], centre[before] + width + GAP)
         for name in row:
             boxes[name] = (centre[name] - width / 2, MARGIN + (top - level) * STEP, width)
-    total = 2 * MARGIN + top * STEP + HEIGHT + 28
+    total = 2 * MARGIN + top * STEP + HEIGHT + 28 + 18 * len(exceptions(floors))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {total}" width="{WIDTH}" height="{total}" '
         'font-family="Helvetica, Arial, sans-serif" text-anchor="middle">',
@@ -121,10 +130,14 @@ def draw(floors: dict[str, set[str]], doors: set[str]) -> str:
             f'<text x="{middle:.0f}" y="{y + 21}" font-size="15" font-weight="bold" fill="{INK}">{escape(name)}</text>',
             f'<text x="{middle:.0f}" y="{y + 39}" font-size="12" fill="{MUTED}">{escape(about)}</text>',
         ]
-    parts.append(
-        f'<text x="{WIDTH / 2:.0f}" y="{total - 14}" font-size="12" fill="{MUTED}">Arrow: may import that floor and '
-        "whatever that may import. Blue: no files, no devices. Yellow: files, devices, processes.</text>"
-    )
+    legend = [
+        "Arrow: may import that floor and whatever that may import. Blue: no files, no devices. "
+        "Yellow: files, devices, processes.",
+        *(f"Except: {text}." for text in exceptions(floors)),
+    ]
+    for i, line in enumerate(legend):
+        y = total - 14 - 18 * (len(legend) - 1 - i)
+        parts.append(f'<text x="{WIDTH / 2:.0f}" y="{y}" font-size="12" fill="{MUTED}">{escape(line)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

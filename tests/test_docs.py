@@ -172,11 +172,11 @@ def test_the_picture_of_the_floors_is_up_to_date():
     assert (DOCS / "design.svg").read_text() == picture["draw"](*picture["read_floors"]())
 
 
-def test_every_row_of_what_can_be_added_has_its_example():
-    rows = re.findall(r"^\| an? .*\| `(test_\w+)` \|$", (DOCS / "design.md").read_text(), re.M)
-    assert len(rows) == 7
+def test_examples_of_what_can_be_added_exist():
+    """Those that the table of the design page names are those of the file of examples."""
+    named = re.findall(r"\| `(test_\w+)` \|$", (DOCS / "design.md").read_text(), re.M)
     tests = ast.parse((ROOT / "tests" / "test_extending.py").read_text())
-    assert set(rows) == {n.name for n in tests.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")}
+    assert named == [n.name for n in tests.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
 
 
 @pytest.mark.slow

@@ -136,8 +136,8 @@ def of_losses(out: Path, data: str) -> list[str]:
     return [
         *lines_of("loss", list((found | kept).items()), columns),
         "",
-        f"* R-AUROC of D minus that of the distance, same run of table A: {statistics.mean(gains):+.3f} (standard error "
-        f"{error:.3f}, {len(gains)} runs, {sum(gain > 0 for gain in gains)} above 0)",
+        f"* R-AUROC of D minus that of the distance, same run of table A: {statistics.mean(gains):+.3f} (standard "
+        f"error {error:.3f}, {len(gains)} runs, {sum(gain > 0 for gain in gains)} above 0)",
     ]
 
 
