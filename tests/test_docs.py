@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -163,6 +164,19 @@ def test_every_page_is_in_the_navigation_once():
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = list(leaves(site["nav"]))
     assert sorted(listed) == sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md"))
+
+
+def test_the_picture_of_the_floors_is_up_to_date():
+    """If this fails: ``python docs/design_picture.py``."""
+    picture = runpy.run_path(str(DOCS / "design_picture.py"))
+    assert (DOCS / "design.svg").read_text() == picture["draw"](*picture["read_floors"]())
+
+
+def test_examples_of_what_can_be_added_exist():
+    """Those that the table of the design page names are those of the file of examples."""
+    named = re.findall(r"\| `(test_\w+)` \|$", (DOCS / "design.md").read_text(), re.M)
+    tests = ast.parse((ROOT / "tests" / "test_extending.py").read_text())
+    assert named == [n.name for n in tests.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The figure of docs/introspection.md: how well each score tells wrong answers, from the logs of ``run.py``.
+"""The plot of docs/introspection.md: how well each score detects wrong answers, from the logs of ``run.py``.
 
 python benchmarks/experiments/figure.py --out=runs/experiments --write=docs/uncertainty.png
 """
@@ -21,7 +21,7 @@ KINDS = {
     "learned": ("uncertainty", "pair_uncertainty", "introspective_distance"),
     "joined": ("free_confidence", "confidence"),
 }
-LABELS = {"learned": "learned with the metric", "free": "free", "joined": "joined on held-out classes"}
+LABELS = {"learned": "learned with the metric", "free": "baseline", "joined": "joined on held-out classes"}
 
 
 def main() -> None:

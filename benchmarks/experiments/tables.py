@@ -22,7 +22,7 @@ FREE = ("nearest_distance", "margin_2", "margin_10", "margin_20", "norm")
 UNCERTAINTY = {
     "uncertainty": "norm of u", "pair_uncertainty": "norm of u + u'", "introspective_distance": "D",
     "nearest_distance": "distance", "margin_10": "margin 10", "margin_20": "margin 20", "ratio_20": "ratio 20",
-    "free_confidence": "free joined", "confidence": "all joined",
+    "free_confidence": "baselines joined", "confidence": "all joined",
 }  # fmt: skip
 AMBIGUITY = {
     "P(u_mixed>u)": "mixed", "P(u_crop>u)": "cropped", "P(u_blur>u)": "blurred", "P(u_noise>u)": "noised",
@@ -112,7 +112,7 @@ def difference(
         return ""
     error = statistics.stdev(gains) / len(gains) ** 0.5
     return (
-        f"* R@1 of {other} less that of {one}, same loss and seed: {100 * statistics.mean(gains):+.1f} points "
+        f"* R@1 of {other} minus that of {one}, same loss and seed: {100 * statistics.mean(gains):+.1f} points "
         f"(standard error {100 * error:.1f}, {len(gains)} pairs, {sum(gain > 0 for gain in gains)} above 0)"
     )
 
@@ -136,13 +136,13 @@ def of_losses(out: Path, data: str) -> list[str]:
     return [
         *lines_of("loss", list((found | kept).items()), columns),
         "",
-        f"* R-AUROC of D less that of the distance, same run of table A: {statistics.mean(gains):+.3f} (standard error "
-        f"{error:.3f}, {len(gains)} runs, {sum(gain > 0 for gain in gains)} above 0)",
+        f"* R-AUROC of D minus that of the distance, same run of table A: {statistics.mean(gains):+.3f} (standard "
+        f"error {error:.3f}, {len(gains)} runs, {sum(gain > 0 for gain in gains)} above 0)",
     ]
 
 
 def beaten(out: Path, data: str) -> list[str]:
-    """Joined scores against the best of the free ones, run by run."""
+    """Joined scores against the best baseline score, run by run."""
     lines = []
     for place, prefix in (("clean queries", ""), ("clean and corrupted queries", "corrupted/")):
         for name in ("free_confidence", "confidence"):
@@ -154,7 +154,7 @@ def beaten(out: Path, data: str) -> list[str]:
             if gains:
                 better = sum(gain > 0 for gain in gains)
                 lines.append(
-                    f"* {place}, {UNCERTAINTY[name]}: above every free score in {better} of {len(gains)} runs; "
+                    f"* {place}, {UNCERTAINTY[name]}: above every baseline score in {better} of {len(gains)} runs; "
                     f"gain over the best of them {statistics.mean(gains):+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
                 )
     return lines
