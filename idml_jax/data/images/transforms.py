@@ -14,11 +14,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from idml_jax.data.images import colour
-from idml_jax.data.images.decode import DecodeError, Picture, check_whole, decode, reduction
-from idml_jax.data.images.resample import METHODS, resize
+from idml_jax.data.images.decode import DecodeError, Picture, check_whole, decode, one_image_fails, reduction
+from idml_jax.data.images.resample import METHODS, resize, resize_part
 from idml_jax.errors import UserError
 
 __all__ = ["DecodeError", "Picture", "Transform", "check_whole", "create", "decode"]
+
+# Side ratio above which the test transform resamples only the crop.
+_THIN = 20
 
 AnyPicture = UInt8[np.ndarray, "h w c"] | Picture
 Transform = Callable[[AnyPicture, np.random.Generator], UInt8[np.ndarray, "size size c"]]
@@ -29,12 +32,14 @@ def _resample_part(
 ) -> UInt8[np.ndarray, "height width c"]:
     """The part of a picture in a box of top, left, height and width, at another size."""
     top, left, box_height, box_width = box
-    if not isinstance(image, Picture):
-        return resize(image[top : top + box_height, left : left + box_width], height, width, method)
-    part = image.part(box, (height, width) if method == "fast" else None)
-    reduced = 1 if part.shape[:2] == (box_height, box_width) else reduction((box_height, box_width), (height, width))
-    extent = (box_height / reduced, box_width / reduced)
-    return resize(part, height, width, method, reduced=reduced, extent=extent)
+    with one_image_fails():
+        if not isinstance(image, Picture):
+            return resize(image[top : top + box_height, left : left + box_width], height, width, method)
+        part = image.part(box, (height, width) if method == "fast" else None)
+        whole = part.shape[:2] == (box_height, box_width)
+        reduced = 1 if whole else reduction((box_height, box_width), (height, width))
+        extent = (box_height / reduced, box_width / reduced)
+        return resize(part, height, width, method, reduced=reduced, extent=extent)
 
 
 def _pixels(image: AnyPicture) -> UInt8[np.ndarray, "h w c"]:
@@ -96,9 +101,9 @@ class RandomResizedCrop:
                 return self._to_grid(top, left, box_height, box_width)
         box_width, box_height = width, height
         if width / height < self.ratio[0]:
-            box_height = round(width / self.ratio[0])
+            box_height = max(1, round(width / self.ratio[0]))
         elif width / height > self.ratio[1]:
-            box_width = round(height * self.ratio[1])
+            box_width = max(1, round(height * self.ratio[1]))
         return self._to_grid((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
     def _to_grid(self, top: int, left: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -194,10 +199,18 @@ class ResizeCenterCrop:
         height, width = image.shape[:2]
         shorter = min(height, width)
         new_height, new_width = (self.resize * side // shorter for side in (height, width))
+        if max(height, width) > _THIN * shorter:
+            return self._centre_of_thin(_pixels(image), new_height, new_width)
         image = _resample_part(image, (0, 0, height, width), new_height, new_width, self.resample)
         # torchvision's centre: half the difference, rounded.
         top, left = round((new_height - self.size) / 2), round((new_width - self.size) / 2)
         return np.ascontiguousarray(image[top : top + self.size, left : left + self.size])
+
+    def _centre_of_thin(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
+        """The same of an image that would grow beyond all bounds: only the crop is resampled, exactly."""
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        with one_image_fails():
+            return resize_part(image, (height, width), (top, left, self.size, self.size))
 
 
 TRANSFORMS = ("retrieval", "imagenet", "cifar")

@@ -13,8 +13,9 @@ import cv2
 import numpy as np
 from scipy.io import loadmat
 
+from idml_jax.data.folders import is_image
 from idml_jax.data.stored import archives
-from idml_jax.data.stored.layouts import Plan, Record, by_pattern, find, is_image, not_found, rows, text, whole_number
+from idml_jax.data.stored.layouts import Plan, Record, by_pattern, find, not_found, rows, text, whole_number
 from idml_jax.errors import UserError
 
 _SIDE = 32

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.io import loadmat
 
+from idml_jax.data.folders import is_image
 from idml_jax.data.stored import archives
 from idml_jax.data.stored.benchmarks import BENCHMARKS
 from idml_jax.data.stored.layouts import (
@@ -18,7 +19,6 @@ from idml_jax.data.stored.layouts import (
     Plan,
     by_pattern,
     find,
-    is_image,
     not_found,
     parent,
     rows,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from idml_jax.data.stored.archives import MAX_FILE_BYTES
+from idml_jax.data.files import MAX_FILE_BYTES
 from idml_jax.data.stored.benchmarks import BENCHMARKS
 from idml_jax.data.stored.layouts import Plan, Record
 from idml_jax.errors import UserError

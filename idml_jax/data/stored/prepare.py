@@ -79,6 +79,8 @@ def prepare(
         raise UserError(f"{source}: no such file or folder (--source)")
     say(f"{title}: looking at {source}")
     plan = layouts_tfds.plan(dataset, source) if layouts_tfds.is_tfds(source) else LAYOUTS[dataset](source)
+    for line in plan.notes:
+        say(line)
     say(f"found {plan.layout}: {len(plan.class_names):,} classes{_listed(plan)}")
     _check_room(source, root)
     try:

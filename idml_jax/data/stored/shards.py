@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from idml_jax.data import files
+from idml_jax.data.files import FileError
 from idml_jax.data.images import transforms
 from idml_jax.data.stored import label_index as index
 from idml_jax.data.stored.benchmarks import Count
@@ -136,7 +138,7 @@ class _Split:
 
     def meet(self, name: str) -> None:
         """Keeps the names met so far."""
-        self.names.update(name.encode() + b"\n")
+        self.names.update(name.encode("utf-8", "surrogateescape") + b"\n")
 
     def same_trail(self) -> bool:
         """Whether the names met so far are those of the records that earlier runs have dealt with."""
@@ -272,9 +274,9 @@ class SetWriter:
                 continue
             data = _checked(record, on_corrupt)
             if data is None:
-                split.skip(record.name)
+                split.skip(files.shown(record.name))
             else:
-                example = {"image": io.BytesIO(data), "label": record.label, "file_name": record.name}
+                example = {"image": io.BytesIO(data), "label": record.label, "file_name": files.shown(record.name)}
                 split.add(record.label, schema.serialize_example(example))
             fresh += 1
             report(Progress({name: s.position for name, s in self._splits.items()}, fresh))
@@ -337,10 +339,11 @@ def _checked(record: Record, on_corrupt: str) -> bytes | None:
     try:
         data = record.read()
         transforms.check_whole(data)
-    except transforms.DecodeError as error:
+    except (transforms.DecodeError, FileError) as error:
         if on_corrupt == "skip":
             return None
-        raise UserError(f"{record.name}: {error}; --on_corrupt=skip leaves such files out") from error
+        named = "" if isinstance(error, FileError) else f"{files.shown(record.name)}: "
+        raise UserError(f"{named}{error}; --on_corrupt=skip leaves such files out") from error
     return data
 
 
