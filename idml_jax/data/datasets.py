@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from idml_jax.data.files import expand
 from idml_jax.data.sources import FolderSource, Joined, Source, Subset, drop_unreadable, scan_splits
 from idml_jax.data.splits import check_classes, hold_out_classes, hold_out_images, select_classes, split_by_class
 from idml_jax.data.stored import prepared as prepared_lib
@@ -67,7 +68,7 @@ def load_folder(
         return Splits(parts["train"], parts["test"])
     everything = parts["images"]
     if len(everything.class_names) < 2:
-        raise UserError(f"{root}: 1 class ({everything.class_names[0]}); metric learning needs at least 2")
+        raise UserError(f"{expand(root)}: 1 class ({everything.class_names[0]}); metric learning needs at least 2")
     return Splits(*split_by_class(everything, train_classes))
 
 
@@ -121,7 +122,7 @@ def load_tfds(
         raise UserError("config.data.variant is empty; give the tfds data set, e.g. cars196 or my_set:1.0.0")
     data_dir = data_dir or default_data_dir()
     name, _, version = variant.partition(":")
-    home = Path(data_dir).expanduser() / name
+    home = expand(data_dir) / name
     folder = home / version if version else prepared_lib.version_folder(home)
     if folder is None or not (folder / "dataset_info.json").exists():
         raise UserError(f"tfds data set {variant!r} is not prepared as array_record under {data_dir}")

@@ -54,8 +54,9 @@ def open_file(path: str | os.PathLike) -> IO[bytes]:
         return file
     except FileNotFoundError as error:
         if os.path.islink(path):
+            target = shown(os.readlink(os.fspath(path)))
             raise FileError(
-                f"{where}: a link to {shown(os.readlink(os.fspath(path)))}, which is not there; remove it or bring the file back"
+                f"{where}: a link to {target}, which is not there; remove it or bring the file back"
             ) from error
         raise FileError(f"{where}: cannot be read ({error.strerror})") from error
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError

@@ -88,7 +88,11 @@ class TfdsSource:
         return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        return self.records[index]["image"]
+        try:
+            return self.records[index]["image"]
+        except Exception as error:  # a damaged file of records, in whatever way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise files.FileError(f"{self._name} record {index}: cannot be read ({reason[:200]})") from error
 
     def name(self, index: int) -> str:
         name = f"{self._name} record {index}"

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.utils import tqdm_utils
 
+from idml_jax.data.files import expand
 from idml_jax.data.glyphs import draw as glyphs_draw
 
 KINDS = glyphs_draw.KINDS
@@ -219,7 +220,7 @@ def prepare(data_dir: str | Path, config: str | GlyphsConfig = "default") -> Gly
         if config not in known:
             raise ValueError(f"No glyphs config {config!r}; known: {', '.join(known)}.")
         config = known[config]
-    data_dir = Path(data_dir).expanduser()
+    data_dir = expand(data_dir)
     builder = Glyphs(data_dir=data_dir, config=config)
     if not _is_there(builder):
         classes = config.train_classes + config.test_classes

@@ -88,7 +88,7 @@ def resize(
 def resize_part(
     image: UInt8[np.ndarray, "h w c"], size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> UInt8[np.ndarray, "height width c"]:
-    """A part of a resized image, without the rest: what ``resize`` with the method ``exact`` gives there.
+    """A part of a resized image, without the rest: what the method ``exact`` gives there, but for rounding.
 
     Args:
       image: ``[h, w, 1 or 3]`` uint8.

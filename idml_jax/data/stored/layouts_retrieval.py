@@ -138,11 +138,16 @@ def cars(source: Path) -> Plan:
     apart = ("cars_meta.mat", "cars_train_annos.mat", "cars_test_annos_withlabels.mat")
     archive = r"(car|stanford|archive).*" + _ENDING
     names, lists, enter = _look(source, pattern, ("cars_annos.mat",), archive)
-    if find(lists, "cars_annos.mat"):
+    together = find(lists, "cars_annos.mat")
+    # The file of the one layout is found beside the images of the other.
+    if together and any(is_image(name) and _last_two(name).startswith("car_ims/") for name in names):
         return _cars_together(source, lists, enter)
-    names, lists, enter = _look(source, pattern, apart, archive)
-    if any("annos" in name for name in lists):
-        return _cars_apart(source, lists, apart, enter)
+    names, lists, enter_apart = _look(source, pattern, apart, archive)
+    if any("annos" in name.rsplit("/", 1)[-1] and find(lists, "cars_annos.mat") != name for name in lists):
+        return _cars_apart(source, lists, apart, enter_apart)
+    enter = enter_apart
+    if together:
+        raise UserError(f"{source}: {together}, but no images in a folder car_ims/ (or car_ims.tgz)")
     return _cars_folders(source, names, enter)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from idml_jax.data.files import MAX_FILE_BYTES
 from idml_jax.data.stored.benchmarks import BENCHMARKS
 from idml_jax.data.stored.layouts import Plan, Record
+from idml_jax.data.stored.prepared import open_builder
 from idml_jax.errors import UserError
 
 _LABEL_KEYS = ("label", "class_id")
@@ -44,7 +45,7 @@ def plan(dataset: str, source: Path) -> Plan:
     """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(source)
+    builder = open_builder(source)
     benchmark = BENCHMARKS.get(dataset)
     if benchmark and builder.info.name not in benchmark.tfds_names:
         names = ", ".join(benchmark.tfds_names) or "none that tfds has"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from idml_jax.data.datasets import default_data_dir
+from idml_jax.data.files import expand
 from idml_jax.data.stored import layouts, layouts_classification, layouts_retrieval, layouts_tfds, shards
 from idml_jax.data.stored.benchmarks import BENCHMARKS, differences
 from idml_jax.data.stored.layouts import Listed, Plan
@@ -60,8 +61,8 @@ def prepare(
         raise UserError(f"--on_corrupt={on_corrupt}; known: refuse, skip")
     if shard_megabytes < 1:
         raise UserError(f"--shard_megabytes={shard_megabytes} must be at least 1")
-    source = Path(source).expanduser().resolve()
-    root = Path(data_dir or default_data_dir()).expanduser().absolute()
+    source = expand(source).resolve()
+    root = expand(data_dir or default_data_dir())
     home = root / (PREFIX + dataset)
     if dataset == "folder":
         name = name or re.sub(r"\W+", "_", source.name.split(".")[0]).strip("_")
@@ -87,7 +88,8 @@ def prepare(
         with shards.locked(home):
             return _store(dataset, title, source, home, plan, allow_incomplete, on_corrupt, shard_megabytes, say)
     except OSError as error:
-        raise UserError(f"{home}: cannot be written ({error.strerror or error}); the same command goes on") from error
+        where = error.filename or home
+        raise UserError(f"{where}: cannot be written ({error.strerror or error}); the same command goes on") from error
 
 
 def _store(

@@ -26,6 +26,7 @@ from idml_jax.data.stored import label_index as index
 from idml_jax.data.stored.benchmarks import Count
 from idml_jax.data.stored.layouts import Plan, Record
 from idml_jax.errors import UserError
+from idml_jax.runtime.files import write_json
 
 VERSION = "1.0.0"
 FILE_FORMAT = "array_record"
@@ -200,9 +201,12 @@ def _check_and_flush(path: Path, records: int) -> None:
     """A full disk must not pass for a finished shard."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(str(path))
-    found = reader.num_records()
-    reader.close()
+    try:
+        reader = ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+    except (RuntimeError, ValueError) as error:
+        raise OSError(0, "the file of records did not arrive whole", str(path)) from error
     if found != records:
         raise UserError(f"{path}: {found} of {records} records arrived on disk; is it full?")
     with open(path, "rb") as file:
@@ -277,15 +281,34 @@ class SetWriter:
                 split.skip(files.shown(record.name))
             else:
                 example = {"image": io.BytesIO(data), "label": record.label, "file_name": files.shown(record.name)}
-                split.add(record.label, schema.serialize_example(example))
+                serialized = schema.serialize_example(example)
+                with self._on_disk():
+                    split.add(record.label, serialized)
             fresh += 1
             report(Progress({name: s.position for name, s in self._splits.items()}, fresh))
         for name, split in self._splits.items():
             if seen[name] < split.resumed:
                 raise SourceChangedError(name)
-            split.close_shard()
+            with self._on_disk():
+                split.close_shard()
         counts = {n: Count(len(s.all_labels), len(np.unique(s.all_labels))) for n, s in self._splits.items()}
         return Stored(counts, [name for s in self._splits.values() for name in s.skipped])
+
+    @contextlib.contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """Says what is kept when a file cannot be written: array_record raises RuntimeError, all else OSError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            kept = sum(sum(split.lengths) for split in self._splits.values())
+            where = getattr(error, "filename", None) or self._folder
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(
+                f"{where}: cannot be written ({reason}); is the disk full? {kept:,} images are stored, and the same "
+                "command goes on behind them"
+            ) from error
 
     def publish(self, description: str, about: Mapping[str, Any]) -> Path:
         """Makes the set visible under its final name.
@@ -297,6 +320,10 @@ class SetWriter:
         Returns:
           Folder of the set.
         """
+        with self._on_disk():
+            return self._publish(description, about)
+
+    def _publish(self, description: str, about: Mapping[str, Any]) -> Path:
         import tensorflow_datasets as tfds
 
         folder, splits = self._folder, {n: s for n, s in self._splits.items() if s.lengths}
@@ -350,13 +377,6 @@ def _checked(record: Record, on_corrupt: str) -> bytes | None:
 def hash_of(values: Any) -> str:
     """A short fingerprint of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
 
 
 def _read_json(path: Path) -> Any:
