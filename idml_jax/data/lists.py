@@ -1,7 +1,7 @@
 """The images that a path stands for: an image, a folder, or a list of paths, perhaps with classes."""
 
-import csv
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -166,8 +166,14 @@ def _cells(line: str, separator: str, where: str) -> list[str]:
     """The values of a line, without quotes and the blanks around them."""
     if '"' not in line:
         return [cell.strip() for cell in line.split(separator)]
-    try:
-        found = next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
-    except (csv.Error, StopIteration) as error:
-        raise UserError(f"{where}: its quotes do not fit together ({error})") from error
-    return [cell.strip() for cell in found]
+    cell = re.compile(rf' *"((?:[^"]|"")*)" *(?={separator}|$)|([^{separator}]*)')
+    cells, place = [], 0
+    while place <= len(line):
+        match = cell.match(line, place)
+        assert match is not None  # it may be empty
+        quoted, plain = match.groups()
+        if plain is not None and plain.strip().startswith('"'):
+            raise UserError(f"{where}: its quotes do not fit together")
+        cells.append(plain.strip() if plain is not None else quoted.replace('""', '"'))
+        place = match.end() + 1
+    return cells
