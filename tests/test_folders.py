@@ -261,17 +261,20 @@ class TestLinks:
 
     def test_very_deep_folders(self, tmp_path):
         # Deeper than Python's stack.
-        root = fill(tmp_path / "root", classes("a", "b"))
+        root, depth = fill(tmp_path / "root", classes("a", "b")), 1200
         here = os.getcwd()
         os.chdir(root / "a")
         try:
-            for _ in range(1200):
+            for _ in range(depth):
                 os.mkdir("x")
                 os.chdir("x")
-        finally:
+            found, _ = of_training(root)
+            assert len(found["images"]) == 4
+        finally:  # nor would pytest get rid of it
+            for _ in range(depth):
+                os.chdir("..")
+                os.rmdir("x")
             os.chdir(here)
-        found, _ = of_training(root)
-        assert len(found["images"]) == 4
 
     def test_names_that_are_no_utf8(self, tmp_path):
         root = fill(tmp_path / "root", classes("a", "b"))
