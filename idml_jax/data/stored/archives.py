@@ -7,6 +7,7 @@ archive has to end as its format says: what is cut short or damaged is told, not
 
 import bz2
 import contextlib
+import copy
 import gzip
 import lzma
 import shutil
@@ -14,6 +15,7 @@ import stat
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -136,6 +138,7 @@ class _Member(NamedTuple):
       open: opens it.
       chunk: how much to read at a time.
       seekable: whether, opened, it can be read at any place.
+      crc: checksum to verify, where opening it does not see to that.
     """
 
     raw: str
@@ -144,6 +147,7 @@ class _Member(NamedTuple):
     open: Callable[[], IO[bytes]]
     chunk: int
     seekable: bool
+    crc: int | None = None
 
 
 def _read_member(member: _Member, where: str) -> bytes:
@@ -156,7 +160,10 @@ def _read_member(member: _Member, where: str) -> bytes:
                 left -= len(part)
         if left != 1:
             raise ValueError("not as long as its header says")
-        return b"".join(parts)
+        data = b"".join(parts)
+        if member.crc is not None and zlib.crc32(data) != member.crc:
+            raise ValueError("Bad CRC-32")
+        return data
     except UserError:
         raise
     except Exception as error:
@@ -269,30 +276,37 @@ def _zip_members(file: IO[bytes], where: str, seekable: bool) -> Iterator[_Membe
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG):
                 raise UserError(f"{where}: member {info.filename!r} is a link or a device; refused")
-            # bzip2 and LZMA make megabytes of a few bytes, and zipfile does not bound what it makes of one read.
-            chunk = _CHUNK if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
+            # LZMA makes megabytes of a few bytes, and zipfile does not bound what it makes of one read.
+            chunk = 4096 if info.compress_type == zipfile.ZIP_LZMA else _CHUNK
+            crc = info.CRC if info.compress_type == zipfile.ZIP_BZIP2 else None
             opened = partial(_open_zipped, archive, info)
-            yield _Member(info.filename, name, info.file_size, opened, chunk, False)
+            yield _Member(info.filename, name, info.file_size, opened, chunk, False, crc)
 
 
 def _open_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
     if info.flag_bits & 1 or info.compress_type == 99:
         raise ValueError("it is encrypted; unpack the archive with its password first")
-    return archive.open(info)
+    if info.compress_type != zipfile.ZIP_BZIP2:
+        return archive.open(info)
+    # bzip2 makes gigabytes of a few bytes: zipfile gives the compressed bytes, and the decoder what is asked for.
+    packed = copy.copy(info)
+    packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
+    del packed.CRC
+    return cast(IO[bytes], bz2.BZ2File(archive.open(packed)))
 
 
-def _copied(file: IO[bytes], copy: IO[bytes], where: str) -> IO[bytes]:
+def _copied(file: IO[bytes], target: IO[bytes], where: str) -> IO[bytes]:
     free, size = shutil.disk_usage(tempfile.gettempdir()).free, 0
-    while data := file.read(_CHUNK):
+    while data := file.read(2**13):
         size += len(data)
         if size > min(MAX_INNER_BYTES, free):
             raise UserError(
                 f"{where}: a zip of more than {min(MAX_INNER_BYTES, free):,} bytes within an archive; unpack the outer "
                 "archive first"
             )
-        copy.write(data)
-    copy.seek(0)
-    return copy
+        target.write(data)
+    target.seek(0)
+    return target
 
 
 def read_small(
