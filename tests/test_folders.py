@@ -1,8 +1,10 @@
 """One folder, the same images and classes at every door: training, prepare, embed and search; and lists of images."""
 
 import os
+import re
 import socket
 import zipfile
+from pathlib import Path
 
 import archives_made as made
 import numpy as np
@@ -296,6 +298,9 @@ class TestLinks:
 def test_documented_endings_are_the_real_ones():
     known = {ending for endings in decode.FORMATS.values() for ending in endings}
     assert set(decode.ENDINGS) == known
+    documented = (Path(__file__).resolve().parent.parent / "docs/data.md").read_text()
+    listed = documented.split("one of these endings, in any case:")[1].split("where the installed Pillow")[0]
+    assert set(re.findall(r"`(\.\w+)`", listed)) == known | {".avif"}
     assert {".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"} <= known
 
 

@@ -23,7 +23,7 @@ SPLIT_NAMES = {
 }  # fmt: skip
 _SYSTEM = {
     "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "#recycle",
-    "system volume information",
+    "system volume information", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#snapshot",
 }  # fmt: skip
 EXPECTED = "<class>/<image>, or train/<class>/<image> with test/ (or val/; or query/ and gallery/) beside it"
 
@@ -42,7 +42,7 @@ def is_image(name: str) -> bool:
 
 def is_litter(name: str) -> bool:
     """Whether a file or folder is hidden, or one that an operating system or a storage box adds."""
-    return name.startswith((".", "@")) or name.lower() in _SYSTEM
+    return name.startswith(".") or name.lower() in _SYSTEM
 
 
 class Passed:

@@ -5,13 +5,38 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from jaxtyping import UInt8
 
+from idml_jax.data.files import FileError, shown
+from idml_jax.data.images.decode import one_image_fails
 from idml_jax.data.images.transforms import DecodeError, Picture, Transform
 from idml_jax.data.samplers import Sampler
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+
+def load_image(
+    source: Source, record: int, transform: Transform, channels: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "size size c"]:
+    """Reads, decodes and transforms one image: the way of all images into the network.
+
+    Args:
+      source: images.
+      record: which.
+      transform: from the encoded image to the pixels that the network sees.
+      channels: 3 for colour, 1 for grey.
+      rng: of the transform.
+
+    Raises:
+      FileError: naming the image, whatever is wrong with it.
+    """
+    try:
+        with one_image_fails():
+            return transform(Picture(source.read(record), channels), rng)
+    except DecodeError as error:
+        raise FileError(f"{shown(source.name(record))}: {error}") from error
 
 
 class _Batches:
@@ -61,10 +86,7 @@ class _Batches:
 
     def _load(self, record: int, slot: int) -> np.ndarray:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, slot))))
-        try:
-            return self._transform(Picture(self._source.read(record), self._channels), rng)
-        except DecodeError as error:
-            raise UserError(f"{self._source.name(record)}: {error}") from error
+        return load_image(self._source, record, self._transform, self._channels, rng)
 
 
 def _iterate(batches: _Batches, threads: int, prefetch: int, workers: int) -> Iterator[Batch]:
@@ -109,8 +131,8 @@ def train_batches(
       channels: 3 for colour, 1 for grey.
       host: index of this host.
       hosts: number of hosts.
-      threads: reading and decoding threads.
-      prefetch: batches made or held ready; with the one in use, memory is ``prefetch`` + 1 batches of uint8 pictures.
+      threads: number of reader and decoder threads.
+      prefetch: batches made or held ready; with the one in use, memory is ``prefetch`` + 1 batches of uint8 images.
       workers: worker processes instead of threads in this process, for hosts with many cores.
 
     Yields:
@@ -162,8 +184,8 @@ def eval_batches(
       channels: 3 for colour, 1 for grey.
       host: index of this host.
       hosts: number of hosts.
-      threads: reading and decoding threads.
-      prefetch: batches held ready.
+      threads: number of reader and decoder threads.
+      prefetch: number of batches held ready.
 
     Yields:
       As ``train_batches``, and ``mask`` [b] bool, false for padding.

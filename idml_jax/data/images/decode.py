@@ -30,6 +30,7 @@ from PIL import (
 )
 
 from idml_jax.data.images import turbo
+from idml_jax.errors import UserError
 
 # The pipeline's threads are the parallelism; OpenCV's own on top would only compete with them.
 cv2.setNumThreads(0)
@@ -93,7 +94,7 @@ def one_image_fails() -> Iterator[None]:
     """Makes whatever fails with one image, memory included, that image's ``DecodeError``."""
     try:
         yield
-    except DecodeError:
+    except (DecodeError, UserError):
         raise
     except MemoryError as error:
         raise DecodeError("not a readable picture (not enough memory)") from error

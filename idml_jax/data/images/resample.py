@@ -1,6 +1,6 @@
 """Resampling with the antialiased bilinear filter that torchvision's transforms mean: exactly, or fast.
 
-The filter is a triangle as wide as the scale: where a picture shrinks by s, each pixel of the result is the mean of
+The filter is a triangle as wide as the scale: where an image shrinks by s, each pixel of the result is the mean of
 those within s of its place, weighted by 1 - distance / s. ``exact`` lets Pillow do it and gives torchvision's very
 pixels. ``fast`` filters with a few taps and interpolates linearly, both in OpenCV; the taps are those for which the two
 steps together come nearest to the triangle, in least squares over all places between two pixels. How near is measured
@@ -61,14 +61,14 @@ def resize(
     reduced: int = 1,
     extent: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "height width c"]:
-    """Resamples a picture.
+    """Resamples an image.
 
     Args:
       image: ``[h, w, 1 or 3]`` uint8.
       height: of the result.
       width: of the result.
       method: one of ``METHODS``.
-      reduced: by how much (1, 2, 4 or 8) the picture was reduced in decoding; ``fast`` takes it into account.
+      reduced: by how much (1, 2, 4 or 8) the image was reduced in decoding; ``fast`` takes it into account.
       extent: height and width that the result shows, in pixels of ``image``, where they are not whole.
 
     Returns:

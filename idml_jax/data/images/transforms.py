@@ -1,7 +1,7 @@
-"""Pictures to uint8 crops of one size: the training and test transforms. Normalisation happens on the device.
+"""Images to uint8 crops of one size: the training and test transforms. Normalisation happens on the device.
 
 Definitions are torchvision's (over Pillow): boxes, rounding, antialiased bilinear resampling, colour changes. A
-transform is a function of a picture, decoded or still encoded (then only what it needs is decoded), and a generator of
+transform is a function of an image, decoded or still encoded (then only what it needs is decoded), and a generator of
 random numbers.
 """
 
@@ -30,7 +30,7 @@ Transform = Callable[[AnyPicture, np.random.Generator], UInt8[np.ndarray, "size 
 def _resample_part(
     image: AnyPicture, box: tuple[int, int, int, int], height: int, width: int, method: str
 ) -> UInt8[np.ndarray, "height width c"]:
-    """The part of a picture in a box of top, left, height and width, at another size."""
+    """The part of an image in a box of top, left, height and width, at another size."""
     top, left, box_height, box_width = box
     with one_image_fails():
         if not isinstance(image, Picture):
@@ -52,7 +52,7 @@ def _mirror(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the picture at a fixed size, perhaps mirrored: the training transform of metric learning.
+    """A random part of the image at a fixed size, perhaps mirrored: the training transform of metric learning.
 
     Area and aspect ratio (log-uniform) are drawn up to ten times until the box fits, else the largest central box of
     an allowed ratio is taken, as in the Inception line of work. Of a box at least four times as large as the result,
@@ -60,7 +60,7 @@ class RandomResizedCrop:
 
     Attributes:
       size: side of the result in pixels.
-      scale: range of the area relative to the picture.
+      scale: range of the area relative to the image.
       ratio: range of width over height.
       flip: mirror with probability one half.
       rotation: largest rotation in degrees, drawn uniformly (0: none); corners are filled by replicating the border.
@@ -134,7 +134,7 @@ class ImageNetTrain:
 
 @dataclass(frozen=True)
 class PaddedCrop:
-    """A random crop of a picture with a black border, perhaps mirrored: the training transform of CIFAR.
+    """A random crop of an image with a black border, perhaps mirrored: the training transform of CIFAR.
 
     Attributes:
       size: side of the result in pixels.
@@ -159,10 +159,10 @@ class PaddedCrop:
 
 @dataclass(frozen=True)
 class AsIs:
-    """The picture itself, which must have the right size: the test transform of CIFAR.
+    """The image itself, which must have the right size: the test transform of CIFAR.
 
     Attributes:
-      size: side of the picture in pixels.
+      size: side of the image in pixels.
     """
 
     size: int
@@ -234,8 +234,8 @@ def create(
 
     Args:
       name: ``retrieval`` (crop, rotation, mirroring), ``imagenet`` (with colour jitter and lighting) or ``cifar``
-        (crop of the padded picture; none at test).
-      size: side of the pictures in pixels.
+        (crop of the padded image; none at test).
+      size: side of the images in pixels.
       resize: shorter side before the central crop at test.
       crop_scale: range of the crop's area.
       crop_ratio: range of the crop's width over its height.
@@ -270,13 +270,13 @@ CHANGES = ("crop", "blur", "noise", "occlusion")
 
 @dataclass(frozen=True)
 class Changed:
-    """Another transform, after which the picture is made harder to recognise; for tests of the uncertainty.
+    """Another transform, after which the image is made harder to recognise; for tests of the uncertainty.
 
     Attributes:
-      transform: gives the picture.
+      transform: gives the image.
       kind: ``crop`` keeps a random part of the area (1 - strength) and enlarges it; ``blur`` is Gaussian with a
         standard deviation of ``strength / 8`` of the side; ``noise`` replaces the share ``strength`` of the contrast
-        by uniform noise; ``occlusion`` covers a random square of the area ``strength`` with the picture's mean colour.
+        by uniform noise; ``occlusion`` covers a random square of the area ``strength`` with the image's mean colour.
       strength: in [0, 1).
     """
 
@@ -315,10 +315,10 @@ class Changed:
 
 @dataclass(frozen=True)
 class SometimesChanged:
-    """Another transform, after which some pictures are made harder to recognise; for training.
+    """Another transform, after which some images are made harder to recognise; for training.
 
     Attributes:
-      transform: gives the picture.
+      transform: gives the image.
       probability: of being changed.
       kinds: of change, see ``Changed``; one is drawn, and its strength evenly from 0.1 to 0.75.
     """

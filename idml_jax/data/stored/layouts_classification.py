@@ -66,7 +66,7 @@ def _texts(values: list) -> list[str]:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """Pixels ``[3072]``, red plane first, as PNG: the same picture bit for bit."""
+    """Pixels ``[3072]``, red plane first, as PNG: the same image bit for bit."""
     picture = pixels.reshape(3, _SIDE, _SIDE).transpose(1, 2, 0)[:, :, ::-1]
     return cv2.imencode(".png", picture)[1].tobytes()
 

@@ -45,7 +45,7 @@ def prepare(
       data_dir: where sets are kept; empty: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
       name: of the set, for image folders; by default the source's.
       allow_incomplete: store a set whose counts are not the benchmark's.
-      on_corrupt: ``refuse`` or ``skip`` files that are not whole pictures.
+      on_corrupt: ``refuse`` or ``skip`` files that are not whole images.
       shard_megabytes: size of the files of records; what a stopped run loses is at most one per split.
       say: receives lines about the progress.
 

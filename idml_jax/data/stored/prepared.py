@@ -153,7 +153,7 @@ def find(dataset: str, data_dir: str, variant: str = "") -> Prepared:
 class _Records(Sequence[dict[str, Any]]):
     """Some features of a split's records; the image stays encoded.
 
-    Further pictures (masks) and boxes, which tfds' own sets may have, would else be decoded with every record.
+    Further images (masks) and boxes, which tfds' own sets may have, would else be decoded with every record.
     """
 
     def __init__(self, builder: Any, split: str, keys: Sequence[str]):

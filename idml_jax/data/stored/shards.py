@@ -33,7 +33,7 @@ FILE_FORMAT = "array_record"
 NOTES = "notes"
 IDENTITY = "identity.json"
 ABOUT = "idml_jax.json"
-# Pictures are compressed already, so the records are not.
+# Images are compressed already, so the records are not.
 _OPTIONS = "group_size:1,uncompressed"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
@@ -255,7 +255,7 @@ class SetWriter:
         """Stores all images that are not stored yet.
 
         Args:
-          on_corrupt: ``refuse`` or ``skip`` files that are not whole pictures.
+          on_corrupt: ``refuse`` or ``skip`` files that are not whole images.
           report: called after every image.
 
         Returns:
