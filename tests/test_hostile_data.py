@@ -26,7 +26,7 @@ from idml_jax import prepare as prepare_lib
 from idml_jax.data import datasets, files
 from idml_jax.data.images import decode, resample, transforms
 from idml_jax.data.images.transforms import DecodeError
-from idml_jax.data.stored import archives, layouts_classification, plain_pickle, shards
+from idml_jax.data.stored import archives, crc32c, layouts_classification, layouts_tfds, plain_pickle, shards
 from idml_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -447,10 +447,35 @@ class TestStoredSets:
         for part in (splits.train, splits.test):
             for i in range(len(part)):
                 try:
-                    transforms.decode(part.read(i))
-                except (files.FileError, DecodeError):
+                    assert part.read(i) in FILES.values(), "changed bytes passed for whole ones"
+                except files.FileError as error:
+                    assert "record" in str(error) and "\n" not in str(error)
                     failed += 1
         assert failed
+
+    def test_checksums_of_tfrecords(self, tmp_path):
+        for data, value in (
+            (b"123456789", 0xE3069283),
+            (bytes(32), 0x8A9136AA),
+            (b"", 0),
+            (bytes(range(32)), 0x46DD794E),
+        ):
+            assert crc32c.crc32c(data) == value
+        records = [bytes(np.random.default_rng(n).integers(0, 256, n, np.uint8)) for n in (0, 1, 3, 4, 255, 257, 3000)]
+        whole = b""
+        for record in records:
+            head = len(record).to_bytes(8, "little")
+            whole += head + crc32c.masked(head).to_bytes(4, "little") + record
+            whole += crc32c.masked(record).to_bytes(4, "little")
+        path = save(tmp_path / "x.tfrecord", whole)
+        assert list(layouts_tfds.read_tfrecord(path)) == records
+        rng = np.random.default_rng(0)
+        for place in rng.integers(0, len(whole), 40):
+            broken = bytearray(whole)
+            broken[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(bytes(broken))
+            with pytest.raises(UserError, match=r"x\.tfrecord: (damaged|cut short)"):
+                list(layouts_tfds.read_tfrecord(path))
 
     def test_cars_with_the_list_of_the_other_layout(self, tmp_path):
         names = made.cars_apart()
