@@ -178,6 +178,11 @@ def scan_splits(root: str | os.PathLike, warn: Callable[[str], None] = print) ->
       UserError: if there is no such folder, no image in it, or a split is missing.
     """
     where = files.expand(root)
+    if where.is_file():
+        raise UserError(
+            f"{where}: a file, where a folder of images is expected (config.data.root); python -m idml_jax.prepare "
+            "--dataset=folder stores archives"
+        )
     if not where.is_dir():
         started = f" = {root!s}, below the current folder" if not os.path.isabs(os.path.expanduser(root)) else ""
         raise UserError(f"{where}: no such folder (config.data.root{started})")

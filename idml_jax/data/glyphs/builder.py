@@ -13,7 +13,6 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -146,7 +145,9 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[str, dict[str, object]]]]:
         del dl_manager  # nothing to download
         classes = choose_classes(self.builder_config)
         codes = classes["train"] + classes["test"]
@@ -166,7 +167,7 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
                 yield f"{split}_{example['label']}_{index}", example
 
 
-def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: int, index: int) -> dict[str, Any]:
+def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: int, index: int) -> dict:
     """Image `index` of character `codes[position]`, its labels being positions in `codes`."""
     rng = np.random.default_rng([config.seed, _SPLITS.index(split), codes[position], index])
     is_degraded, kind, ambiguity = rng.random() < config.degraded, KINDS[rng.integers(1, len(KINDS))], rng.random()

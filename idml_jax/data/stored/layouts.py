@@ -146,7 +146,7 @@ def whole_number(value: str, name: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise UserError(f"{name}: {value!r} stands where a number should") from None
+        raise UserError(f"{name}: {value[:50]!r} stands where a number should") from None
 
 
 def find(contents: Mapping[str, bytes], base: str) -> str | None:

@@ -260,7 +260,11 @@ def _validation_truth(source: Path, lists: Mapping[str, bytes]) -> dict[int, str
 
 def _kaggle_truth(data: bytes, name: str) -> dict[int, str]:
     truth = {}
-    for row in csv.DictReader(io.StringIO(text(data, name))):
+    try:
+        listed = list(csv.DictReader(io.StringIO(text(data, name))))
+    except csv.Error as error:
+        raise UserError(f"{name}: not readable as CSV ({error})") from error
+    for row in listed:
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})", row.get("ImageId") or "")
         prediction = (row.get("PredictionString") or "").split()
         if not match or not prediction:

@@ -5,7 +5,6 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.io import loadmat
@@ -151,7 +150,7 @@ def cars(source: Path) -> Plan:
     return _cars_folders(source, names, enter)
 
 
-def _load_mat(lists: Mapping[str, bytes], base: str, variable: str) -> tuple[str, Any]:
+def _load_mat(lists: Mapping[str, bytes], base: str, variable: str) -> tuple[str, np.ndarray]:
     """Name of a MATLAB file and one of its variables, structs with attributes.
 
     Raises:
@@ -167,15 +166,16 @@ def _load_mat(lists: Mapping[str, bytes], base: str, variable: str) -> tuple[str
     return name, np.atleast_1d(values[variable])
 
 
-def _car_places(name: str, annotations: Any, field: str, folder: str, class_names: Mapping[int, str]) -> dict:
+def _car_places(name: str, annotations: np.ndarray, field: str, folder: str, class_names: Mapping[int, str]) -> dict:
     """Places by the image's folder and name, e.g. ``cars_train/00001.jpg``."""
     places = {}
     for row in annotations:
         if not hasattr(row, field) or not hasattr(row, "class"):
             raise UserError(f"{name}: its annotations lack {field!r} or 'class'")
-        number = int(getattr(row, "class"))
-        if number not in class_names:
-            raise UserError(f"{name}: class {number} is not one of the {len(class_names)} classes")
+        number = getattr(row, "class")
+        if not isinstance(number, int | np.integer) or int(number) not in class_names:
+            raise UserError(f"{name}: class {str(number)[:50]} is not one of the {len(class_names)} classes")
+        number = int(number)
         file = str(getattr(row, field)).rsplit("/", 1)[-1]
         places[f"{folder}/{file}"] = Place(_split_of("cars", number), number)
     return places

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from idml_jax.data.stored import label_index as index
 from idml_jax.data.stored.benchmarks import BENCHMARKS
 from idml_jax.data.stored.shards import ABOUT, FILE_FORMAT
 from idml_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 PREFIX = "idml_"
 # tfds' own sets, where their label is not called "label".
@@ -34,7 +37,7 @@ class Prepared(NamedTuple):
     """
 
     folder: Path
-    builder: Any
+    builder: "tfds.core.DatasetBuilder"
     ours: bool
     complete: bool | None
 
@@ -55,7 +58,7 @@ def version_folder(home: Path) -> Path | None:
     return max(found, default=(None, None))[1]
 
 
-def _metadata(folder: Path, name: str) -> dict[str, Any]:
+def _metadata(folder: Path, name: str) -> dict[str, object]:
     path = folder / name
     try:
         found = json.loads(read_file(path, _MAX_METADATA))
@@ -66,7 +69,7 @@ def _metadata(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def open_builder(folder: Path) -> Any:
+def open_builder(folder: Path) -> "tfds.core.DatasetBuilder":
     """tfds' read-only builder of a stored set.
 
     tfds imports whatever module the set's ``features.json`` names, so names of other packages are refused first.
@@ -76,7 +79,7 @@ def open_builder(folder: Path) -> Any:
     """
     import tensorflow_datasets as tfds
 
-    pending: list[Any] = [_metadata(folder, "features.json")]
+    pending: list[object] = [_metadata(folder, "features.json")]
     while pending:
         value = pending.pop()
         if isinstance(value, list):
@@ -114,7 +117,8 @@ def open_folder(folder: Path) -> Prepared:
         )
     builder = open_builder(folder)
     about = _metadata(folder, ABOUT) if (folder / ABOUT).exists() else {}
-    return Prepared(folder, builder, bool(about), about.get("complete"))
+    complete = about.get("complete")
+    return Prepared(folder, builder, bool(about), None if complete is None else bool(complete))
 
 
 def find(dataset: str, data_dir: str, variant: str = "") -> Prepared:
@@ -150,13 +154,13 @@ def find(dataset: str, data_dir: str, variant: str = "") -> Prepared:
     )
 
 
-class _Records(Sequence[dict[str, Any]]):
+class _Records(Sequence[dict[str, object]]):
     """Some features of a split's records; the image stays encoded.
 
     Further images (masks) and boxes, which tfds' own sets may have, would else be decoded with every record.
     """
 
-    def __init__(self, builder: Any, split: str, keys: Sequence[str]):
+    def __init__(self, builder: "tfds.core.DatasetBuilder", split: str, keys: Sequence[str]):
         from tensorflow_datasets import decode
         from tensorflow_datasets import features as features_lib
 
@@ -168,7 +172,7 @@ class _Records(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._raw)
 
-    def __getitem__(self, record: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
+    def __getitem__(self, record: int) -> dict[str, object]:  # type: ignore[override]  # no slices
         return self._features.deserialize_example_np(self._raw[record], decoders=self._decoders)
 
 

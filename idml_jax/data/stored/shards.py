@@ -15,7 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from idml_jax.data.stored.benchmarks import Count
 from idml_jax.data.stored.layouts import Plan, Record
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import write_json
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
 
 VERSION = "1.0.0"
 FILE_FORMAT = "array_record"
@@ -66,7 +70,7 @@ class Stored(NamedTuple):
     skipped: list[str]
 
 
-def features(class_names: Sequence[str]) -> Any:
+def features(class_names: Sequence[str]) -> "tfds.features.FeaturesDict":
     """The tfds features of a stored set: encoded image, label, name of its file."""
     import tensorflow_datasets as tfds
 
@@ -112,10 +116,10 @@ class _Split:
         while self._restore(len(self.lengths)):
             pass
         self.resumed, self._resumed_trail = self.position, self._trail
-        self._writer: Any = None
+        self._writer: ArrayRecordWriter | None = None
         self._open_labels: list[int] = []
         self._open_bytes = 0
-        self._open_skipped: list[Any] = []
+        self._open_skipped: list[str] = []
 
     def _shard(self, number: int) -> Path:
         return self._folder / f"{self._prefix}-{self._split}.{FILE_FORMAT}-{number:05d}"
@@ -226,7 +230,13 @@ class SetWriter:
     """
 
     def __init__(
-        self, home: Path, name: str, plan: Plan, identity: Mapping[str, Any], shard_bytes: int, start_over: bool = False
+        self,
+        home: Path,
+        name: str,
+        plan: Plan,
+        identity: Mapping[str, object],
+        shard_bytes: int,
+        start_over: bool = False,
     ):
         self.final, self._folder = home / VERSION, home / f"{VERSION}.incomplete"
         self._name, self._plan = name, plan
@@ -310,7 +320,7 @@ class SetWriter:
                 "command goes on behind them"
             ) from error
 
-    def publish(self, description: str, about: Mapping[str, Any]) -> Path:
+    def publish(self, description: str, about: Mapping[str, object]) -> Path:
         """Makes the set visible under its final name.
 
         Args:
@@ -323,7 +333,7 @@ class SetWriter:
         with self._on_disk():
             return self._publish(description, about)
 
-    def _publish(self, description: str, about: Mapping[str, Any]) -> Path:
+    def _publish(self, description: str, about: Mapping[str, object]) -> Path:
         import tensorflow_datasets as tfds
 
         folder, splits = self._folder, {n: s for n, s in self._splits.items() if s.lengths}
@@ -374,12 +384,12 @@ def _checked(record: Record, on_corrupt: str) -> bytes | None:
     return data
 
 
-def hash_of(values: Any) -> str:
+def hash_of(values: object) -> str:
     """A short fingerprint of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
