@@ -24,7 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="", help="of sets; default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
     parser.add_argument("--name", default="", help="of an image folder's set, for --config.data.variant=")
     parser.add_argument("--allow_incomplete", action="store_true", help="store a set with other counts too")
-    parser.add_argument("--on_corrupt", default="refuse", choices=["refuse", "skip"], help="files that are no pictures")
+    parser.add_argument(
+        "--on_corrupt",
+        default="refuse",
+        choices=["refuse", "skip"],
+        help="refuse or skip files that are no whole images",
+    )
     parser.add_argument("--shard_megabytes", type=int, default=256, help="size of the files of records")
     given = vars(parser.parse_args(argv))
     run_command(lambda: prepare(**given, say=lambda line: print(line, flush=True)), "stopped; the same command goes on")

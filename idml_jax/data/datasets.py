@@ -7,19 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from idml_jax.data.sources import (
-    FolderSource,
-    Joined,
-    Source,
-    Subset,
-    check_classes,
-    drop_unreadable,
-    hold_out_classes,
-    hold_out_images,
-    scan_folder,
-    select_classes,
-    split_by_class,
-)
+from idml_jax.data.files import expand
+from idml_jax.data.sources import FolderSource, Joined, Source, Subset, drop_unreadable, scan_splits
+from idml_jax.data.splits import check_classes, hold_out_classes, hold_out_images, select_classes, split_by_class
 from idml_jax.data.stored import prepared as prepared_lib
 from idml_jax.data.stored.benchmarks import BENCHMARKS, Count, differences
 from idml_jax.errors import UserError
@@ -69,20 +59,16 @@ def load_folder(
             "config.data.root is empty; give the folder that holds one folder per class (or config.data.variant, the "
             "name of a prepared one)"
         )
-    parts = {name for name in ("train", "test", "val", "query", "gallery") if (Path(root) / name).is_dir()}
-    scan = lambda name: drop_unreadable(scan_folder(Path(root) / name), on_corrupt, warn)
-    if "train" in parts and parts & {"query", "gallery"}:
-        missing = {"query", "gallery"} - parts
-        if missing or parts & {"test", "val"}:
-            wrong = f"no {missing.pop()}" if missing else f"{(parts & {'test', 'val'}).pop()} too"
-            raise UserError(f"{root}: train and query or gallery, but {wrong}; expected train, query and gallery")
-        query, gallery = _of_one_naming(scan("query"), scan("gallery"))
-        return Splits(scan("train"), query, gallery=gallery)
-    if "train" in parts and parts & {"test", "val"}:
-        return Splits(scan("train"), scan("test" if "test" in parts else "val"))
-    everything = drop_unreadable(scan_folder(root), on_corrupt, warn)
+    parts = {split: drop_unreadable(part, on_corrupt, warn) for split, part in scan_splits(root, warn).items()}
+    if "images" not in parts:
+        if "query" in parts:
+            # Whole classes may have been left out of either.
+            query, gallery = _of_one_naming(parts["query"], parts["gallery"])
+            return Splits(parts["train"], query, gallery=gallery)
+        return Splits(parts["train"], parts["test"])
+    everything = parts["images"]
     if len(everything.class_names) < 2:
-        raise UserError(f"{root}: 1 class ({everything.class_names[0]}); metric learning needs at least 2")
+        raise UserError(f"{expand(root)}: 1 class ({everything.class_names[0]}); metric learning needs at least 2")
     return Splits(*split_by_class(everything, train_classes))
 
 
@@ -136,7 +122,7 @@ def load_tfds(
         raise UserError("config.data.variant is empty; give the tfds data set, e.g. cars196 or my_set:1.0.0")
     data_dir = data_dir or default_data_dir()
     name, _, version = variant.partition(":")
-    home = Path(data_dir).expanduser() / name
+    home = expand(data_dir) / name
     folder = home / version if version else prepared_lib.version_folder(home)
     if folder is None or not (folder / "dataset_info.json").exists():
         raise UserError(f"tfds data set {variant!r} is not prepared as array_record under {data_dir}")

@@ -8,7 +8,10 @@ from typing import Literal
 
 import grain
 import numpy as np
+from jaxtyping import UInt8
 
+from idml_jax.data.files import FileError, shown
+from idml_jax.data.images.decode import one_image_fails
 from idml_jax.data.images.transforms import DecodeError, Picture, Transform
 from idml_jax.data.samplers import Sampler
 from idml_jax.data.sources import Source
@@ -21,6 +24,28 @@ OnBad = Literal["raise", "skip"]
 def slot_generator(seed: int, slot: int) -> np.random.Generator:
     """The random numbers of the image in a slot, its place in the order of all steps, whoever reads it."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, slot))))
+
+
+def load_image(
+    source: Source, record: int, transform: Transform, channels: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "size size c"]:
+    """Reads, decodes and transforms one image: the way of all images into the network.
+
+    Args:
+      source: images.
+      record: which.
+      transform: from the encoded image to the pixels that the network sees.
+      channels: 3 for colour, 1 for grey.
+      rng: of the transform.
+
+    Raises:
+      FileError: naming the image, whatever is wrong with it.
+    """
+    try:
+        with one_image_fails():
+            return transform(Picture(source.read(record), channels), rng)
+    except DecodeError as error:
+        raise FileError(f"{shown(source.name(record))}: {error}") from error
 
 
 class _Batches:
@@ -69,10 +94,7 @@ class _Batches:
         }
 
     def _load(self, record: int, slot: int) -> np.ndarray:
-        try:
-            return self._transform(Picture(self._source.read(record), self._channels), slot_generator(self._seed, slot))
-        except DecodeError as error:
-            raise UserError(f"{self._source.name(record)}: {error}") from error
+        return load_image(self._source, record, self._transform, self._channels, slot_generator(self._seed, slot))
 
 
 def _iterate(batches: _Batches, threads: int, prefetch: int, workers: int) -> Iterator[Batch]:
@@ -117,8 +139,8 @@ def train_batches(
       channels: 3 for colour, 1 for grey.
       host: index of this host.
       hosts: number of hosts.
-      threads: reading and decoding threads.
-      prefetch: batches made or held ready; with the one in use, memory is ``prefetch`` + 1 batches of uint8 pictures.
+      threads: number of reader and decoder threads.
+      prefetch: batches made or held ready; with the one in use, memory is ``prefetch`` + 1 batches of uint8 images.
       workers: worker processes instead of threads in this process, for hosts with many cores.
 
     Yields:
@@ -176,12 +198,11 @@ def eval_batches(
 
     def load(record: int, slot: int) -> np.ndarray | str:
         try:
-            return transform(Picture(source.read(record), channels), slot_generator(0, slot))
-        except (DecodeError, UserError) as error:
-            text = str(error).removeprefix(f"{source.name(record)}: ")
-            if on_bad == "skip":
-                return text
-            raise UserError(f"{source.name(record)}: {text}") from error
+            return load_image(source, record, transform, channels, slot_generator(0, slot))
+        except UserError as error:
+            if on_bad == "raise":
+                raise
+            return str(error).removeprefix(f"{shown(source.name(record))}: ")
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         started: collections.deque[tuple[np.ndarray, list[concurrent.futures.Future]]] = collections.deque()

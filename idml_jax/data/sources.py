@@ -1,18 +1,17 @@
-"""Images of any origin behind one random-access interface, their checks and their class-disjoint splits."""
+"""Images of any origin behind one random-access interface."""
 
 import concurrent.futures
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Int
 
+from idml_jax.data import files, folders
 from idml_jax.data.images import transforms
+from idml_jax.data.images.decode import ENDINGS
 from idml_jax.errors import UserError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
 class Source(Protocol):
@@ -53,10 +52,7 @@ class FolderSource:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        try:
-            return Path(self.paths[index]).read_bytes()
-        except OSError as error:
-            raise UserError(f"{self.paths[index]}: cannot be read ({error.strerror})") from error
+        return files.read_file(self.paths[index])
 
     def name(self, index: int) -> str:
         return self.paths[index]
@@ -92,14 +88,20 @@ class TfdsSource:
         return len(self.labels)
 
     def read(self, index: int) -> bytes:
-        return self.records[index]["image"]
+        try:
+            return self.records[index]["image"]
+        except Exception as error:  # a damaged file of records, in whatever way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise files.FileError(f"{self._name} record {index}: cannot be read ({reason[:200]})") from error
 
     def name(self, index: int) -> str:
         name = f"{self._name} record {index}"
         if self._file_key is None:
             return name
         file = self.records[index][self._file_key]
-        return f"{name} ({file.decode() if isinstance(file, bytes) else file})"
+        if isinstance(file, bytes):
+            file = file.decode("utf-8", "backslashreplace")
+        return f"{name} ({file})"
 
 
 class Subset:
@@ -161,133 +163,68 @@ class Joined:
         return source.name(local)
 
 
-def select_classes(source: Source, classes: Sequence[int] | Int[np.ndarray, "c"]) -> Subset:
-    """The images of some labels of a source."""
-    return Subset(source, np.flatnonzero(np.isin(source.labels, np.asarray(classes, np.int64))))
-
-
-def split_by_class(source: Source, train_classes: float) -> tuple[Subset, Subset]:
-    """Class-disjoint halves in the order of the class names, as the benchmarks' protocol has it.
+def scan_splits(root: str | os.PathLike, warn: Callable[[str], None] = print) -> dict[str, FolderSource]:
+    """The images below a folder by split.
 
     Args:
-      source: all images.
-      train_classes: share of the classes, if below 1, or their number.
+      root: folder of class folders, or of split folders of such; deeper folders belong to the class.
+      warn: receives one line per kind of file or folder that is passed over.
 
     Returns:
-      Training and test images.
+      ``train`` and ``test``, or ``train``, ``query`` and ``gallery`` (which share their labels), or ``images`` alone.
+      Classes and files are in sorted order.
 
     Raises:
-      UserError: if one side would be left with fewer than two classes.
+      UserError: if there is no such folder, no image in it, or a split is missing.
     """
-    total = len(source.class_names)
-    count = round(total * train_classes) if train_classes < 1 else int(train_classes)
-    if count < 2 or total - count < 2:
+    where = files.expand(root)
+    if where.is_file():
         raise UserError(
-            f"config.data.train_classes = {train_classes} splits {total} classes into {count} for training and "
-            f"{total - count} for testing; both sides need at least 2"
+            f"{where}: a file, where a folder of images is expected (config.data.root); python -m idml_jax.prepare "
+            "--dataset=folder stores archives"
         )
-    return select_classes(source, range(count)), select_classes(source, range(count, total))
+    if not where.is_dir():
+        started = f" = {root!s}, below the current folder" if not os.path.isabs(os.path.expanduser(root)) else ""
+        raise UserError(f"{where}: no such folder (config.data.root{started})")
+    found = folders.images(where)
+    if not found.names:
+        endings = ", ".join(ending[1:] for ending in ENDINGS)
+        raise UserError(f"{where}: it holds no images; expected {where}/<class>/*.jpg ({endings})")
+    arrangement = folders.for_training(folders.arrange(found.names, where, found.passed.folders), where)
+    folders.check_placed(found.names, arrangement, where, found.passed)
+    for line in found.passed.lines(where):
+        warn(line)
+    by_split: dict[str, list[tuple[str, str, str]]] = {}
+    for name, path in zip(found.names, found.paths, strict=True):
+        place = arrangement.place(name)
+        if place is not None:
+            by_split.setdefault(place.split, []).append((place.class_name, name, str(path)))
+    classes = {split: sorted({row[0] for row in rows}) for split, rows in by_split.items()}
+    if "query" in classes:
+        classes["query"] = classes["gallery"] = sorted({*classes["query"], *classes["gallery"]})
+    sources = {}
+    for split, rows in by_split.items():
+        rows.sort()
+        label_of = {name: label for label, name in enumerate(classes[split])}
+        labels = np.asarray([label_of[row[0]] for row in rows])
+        sources[split] = FolderSource([row[2] for row in rows], labels, classes[split])
+    return sources
 
 
-def hold_out_classes(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """Splits classes at random into training and validation, to choose settings without looking at test classes.
-
-    Args:
-      source: training images.
-      fraction: share of the classes to hold out.
-      seed: of the choice.
-
-    Returns:
-      Training and validation images.
-
-    Raises:
-      UserError: if one side would be left with fewer than two classes.
-    """
-    total = len(source.class_names)
-    count = round(total * fraction)
-    if count < 2 or total - count < 2:
-        raise UserError(
-            f"config.data.validation_classes = {fraction} holds out {count} of {total} training classes; both sides "
-            "need at least 2"
-        )
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(total)
-    return select_classes(source, order[count:]), select_classes(source, order[:count])
-
-
-def hold_out_images(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """Splits the images of every class at random, for classification, where held-out images have known classes.
-
-    Args:
-      source: training images.
-      fraction: share of every class's images to hold out, at least one.
-      seed: of the choice.
-
-    Returns:
-      Training and held-out images, with the same labels.
-
-    Raises:
-      UserError: if a class would be left without training images.
-    """
-    rng = np.random.Generator(np.random.PCG64(seed))
-    held_out = []
-    order = np.argsort(source.labels, kind="stable")
-    for members in np.split(order, np.flatnonzero(np.diff(source.labels[order])) + 1):
-        label = source.labels[members[0]]
-        count = max(round(len(members) * fraction), 1)
-        if count >= len(members):
-            raise UserError(
-                f"holding out {fraction} of the {len(members)} images of class {source.class_names[label]} leaves none "
-                "to train on"
-            )
-        held_out.append(rng.permutation(members)[:count])
-    chosen, classes = np.sort(np.concatenate(held_out)), range(len(source.class_names))
-    return Subset(source, np.setdiff1d(np.arange(len(source)), chosen), classes), Subset(source, chosen, classes)
-
-
-def _is_image(path: Path) -> bool:
-    """Whether a path with an image's ending is a file; a link to nowhere is an image that is missing."""
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there; remove it or bring the file back")
-    return path.is_file()
-
-
-def scan_folder(root: str | os.PathLike) -> FolderSource:
+def scan_folder(root: str | os.PathLike, warn: Callable[[str], None] = print) -> FolderSource:
     """Images below ``root/<class>/``, classes and files in sorted order.
 
-    Args:
-      root: folder with one folder per class; deeper folders belong to the class.
-
-    Returns:
-      The source.
-
     Raises:
-      UserError: if there is no such folder, or no image in it.
+      UserError: if there is no such folder, no image in it, or it holds split folders.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder (config.data.root)")
-    paths: list[str] = []
-    labels: list[int] = []
-    names: list[str] = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        found = sorted(
-            str(p)
-            for p in folder.rglob("*")
-            if p.suffix.lower() in EXTENSIONS and not p.name.startswith(".") and _is_image(p)
-        )
-        if found:
-            labels += [len(names)] * len(found)
-            names.append(folder.name)
-            paths += found
-    if not paths:
-        loose = any(p.suffix.lower() in EXTENSIONS for p in root.iterdir())
-        where = "its images lie outside class folders" if loose else "it holds no images"
-        raise UserError(f"{root}: {where}; expected {root}/<class>/*.jpg ({', '.join(e[1:] for e in EXTENSIONS)})")
-    return FolderSource(paths, np.asarray(labels), names)
+    found = scan_splits(root, warn)
+    if "images" not in found:
+        raise UserError(f"{root}: holds the splits {', '.join(found)}; expected class folders")
+    return found["images"]
 
 
 def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str], None]) -> FolderSource:
-    """Finds files that are no pictures before anything is trained on them.
+    """Finds files that are no images before anything is trained on them.
 
     Args:
       source: files to look at.
@@ -322,44 +259,8 @@ def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str],
         more = f" (and {len(bad) - 1} more files)" if len(bad) > 1 else ""
         raise UserError(f"{first}{more}; config.data.on_corrupt=skip leaves such files out")
     if len(bad) == len(source):
-        raise UserError(f"none of {len(source)} files is a readable picture; the first: {first}")
-    warn(f"{len(bad)} of {len(source)} files are not readable pictures and are left out; the first: {first}")
+        raise UserError(f"none of {len(source)} files is a readable image; the first: {first}")
+    warn(f"{len(bad)} of {len(source)} files are not readable images and are left out; the first: {first}")
     keep = np.setdiff1d(np.arange(len(source)), bad)
     kept, labels = np.unique(source.labels[keep], return_inverse=True)
     return FolderSource([source.paths[i] for i in keep], labels, [source.class_names[k] for k in kept])
-
-
-def check_classes(source: Source, what: str, on_small_class: str, warn: Callable[[str], None]) -> Source:
-    """At least two classes, each with at least two images, or a clear word about it.
-
-    Args:
-      source: images.
-      what: which images, for messages.
-      on_small_class: what becomes of classes with one image, which can neither form a positive pair nor be found:
-        ``refuse``, ``skip`` or ``keep``.
-      warn: receives one line about skipped or kept classes.
-
-    Returns:
-      The source, perhaps without its small classes.
-
-    Raises:
-      UserError: if a class is too small under ``refuse``, or fewer than two classes are there.
-    """
-    if on_small_class not in ("refuse", "skip", "keep"):
-        raise UserError(f"config.data.on_small_class = {on_small_class!r}; known: refuse, skip, keep")
-    counts = np.bincount(source.labels, minlength=len(source.class_names))
-    small = np.flatnonzero(counts < 2)
-    if len(source.class_names) >= 2 and len(small):
-        first = source.name(int(np.flatnonzero(source.labels == small[0])[0]))
-        text = f"{what}: {len(small)} of {len(counts)} classes have a single image, the first {first}"
-        if on_small_class == "refuse":
-            raise UserError(
-                f"{text}; every class needs two, or set config.data.on_small_class to skip (leave them out) or keep"
-            )
-        warn(f"{text}; {'left out' if on_small_class == 'skip' else 'kept'}")
-        if on_small_class == "skip":
-            source = select_classes(source, np.flatnonzero(counts >= 2))
-    if len(source.class_names) < 2:
-        names = f" ({source.class_names[0]})" if len(source.class_names) else ""
-        raise UserError(f"{what}: {len(source.class_names)} class{names}; metric learning needs at least 2")
-    return source

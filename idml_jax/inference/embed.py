@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from idml_jax.data.sources import EXTENSIONS, FolderSource, Source
+from idml_jax.data.lists import LISTS, list_images
+from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 from idml_jax.inference import store
 from idml_jax.inference.model import Trained
@@ -17,56 +18,7 @@ from idml_jax.runtime.writers import format_seconds
 from idml_jax.training.build import data_of
 
 SPLITS = ("train", "test", "validation", "gallery")
-LISTS = (".txt", ".tsv", ".csv", ".lst")
-
-
-def list_images(where: str | Path, option: str = "--images") -> tuple[FolderSource, bool]:
-    """The pictures that a path stands for.
-
-    Args:
-      where: picture, folder or list, see the module's docstring.
-      option: its name in messages.
-
-    Returns:
-      The pictures in the order of their names (of a list: its own), and whether their classes are known.
-
-    Raises:
-      UserError: if there is none.
-    """
-    where = Path(where).expanduser().absolute()
-    if where.is_dir():
-        found = sorted(
-            p
-            for p in where.rglob("*")
-            if p.suffix.lower() in EXTENSIONS
-            and p.is_file()
-            and not any(part.startswith(".") for part in p.relative_to(where).parts)
-        )
-        if not found:
-            raise UserError(f"{where}: holds no pictures ({option}; {', '.join(e[1:] for e in EXTENSIONS)})")
-        names = [p.relative_to(where).parts[0] if p.parent != where else "" for p in found]
-        return _labelled(found, names)
-    if not where.is_file():
-        raise UserError(f"{where}: no such file or folder ({option})")
-    if where.suffix.lower() in EXTENSIONS:
-        return _labelled([where], [""])
-    if where.suffix.lower() not in LISTS:
-        raise UserError(f"{where}: neither a picture nor a folder nor a list ({', '.join(LISTS)}) ({option})")
-    try:
-        lines = [line for line in where.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot be read as a list of paths ({option})") from error
-    if not lines:
-        raise UserError(f"{where}: lists no pictures ({option})")
-    rows = [line.split("," if where.suffix.lower() == ".csv" else "\t") for line in lines]
-    paths = [where.parent / row[0].strip() for row in rows]
-    return _labelled(paths, [row[1].strip() if len(row) > 1 else "" for row in rows])
-
-
-def _labelled(paths: list[Path], names: list[str]) -> tuple[FolderSource, bool]:
-    known = all(names)
-    classes, labels = np.unique(names if known else [""] * len(names), return_inverse=True)
-    return FolderSource([str(path) for path in paths], labels, [str(name) for name in classes]), known
+__all__ = ["LISTS", "SPLITS", "embed_all", "embed_to_file", "index_of", "list_images", "split_source"]
 
 
 def embed_all(

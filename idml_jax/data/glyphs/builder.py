@@ -1,4 +1,4 @@
-"""The built-in data set `glyphs`: characters of many scripts and faces, with the true ambiguity of every picture.
+"""The built-in data set `glyphs`: characters of many scripts and faces, with the true ambiguity of every image.
 
 A tfds builder that needs neither a download nor TensorFlow:
 
@@ -13,7 +13,6 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -21,6 +20,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.utils import tqdm_utils
 
+from idml_jax.data.files import expand
 from idml_jax.data.glyphs import draw as glyphs_draw
 
 KINDS = glyphs_draw.KINDS
@@ -34,10 +34,10 @@ class GlyphsConfig(tfds.core.BuilderConfig):
     Attributes:
       train_classes: characters of the train split.
       test_classes: characters of the test split, none of which is in train.
-      images_per_class: pictures of each character.
-      image_size: width and height of a picture in pixels, at least 16.
-      seed: of the choice of the characters and of every picture, >= 0.
-      degraded: share in [0, 1] of pictures that are not clean, in both splits.
+      images_per_class: images of each character.
+      image_size: width and height of an image in pixels, at least 16.
+      seed: of the choice of the characters and of every image, >= 0.
+      degraded: share in [0, 1] of images that are not clean, in both splits.
 
     Raises:
       ValueError: a value is out of its range.
@@ -61,7 +61,7 @@ class GlyphsConfig(tfds.core.BuilderConfig):
             raise ValueError(f"degraded is a share in [0, 1], got {self.degraded}.")
 
     def parameters(self) -> dict[str, int | float]:
-        """Everything that the pictures depend on, by name."""
+        """Everything that the images depend on, by name."""
         base = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
         return {key: value for key, value in vars(self).items() if key not in base}
 
@@ -91,22 +91,22 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
     Each example holds
       image: uint8 [S, S, 1], stored as PNG.
       label: the character, named like 'U+0416 CYRILLIC CAPITAL LETTER ZHE'. Train has 0 to T - 1, test the rest.
-      kind: what was done to the picture: 'clean', 'blur', 'occlusion', 'noise' or 'blend'.
-      ambiguity: float32 in [0, 1]: 0 for a clean picture, 1 where nothing is left by which to tell the character.
+      kind: what was done to the image: 'clean', 'blur', 'occlusion', 'noise' or 'blend'.
+      ambiguity: float32 in [0, 1]: 0 for a clean image, 1 where nothing is left by which to tell the character.
       other_label: int64, the second character of a blend (from the same split), otherwise -1.
 
-    A share `degraded` of the pictures of either split is degraded: one of the four kinds with equal probability, with
+    A share `degraded` of the images of either split is degraded: one of the four kinds with equal probability, with
     ambiguity a uniform in [0, 1), which sets the strength:
       blur: a Gaussian with sigma a S / 4.
       occlusion: a patch of a flat shade hides the share a of the ink, coming from one side.
-      noise: (1 - w) picture + w noise with w = sqrt(a), noise of mean 0.5 and deviation 0.25 (white is 1).
+      noise: (1 - w) image + w noise with w = sqrt(a), noise of mean 0.5 and deviation 0.25 (white is 1).
       blend: (1 - w) ink + w ink of the other character with w = sqrt(a) / 2, the label being that of the heavier one;
         at a = 1 nobody can say which of the two is meant.
     The scales are set so that the kinds can be compared: a small network that had learnt 150 of the characters in
-    all these states misread about the share a of the pictures at ambiguity a (to within 0.2; of blends about a / 2, as
+    all these states misread about the share a of the images at ambiguity a (to within 0.2; of blends about a / 2, as
     every second guess between two is right).
 
-    Deterministic: a picture depends on the seed, the split, the character and its index (a blend on its second
+    Deterministic: an image depends on the seed, the split, the character and its index (a blend on its second
     character too), its bytes also on the versions of Pillow, OpenCV, NumPy and matplotlib (whose fonts are drawn),
     which `info.metadata` records. Two preparations hold the same records in the same order; the files can differ, as
     protobuf writes the fields of a record in an order that changes from process to process.
@@ -145,7 +145,9 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[str, dict[str, object]]]]:
         del dl_manager  # nothing to download
         classes = choose_classes(self.builder_config)
         codes = classes["train"] + classes["test"]
@@ -165,8 +167,8 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
                 yield f"{split}_{example['label']}_{index}", example
 
 
-def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: int, index: int) -> dict[str, Any]:
-    """Picture `index` of character `codes[position]`, its labels being positions in `codes`."""
+def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: int, index: int) -> dict:
+    """Image `index` of character `codes[position]`, its labels being positions in `codes`."""
     rng = np.random.default_rng([config.seed, _SPLITS.index(split), codes[position], index])
     is_degraded, kind, ambiguity = rng.random() < config.degraded, KINDS[rng.integers(1, len(KINDS))], rng.random()
     if not is_degraded:
@@ -219,7 +221,7 @@ def prepare(data_dir: str | Path, config: str | GlyphsConfig = "default") -> Gly
         if config not in known:
             raise ValueError(f"No glyphs config {config!r}; known: {', '.join(known)}.")
         config = known[config]
-    data_dir = Path(data_dir).expanduser()
+    data_dir = expand(data_dir)
     builder = Glyphs(data_dir=data_dir, config=config)
     if not _is_there(builder):
         classes = config.train_classes + config.test_classes

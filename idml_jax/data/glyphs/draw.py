@@ -1,6 +1,6 @@
-"""Characters of the fonts that matplotlib ships, drawn as small grey pictures (the painter behind `glyphs`).
+"""Characters of the fonts that matplotlib ships, drawn as small grey images (the painter behind `glyphs`).
 
-Numpy, OpenCV and Pillow only. Everything here is a pure function of its arguments: the randomness of a picture comes
+Numpy, OpenCV and Pillow only. Everything here is a pure function of its arguments: the randomness of an image comes
 from the generator that the caller hands in.
 """
 
@@ -40,7 +40,7 @@ _TWIN_FACES = ("DejaVuSans", "DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMon
 _TWIN_POSES = ((0.0, 1.0), (0.2, 1.0), (0.0, 0.75))  # rotation in radians, width / height
 _TWIN_CORRELATION = 0.9
 
-_GLYPH_SIDE = 96  # longest side of a glyph before it is placed in a picture
+_GLYPH_SIDE = 96  # longest side of a glyph before it is placed in an image
 _SUPERSAMPLE = 4
 
 
@@ -186,7 +186,7 @@ def _thicken(mask: np.ndarray, pixels: int) -> np.ndarray:
 def layer(rng: np.random.Generator, code: int, side: int) -> np.ndarray:
     """The share of ink in each pixel of a randomly posed character: float32 [side, side] in [0, 1].
 
-    Face, stroke width, rotation, shear, aspect, size and place are drawn from `rng`; nothing leaves the picture.
+    Face, stroke width, rotation, shear, aspect, size and place are drawn from `rng`; nothing leaves the image.
     """
     faces = characters()[code]
     mask = _thicken(glyph(faces[rng.integers(len(faces))], code), int(rng.integers(-2, 2)))
@@ -220,13 +220,13 @@ def _cover(rng: np.random.Generator, ink: np.ndarray, share: float) -> np.ndarra
 def picture(
     rng: np.random.Generator, code: int, side: int = 32, kind: str = "clean", ambiguity: float = 0.0, other: int = 0
 ) -> np.ndarray:
-    """One picture of a character: uint8 [side, side].
+    """One image of a character: uint8 [side, side].
 
     With equal `rng` states the pose, the grey levels and the sensor noise are equal whatever `kind` and `ambiguity`
     say, so that two strengths can be compared.
 
     Args:
-      rng: the picture's own generator.
+      rng: the image's own generator.
       code: a code point from `characters`.
       side: width and height in pixels; beyond about 96 the outlines get soft.
       kind: one of KINDS, see `glyphs.Glyphs` for what each does.
@@ -256,5 +256,5 @@ def picture(
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the bytes of a picture."""
+    """Versions of the libraries that decide the bytes of an image."""
     return {module.__name__: module.__version__ for module in (np, cv2, PIL, matplotlib)}

@@ -1,6 +1,6 @@
-"""Random changes of colour, as torchvision and the AlexNet line of work define them, on uint8 pictures.
+"""Random changes of colour, as torchvision and the AlexNet line of work define them, on uint8 images.
 
-The blends are Pillow's ``ImageEnhance``: a mixture of the picture with black (brightness), with the mean of its grey
+The blends are Pillow's ``ImageEnhance``: a mixture of the image with black (brightness), with the mean of its grey
 version (contrast) or with its grey version (saturation), cut off to whole numbers after each. All that treats pixels
 alike is a table of 256 values per channel, so the cost is that of three look-ups.
 """
@@ -36,13 +36,13 @@ def brightness(image: UInt8[np.ndarray, "h w c"], factor: float) -> UInt8[np.nda
 
 
 def contrast(image: UInt8[np.ndarray, "h w c"], factor: float) -> UInt8[np.ndarray, "h w c"]:
-    """Blends with the mean of the grey picture, rounded to a whole number; 1 changes nothing."""
+    """Blends with the mean of the grey image, rounded to a whole number; 1 changes nothing."""
     mean = int(cv2.mean(_grey(image))[0] + 0.5)
     return _look_up(image, _blend_table(mean, factor))
 
 
 def saturation(image: UInt8[np.ndarray, "h w c"], factor: float) -> UInt8[np.ndarray, "h w c"]:
-    """Blends with the grey picture; 1 changes nothing, and grey pictures stay as they are."""
+    """Blends with the grey image; 1 changes nothing, and grey images stay as they are."""
     if image.shape[2] == 1:
         return image
     grey = cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB)
@@ -59,7 +59,7 @@ def jitter(image: UInt8[np.ndarray, "h w c"], strength: float, rng: np.random.Ge
       rng: of the factors and the order.
 
     Returns:
-      The changed picture.
+      The changed image.
     """
     changes = (brightness, contrast, saturation)
     factors = rng.uniform(1 - strength, 1 + strength, 3)
@@ -86,7 +86,7 @@ def lighting(
       rng: of the multiples.
 
     Returns:
-      The changed picture.
+      The changed image.
     """
     shift = lighting_shift(rng.normal(0.0, strength, 3)).astype(np.float32)
     tables = np.clip(_VALUES[:, None] + shift, 0, 255).round().astype(np.uint8)

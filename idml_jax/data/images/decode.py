@@ -1,22 +1,59 @@
-"""Bytes to uint8 pictures: the only decoder, and what it refuses.
+"""Bytes to uint8 images: the only decoder, and what it refuses.
 
-Every picture is what Pillow's ``Image.open(...).convert("RGB")`` would give, with one difference: a photograph whose
-EXIF data say that the camera was turned is turned upright. Colour profiles are ignored, transparency is dropped (the
-colour beneath it shows), and of an animation the first frame is taken.
+Every image is what Pillow's ``Image.open(...).convert("RGB")`` would give, with one difference: a photograph whose
+EXIF data say that the camera was turned is turned upright; EXIF data that make no sense are ignored. Colour profiles
+are ignored, transparency is dropped (the colour beneath it shows), and of an animation the first frame is taken.
+
+The content decides the format, not the file's name, and only the formats of ``FORMATS`` are tried: others that Pillow
+knows would start programs (PostScript) or are no photographs. Whatever goes wrong with one image is a ``DecodeError``.
 """
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
 
 from idml_jax.data.images import turbo
+from idml_jax.errors import UserError
 
 # The pipeline's threads are the parallelism; OpenCV's own on top would only compete with them.
 cv2.setNumThreads(0)
+
+# Pillow speaks of odd metadata while it reads; what matters is raised.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+# Formats by Pillow's name, with the endings under which folders are searched for them. (Importing a plug-in makes
+# Pillow know the format without loading all the others.)
+FORMATS: dict[str, tuple[str, ...]] = {
+    JpegImagePlugin.JpegImageFile.format: (".jpg", ".jpeg", ".jfif", ".jpe"),
+    PngImagePlugin.PngImageFile.format: (".png",),
+    WebPImagePlugin.WebPImageFile.format: (".webp",),
+    BmpImagePlugin.BmpImageFile.format: (".bmp",),
+    TiffImagePlugin.TiffImageFile.format: (".tif", ".tiff"),
+    GifImagePlugin.GifImageFile.format: (".gif",),
+    PpmImagePlugin.PpmImageFile.format: (".ppm", ".pgm"),
+}
+if features.check("avif"):
+    from PIL import AvifImagePlugin
+
+    FORMATS[AvifImagePlugin.AvifImageFile.format] = (".avif",)
+ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 
 # Pillow's own limit against decompression bombs: 268 MB of RGB.
 MAX_PIXELS = 89_478_485
@@ -49,7 +86,21 @@ _COLOUR = {
 
 
 class DecodeError(ValueError):
-    """The bytes are not a whole picture."""
+    """The bytes are not a whole image."""
+
+
+@contextlib.contextmanager
+def one_image_fails() -> Iterator[None]:
+    """Makes whatever fails with one image, memory included, that image's ``DecodeError``."""
+    try:
+        yield
+    except (DecodeError, UserError):
+        raise
+    except MemoryError as error:
+        raise DecodeError("not a readable picture (not enough memory)") from error
+    except Exception as error:
+        reason = getattr(error, "err", None) or str(error) or type(error).__name__
+        raise DecodeError(f"not a readable picture ({' '.join(str(reason).split())})") from error
 
 
 class _Jpeg(NamedTuple):
@@ -66,7 +117,7 @@ def _jpeg_header(data: bytes) -> _Jpeg | None:
     # A whole file ends in an end marker; a few bytes may follow it.
     if data[:3] != b"\xff\xd8\xff" or b"\xff\xd9" not in data[-64:]:
         return None
-    place, exif, end = 2, False, len(data) - 10
+    place, exif, end, frame = 2, False, len(data) - 10, None
     while place < end and data[place] == 0xFF:
         marker = data[place + 1]
         if marker == 0xFF:  # padding
@@ -76,13 +127,15 @@ def _jpeg_header(data: bytes) -> _Jpeg | None:
             height, width = int.from_bytes(data[place + 5 : place + 7]), int.from_bytes(data[place + 7 : place + 9])
             precision, components = data[place + 4], data[place + 9]
             plain = precision == 8 and components in (1, 3) and marker <= 0xC2 and height and width
-            return _Jpeg(height, width, components, exif) if plain else None
+            if frame is not None or not plain:
+                return None
+            frame = (height, width, components)
         if marker == 0xE1 and data[place + 4 : place + 8] == b"Exif":
             exif = True
-        if 0xD0 <= marker <= 0xDA:  # picture data before any frame
-            return None
+        if 0xD0 <= marker <= 0xDA:  # the pixels begin
+            break
         place += 2 + int.from_bytes(data[place + 2 : place + 4])
-    return None
+    return None if frame is None else _Jpeg(*frame, exif)
 
 
 def _check_size(height: int, width: int) -> None:
@@ -97,7 +150,7 @@ def _open(data: bytes) -> Image.Image:
     if data[:8] == b"\x89PNG\r\n\x1a\n":  # before Pillow, which warns of such sizes
         _check_size(int.from_bytes(data[20:24]), int.from_bytes(data[16:20]))
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except Image.DecompressionBombError as error:
         raise DecodeError(f"it has more pixels than the limit of {MAX_PIXELS}") from error
     except Exception as error:
@@ -112,26 +165,48 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
         return False
     if image.format in ("JPEG", "MPO"):
         return b"\xff\xd9" in data[-64:]
-    return "exif" not in image.info and (image.format != "PNG" or b"IEND" in data[-64:])
+    # The EXIF data of a PNG may stand behind its pixels, where opening does not see them.
+    return "exif" not in image.info and (image.format != "PNG" or (b"IEND" in data[-64:] and b"eXIf" not in data))
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a photograph upright; nothing where its EXIF data make no sense."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(0x0112, 1))
+    except Exception:
+        return None
+
+
+def _turned(data: bytes, pixels: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
+    """Pixels of a JPEG with EXIF data, turned upright."""
+    try:
+        turn = _turn(_open(data))
+    except DecodeError:  # of the metadata alone; the pixels are there
+        turn = None
+    if turn is None:
+        return pixels
+    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).transpose(turn)
+    return np.asarray(image).reshape(image.height, image.width, pixels.shape[2])
 
 
 def check_whole(data: bytes) -> None:
-    """Looks at header, size and end of an encoded picture; cheap, so it does not find every damage.
+    """Looks at header, size and end of an encoded image; cheap, so it does not find every damage.
 
     Raises:
       DecodeError: as ``decode``.
     """
-    header = _jpeg_header(data)
-    if header is not None:
-        _check_size(header.height, header.width)
-        return
-    image = _open(data)
-    if not _is_plain(image, data):
-        _decode_carefully(image, 3)
+    with one_image_fails():
+        header = _jpeg_header(data)
+        if header is not None:
+            _check_size(header.height, header.width)
+            return
+        image = _open(data)
+        if not _is_plain(image, data):
+            _decode_carefully(image, 3)
 
 
 def decode(data: bytes, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
-    """Decodes JPEG, PNG, WebP, BMP, TIFF, GIF or PNM bytes; EXIF rotation is applied, an alpha channel dropped.
+    """Decodes an image of one of ``FORMATS``; EXIF rotation is applied, an alpha channel dropped.
 
     Args:
       data: the file's bytes.
@@ -147,8 +222,9 @@ def decode(data: bytes, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
 
 
 def _decode_fast(data: bytes, channels: int, reduce: int = 1) -> UInt8[np.ndarray, "h w c"]:
+    flags = (_COLOUR if channels == 3 else _GREY)[reduce] | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), (_COLOUR if channels == 3 else _GREY)[reduce])
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise DecodeError(f"not a readable picture ({error.err})") from error
     if image is None:
@@ -173,14 +249,14 @@ def _decode_carefully(image: Image.Image, channels: int) -> UInt8[np.ndarray, "h
     else:
         # By way of RGBA, as Pillow warns of palettes with transparency otherwise.
         image_8 = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
-    turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))
+    turn = _turn(image)
     image_8 = image_8 if turn is None else image_8.transpose(turn)
     array = np.asarray(image_8.convert("RGB" if channels == 3 else "L"))
     return array if channels == 3 else array[:, :, None]
 
 
 class Picture:
-    """An encoded picture of which the pixels are decoded when a part of it is asked for.
+    """An encoded image of which the pixels are decoded when a part of it is asked for.
 
     Args:
       data: the file's bytes.
@@ -194,21 +270,24 @@ class Picture:
     """
 
     def __init__(self, data: bytes, channels: int = 3):
-        self._data, self._channels, self._whole = data, channels, None
-        header = self._jpeg = _jpeg_header(data)
-        if header is not None:
-            _check_size(header.height, header.width)
-        # A turned photograph has its size after decoding only.
-        if header is not None and not header.exif:
-            self.shape = (header.height, header.width, channels)
-        else:
-            self._jpeg = None
-            self._whole = self._decode()
-            self.shape = self._whole.shape
+        self._data, self._channels = data, channels
+        self._whole: np.ndarray | None = None
+        self.shape: tuple[int, int, int]
+        with one_image_fails():
+            header = _jpeg_header(data)
+            if header is not None:
+                _check_size(header.height, header.width)
+            # A turned photograph has its size after decoding only.
+            if header is not None and not header.exif:
+                self.shape = (header.height, header.width, channels)
+            else:
+                self._whole = self._decode(header)
+                self.shape = (*self._whole.shape[:2], channels)
 
-    def _decode(self) -> np.ndarray:
-        if _jpeg_header(self._data) is not None:
-            return _decode_fast(self._data, self._channels)
+    def _decode(self, header: _Jpeg | None) -> UInt8[np.ndarray, "h w c"]:
+        if header is not None:
+            pixels = _decode_fast(self._data, self._channels)
+            return _turned(self._data, pixels) if header.exif else pixels
         image = _open(self._data)
         plain = _is_plain(image, self._data)
         return _decode_fast(self._data, self._channels) if plain else _decode_carefully(image, self._channels)
@@ -219,7 +298,7 @@ class Picture:
         """The pixels of a box.
 
         Args:
-          box: top, left, height and width; ``None`` is the whole picture.
+          box: top, left, height and width; ``None`` is the whole image.
           wanted: height and width that the box will be resampled to. A JPEG of which at least four times as many
             are there is decoded at one half (or quarter or eighth) of its size, so that twice as many remain.
 
@@ -229,6 +308,12 @@ class Picture:
         Raises:
           DecodeError: if the data is damaged.
         """
+        with one_image_fails():
+            return self._part(box, wanted)
+
+    def _part(
+        self, box: tuple[int, int, int, int] | None, wanted: tuple[int, int] | None
+    ) -> UInt8[np.ndarray, "h w c"]:
         height, width = self.shape[:2]
         top, left, box_height, box_width = box or (0, 0, height, width)
         if self._whole is None and wanted is not None:
@@ -243,7 +328,7 @@ class Picture:
             if found is not None:
                 return found
         if self._whole is None:
-            self._whole = self._decode()
+            self._whole = self._decode(_jpeg_header(self._data))
         if box is None:
             return self._whole
         return self._whole[top : top + box_height, left : left + box_width]

@@ -1,6 +1,6 @@
 """Resampling with the antialiased bilinear filter that torchvision's transforms mean: exactly, or fast.
 
-The filter is a triangle as wide as the scale: where a picture shrinks by s, each pixel of the result is the mean of
+The filter is a triangle as wide as the scale: where an image shrinks by s, each pixel of the result is the mean of
 those within s of its place, weighted by 1 - distance / s. ``exact`` lets Pillow do it and gives torchvision's very
 pixels. ``fast`` filters with a few taps and interpolates linearly, both in OpenCV; the taps are those for which the two
 steps together come nearest to the triangle, in least squares over all places between two pixels. How near is measured
@@ -61,20 +61,20 @@ def resize(
     reduced: int = 1,
     extent: tuple[float, float] | None = None,
 ) -> UInt8[np.ndarray, "height width c"]:
-    """Resamples a picture.
+    """Resamples an image.
 
     Args:
       image: ``[h, w, 1 or 3]`` uint8.
       height: of the result.
       width: of the result.
       method: one of ``METHODS``.
-      reduced: by how much (1, 2, 4 or 8) the picture was reduced in decoding; ``fast`` takes it into account.
+      reduced: by how much (1, 2, 4 or 8) the image was reduced in decoding; ``fast`` takes it into account.
       extent: height and width that the result shows, in pixels of ``image``, where they are not whole.
 
     Returns:
       ``[height, width, c]`` uint8.
     """
-    extent = extent or image.shape[:2]
+    extent = extent or (image.shape[0], image.shape[1])
     if image.shape[:2] == extent == (height, width):
         return image
     if method == "exact":
@@ -82,6 +82,38 @@ def resize(
         out = np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR))
     else:
         out = _resize_fast(image, (height, width), extent, reduced.bit_length() - 1)
+    return out.reshape(height, width, image.shape[2])
+
+
+def resize_part(
+    image: UInt8[np.ndarray, "h w c"], size: tuple[int, int], box: tuple[int, int, int, int]
+) -> UInt8[np.ndarray, "height width c"]:
+    """A part of a resized image, without the rest: what the method ``exact`` gives there, but for rounding.
+
+    Args:
+      image: ``[h, w, 1 or 3]`` uint8.
+      size: height and width that the whole would be resized to.
+      box: of the part in the resized image: top, left, height and width.
+
+    Returns:
+      ``[height, width, c]`` uint8.
+    """
+    top, left, height, width = box
+    down, across = image.shape[0] / size[0], image.shape[1] / size[1]
+    # The filter reaches one scale (at least a pixel) to either side; the rest need not be looked at.
+    reach_down, reach_across = math.ceil(max(down, 1)) + 1, math.ceil(max(across, 1)) + 1
+    first_row, first_column = max(0, int(top * down) - reach_down), max(0, int(left * across) - reach_across)
+    last_row = min(image.shape[0], math.ceil((top + height) * down) + reach_down)
+    last_column = min(image.shape[1], math.ceil((left + width) * across) + reach_across)
+    near = np.ascontiguousarray(image[first_row:last_row, first_column:last_column])
+    pixels = Image.fromarray(near if near.shape[2] == 3 else near[:, :, 0])
+    area = (
+        max(0.0, left * across - first_column),
+        max(0.0, top * down - first_row),
+        min(float(near.shape[1]), (left + width) * across - first_column),
+        min(float(near.shape[0]), (top + height) * down - first_row),
+    )
+    out = np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR, box=area))
     return out.reshape(height, width, image.shape[2])
 
 

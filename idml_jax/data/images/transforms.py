@@ -1,7 +1,7 @@
-"""Pictures to uint8 crops of one size: the training and test transforms. Normalisation happens on the device.
+"""Images to uint8 crops of one size: the training and test transforms. Normalisation happens on the device.
 
 Definitions are torchvision's (over Pillow): boxes, rounding, antialiased bilinear resampling, colour changes. A
-transform is a function of a picture, decoded or still encoded (then only what it needs is decoded), and a generator of
+transform is a function of an image, decoded or still encoded (then only what it needs is decoded), and a generator of
 random numbers.
 """
 
@@ -14,11 +14,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from idml_jax.data.images import colour
-from idml_jax.data.images.decode import DecodeError, Picture, check_whole, decode, reduction
-from idml_jax.data.images.resample import METHODS, resize
+from idml_jax.data.images.decode import DecodeError, Picture, check_whole, decode, one_image_fails, reduction
+from idml_jax.data.images.resample import METHODS, resize, resize_part
 from idml_jax.errors import UserError
 
 __all__ = ["DecodeError", "Picture", "Transform", "check_whole", "create", "decode"]
+
+# Side ratio above which the test transform resamples only the crop.
+_THIN = 20
 
 AnyPicture = UInt8[np.ndarray, "h w c"] | Picture
 Transform = Callable[[AnyPicture, np.random.Generator], UInt8[np.ndarray, "size size c"]]
@@ -27,14 +30,16 @@ Transform = Callable[[AnyPicture, np.random.Generator], UInt8[np.ndarray, "size 
 def _resample_part(
     image: AnyPicture, box: tuple[int, int, int, int], height: int, width: int, method: str
 ) -> UInt8[np.ndarray, "height width c"]:
-    """The part of a picture in a box of top, left, height and width, at another size."""
+    """The part of an image in a box of top, left, height and width, at another size."""
     top, left, box_height, box_width = box
-    if not isinstance(image, Picture):
-        return resize(image[top : top + box_height, left : left + box_width], height, width, method)
-    part = image.part(box, (height, width) if method == "fast" else None)
-    reduced = 1 if part.shape[:2] == (box_height, box_width) else reduction((box_height, box_width), (height, width))
-    extent = (box_height / reduced, box_width / reduced)
-    return resize(part, height, width, method, reduced=reduced, extent=extent)
+    with one_image_fails():
+        if not isinstance(image, Picture):
+            return resize(image[top : top + box_height, left : left + box_width], height, width, method)
+        part = image.part(box, (height, width) if method == "fast" else None)
+        whole = part.shape[:2] == (box_height, box_width)
+        reduced = 1 if whole else reduction((box_height, box_width), (height, width))
+        extent = (box_height / reduced, box_width / reduced)
+        return resize(part, height, width, method, reduced=reduced, extent=extent)
 
 
 def _pixels(image: AnyPicture) -> UInt8[np.ndarray, "h w c"]:
@@ -47,7 +52,7 @@ def _mirror(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the picture at a fixed size, perhaps mirrored: the training transform of metric learning.
+    """A random part of the image at a fixed size, perhaps mirrored: the training transform of metric learning.
 
     Area and aspect ratio (log-uniform) are drawn up to ten times until the box fits, else the largest central box of
     an allowed ratio is taken, as in the Inception line of work. Of a box at least four times as large as the result,
@@ -55,7 +60,7 @@ class RandomResizedCrop:
 
     Attributes:
       size: side of the result in pixels.
-      scale: range of the area relative to the picture.
+      scale: range of the area relative to the image.
       ratio: range of width over height.
       flip: mirror with probability one half.
       rotation: largest rotation in degrees, drawn uniformly (0: none); corners are filled by replicating the border.
@@ -96,9 +101,9 @@ class RandomResizedCrop:
                 return self._to_grid(top, left, box_height, box_width)
         box_width, box_height = width, height
         if width / height < self.ratio[0]:
-            box_height = round(width / self.ratio[0])
+            box_height = max(1, round(width / self.ratio[0]))
         elif width / height > self.ratio[1]:
-            box_width = round(height * self.ratio[1])
+            box_width = max(1, round(height * self.ratio[1]))
         return self._to_grid((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
     def _to_grid(self, top: int, left: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -129,7 +134,7 @@ class ImageNetTrain:
 
 @dataclass(frozen=True)
 class PaddedCrop:
-    """A random crop of a picture with a black border, perhaps mirrored: the training transform of CIFAR.
+    """A random crop of an image with a black border, perhaps mirrored: the training transform of CIFAR.
 
     Attributes:
       size: side of the result in pixels.
@@ -154,10 +159,10 @@ class PaddedCrop:
 
 @dataclass(frozen=True)
 class AsIs:
-    """The picture itself, which must have the right size: the test transform of CIFAR.
+    """The image itself, which must have the right size: the test transform of CIFAR.
 
     Attributes:
-      size: side of the picture in pixels.
+      size: side of the image in pixels.
     """
 
     size: int
@@ -194,10 +199,18 @@ class ResizeCenterCrop:
         height, width = image.shape[:2]
         shorter = min(height, width)
         new_height, new_width = (self.resize * side // shorter for side in (height, width))
+        if max(height, width) > _THIN * shorter:
+            return self._centre_of_thin(_pixels(image), new_height, new_width)
         image = _resample_part(image, (0, 0, height, width), new_height, new_width, self.resample)
         # torchvision's centre: half the difference, rounded.
         top, left = round((new_height - self.size) / 2), round((new_width - self.size) / 2)
         return np.ascontiguousarray(image[top : top + self.size, left : left + self.size])
+
+    def _centre_of_thin(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
+        """The same of an image that would grow beyond all bounds: only the crop is resampled, exactly."""
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        with one_image_fails():
+            return resize_part(image, (height, width), (top, left, self.size, self.size))
 
 
 TRANSFORMS = ("retrieval", "imagenet", "cifar")
@@ -221,8 +234,8 @@ def create(
 
     Args:
       name: ``retrieval`` (crop, rotation, mirroring), ``imagenet`` (with colour jitter and lighting) or ``cifar``
-        (crop of the padded picture; none at test).
-      size: side of the pictures in pixels.
+        (crop of the padded image; none at test).
+      size: side of the images in pixels.
       resize: shorter side before the central crop at test.
       crop_scale: range of the crop's area.
       crop_ratio: range of the crop's width over its height.
@@ -257,13 +270,13 @@ CHANGES = ("crop", "blur", "noise", "occlusion")
 
 @dataclass(frozen=True)
 class Changed:
-    """Another transform, after which the picture is made harder to recognise; for tests of the uncertainty.
+    """Another transform, after which the image is made harder to recognise; for tests of the uncertainty.
 
     Attributes:
-      transform: gives the picture.
+      transform: gives the image.
       kind: ``crop`` keeps a random part of the area (1 - strength) and enlarges it; ``blur`` is Gaussian with a
         standard deviation of ``strength / 8`` of the side; ``noise`` replaces the share ``strength`` of the contrast
-        by uniform noise; ``occlusion`` covers a random square of the area ``strength`` with the picture's mean colour.
+        by uniform noise; ``occlusion`` covers a random square of the area ``strength`` with the image's mean colour.
       strength: in [0, 1).
     """
 
@@ -302,10 +315,10 @@ class Changed:
 
 @dataclass(frozen=True)
 class SometimesChanged:
-    """Another transform, after which some pictures are made harder to recognise; for training.
+    """Another transform, after which some images are made harder to recognise; for training.
 
     Attributes:
-      transform: gives the picture.
+      transform: gives the image.
       probability: of being changed.
       kinds: of change, see ``Changed``; one is drawn, and its strength evenly from 0.1 to 0.75.
     """

@@ -1,7 +1,7 @@
 """Decoding of a part of a JPEG through libjpeg-turbo 3, where it is installed; the pixels are those of the whole.
 
 The library is looked for in the system (``libturbojpeg``) and in the package ``turbojpeg`` of PyPI, which brings it.
-Without it everything works, with a little more time per picture.
+Without it everything works, with a little more time per image.
 """
 
 import ctypes
@@ -79,7 +79,7 @@ def decode_part(
       channels: 3 for RGB, 1 for grey.
 
     Returns:
-      ``[height, width, channels]``, bit for bit that part of the whole picture; ``None`` if there is no library, or
+      ``[height, width, channels]``, bit for bit that part of the whole image; ``None`` if there is no library, or
       it has anything to say against the file, which then is to be decoded whole.
     """
     turbo = library()

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
@@ -62,7 +61,7 @@ def write(folder: Path, split: str, columns: Mapping[str, np.ndarray]) -> Path |
             continue
         try:
             with os.fdopen(handle, "wb") as file:
-                np.savez(file, **cast(Any, content))
+                np.savez(file, allow_pickle=False, **content)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
             return path

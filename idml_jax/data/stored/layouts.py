@@ -6,10 +6,11 @@ after the other, in the order of the folder or archive.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
-from idml_jax.data.sources import EXTENSIONS
+from idml_jax.data import files, folders
+from idml_jax.data.folders import is_image
 from idml_jax.data.stored import archives
 from idml_jax.errors import UserError
 
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
       splits: names, in order.
       records: all images of all splits, mixed, always in the same order.
       listed: number of images by split where lists tell it before the images are read.
+      notes: lines about what of the source is passed over.
     """
 
     layout: str
@@ -46,6 +48,7 @@ class Plan(NamedTuple):
     splits: Sequence[str]
     records: "Callable[[], Iterator[Record]]"
     listed: Mapping[str, int] | None = None
+    notes: Sequence[str] = ()
 
 
 class Place(NamedTuple):
@@ -93,11 +96,6 @@ class Listed:
         for place in self._places.values():
             counts[place.split] += 1
         return counts
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name has an image's ending."""
-    return name.lower().endswith(EXTENSIONS)
 
 
 def text(data: bytes, name: str) -> str:
@@ -148,7 +146,7 @@ def whole_number(value: str, name: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise UserError(f"{name}: {value!r} stands where a number should") from None
+        raise UserError(f"{name}: {value[:50]!r} stands where a number should") from None
 
 
 def find(contents: Mapping[str, bytes], base: str) -> str | None:
@@ -167,58 +165,38 @@ def not_found(source: Path, title: str, wanted: str) -> UserError:
     return UserError(f"{source}: no known layout of {title}; expected {wanted}")
 
 
-SPLIT_FOLDERS = {
-    "train": "train", "training": "train", "test": "test", "val": "test", "valid": "test", "validation": "test",
-    "query": "query", "gallery": "gallery",
-}  # fmt: skip
-
-
 def folder(source: Path) -> Plan:
     """Class folders: ``train/<class>/`` and ``test/<class>/`` (or ``val``; or ``query`` and ``gallery``); or
     ``<class>/`` alone, stored as one split that is divided by class when it is read. A folder or an archive."""
-    names = [entry.name for entry in archives.walk(source) if is_image(entry.name)]
+    passed = folders.Passed()
+    names = []
+    for entry in archives.walk(source, passed=passed):
+        if is_image(entry.name):
+            names.append(entry.name)
+        else:
+            passed.add(folders.OTHER, entry.name)
     if not names:
         raise UserError(f"{source}: it holds no images; expected {source}/<class>/*.jpg")
-    prefix = _common_folder(names)
-    inside = [name.removeprefix(prefix).split("/") for name in names]
-    tops = {parts[0] for parts in inside if len(parts) > 1}
-    splits = {top: SPLIT_FOLDERS[top.lower()] for top in tops if top.lower() in SPLIT_FOLDERS}
-    has_splits = "train" in splits.values() and (
-        "test" in splits.values() or {"query", "gallery"} <= set(splits.values())
-    )
-    if has_splits and len(set(splits.values())) < len(splits):
-        raise UserError(f"{source}: {', '.join(sorted(splits))} are several folders for one split; keep one of them")
-    depth = 1 if has_splits else 0
-    if has_splits:
-        inside = [parts for parts in inside if parts[0] in splits]
-    loose = next((parts for parts in inside if len(parts) < depth + 2), None)
-    if loose is not None:
-        raise UserError(f"{source}: {prefix}{'/'.join(loose)} lies outside a class folder; expected <class>/<image>")
-    classes = sorted({parts[depth] for parts in inside})
+    found = folders.for_training(folders.arrange(names, source, passed.folders), source)
+    folders.check_placed(names, found, source, passed)
+    places = [place for place in map(found.place, names) if place is not None]
+    classes = sorted({place.class_name for place in places})
     label_of = {name: label for label, name in enumerate(classes)}
-    order = [s for s in ("train", "test", "query", "gallery") if s in splits.values()] if has_splits else ["images"]
-    listed = dict.fromkeys(order, 0)
-    for parts in inside:
-        listed[splits[parts[0]] if has_splits else "images"] += 1
+    present = {place.split for place in places}
+    order = [split for split in ("train", "test", "query", "gallery", "images") if split in present]
+    listed: dict[str, int] = dict.fromkeys(order, 0)
+    for place in places:
+        listed[place.split] += 1
 
     def records() -> Iterator[Record]:
         for entry in archives.walk(source):
-            parts = entry.name.removeprefix(prefix).split("/")
-            if is_image(entry.name) and len(parts) > depth + 1 and (not has_splits or parts[0] in splits):
-                split = splits[parts[0]] if has_splits else "images"
-                yield Record(split, label_of[parts[depth]], entry.name, entry.read)
+            place = found.place(entry.name) if is_image(entry.name) else None
+            if place is not None:
+                yield Record(place.split, label_of[place.class_name], entry.name, entry.read)
 
-    shape = f"{', '.join(sorted(splits))} of class folders" if has_splits else "class folders"
-    return Plan(shape, classes, order, records, listed)
-
-
-def _common_folder(names: Sequence[str]) -> str:
-    """The folders that wrap everything (``archive.zip/my_set/``), but never one that itself holds the images."""
-    parts = [PurePosixPath(name).parts[:-1] for name in names]
-    shortest, shared = min(map(len, parts)), 0
-    while shared < shortest - 1 and len({p[shared] for p in parts}) == 1:
-        shared += 1
-    return "".join(f"{part}/" for part in parts[0][:shared])
+    shape = f"{', '.join(sorted(found.splits))} of class folders" if found.depth else "class folders"
+    # tfds writes the names to a text file, one a line.
+    return Plan(shape, list(map(files.shown, classes)), order, records, listed, passed.lines(source))
 
 
 def by_pattern(pattern: str) -> Callable[[str], bool]:

@@ -2,61 +2,25 @@
 
 import csv
 import io
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from scipy.io import loadmat
 
-from idml_jax.data.stored import archives
-from idml_jax.data.stored.layouts import Plan, Record, by_pattern, find, is_image, not_found, rows, text, whole_number
+from idml_jax.data.folders import is_image
+from idml_jax.data.stored import archives, plain_pickle
+from idml_jax.data.stored.layouts import Plan, Record, by_pattern, find, not_found, rows, text, whole_number
 from idml_jax.errors import UserError
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
 
 
-class _Array:
-    """Stands for ``numpy.ndarray`` and ``numpy.dtype`` while a foreign pickle is read; keeps what it is given."""
-
-    def __init__(self, *arguments: Any):
-        self.arguments, self.state = arguments, None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-def _latin1(value: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes into old pickles."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"unexpected encoding {encoding!r}")
-    return value.encode("latin1")
-
-
-class _CifarUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, bytes and plain arrays. Everything else that a pickle could ask for, which
-    is how a foreign file would run code here, is refused; not even numpy is called."""
-
-    known = {  # noqa: RUF012
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Array,
-        ("numpy.core.multiarray", "_reconstruct"): _Array,
-        ("numpy._core.multiarray", "_reconstruct"): _Array,
-        ("_codecs", "encode"): _latin1,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.known:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.known[module, name]
-
-
-def read_pickle(data: bytes, name: str) -> dict[str, Any]:
+def read_pickle(data: bytes, name: str) -> dict[str, object]:
     """The dictionary in one of CIFAR's pickles, its keys as text, without running anything in it.
 
     Args:
@@ -67,23 +31,9 @@ def read_pickle(data: bytes, name: str) -> dict[str, Any]:
       UserError: if it is damaged, or holds more than plain data.
     """
     try:
-        values = _CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:
+        return plain_pickle.load(data)
+    except plain_pickle.PickleError as error:
         raise UserError(f"{name}: not one of CIFAR's pickles ({error}); refused") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{name}: not one of CIFAR's pickles (no dictionary); refused")
-    return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in values.items()}
-
-
-def _pixels(value: Any, name: str) -> np.ndarray:
-    """``[n, 3072]`` uint8 from what a pickle gave for an array."""
-    state = value.state if isinstance(value, _Array) else None
-    if isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], _Array):
-        _, shape, dtype, fortran, data = state
-        is_bytes = dtype.arguments[:1] in ((b"u1",), ("u1",)) and isinstance(data, bytes)
-        if is_bytes and not fortran and len(shape) == 2 and shape[1] == _PIXELS and len(data) == shape[0] * _PIXELS:
-            return np.frombuffer(data, np.uint8).reshape(-1, _PIXELS)
-    raise UserError(f"{name}: its 'data' is no array of bytes [n, {_PIXELS}]")
 
 
 def _batch(data: bytes, name: str, label_key: str, label_bytes: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -96,16 +46,27 @@ def _batch(data: bytes, name: str, label_key: str, label_bytes: int) -> tuple[np
     values = read_pickle(data, name)
     if "data" not in values or label_key not in values:
         raise UserError(f"{name}: lacks 'data' or {label_key!r}")
-    pixels = _pixels(values["data"], name)
+    pixels = plain_pickle.byte_table(values["data"], _PIXELS)
+    if pixels is None:
+        raise UserError(f"{name}: its 'data' is no array of bytes [n, {_PIXELS}]")
     labels = values[label_key]
-    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(isinstance(k, int) for k in labels):
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not all(_is_label(k) for k in labels):
         raise UserError(f"{name}: {label_key!r} is no list of {len(pixels)} numbers")
-    files = [f.decode("latin1") if isinstance(f, bytes) else str(f) for f in values.get("filenames", [])]
-    return pixels, np.asarray(labels), files
+    listed = values.get("filenames", [])
+    return pixels, np.asarray(labels, np.int64), _texts(listed) if isinstance(listed, list) else []
+
+
+def _is_label(value: object) -> bool:
+    return isinstance(value, int) and -(2**31) <= value < 2**31
+
+
+def _texts(values: list) -> list[str]:
+    """Names in a pickle; what is no text has none."""
+    return [v.decode("latin1") if isinstance(v, bytes) else v if isinstance(v, str) else "" for v in values]
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """Pixels ``[3072]``, red plane first, as PNG: the same picture bit for bit."""
+    """Pixels ``[3072]``, red plane first, as PNG: the same image bit for bit."""
     picture = pixels.reshape(3, _SIDE, _SIDE).transpose(1, 2, 0)[:, :, ::-1]
     return cv2.imencode(".png", picture)[1].tobytes()
 
@@ -161,7 +122,7 @@ def _cifar(
         listed = read_pickle(contents[meta_name], meta_name).get(names_key)
         if not isinstance(listed, list):
             raise UserError(f"{meta_name}: lacks {names_key!r}")
-        class_names = [n.decode("latin1") if isinstance(n, bytes) else str(n) for n in listed]
+        class_names = _texts(listed)
 
     def records() -> Iterator[Record]:
         for entry in archives.walk(source, enter):
@@ -299,7 +260,11 @@ def _validation_truth(source: Path, lists: Mapping[str, bytes]) -> dict[int, str
 
 def _kaggle_truth(data: bytes, name: str) -> dict[int, str]:
     truth = {}
-    for row in csv.DictReader(io.StringIO(text(data, name))):
+    try:
+        listed = list(csv.DictReader(io.StringIO(text(data, name))))
+    except csv.Error as error:
+        raise UserError(f"{name}: not readable as CSV ({error})") from error
+    for row in listed:
         match = re.fullmatch(r"ILSVRC2012_val_(\d{8})", row.get("ImageId") or "")
         prediction = (row.get("PredictionString") or "").split()
         if not match or not prediction:

@@ -5,11 +5,11 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.io import loadmat
 
+from idml_jax.data.folders import is_image
 from idml_jax.data.stored import archives
 from idml_jax.data.stored.benchmarks import BENCHMARKS
 from idml_jax.data.stored.layouts import (
@@ -18,7 +18,6 @@ from idml_jax.data.stored.layouts import (
     Plan,
     by_pattern,
     find,
-    is_image,
     not_found,
     parent,
     rows,
@@ -138,15 +137,20 @@ def cars(source: Path) -> Plan:
     apart = ("cars_meta.mat", "cars_train_annos.mat", "cars_test_annos_withlabels.mat")
     archive = r"(car|stanford|archive).*" + _ENDING
     names, lists, enter = _look(source, pattern, ("cars_annos.mat",), archive)
-    if find(lists, "cars_annos.mat"):
+    together = find(lists, "cars_annos.mat")
+    # The file of the one layout is found beside the images of the other.
+    if together and any(is_image(name) and _last_two(name).startswith("car_ims/") for name in names):
         return _cars_together(source, lists, enter)
-    names, lists, enter = _look(source, pattern, apart, archive)
-    if any("annos" in name for name in lists):
-        return _cars_apart(source, lists, apart, enter)
+    names, lists, enter_apart = _look(source, pattern, apart, archive)
+    if any("annos" in name.rsplit("/", 1)[-1] and find(lists, "cars_annos.mat") != name for name in lists):
+        return _cars_apart(source, lists, apart, enter_apart)
+    enter = enter_apart
+    if together:
+        raise UserError(f"{source}: {together}, but no images in a folder car_ims/ (or car_ims.tgz)")
     return _cars_folders(source, names, enter)
 
 
-def _load_mat(lists: Mapping[str, bytes], base: str, variable: str) -> tuple[str, Any]:
+def _load_mat(lists: Mapping[str, bytes], base: str, variable: str) -> tuple[str, np.ndarray]:
     """Name of a MATLAB file and one of its variables, structs with attributes.
 
     Raises:
@@ -162,15 +166,16 @@ def _load_mat(lists: Mapping[str, bytes], base: str, variable: str) -> tuple[str
     return name, np.atleast_1d(values[variable])
 
 
-def _car_places(name: str, annotations: Any, field: str, folder: str, class_names: Mapping[int, str]) -> dict:
+def _car_places(name: str, annotations: np.ndarray, field: str, folder: str, class_names: Mapping[int, str]) -> dict:
     """Places by the image's folder and name, e.g. ``cars_train/00001.jpg``."""
     places = {}
     for row in annotations:
         if not hasattr(row, field) or not hasattr(row, "class"):
             raise UserError(f"{name}: its annotations lack {field!r} or 'class'")
-        number = int(getattr(row, "class"))
-        if number not in class_names:
-            raise UserError(f"{name}: class {number} is not one of the {len(class_names)} classes")
+        number = getattr(row, "class")
+        if not isinstance(number, int | np.integer) or int(number) not in class_names:
+            raise UserError(f"{name}: class {str(number)[:50]} is not one of the {len(class_names)} classes")
+        number = int(number)
         file = str(getattr(row, field)).rsplit("/", 1)[-1]
         places[f"{folder}/{file}"] = Place(_split_of("cars", number), number)
     return places

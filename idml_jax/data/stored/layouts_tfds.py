@@ -1,14 +1,16 @@
 """Sets that tfds stored as TFRecord, its default, which allows no random access: read one after the other, without
 TensorFlow, to be stored again."""
 
-import struct
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from idml_jax.data.stored.archives import MAX_FILE_BYTES
+from idml_jax.data.files import MAX_FILE_BYTES, open_file
+from idml_jax.data.stored import crc32c
 from idml_jax.data.stored.benchmarks import BENCHMARKS
 from idml_jax.data.stored.layouts import Plan, Record
+from idml_jax.data.stored.prepared import open_builder
 from idml_jax.errors import UserError
 
 _LABEL_KEYS = ("label", "class_id")
@@ -23,16 +25,25 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
     """The records of a TFRecord file: eight bytes of length, four of its checksum, the record, four of its checksum.
 
     Raises:
-      UserError: if the file ends in the middle of a record.
+      UserError: if a checksum does not fit, or the file ends in the middle of a record.
     """
-    with open(path, "rb") as file:
-        while head := file.read(12):
-            length = struct.unpack("<Q", head[:8])[0] if len(head) == 12 else MAX_FILE_BYTES + 1
-            if length > MAX_FILE_BYTES:
-                raise UserError(f"{path}: damaged (a record of impossible length)")
-            record = file.read(length)
-            if len(record) != length or len(file.read(4)) != 4:
-                raise UserError(f"{path}: cut short")
+    with open_file(path) as file:
+        for number in itertools.count():
+            head = file.read(12)
+            if not head:
+                return
+            length = int.from_bytes(head[:8], "little")
+            if (
+                len(head) != 12
+                or length > MAX_FILE_BYTES
+                or crc32c.masked(head[:8]) != int.from_bytes(head[8:], "little")
+            ):
+                raise UserError(f"{path}: damaged (record {number} has an impossible length)")
+            record, checksum = file.read(length), file.read(4)
+            if len(record) != length or len(checksum) != 4:
+                raise UserError(f"{path}: cut short in record {number}")
+            if crc32c.masked(record) != int.from_bytes(checksum, "little"):
+                raise UserError(f"{path}: damaged (record {number} does not fit its checksum); get it again")
             yield record
 
 
@@ -44,7 +55,7 @@ def plan(dataset: str, source: Path) -> Plan:
     """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(source)
+    builder = open_builder(source)
     benchmark = BENCHMARKS.get(dataset)
     if benchmark and builder.info.name not in benchmark.tfds_names:
         names = ", ".join(benchmark.tfds_names) or "none that tfds has"
@@ -66,16 +77,24 @@ def plan(dataset: str, source: Path) -> Plan:
     stored = known if bound or not benchmark else [s for s in benchmark.splits if s in builder.info.splits]
     splits = ("train", "test") if bound else tuple(stored)
 
+    class_names = builder.info.features[label_key].names
+
     def records() -> Iterator[Record]:
         for split in stored:
             for path in builder.info.splits[split].filepaths:
                 for number, raw in enumerate(read_tfrecord(Path(path))):
-                    example = features.deserialize_example_np(raw, decoders=decoders)
-                    label = int(example[label_key])
+                    try:
+                        example = features.deserialize_example_np(raw, decoders=decoders)
+                        label = int(example[label_key])
+                    except Exception as error:  # in whatever way it does not fit the set's features
+                        reason = " ".join(str(error).split())[:200] or type(error).__name__
+                        raise UserError(f"{path}: record {number} cannot be read ({reason})") from error
+                    if not 0 <= label < len(class_names):
+                        raise UserError(f"{path}: record {number} has the label {label} of {len(class_names)} classes")
                     name = example[file_key] if file_key else f"{Path(path).name} record {number}"
                     name = name.decode() if isinstance(name, bytes) else str(name)
                     to = split if bound is None else ("train" if label < bound else "test")
                     yield Record(to, label, name, partial(bytes, example["image"]))
 
     listed = None if bound else {s: builder.info.splits[s].num_examples for s in stored}
-    return Plan(f"tfds' {builder.info.full_name}", builder.info.features[label_key].names, splits, records, listed)
+    return Plan(f"tfds' {builder.info.full_name}", class_names, splits, records, listed)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from idml_jax.data.datasets import default_data_dir
+from idml_jax.data.files import expand
 from idml_jax.data.stored import layouts, layouts_classification, layouts_retrieval, layouts_tfds, shards
 from idml_jax.data.stored.benchmarks import BENCHMARKS, differences
 from idml_jax.data.stored.layouts import Listed, Plan
@@ -44,7 +45,7 @@ def prepare(
       data_dir: where sets are kept; empty: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
       name: of the set, for image folders; by default the source's.
       allow_incomplete: store a set whose counts are not the benchmark's.
-      on_corrupt: ``refuse`` or ``skip`` files that are not whole pictures.
+      on_corrupt: ``refuse`` or ``skip`` files that are not whole images.
       shard_megabytes: size of the files of records; what a stopped run loses is at most one per split.
       say: receives lines about the progress.
 
@@ -60,8 +61,8 @@ def prepare(
         raise UserError(f"--on_corrupt={on_corrupt}; known: refuse, skip")
     if shard_megabytes < 1:
         raise UserError(f"--shard_megabytes={shard_megabytes} must be at least 1")
-    source = Path(source).expanduser().resolve()
-    root = Path(data_dir or default_data_dir()).expanduser().absolute()
+    source = expand(source).resolve()
+    root = expand(data_dir or default_data_dir())
     home = root / (PREFIX + dataset)
     if dataset == "folder":
         name = name or re.sub(r"\W+", "_", source.name.split(".")[0]).strip("_")
@@ -79,13 +80,16 @@ def prepare(
         raise UserError(f"{source}: no such file or folder (--source)")
     say(f"{title}: looking at {source}")
     plan = layouts_tfds.plan(dataset, source) if layouts_tfds.is_tfds(source) else LAYOUTS[dataset](source)
+    for line in plan.notes:
+        say(line)
     say(f"found {plan.layout}: {len(plan.class_names):,} classes{_listed(plan)}")
     _check_room(source, root)
     try:
         with shards.locked(home):
             return _store(dataset, title, source, home, plan, allow_incomplete, on_corrupt, shard_megabytes, say)
     except OSError as error:
-        raise UserError(f"{home}: cannot be written ({error.strerror or error}); the same command goes on") from error
+        where = error.filename or home
+        raise UserError(f"{where}: cannot be written ({error.strerror or error}); the same command goes on") from error
 
 
 def _store(

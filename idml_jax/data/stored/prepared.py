@@ -3,19 +3,27 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from idml_jax.data.files import expand, read_file
 from idml_jax.data.sources import TfdsSource
 from idml_jax.data.stored import label_index as index
 from idml_jax.data.stored.benchmarks import BENCHMARKS
 from idml_jax.data.stored.shards import ABOUT, FILE_FORMAT
 from idml_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
 PREFIX = "idml_"
 # tfds' own sets, where their label is not called "label".
 _LABEL_KEYS = ("label", "class_id")
+_MAX_METADATA = 2**26
+# What names a feature's class, in the spellings that tfds reads.
+_CLASS_KEYS = {"pythonClassName", "python_class_name", "type"}
+_OWN_FEATURES = "tensorflow_datasets.core.features."
 
 
 class Prepared(NamedTuple):
@@ -29,7 +37,7 @@ class Prepared(NamedTuple):
     """
 
     folder: Path
-    builder: Any
+    builder: "tfds.core.DatasetBuilder"
     ours: bool
     complete: bool | None
 
@@ -50,12 +58,49 @@ def version_folder(home: Path) -> Path | None:
     return max(found, default=(None, None))[1]
 
 
+def _metadata(folder: Path, name: str) -> dict[str, object]:
+    path = folder / name
+    try:
+        found = json.loads(read_file(path, _MAX_METADATA))
+    except (UserError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not readable as JSON (no object)")
+    return found
+
+
+def open_builder(folder: Path) -> "tfds.core.DatasetBuilder":
+    """tfds' read-only builder of a stored set.
+
+    tfds imports whatever module the set's ``features.json`` names, so names of other packages are refused first.
+
+    Raises:
+      UserError: if the set is damaged or names features that are not tfds' own.
+    """
+    import tensorflow_datasets as tfds
+
+    pending: list[object] = [_metadata(folder, "features.json")]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending += value
+        elif isinstance(value, dict):
+            pending += value.values()
+            for key in _CLASS_KEYS & value.keys():
+                if isinstance(value[key], str) and not value[key].startswith(_OWN_FEATURES):
+                    raise UserError(
+                        f"{folder / 'features.json'}: asks for the feature {value[key][:100]!r}, which is not "
+                        "tfds' own; refused"
+                    )
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as error:
+        raise UserError(f"{folder}: not a readable tfds set ({(str(error) or 'damaged').splitlines()[0]})") from error
+
+
 def file_format(folder: Path) -> str:
     """How a stored tfds set keeps its records; tfds' default is ``tfrecord``."""
-    try:
-        return json.loads((folder / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'dataset_info.json'}: not readable as JSON ({error})") from error
+    return str(_metadata(folder, "dataset_info.json").get("fileFormat", "tfrecord"))
 
 
 def open_folder(folder: Path) -> Prepared:
@@ -64,20 +109,16 @@ def open_folder(folder: Path) -> Prepared:
     Raises:
       UserError: if it is damaged or allows no random access.
     """
-    import tensorflow_datasets as tfds
-
     found = file_format(folder)
     if found != FILE_FORMAT:
         raise UserError(
             f"{folder}: stored as {found}, which allows no random access; "
             f"python -m idml_jax.prepare --source={folder} stores it again as {FILE_FORMAT}"
         )
-    try:
-        builder = tfds.builder_from_directory(folder)
-        about = json.loads((folder / ABOUT).read_text()) if (folder / ABOUT).exists() else {}
-    except Exception as error:
-        raise UserError(f"{folder}: not a readable tfds set ({(str(error) or 'damaged').splitlines()[0]})") from error
-    return Prepared(folder, builder, bool(about), about.get("complete"))
+    builder = open_builder(folder)
+    about = _metadata(folder, ABOUT) if (folder / ABOUT).exists() else {}
+    complete = about.get("complete")
+    return Prepared(folder, builder, bool(about), None if complete is None else bool(complete))
 
 
 def find(dataset: str, data_dir: str, variant: str = "") -> Prepared:
@@ -91,7 +132,7 @@ def find(dataset: str, data_dir: str, variant: str = "") -> Prepared:
     Raises:
       UserError: if there is none, naming the command that makes one.
     """
-    root = Path(data_dir).expanduser()
+    root = expand(data_dir)
     tfds_names = BENCHMARKS[dataset].tfds_names if dataset in BENCHMARKS else ()
     unreadable = None
     for name in (PREFIX + dataset, *tfds_names):
@@ -113,13 +154,13 @@ def find(dataset: str, data_dir: str, variant: str = "") -> Prepared:
     )
 
 
-class _Records(Sequence[dict[str, Any]]):
+class _Records(Sequence[dict[str, object]]):
     """Some features of a split's records; the image stays encoded.
 
-    Further pictures (masks) and boxes, which tfds' own sets may have, would else be decoded with every record.
+    Further images (masks) and boxes, which tfds' own sets may have, would else be decoded with every record.
     """
 
-    def __init__(self, builder: Any, split: str, keys: Sequence[str]):
+    def __init__(self, builder: "tfds.core.DatasetBuilder", split: str, keys: Sequence[str]):
         from tensorflow_datasets import decode
         from tensorflow_datasets import features as features_lib
 
@@ -131,7 +172,7 @@ class _Records(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._raw)
 
-    def __getitem__(self, record: int) -> dict[str, Any]:  # type: ignore[override]  # no slices
+    def __getitem__(self, record: int) -> dict[str, object]:  # type: ignore[override]  # no slices
         return self._features.deserialize_example_np(self._raw[record], decoders=self._decoders)
 
 
@@ -155,19 +196,30 @@ def source(
         raise UserError(f"{prepared.folder}: has the features {', '.join(known)}; expected an image and a label")
     file_key = next((key for key in ("file_name", "image/filename") if key in known), None)
     records = lambda keys: _Records(prepared.builder, split, keys)
-    columns = index.load(
-        prepared.folder, split, lambda: records([label_key, *field_keys]), [label_key, *field_keys], say
-    )
+    keys = [label_key, *field_keys]
+    try:
+        columns = index.load(prepared.folder, split, lambda: records(keys), keys, say)
+        images = records(["image", *([file_key] if file_key else [])])
+    except Exception as error:  # a damaged file of records, in whatever way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{prepared.folder}: the split {split!r} cannot be read ({reason[:200]})") from error
     names = known[label_key].names
-    labels = columns[label_key].astype(np.int32)
+    labels = columns[label_key]
     total = prepared.builder.info.splits[split].num_examples
-    if len(labels) != total or (len(labels) and not 0 <= labels.min() <= labels.max() < len(names)):
+    if labels.shape != (total,) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"{prepared.folder}: the split {split!r} has no usable labels ({len(labels)} for {total} images of "
-            f"{len(names)} classes)"
+            f"{prepared.folder}: the split {split!r} has no usable labels ({labels.dtype} {list(labels.shape)} for "
+            f"{total} images of {len(names)} classes)"
         )
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(wrong):
+        raise UserError(
+            f"{prepared.folder}: {len(wrong):,} records of the split {split!r} have a label outside 0 to "
+            f"{len(names) - 1}, the first record {wrong[0]} with {labels[wrong[0]]}"
+        )
+    labels = labels.astype(np.int32)
     return TfdsSource(
-        records(["image", *([file_key] if file_key else [])]),
+        images,
         f"{prepared.builder.info.name}/{split}",
         names,
         labels,

@@ -15,22 +15,29 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from idml_jax.data import files
+from idml_jax.data.files import FileError
 from idml_jax.data.images import transforms
 from idml_jax.data.stored import label_index as index
 from idml_jax.data.stored.benchmarks import Count
 from idml_jax.data.stored.layouts import Plan, Record
 from idml_jax.errors import UserError
+from idml_jax.runtime.files import write_json
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
 
 VERSION = "1.0.0"
 FILE_FORMAT = "array_record"
 NOTES = "notes"
 IDENTITY = "identity.json"
 ABOUT = "idml_jax.json"
-# Pictures are compressed already, so the records are not.
+# Images are compressed already, so the records are not.
 _OPTIONS = "group_size:1,uncompressed"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
@@ -63,7 +70,7 @@ class Stored(NamedTuple):
     skipped: list[str]
 
 
-def features(class_names: Sequence[str]) -> Any:
+def features(class_names: Sequence[str]) -> "tfds.features.FeaturesDict":
     """The tfds features of a stored set: encoded image, label, name of its file."""
     import tensorflow_datasets as tfds
 
@@ -109,10 +116,10 @@ class _Split:
         while self._restore(len(self.lengths)):
             pass
         self.resumed, self._resumed_trail = self.position, self._trail
-        self._writer: Any = None
+        self._writer: ArrayRecordWriter | None = None
         self._open_labels: list[int] = []
         self._open_bytes = 0
-        self._open_skipped: list[Any] = []
+        self._open_skipped: list[str] = []
 
     def _shard(self, number: int) -> Path:
         return self._folder / f"{self._prefix}-{self._split}.{FILE_FORMAT}-{number:05d}"
@@ -136,7 +143,7 @@ class _Split:
 
     def meet(self, name: str) -> None:
         """Keeps the names met so far."""
-        self.names.update(name.encode() + b"\n")
+        self.names.update(name.encode("utf-8", "surrogateescape") + b"\n")
 
     def same_trail(self) -> bool:
         """Whether the names met so far are those of the records that earlier runs have dealt with."""
@@ -198,9 +205,12 @@ def _check_and_flush(path: Path, records: int) -> None:
     """A full disk must not pass for a finished shard."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(str(path))
-    found = reader.num_records()
-    reader.close()
+    try:
+        reader = ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+    except (RuntimeError, ValueError) as error:
+        raise OSError(0, "the file of records did not arrive whole", str(path)) from error
     if found != records:
         raise UserError(f"{path}: {found} of {records} records arrived on disk; is it full?")
     with open(path, "rb") as file:
@@ -220,7 +230,13 @@ class SetWriter:
     """
 
     def __init__(
-        self, home: Path, name: str, plan: Plan, identity: Mapping[str, Any], shard_bytes: int, start_over: bool = False
+        self,
+        home: Path,
+        name: str,
+        plan: Plan,
+        identity: Mapping[str, object],
+        shard_bytes: int,
+        start_over: bool = False,
     ):
         self.final, self._folder = home / VERSION, home / f"{VERSION}.incomplete"
         self._name, self._plan = name, plan
@@ -249,7 +265,7 @@ class SetWriter:
         """Stores all images that are not stored yet.
 
         Args:
-          on_corrupt: ``refuse`` or ``skip`` files that are not whole pictures.
+          on_corrupt: ``refuse`` or ``skip`` files that are not whole images.
           report: called after every image.
 
         Returns:
@@ -272,20 +288,39 @@ class SetWriter:
                 continue
             data = _checked(record, on_corrupt)
             if data is None:
-                split.skip(record.name)
+                split.skip(files.shown(record.name))
             else:
-                example = {"image": io.BytesIO(data), "label": record.label, "file_name": record.name}
-                split.add(record.label, schema.serialize_example(example))
+                example = {"image": io.BytesIO(data), "label": record.label, "file_name": files.shown(record.name)}
+                serialized = schema.serialize_example(example)
+                with self._on_disk():
+                    split.add(record.label, serialized)
             fresh += 1
             report(Progress({name: s.position for name, s in self._splits.items()}, fresh))
         for name, split in self._splits.items():
             if seen[name] < split.resumed:
                 raise SourceChangedError(name)
-            split.close_shard()
+            with self._on_disk():
+                split.close_shard()
         counts = {n: Count(len(s.all_labels), len(np.unique(s.all_labels))) for n, s in self._splits.items()}
         return Stored(counts, [name for s in self._splits.values() for name in s.skipped])
 
-    def publish(self, description: str, about: Mapping[str, Any]) -> Path:
+    @contextlib.contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """Says what is kept when a file cannot be written: array_record raises RuntimeError, all else OSError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            kept = sum(sum(split.lengths) for split in self._splits.values())
+            where = getattr(error, "filename", None) or self._folder
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(
+                f"{where}: cannot be written ({reason}); is the disk full? {kept:,} images are stored, and the same "
+                "command goes on behind them"
+            ) from error
+
+    def publish(self, description: str, about: Mapping[str, object]) -> Path:
         """Makes the set visible under its final name.
 
         Args:
@@ -295,6 +330,10 @@ class SetWriter:
         Returns:
           Folder of the set.
         """
+        with self._on_disk():
+            return self._publish(description, about)
+
+    def _publish(self, description: str, about: Mapping[str, object]) -> Path:
         import tensorflow_datasets as tfds
 
         folder, splits = self._folder, {n: s for n, s in self._splits.items() if s.lengths}
@@ -337,26 +376,20 @@ def _checked(record: Record, on_corrupt: str) -> bytes | None:
     try:
         data = record.read()
         transforms.check_whole(data)
-    except transforms.DecodeError as error:
+    except (transforms.DecodeError, FileError) as error:
         if on_corrupt == "skip":
             return None
-        raise UserError(f"{record.name}: {error}; --on_corrupt=skip leaves such files out") from error
+        named = "" if isinstance(error, FileError) else f"{files.shown(record.name)}: "
+        raise UserError(f"{named}{error}; --on_corrupt=skip leaves such files out") from error
     return data
 
 
-def hash_of(values: Any) -> str:
+def hash_of(values: object) -> str:
     """A short fingerprint of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
-
-
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

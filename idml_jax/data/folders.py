@@ -1,0 +1,305 @@
+"""Folders of images: the walk, the split names, and the class of every image.
+
+Training, ``idml_jax.prepare`` and ``idml_jax.embed`` all look at a folder through this module, so that the same folder
+has the same images and classes at every door.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from idml_jax.data.files import shown
+from idml_jax.data.images.decode import ENDINGS
+from idml_jax.errors import UserError
+
+# Names of split folders, in any case. Images of "extra" folders belong to no split.
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test",
+    "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
+    "query": "query", "gallery": "gallery",
+    "extra": "extra", "unlabeled": "extra", "unlabelled": "extra",
+}  # fmt: skip
+_SYSTEM = {
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "#recycle",
+    "system volume information", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#snapshot",
+}  # fmt: skip
+EXPECTED = "<class>/<image>, or train/<class>/<image> with test/ (or val/; or query/ and gallery/) beside it"
+
+HIDDEN = "hidden or system files and folders"
+OTHER = "files without an image's ending"
+LINKS = "links to folders that are read anyway"
+EMPTY = "class folders without images"
+LOOSE = "images outside class folders"
+ASIDE = "images in folders that are no split in use"
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name has the ending of a known image format."""
+    return name.lower().endswith(ENDINGS)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that an operating system or a storage box adds."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+class Passed:
+    """What a walk leaves out, by kind: how many, and the first.
+
+    Attributes:
+      folders: names of all folders met, from which empty ones are told.
+    """
+
+    def __init__(self) -> None:
+        self.folders: list[str] = []
+        self._kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, name: str, count: int = 1) -> None:
+        """Counts files or folders of a kind."""
+        before, first = self._kinds.get(kind, (0, name))
+        self._kinds[kind] = (before + count, first)
+
+    def lines(self, where: str | os.PathLike) -> list[str]:
+        """One line per kind."""
+        return [
+            f"{shown(where)}: passed over {count:,} {kind}, the first {shown(first)}"
+            for kind, (count, first) in self._kinds.items()
+        ]
+
+
+class _Level(NamedTuple):
+    """A folder on the way from the root to the place of the walk."""
+
+    path: str
+    prefix: str
+    items: Iterator[os.DirEntry]
+    key: tuple[int, int]
+
+
+def walk(root: Path, passed: Passed | None = None) -> Iterator[tuple[str, Path]]:
+    """The files below a folder, sorted by the parts of their names.
+
+    Hidden and system names are passed over. Links to folders are followed, each target once; links to a folder
+    above, or to one beside them that is read anyway, are passed over, so that no set of links leads round in circles.
+    Links to files are files, broken ones too: reading them tells what is wrong.
+
+    Args:
+      root: the folder.
+      passed: receives what is left out.
+
+    Yields:
+      Name below the root, parts joined by ``/``, and path.
+
+    Raises:
+      UserError: naming a folder that cannot be read.
+    """
+    passed = passed or Passed()
+    followed: set[tuple[int, int]] = set()
+    levels = [_level(str(root), "")]
+    while levels:
+        level = levels[-1]
+        item = next(level.items, None)
+        if item is None:
+            levels.pop()
+            continue
+        name = level.prefix + item.name
+        if is_litter(item.name):
+            passed.add(HIDDEN, name)
+            continue
+        if not _is_folder(item):
+            yield name, Path(item.path)
+            continue
+        inner = _level(item.path, name + "/")
+        if item.is_symlink():
+            target = os.path.realpath(item.path)
+            beside = os.path.dirname(target) == os.path.realpath(level.path) and not is_litter(os.path.basename(target))
+            if beside or inner.key in followed:
+                passed.add(LINKS, name)
+                continue
+            followed.add(inner.key)
+        if any(inner.key == above.key for above in levels):
+            passed.add(LINKS, name)
+            continue
+        passed.folders.append(name)
+        levels.append(inner)
+
+
+def _is_folder(item: os.DirEntry) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link to itself, a link into a folder that is closed: reading it tells
+        return False
+
+
+def _level(path: str, prefix: str) -> _Level:
+    try:
+        with os.scandir(path) as found:
+            items = sorted(found, key=lambda item: item.name)
+        state = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{shown(path)}: this folder cannot be read ({error.strerror})") from error
+    return _Level(path, prefix, iter(items), (state.st_dev, state.st_ino))
+
+
+class Place(NamedTuple):
+    """Where an image belongs: its split (``images`` where a folder has none) and the name of its class."""
+
+    split: str
+    class_name: str
+
+
+class Arrangement(NamedTuple):
+    """How the images of a folder lie in class folders.
+
+    Attributes:
+      prefix: folders that wrap everything, with a trailing ``/``.
+      splits: split in use by the name of its folder; empty where class folders lie at the top.
+      depth: number of folders between the prefix and the class folders.
+    """
+
+    prefix: str
+    splits: dict[str, str]
+    depth: int
+
+    def place(self, name: str) -> Place | None:
+        """Split and class of an image, ``None`` if it lies outside the class folders in use."""
+        parts = name.removeprefix(self.prefix).split("/")
+        if len(parts) < self.depth + 2 or (self.depth and parts[0] not in self.splits):
+            return None
+        return Place(self.splits[parts[0]] if self.depth else "images", parts[self.depth])
+
+
+def arrange(names: Sequence[str], where: str | os.PathLike, folders: Sequence[str] = ()) -> Arrangement:
+    """Finds class folders, perhaps in split folders, perhaps wrapped in one folder.
+
+    Split folders are taken for such if two known split names of different meaning lie side by side: a data set of
+    vehicles may have a class "train".
+
+    Args:
+      names: of all images below ``where``, at least one.
+      where: the folder or archive, for messages.
+      folders: names of all folders, where known: an empty split folder is an error.
+
+    Returns:
+      The arrangement, with all split folders.
+
+    Raises:
+      UserError: if two folders are the same split, or one is empty.
+    """
+    parts = [name.split("/")[:-1] for name in names]
+    shortest, shared = min(map(len, parts)), 0
+    inside = [folder.split("/") for folder in folders]
+    while shared < shortest - 1 and len({p[shared] for p in parts}) == 1:
+        if len(_roles({f[shared] for f in inside if len(f) == shared + 1 and f[:shared] == parts[0][:shared]})) > 1:
+            break
+        shared += 1
+    above = parts[0][:shared]
+    prefix = "".join(f"{part}/" for part in above)
+    tops = {p[shared] for p in parts if len(p) > shared}
+    empty = {f[shared] for f in inside if len(f) == shared + 1 and f[:shared] == above} - tops
+    splits = {top: SPLIT_NAMES[top.lower()] for top in sorted(tops | empty) if top.lower() in SPLIT_NAMES}
+    if len(_roles(splits)) < 2:
+        return Arrangement(prefix, {}, 0)
+    for split in _roles(splits) - {"extra"}:
+        same = [top for top in splits if splits[top] == split]
+        if len(same) > 1:
+            raise UserError(f"{shown(where)}: {', '.join(same)} are several folders for one split; keep one of them")
+        if same[0] in empty:
+            raise UserError(f"{shown(where)}/{shown(prefix + same[0])}: it holds no images; expected {EXPECTED}")
+    return Arrangement(prefix, splits, 1)
+
+
+def _roles(names: dict[str, str] | set[str]) -> set[str]:
+    """The different splits among folder names; none if there is nothing but extra images."""
+    found = {SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES}
+    return found if found != {"extra"} else set()
+
+
+def for_training(found: Arrangement, where: str | os.PathLike) -> Arrangement:
+    """The arrangement with the splits that training uses: train and test (``val`` stands in), or train, query, gallery.
+
+    Raises:
+      UserError: if a split is missing, or one is too many.
+    """
+    if not found.depth:
+        return found
+    by_split = {split: top for top, split in found.splits.items() if split != "extra"}
+    if "train" not in by_split:
+        there = ", ".join(by_split.values())
+        raise UserError(f"{shown(where)}: {there}, but no train; expected {EXPECTED}")
+    if {"query", "gallery"} & set(by_split):
+        missing = sorted({"query", "gallery"} - set(by_split))
+        more = [by_split[split] for split in ("test", "validation") if split in by_split]
+        if missing or more:
+            wrong = f"no {missing[0]}" if missing else f"{more[0]} too"
+            raise UserError(
+                f"{shown(where)}: train and query or gallery, but {wrong}; expected train, query and gallery"
+            )
+        wanted = {"train": "train", "query": "query", "gallery": "gallery"}
+    else:
+        test = next((split for split in ("test", "validation") if split in by_split), None)
+        if test is None:
+            raise UserError(f"{shown(where)}: train, but no test; expected {EXPECTED}")
+        wanted = {"train": "train", test: "test"}
+    return found._replace(splits={by_split[split]: name for split, name in wanted.items()})
+
+
+def check_placed(names: Sequence[str], found: Arrangement, where: str | os.PathLike, passed: Passed) -> None:
+    """Counts images that lie outside the class folders in use, and class folders without any image.
+
+    Raises:
+      UserError: if no image has a class, or a split has none.
+    """
+    classes, splits = set(), set()
+    for name in names:
+        place = found.place(name)
+        if place is None:
+            top, _, rest = name.removeprefix(found.prefix).partition("/")
+            passed.add(ASIDE if found.depth and rest and top not in found.splits else LOOSE, name)
+        else:
+            classes.add((place.split, place.class_name))
+            splits.add(place.split)
+    bare = sorted(set(found.splits.values()) - splits) if found.depth else ([] if splits else ["images"])
+    if bare:
+        lone = next(name for name in names if found.place(name) is None)
+        raise UserError(
+            f"{shown(where)}: its images lie outside class folders: {shown(lone)} lies outside a class folder; "
+            f"expected {EXPECTED}"
+        )
+    for folder in passed.folders:
+        place = found.place(folder + "/x") if folder.count("/") == found.prefix.count("/") + found.depth else None
+        if place is not None and folder.startswith(found.prefix) and tuple(place) not in classes:
+            passed.add(EMPTY, folder)
+
+
+class Images(NamedTuple):
+    """The images of a folder.
+
+    Attributes:
+      names: below the root, in the order of the walk.
+      paths: of the same.
+      passed: what else there is.
+    """
+
+    names: list[str]
+    paths: list[Path]
+    passed: Passed
+
+
+def images(root: Path, wanted: Callable[[str], bool] = is_image) -> Images:
+    """The images below a folder.
+
+    Raises:
+      UserError: naming a folder that cannot be read.
+    """
+    passed = Passed()
+    names, paths = [], []
+    for name, path in walk(root, passed):
+        if wanted(name):
+            names.append(name)
+            paths.append(path)
+        else:
+            passed.add(OTHER, name)
+    return Images(names, paths, passed)

@@ -1,0 +1,204 @@
+"""Reads pickles of plain data without running anything in them: CIFAR comes as pickles.
+
+A pickle is a program. This interpreter knows the instructions that build dictionaries, lists, tuples, numbers, text,
+bytes and plain numpy arrays, and no others; every instruction is one step, so that the work is bounded by the file's
+size, which nested tuples as keys of a dictionary would otherwise make exponential.
+"""
+
+import pickletools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MAX_INSTRUCTIONS = 5_000_000
+_NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+_TEXT = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+_OLD_BYTES = {"STRING", "BINSTRING", "SHORT_BINSTRING"}
+_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_PUT, _GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class PickleError(ValueError):
+    """The pickle is damaged, or asks for more than plain data."""
+
+
+class _Name(NamedTuple):
+    """What a pickle asks for by name; only looked at."""
+
+    module: str
+    name: str
+
+
+class _Mark:
+    """Stands on the stack where a sequence begins."""
+
+
+class _Array:
+    """What a pickle says of an array or its type.
+
+    Attributes:
+      arguments: what it was made with.
+      state: what it was filled with.
+    """
+
+    def __init__(self, arguments: tuple):
+        self.arguments = arguments
+        self.state: object = None
+
+
+_ARRAYS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+}
+
+
+def load(data: bytes) -> dict[str, object]:
+    """The dictionary in a pickle, its keys as text.
+
+    Args:
+      data: content of the file. Text of Python 2 comes as bytes.
+
+    Returns:
+      The dictionary; arrays are read by ``byte_table``.
+
+    Raises:
+      PickleError: if it is damaged, has more than ``MAX_INSTRUCTIONS``, or holds more than plain data.
+    """
+    try:
+        values = _run(data)
+    except PickleError:
+        raise
+    except Exception as error:  # an empty stack, a missing memo, nonsense
+        raise PickleError(" ".join(str(error).split())[:200] or "damaged") from error
+    if not isinstance(values, dict):
+        raise PickleError("no dictionary")
+    return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in values.items()}
+
+
+def byte_table(value: object, columns: int) -> np.ndarray | None:
+    """An array ``[n, columns]`` of bytes from what ``load`` gave for it; ``None`` if it is anything else."""
+    state = value.state if isinstance(value, _Array) else None
+    if not isinstance(state, tuple) or len(state) != 5:
+        return None
+    _, shape, dtype, fortran, data = state
+    if not isinstance(dtype, _Array) or dtype.arguments[:1] not in ((b"u1",), ("u1",)) or fortran is not False:
+        return None
+    if not isinstance(data, bytes) or not isinstance(shape, tuple) or len(shape) != 2 or shape[1] != columns:
+        return None
+    if not isinstance(shape[0], int):
+        return None
+    return np.frombuffer(data, np.uint8).reshape(-1, columns) if len(data) == shape[0] * columns else None
+
+
+def _key(value: object) -> str | bytes | int:
+    if not isinstance(value, str | bytes | int):
+        raise PickleError("a key that is neither text nor a number")
+    return value
+
+
+def _reduce(function: object, arguments: object) -> object:
+    if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+        raise PickleError("damaged")
+    if function == ("_codecs", "encode"):  # how Python 3 writes bytes into old pickles
+        text, encoding = arguments
+        if not isinstance(text, str) or encoding != "latin1":
+            raise PickleError("an unexpected encoding")
+        return text.encode("latin1")
+    return _Array(arguments)
+
+
+def _run(data: bytes) -> object:
+    stack: list = []
+    memo: dict[int, object] = {}
+
+    def above_mark() -> list:
+        place = len(stack) - 1
+        while not isinstance(stack[place], _Mark):
+            place -= 1
+            if place < 0:
+                raise PickleError("damaged")
+        found = stack[place + 1 :]
+        del stack[place:]
+        return found
+
+    def put_items(items: list) -> None:
+        target = stack[-1]
+        if not isinstance(target, dict) or len(items) % 2:
+            raise PickleError("damaged")
+        target.update((_key(items[i]), items[i + 1]) for i in range(0, len(items), 2))
+
+    def name(module: object, attribute: object) -> _Name:
+        if (module, attribute) not in _ARRAYS | {("_codecs", "encode")}:
+            raise PickleError(f"it asks for {module!s}.{attribute!s}"[:200])
+        return _Name(str(module), str(attribute))
+
+    makers: dict[str, Callable[[], object]] = {
+        "MARK": _Mark,
+        "EMPTY_DICT": dict,
+        "EMPTY_LIST": list,
+        "LIST": above_mark,
+        "TUPLE": lambda: tuple(above_mark()),
+    }
+    argument: Any  # of the type that the instruction says
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
+        if count >= MAX_INSTRUCTIONS:
+            raise PickleError(f"more than {MAX_INSTRUCTIONS:,} instructions")
+        code = instruction.name
+        if code in _NUMBERS or code in _TEXT or code in _BYTES:
+            stack.append(argument)
+        elif code in _OLD_BYTES:
+            stack.append(argument.encode("latin1"))
+        elif code in _CONSTANTS:
+            stack.append(_CONSTANTS[code])
+        elif code in _PUT:
+            memo[argument] = stack[-1]
+        elif code == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif code in _GET:
+            stack.append(memo[argument])
+        elif code in makers:
+            stack.append(makers[code]())
+        elif code in _TUPLES:
+            size = _TUPLES[code]
+            if size > len(stack):
+                raise PickleError("damaged")
+            found = tuple(stack[len(stack) - size :])
+            del stack[len(stack) - size :]
+            stack.append(found)
+        elif code == "DICT":
+            items = above_mark()
+            stack.append({})
+            put_items(items)
+        elif code == "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            put_items([key, value])
+        elif code == "SETITEMS":
+            put_items(above_mark())
+        elif code in ("APPEND", "APPENDS"):
+            values = [stack.pop()] if code == "APPEND" else above_mark()
+            if not isinstance(stack[-1], list):
+                raise PickleError("damaged")
+            stack[-1].extend(values)
+        elif code == "GLOBAL":
+            stack.append(name(*argument.split(" ", 1)))
+        elif code == "STACK_GLOBAL":
+            attribute, module = stack.pop(), stack.pop()
+            stack.append(name(module, attribute))
+        elif code == "REDUCE":
+            arguments = stack.pop()
+            stack.append(_reduce(stack.pop(), arguments))
+        elif code == "BUILD":
+            state = stack.pop()
+            if not isinstance(stack[-1], _Array):
+                raise PickleError("damaged")
+            stack[-1].state = state
+        elif code == "STOP":
+            return stack.pop()
+        elif code not in ("PROTO", "FRAME"):
+            raise PickleError(f"it holds more than plain data (instruction {code})")
+    raise PickleError("cut short")
