@@ -154,8 +154,7 @@ def embed_to_file(
         "workdir": str(model.workdir),
         "step": model.step,
         "images": origin,
-        "temperature": model.settings.temperature,
-        "relative": model.settings.relative,
+        **model.metric.about(),
     }
     identity = {
         **about,

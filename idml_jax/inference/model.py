@@ -17,7 +17,7 @@ from idml_jax.data.images import transforms
 from idml_jax.data.images.transforms import DecodeError, Picture, Transform
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
-from idml_jax.metrics.summary import Ism
+from idml_jax.ism import Metric
 from idml_jax.models import EmbeddingModel
 from idml_jax.runtime import checkpoint, sharding
 from idml_jax.training import config as config_lib
@@ -27,6 +27,7 @@ from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import _create_model
 from idml_jax.training.config_checks import validate
 from idml_jax.training.tasks import classification as classify_steps
+from idml_jax.training.tasks.objective import metric_of
 
 
 class Trained(NamedTuple):
@@ -56,9 +57,9 @@ class Trained(NamedTuple):
         return config_lib.learns_uncertainty(self.config)
 
     @property
-    def settings(self) -> Ism:
-        """Of the introspective metric."""
-        return settings_of(self.config)
+    def metric(self) -> Metric:
+        """The metric that compares its embeddings."""
+        return metric_of(self.config)
 
 
 class Loaded(NamedTuple):
@@ -73,11 +74,6 @@ class Loaded(NamedTuple):
     records: np.ndarray
     images: UInt8[np.ndarray, "m size size c"]
     skipped: list[tuple[int, str]]
-
-
-def settings_of(config: ConfigDict) -> Ism:
-    """The introspective metric that a run was trained with."""
-    return Ism(config.ism.temperature, config.ism.variant != "absolute")
 
 
 def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Trained:

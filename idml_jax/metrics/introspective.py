@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,16 +16,6 @@ from idml_jax.metrics.uncertainty import free_scores, nearest_twenty
 
 # Of the scores of an answer, those that need a trained uncertainty; the others cost no training.
 LEARNED = ("uncertainty", "pair_uncertainty", "introspective_distance")
-
-
-class IntrospectiveDistance(NamedTuple):
-    """`ism.introspective_distance` with its settings; equal settings share one compiled program."""
-
-    temperature: float = ism.DEFAULT_TEMPERATURE
-    relative: bool = True
-
-    def __call__(self, a: ism.Embedding, b: ism.Embedding) -> Float[Array, "n m"]:
-        return ism.introspective_distance(a, b, temperature=self.temperature, relative=self.relative)
 
 
 class Comparison(NamedTuple):
@@ -41,8 +31,7 @@ def compare(
     gallery: ism.Embedding | None = None,
     gallery_labels: Int[Array, "m"] | None = None,
     *,
-    temperature: float = ism.DEFAULT_TEMPERATURE,
-    relative: bool = True,
+    metric: ism.Metric = ism.Metric(),  # noqa: B008 (immutable)
     devices: Sequence[jax.Device] | None = None,
 ) -> Comparison:
     """Retrieval by semantic distance and by introspective distance (IDML, arXiv 2309.09982), side by side.
@@ -50,10 +39,9 @@ def compare(
     Same protocol and errors as `retrieval.retrieval_ranks`; `retrieval.summarise` turns each side into metrics.
     """
     semantic = None if gallery is None else gallery.semantic
-    distance: Any = IntrospectiveDistance(temperature, relative)
     return Comparison(
         retrieval_ranks(embedding.semantic, labels, semantic, gallery_labels, devices=devices),
-        ranks_by_distance(distance, embedding, labels, gallery, gallery_labels, devices=devices),
+        ranks_by_distance(metric, embedding, labels, gallery, gallery_labels, devices=devices),
     )
 
 
@@ -70,8 +58,7 @@ def answer_scores(
     norms: Float[Array, "n"] | None = None,
     own: Int[Array, "n"] | None = None,
     found: Neighbours | None = None,
-    temperature: float = ism.DEFAULT_TEMPERATURE,
-    relative: bool = True,
+    metric: ism.Metric = ism.Metric(),  # noqa: B008 (immutable)
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """How unsure the semantic nearest neighbour of each query is as an answer; larger = less sure.
 
@@ -89,7 +76,6 @@ def answer_scores(
     u = np.asarray(embedding.uncertainty, np.float64)
     scores["uncertainty"] = np.linalg.norm(u, axis=1)
     scores["pair_uncertainty"] = np.linalg.norm(u + np.asarray(answer.uncertainty, np.float64), axis=1)
-    distance: Any = IntrospectiveDistance(temperature, relative)
-    one = lambda a, b: distance(*(jax.tree.map(lambda x: x[None], side) for side in (a, b)))[0, 0]
+    one = lambda a, b: metric(*(jax.tree.map(lambda x: x[None], side) for side in (a, b)))[0, 0]
     scores["introspective_distance"] = np.asarray(jax.jit(jax.vmap(one))(embedding, answer), np.float64)
     return scores

@@ -1,19 +1,19 @@
 """All figures of one set of embeddings in one flat dictionary: what training, evaluation and the command line print."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from idml_jax.ism import Metric
 from idml_jax.metrics import calibration, clustering, introspective, retrieval, uncertainty
 from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.confidence import confidence
-from idml_jax.metrics.embedded import Embedded, Ism, joined, scores_of
+from idml_jax.metrics.embedded import Embedded, joined, scores_of
 from idml_jax.metrics.retrieval import Ranks
 
 __all__ = [
-    "Embedded", "HeldOut", "Ism", "ambiguity_report", "corrupted_report", "full_report", "retrieval_report", "scores_of"
+    "Embedded", "HeldOut", "ambiguity_report", "corrupted_report", "full_report", "retrieval_report", "scores_of"
 ]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def full_report(
     gallery: Embedded | None = None,
     *,
     ks: Sequence[int] = (1, 2, 4, 8),
-    settings: Ism = Ism(),  # noqa: B008 (immutable)
+    metric: Metric = Metric(),  # noqa: B008 (immutable)
     ambiguity: Float[np.ndarray, "n"] | None = None,
     held_out: HeldOut | Embedded | None = None,
     precision: float = 0.9,
@@ -51,7 +51,7 @@ def full_report(
       embedded: the queries; without a gallery every image queries all the others.
       gallery: what is searched.
       ks: K of R@K.
-      settings: of the introspective metric.
+      metric: that the embeddings are compared by, beside the semantic distance.
       ambiguity: true ambiguity of each query, ``[n]``, where it is known.
       held_out: of classes that are neither training nor test classes; fits the confidence and its threshold.
       precision: share of right answers that the threshold is chosen for.
@@ -78,25 +78,25 @@ def full_report(
         clusters = clustering.kmeans(embedded.semantic, classes, seed).labels
         for name in ("nmi", "ami", "f1"):
             report[name.upper()] = getattr(clustering, name)(embedded.labels, clusters)
-    scores = scores_of(embedded, gallery, settings)
+    scores = scores_of(embedded, gallery, metric)
     for name, score in scores.items():
         curve = uncertainty.risk_coverage(score, ranks.nearest_correct)
         report[f"R-AUROC({name})"] = uncertainty.r_auroc(score, ranks.nearest_correct)
         report[f"AURC({name})"], report[f"E-AURC({name})"] = curve.aurc, curve.excess_aurc
     warnings = []
     if embedded.uncertainty is not None:
-        report |= _uncertainty_report(embedded, gallery, ranks, ks, settings, seed)
+        report |= _uncertainty_report(embedded, gallery, ranks, ks, metric, seed)
         warnings = uncertainty.failure_signs(embedded.semantic, embedded.uncertainty)
         if ambiguity is not None:
             report["spearman(u,ambiguity)"] = uncertainty.spearman(embedded.uncertainty_norm, ambiguity)
     if held_out is not None:
         held_out = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
-        report |= _threshold_report(scores, ranks, held_out, settings, precision)
+        report |= _threshold_report(scores, ranks, held_out, metric, precision)
     return {k: float(v) for k, v in report.items()}, warnings
 
 
 def _uncertainty_report(
-    embedded: Embedded, gallery: Embedded | None, ranks: Ranks, ks: Sequence[int], settings: Ism, seed: int
+    embedded: Embedded, gallery: Embedded | None, ranks: Ranks, ks: Sequence[int], metric: Metric, seed: int
 ) -> dict[str, float]:
     assert embedded.uncertainty is not None
     length = embedded.uncertainty_norm
@@ -105,9 +105,8 @@ def _uncertainty_report(
     if uncertainty.r_auroc_undefined(ranks.nearest_correct) is None:
         interval = uncertainty.r_auroc_interval(length, ranks.nearest_correct, seed=seed)
         report |= {"R-AUROC(uncertainty)_low": interval.low, "R-AUROC(uncertainty)_high": interval.high}
-    distance: Any = introspective.IntrospectiveDistance(*settings)
     by_distance = retrieval.ranks_by_distance(
-        distance,
+        metric,
         embedded.embedding,
         embedded.labels,
         None if gallery is None else gallery.embedding,
@@ -118,10 +117,10 @@ def _uncertainty_report(
 
 
 def _threshold_report(
-    scores: Mapping[str, np.ndarray], ranks: Ranks, held_out: HeldOut, settings: Ism, precision: float
+    scores: Mapping[str, np.ndarray], ranks: Ranks, held_out: HeldOut, metric: Metric, precision: float
 ) -> dict[str, float]:
     """A confidence from all scores and its threshold, both fitted on held-out classes, applied to the queries."""
-    report, fitted = _confidence_report(scores, ranks.nearest_correct, held_out, settings)
+    report, fitted = _confidence_report(scores, ranks.nearest_correct, held_out, metric)
     threshold = uncertainty.threshold_for_precision(fitted.doubt, fitted.correct, precision)
     doubt = 1.0 - confidence(fitted.model, scores)
     selected = uncertainty.selective(doubt, ranks.nearest_correct, threshold)
@@ -136,10 +135,10 @@ def _threshold_report(
 
 
 def _confidence_report(
-    scores: Mapping[str, np.ndarray], correct: np.ndarray, held_out: HeldOut, settings: Ism
+    scores: Mapping[str, np.ndarray], correct: np.ndarray, held_out: HeldOut, metric: Metric
 ) -> tuple[dict[str, float], Calibration]:
     """R-AUROC of all scores joined and of those joined that cost no training; the fit of all of them."""
-    known = calibration.answer(held_out, settings)
+    known = calibration.answer(held_out, metric)
     free = {name: score for name, score in scores.items() if name not in introspective.LEARNED}
     fitted = calibration.fit(known, scores)
     report = {
@@ -154,7 +153,7 @@ def corrupted_report(
     changed: Sequence[Embedded],
     gallery: Embedded,
     own: Int[np.ndarray, "n"],
-    settings: Ism,
+    metric: Metric,
     held_out: HeldOut | None = None,
 ) -> dict[str, float]:
     """Which score tells the wrong answers among clean and corrupted queries together?
@@ -164,7 +163,7 @@ def corrupted_report(
       changed: the same pictures in the same order, changed; one entry per change.
       gallery: all pictures, unchanged.
       own: ``[n]``, the gallery row of each picture, which it and its changed forms leave out.
-      settings: of the introspective metric.
+      metric: that the embeddings are compared by, beside the semantic distance.
       held_out: as in ``full_report``.
 
     Returns:
@@ -176,10 +175,10 @@ def corrupted_report(
     own = np.tile(own, 1 + len(changed))
     found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
     correct = gallery.labels[found.index[:, 0]] == queries.labels
-    scores = scores_of(queries, gallery, settings, own, found)
+    scores = scores_of(queries, gallery, metric, own, found)
     report = {f"R-AUROC({name})": uncertainty.r_auroc(score, correct) for name, score in scores.items()}
     if held_out is not None:
-        report |= _confidence_report(scores, correct, held_out, settings)[0]
+        report |= _confidence_report(scores, correct, held_out, metric)[0]
     return {f"corrupted/{name}": float(value) for name, value in ({"R@1": correct.mean()} | report).items()}
 
 

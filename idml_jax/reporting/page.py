@@ -50,10 +50,10 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     own = np.arange(len(queries)) if separate is None else None
     k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
     found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
-    scores = scores_of(embedded, searched, model.settings, own)
+    scores = scores_of(embedded, searched, model.metric, own)
     held_out = train.held_out_queries(built, model.variables)
     if held_out is not None:
-        fitted = calibration.calibrate(held_out, model.settings, scores).model
+        fitted = calibration.calibrate(held_out, model.metric, scores).model
         scores["confidence"] = 1.0 - confidence.confidence(fitted, scores)
     correct = searched.labels[found.index[:, 0]] == embedded.labels
     figures = retrieval_report(embedded, model.config.eval.ks, None if separate is None else searched)

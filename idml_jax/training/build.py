@@ -22,7 +22,7 @@ from idml_jax.training.config_checks import validate
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.state import TrainState, create_state_on
 from idml_jax.training.tasks import classification as classify_steps
-from idml_jax.training.tasks.objective import Objective
+from idml_jax.training.tasks.objective import Objective, training_metric
 
 logger = logging.getLogger("idml_jax")
 
@@ -172,9 +172,7 @@ def build(config: ConfigDict) -> Run:
         objective=Objective(
             loss=config.loss.name,
             options=tuple(sorted(config.loss[config.loss.name].items())),
-            introspective=config.ism.enabled,
-            variant=config.ism.variant,
-            temperature=config.ism.temperature,
+            metric=training_metric(config),
             num_classes=num_classes,
             dim=model.embedding_dim,
             uncertainty_dim=model.uncertainty_dim,

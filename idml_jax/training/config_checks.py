@@ -160,7 +160,7 @@ def _validate_classification(config: ConfigDict) -> None:
     _choice(config, "eval.best_metric", ("top1", "top5"))
     _choice(config, "model.init_parts", ("trunk", "all"))
     if config.ism.enabled:
-        _choice(config, "ism.variant", ("relative",))
+        _choice(config, "ism.variant", ("relative",))  # of the introspective softmax
     if not config.ism.temperature > 0:
         raise UserError(f"config.ism.temperature = {config.ism.temperature} must be above 0")
     options = config.classification

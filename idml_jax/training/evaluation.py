@@ -11,8 +11,9 @@ from jaxtyping import Int
 from idml_jax.data import pipeline
 from idml_jax.data.images.transforms import CHANGES, Changed, Transform
 from idml_jax.data.sources import Source
+from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import joined
-from idml_jax.metrics.summary import Embedded, HeldOut, Ism, ambiguity_report, corrupted_report
+from idml_jax.metrics.summary import Embedded, HeldOut, ambiguity_report, corrupted_report
 from idml_jax.runtime import sharding
 from idml_jax.training import steps
 from idml_jax.training.steps import StepSetup
@@ -121,7 +122,7 @@ def ambiguity(
     images: int,
     seed: int,
     gallery: Embedded,
-    settings: Ism = Ism(),  # noqa: B008 (immutable)
+    metric: Metric = Metric(),  # noqa: B008 (immutable)
     kinds: Iterable[str] = CHANGES,
     held_out: HeldOut | None = None,
     **options: Any,
@@ -137,7 +138,7 @@ def ambiguity(
       images: how many pictures, drawn at random, the tests are made on.
       seed: of the drawing.
       gallery: embeddings of the whole source; without an uncertainty only the free scores are judged.
-      settings: of the introspective metric.
+      metric: that the embeddings are compared by, beside the semantic distance.
       kinds: changes beside mixing, at the strengths 0.25, 0.5 and 0.75.
       held_out: fits the confidence of answers, see ``held_out_queries``.
       **options: of ``embed``.
@@ -156,7 +157,7 @@ def ambiguity(
     original = run(transform)
     changed = {kind: {s: run(Changed(transform, kind, s)) for s in STRENGTHS} for kind in kinds}
     every = [embedded for by_strength in changed.values() for embedded in by_strength.values()]
-    report = corrupted_report(original, every, gallery, chosen, settings, held_out)
+    report = corrupted_report(original, every, gallery, chosen, metric, held_out)
     if not introspective:
         return report
     changed["mixed"] = {0.5: run(transform, partners=partners_of_other_classes(source.labels, chosen, seed))}

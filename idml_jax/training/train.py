@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import idml_jax
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
-from idml_jax.metrics.summary import Embedded, HeldOut, Ism, full_report, retrieval_report
+from idml_jax.metrics.summary import Embedded, HeldOut, full_report, retrieval_report
 from idml_jax.runtime import hosts
 from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.runtime.files import without_nan, write_json
@@ -28,6 +28,7 @@ from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.state import TrainState
 from idml_jax.training.tasks import classification_summary as classify
+from idml_jax.training.tasks.objective import metric_of
 from idml_jax.training.workdir import remember
 
 logger = logging.getLogger("idml_jax")
@@ -102,9 +103,8 @@ def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) ->
     if run.config.task == "classification":
         return classify.report(run, state, full=True, check=check)
     started, config, source = time.monotonic(), run.config, run.eval_source
-    truth = source.fields.get("ambiguity")
-    settings, embedded = Ism(config.ism.temperature, config.ism.variant != "absolute"), _embed(run, state, check)
-    truth = truth if config_lib.learns_uncertainty(config) else None
+    metric, embedded = metric_of(config), _embed(run, state, check)
+    truth = source.fields.get("ambiguity") if config_lib.learns_uncertainty(config) else None
     gallery, held_out = _gallery(run, state, check), held_out_queries(run, state.variables, check)
     report, warnings = full_report(
         embedded,
@@ -112,7 +112,7 @@ def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) ->
         ks=config.eval.ks,
         seed=config.seed,
         ambiguity=truth,
-        settings=settings,
+        metric=metric,
         precision=config.eval.precision,
         held_out=held_out,
         cluster=config.eval.cluster,
@@ -127,7 +127,7 @@ def full_evaluation(run: Run, state: TrainState, check: Check = lambda: None) ->
             seed=config.seed,
             images=config.eval.ambiguity_images,
             gallery=embedded,
-            settings=settings,
+            metric=metric,
             held_out=held_out,
             check=check,
             **_embed_options(run),
