@@ -28,6 +28,11 @@ def confusion(similarity: Float[Array, "n m"], pairs: Pairs) -> Float[Array, "n"
     Returns:
       ``[n]``, above 0 where the nearest reference is of another class; NaN for an image without a positive or without
       a negative, of which nothing can be said.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
+    >>> confusion(similarity, pairs).round(3).tolist()
+    [0.1, -0.3]
     """
     similarity = jax.lax.stop_gradient(similarity)
 
@@ -53,6 +58,10 @@ def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]
 
     Returns:
       The loss, a scalar; log 2 where ``u`` knows nothing, 0 without two images to compare.
+
+    >>> u = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> round(float(ranking_loss(u, jnp.array([0.1, 0.3]))), 3), round(float(ranking_loss(u, jnp.array([0.3, 0.1]))), 3)
+    (0.031, 3.497)
     """
     known = jnp.isfinite(confusions)
     confusions = jax.lax.stop_gradient(jnp.where(known, confusions, 0.0))
@@ -74,6 +83,9 @@ def length_prior(uncertainty: Float[Array, "n k"]) -> Float[Array, ""]:
 
     Returns:
       The mean, a scalar.
+
+    >>> round(float(length_prior(jnp.array([[1.0, 0.0], [0.0, 2.0]]))), 3)  # (log(1)^2 + log(2)^2) / 2
+    0.24
     """
     return jnp.mean(jnp.square(_log_length(uncertainty)))
 

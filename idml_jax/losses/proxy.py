@@ -47,6 +47,11 @@ def proxy_anchor(
 
     Raises:
       ValueError: if the shapes do not fit or the reduction is unknown.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> similarity = jnp.array([[0.8, 0.1], [0.3, 0.6]])
+    >>> round(float(losses.proxy_anchor(similarity, pairs, alpha=2.0)), 3)
+    1.309
     """
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     chosen = weights[:, None] > 0
@@ -93,6 +98,11 @@ def proxy_nca(
 
     Raises:
       ValueError: if the shapes do not fit or the reduction is unknown.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> distance = jnp.array([[0.2, 0.4], [0.9, 0.3]])
+    >>> round(float(losses.proxy_nca(distance, pairs, scale=1.0)), 3)
+    0.516
     """
     distance, weights = prepare(distance, pairs, weights, reduction)
     logits = -scale * distance * distance

@@ -56,6 +56,10 @@ def introspective_logits(
 
     Raises:
       ValueError: if the shapes do not fit.
+
+    >>> x, u = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0], [2.0]])
+    >>> introspective_logits(x, u, jnp.eye(2)).weakened.round(3).tolist()
+    [[1.0, 0.095], [0.148, 1.449]]
     """
     if features.ndim != 2 or weights.ndim != 2 or features.shape[1] != weights.shape[1]:
         raise ValueError(f"features [n, f] and weights [classes, f] do not fit: {features.shape}, {weights.shape}")
@@ -98,6 +102,9 @@ def mixed_targets(
 
     Returns:
       ``[n, num_classes]``, rows that add up to 1.
+
+    >>> mixed_targets(jnp.array([0, 1]), jnp.array([1, 1]), jnp.array([0.75, 0.5]), 2).tolist()
+    [[0.75, 0.25], [0.0, 1.0]]
     """
     one_hot = lambda which: jax.nn.one_hot(which, num_classes, dtype=lam.dtype)
     targets = lam[:, None] * one_hot(labels) + (1.0 - lam)[:, None] * one_hot(others)
@@ -113,5 +120,8 @@ def cross_entropy(logits: Float[Array, "n classes"], targets: Float[Array, "n cl
 
     Returns:
       A scalar.
+
+    >>> round(float(cross_entropy(jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.eye(2))), 3)
+    0.22
     """
     return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits, axis=1), axis=1))

@@ -18,8 +18,7 @@ class Described(NamedTuple):
     Attributes:
       name: as it stands in ``result.json``; braces stand for any part.
       meaning: one sentence.
-      unit: ``share`` (0 to 1), ``correlation`` (-1 to 1), ``nats``, ``images``, ``steps``, ``length`` of an embedding, or
-        ``none``.
+      unit: ``share`` (0 to 1), ``correlation`` (-1 to 1), ``nats``, ``images``, ``steps``, ``length`` (of ``u``).
       better: ``higher``, ``lower``, or ``neither``.
     """
 
@@ -35,7 +34,9 @@ TABLE: tuple[Described, ...] = (
     Described("R@1_low", "Lower end of the 95 % bootstrap interval of R@1.", "share", "higher"),
     Described("R@1_high", "Upper end of the 95 % bootstrap interval of R@1.", "share", "higher"),
     Described("RP", "R-precision: share of the query's class among its R nearest, R its size.", "share", "higher"),
-    Described("MAP@R", "Mean average precision over the R nearest, R the size of the query's class.", "share", "higher"),
+    Described(
+        "MAP@R", "Mean average precision over the R nearest, R the size of the query's class.", "share", "higher"
+    ),
     Described("MRR", "Mean reciprocal rank of the nearest image of the query's class.", "share", "higher"),
     Described("queries", "Number of queries.", "images", "neither"),
     Described("lone_queries", "Queries whose class the gallery does not have.", "images", "neither"),
@@ -47,14 +48,13 @@ TABLE: tuple[Described, ...] = (
     Described("F1", "F1 of the pairs of images that share a cluster and those that share a class.", "share", "higher"),
     # Which answers are wrong.
     Described(
-        "R-AUROC({score})", "Probability that the score is larger for a wrong answer than for a right one.", "share", "higher"
+        "R-AUROC({score})",
+        "Probability that the score is larger for a wrong answer than for a right one.",
+        "share",
+        "higher",
     ),
-    Described(
-        "R-AUROC({score})_low", "Lower end of the 95 % bootstrap interval of that R-AUROC.", "share", "higher"
-    ),
-    Described(
-        "R-AUROC({score})_high", "Upper end of the 95 % bootstrap interval of that R-AUROC.", "share", "higher"
-    ),
+    Described("R-AUROC({score})_low", "Lower end of the 95 % bootstrap interval of that R-AUROC.", "share", "higher"),
+    Described("R-AUROC({score})_high", "Upper end of the 95 % bootstrap interval of that R-AUROC.", "share", "higher"),
     Described("AURC({score})", "Mean share of wrong answers as the least sure are dropped.", "share", "lower"),
     Described("E-AURC({score})", "AURC less that of the best possible order.", "share", "lower"),
     Described("wanted_precision", "Share of right answers that the threshold was chosen for.", "share", "neither"),
@@ -62,17 +62,26 @@ TABLE: tuple[Described, ...] = (
     Described("answered_precision", "Share of right answers among those; NaN without any.", "share", "higher"),
     Described("corrupted/R@{k}", "R@k of clean and corrupted queries together.", "share", "higher"),
     Described(
-        "corrupted/R-AUROC({score})", "R-AUROC of the score over clean and corrupted queries together.", "share", "higher"
+        "corrupted/R-AUROC({score})",
+        "R-AUROC of the score over clean and corrupted queries together.",
+        "share",
+        "higher",
     ),
     # The uncertainty itself.
     Described("uncertainty_mean", "Mean length of the uncertainty embedding.", "length", "neither"),
     Described("uncertainty_std", "Standard deviation of the length of the uncertainty embedding.", "length", "neither"),
     Described("s-u_correlation", "Correlation of the similarities of pairs in s and in u.", "correlation", "neither"),
     Described(
-        "P({changed}>{score})", "Probability that the score of an image is larger once it is changed.", "share", "higher"
+        "P({changed}>{score})",
+        "Probability that the score of an image is larger once it is changed.",
+        "share",
+        "higher",
     ),
     Described(
-        "spearman(u,{what})", "Rank correlation of u with the true ambiguity or the strength of a change.", "correlation", "higher"
+        "spearman(u,{what})",
+        "Rank correlation of u with the true ambiguity or the strength of a change.",
+        "correlation",
+        "higher",
     ),
     # Classification.
     Described("top{k}", "Share of images with their class among the k most probable.", "share", "higher"),
@@ -80,7 +89,10 @@ TABLE: tuple[Described, ...] = (
     Described("ece", "Expected calibration error of the largest probability.", "share", "lower"),
     Described("count", "Number of images.", "images", "neither"),
     Described(
-        "AUROC_error({score})", "Probability that the score is larger for a wrong class than for a right one.", "share", "higher"
+        "AUROC_error({score})",
+        "Probability that the score is larger for a wrong class than for a right one.",
+        "share",
+        "higher",
     ),
     Described("mean_u", "Mean length of the uncertainty embedding.", "length", "neither"),
     Described("mean_u_{change}", "The same of mixed images.", "length", "neither"),

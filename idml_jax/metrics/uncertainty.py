@@ -1,6 +1,6 @@
 """Does an uncertainty know which answers are wrong? Scores are per query, and larger means less sure.
 
-Everything is judged beside free baselines (`free_scores`), which need no learned uncertainty at all.
+Everything is judged beside baseline scores (`free_scores`), which need no learned uncertainty at all.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from idml_jax.metrics import binomial
 from idml_jax.metrics.checks import Array, embedding_rows, score_column
 from idml_jax.metrics.retrieval import Neighbours, neighbours
 
-# Thresholds that are tested: so many levels of coverage, in sequences that begin at these coverages.
-_LEVELS = 20
-_STARTS = (0.1, 0.25, 0.5, 1.0)
+# Coverages of the thresholds that are tested.
+_COVERAGES = np.arange(2, 21) / 20
 
 
 class RiskCoverage(NamedTuple):
@@ -280,10 +280,8 @@ def threshold_for_precision(
 
     With a confidence, the true precision of the answers is below the wanted one in at most that share (1 - confidence)
     of such choices, for independent queries: three right answers of three do not prove 99%, and the best of many
-    thresholds is good by luck as well. So thresholds at coverages of 5%, 10%, ... are tested by `lower_bound` in fixed
-    sequences, which need no correction for their length: upwards from each of four starts until a test fails, each
-    start at a quarter of the risk (Angelopoulos et al., "Learn then Test", 2021). Without one (None) the share seen is
-    compared, at every threshold.
+    thresholds is good by luck as well. So thresholds at coverages of 10%, 15%, ..., 100% are tested by the exact
+    binomial test at `binomial.joint_level`. Without a confidence (None) the share seen is compared, at every threshold.
 
     Wanting more than the data can show gives reached=False and a threshold that always abstains. Raises ValueError for
     bad input or levels outside (0, 1].
@@ -302,52 +300,18 @@ def threshold_for_precision(
         share = rights[last] / (last + 1)
         good, bound = np.flatnonzero(share >= precision), share
     else:
-        coverages = np.arange(1, _LEVELS + 1) / _LEVELS * len(scores)
-        last = np.unique(last[np.maximum(np.searchsorted(last + 1, coverages, side="right") - 1, 0)])
+        last = np.unique(last[np.maximum(np.searchsorted(last + 1, _COVERAGES * len(scores), side="right") - 1, 0)])
         share = rights[last] / (last + 1)
-        risk = (1.0 - confidence) / len(_STARTS)
-        bound = np.array([lower_bound(int(rights[i]), int(i) + 1, risk) for i in last])
-        good = _walked(bound >= precision, (last + 1) / len(scores))
+        tails = [binomial.upper_tail(kept, precision) for kept in last + 1]
+        level = binomial.joint_level(last + 1, tails, precision, 1.0 - confidence)
+        good = np.flatnonzero([tail[right] < level for tail, right in zip(tails, rights[last], strict=True)])
+        bound = np.array([binomial.lower_bound(int(rights[i]), int(i) + 1, level) for i in last])
     if len(good):
         i = good[-1]
         kept = float((last[i] + 1) / len(scores))
         return Threshold(float(scores[last[i]]), True, kept, float(share[i]), float(bound[i]))
     best = np.argmax(bound)
     return Threshold(float("-inf"), False, 0.0, float(share[best]), float(bound[best]))
-
-
-def _walked(passed: Bool[np.ndarray, "levels"], coverage: Float[np.ndarray, "levels"]) -> Int[np.ndarray, "good"]:
-    """Levels that are reached from a start by passing every level on the way, itself included."""
-    good: set[int] = set()
-    for start in _STARTS:
-        begin = max(0, int(np.searchsorted(coverage, start, side="right")) - 1)
-        stop = begin + int(np.argmin(np.r_[passed[begin:], False]))
-        good |= set(range(begin, stop))
-    return np.array(sorted(good), int)
-
-
-def lower_bound(right: int, total: int, risk: float) -> float:
-    """Lower confidence bound of a share, exact (Clopper and Pearson, Biometrika 1934).
-
-    Args:
-      right: successes, at most ``total``.
-      total: independent trials, at least 1.
-      risk: probability, in (0, 0.5), that the true share is below the bound.
-
-    Returns:
-      The share at which ``right`` or more successes have the probability ``risk``; 0 for no success.
-    """
-    if right == 0:
-        return 0.0
-    hits = np.arange(right, total + 1)
-    factorials = np.r_[0.0, np.cumsum(np.log(np.arange(1, total + 1)))]
-    ways = factorials[total] - factorials[hits] - factorials[total - hits]
-    low, high = 0.0, right / total
-    for _ in range(40):
-        middle = (low + high) / 2
-        tail = np.exp(ways + hits * np.log(middle) + (total - hits) * np.log1p(-middle)).sum()
-        low, high = (low, middle) if tail > risk else (middle, high)
-    return low
 
 
 def selective(
