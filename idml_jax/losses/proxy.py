@@ -86,7 +86,8 @@ def proxy_nca(
     With the batch or a memory as the references this is the loss of neighbourhood component analysis.
 
     Args:
-      distance: ``[n, m]`` distances of images and proxies, not squared; plain or introspective.
+      distance: ``[n, m]`` distances of images and proxies, not squared; plain or introspective. Beyond some 5e13 (in
+        float32, at the default scale) all count as equally far and have no gradient.
       pairs: relation of images and proxies; images without a positive are left out.
       scale: factor of the squared distances, 1 in the original.
       weights: ``[n]`` at least 0, of the images, in the mean.
@@ -105,6 +106,9 @@ def proxy_nca(
     0.516
     """
     distance, weights = prepare(distance, pairs, weights, reduction)
+    # Squares, and sums of so many of them, stay in the float range.
+    largest = jnp.sqrt(float(jnp.finfo(distance.dtype).max) / jnp.maximum(scale, 1.0)) * 2.0**-16
+    distance = jnp.minimum(distance, largest.astype(distance.dtype))
     logits = -scale * distance * distance
     counted = jnp.any(pairs.positive, axis=1)
 
