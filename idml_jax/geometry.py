@@ -108,7 +108,7 @@ def l2_normalize(x: Float[Array, "*batch d"], epsilon: float = 1e-12) -> Float[A
     (x,) = promote(x)
     # Two steps, so that neither huge nor tiny rows overflow or vanish when squared.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    zero = largest <= epsilon  # false for NaN, which is passed on: a broken network must not look like a black picture
+    zero = largest <= epsilon  # false for NaN, which is passed on: a broken network must not look like a black image
     scaled = jnp.where(zero, 0.0, x) / jnp.where(zero, 1.0, largest)
     square = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
     return scaled * jnp.where(zero, 0.0, jax.lax.rsqrt(jnp.where(zero, 1.0, square)))

@@ -101,7 +101,7 @@ class Form:
         raise ValueError(self._LACKS)
 
     def distance(self, a: Embedding, b: Embedding, temperature: Temperature) -> Float[Array, "n m"]:
-        """``D`` of all pairs; ``b is a`` compares a set with itself."""
+        """``D`` of all pairs, by differences of ``s``; ``b is a`` compares a set with itself."""
         alpha = semantic_distance(a.semantic, None if b.semantic is a.semantic else b.semantic)
         if not self.introspective or (a.uncertainty is None and b.uncertainty is None):
             return alpha

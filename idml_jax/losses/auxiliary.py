@@ -1,8 +1,7 @@
-"""Second teachers for the uncertainty: hard images shall have the longer ``u``, and no ``u`` shall vanish.
+"""Auxiliary losses for the uncertainty: harder images should get a longer ``u``, and no ``u`` should vanish.
 
-The introspective metric alone teaches ``u`` which pairs to learn from more slowly; nothing in it says that ``u`` has to
-order images by how likely they are to be confused. ``ranking_loss`` does: it compares images of a batch two by two.
-Nor does anything keep the length of ``u`` above 0: ``length_prior`` does.
+The introspective metric teaches ``u`` which pairs to learn from more slowly, and nothing else: ``ranking_loss`` orders
+images by how likely they are to be confused, two by two within a batch; ``length_prior`` keeps lengths above 0.
 """
 
 import jax
@@ -45,7 +44,7 @@ def confusion(similarity: Float[Array, "n m"], pairs: Pairs) -> Float[Array, "n"
 
 
 def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]) -> Float[Array, ""]:
-    """Logistic loss over pairs of images: the one that is confused more shall have the longer uncertainty embedding.
+    """Logistic loss over pairs of images: the one that is confused more should get the longer uncertainty embedding.
 
         mean over i, j with c_i > c_j of  (c_i - c_j) log(1 + (|u_j| / |u_i|)^5),  weights normalised to a mean of 1
 

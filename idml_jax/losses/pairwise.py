@@ -1,7 +1,6 @@
 """Losses between the images themselves; import them from ``idml_jax.losses``."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -169,12 +168,15 @@ def margin_distance_weighted(
     if beta.shape not in ((), (distance.shape[0],)):
         raise ValueError(f"beta needs the shape [] or {(distance.shape[0],)}; got {beta.shape}")
     beta = jnp.broadcast_to(beta, distance.shape[:1])[:, None]
-    density: dict[str, Any] = {"dimension": dimension, "cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff}
     positives = jnp.sum(pairs.positive, axis=1)
     if key is None:
-        drawn = positives[:, None] * miners.distance_weighted_probabilities(distance, pairs, **density)
+        drawn = positives[:, None] * miners.distance_weighted_probabilities(
+            distance, pairs, dimension=dimension, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff
+        )
     else:
-        sampling = miners.distance_weights(distance, pairs, **density)
+        sampling = miners.distance_weights(
+            distance, pairs, dimension=dimension, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff
+        )
         drawn = miners.draw_negatives(key, sampling, positives, row_offset(distance.shape[0], axis_name))
     # A hinge that is open is linear in the distance, so one matrix of slopes holds the loss and its gradient.
     offset = distance - beta

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -39,8 +39,9 @@ class HeldOut(NamedTuple):
 
     def without_uncertainty(self) -> HeldOut:
         """The same of a network whose uncertainty head has learned nothing."""
-        plain: Any = lambda x: None if x is None else x._replace(uncertainty=None)
-        return self._replace(queries=plain(self.queries), gallery=plain(self.gallery), changed=plain(self.changed))
+        plain = lambda x: None if x is None else x._replace(uncertainty=None)
+        queries = self.queries._replace(uncertainty=None)
+        return self._replace(queries=queries, gallery=plain(self.gallery), changed=plain(self.changed))
 
 
 class Calibration(NamedTuple):

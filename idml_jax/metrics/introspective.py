@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from idml_jax import ism
-from idml_jax.metrics.checks import Array
+from idml_jax.metrics import nearest
+from idml_jax.metrics.checks import Array, embedding_rows
 from idml_jax.metrics.retrieval import Neighbours, Ranks, ranks_by_distance, retrieval_ranks, summarise
 from idml_jax.metrics.uncertainty import free_scores, nearest_twenty
 
@@ -41,8 +42,32 @@ def compare(
     semantic = None if gallery is None else gallery.semantic
     return Comparison(
         retrieval_ranks(embedding.semantic, labels, semantic, gallery_labels, devices=devices),
-        ranks_by_distance(metric, embedding, labels, gallery, gallery_labels, devices=devices),
+        ranks_by_metric(metric, embedding, labels, gallery, gallery_labels, devices=devices),
     )
+
+
+def ranks_by_metric(
+    metric: ism.Metric,
+    embedding: ism.Embedding,
+    labels: Int[Array, "n"],
+    gallery: ism.Embedding | None = None,
+    gallery_labels: Int[Array, "m"] | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Ranks:
+    """`retrieval.ranks_by_distance` under the metric, whose distance reads s by differences: it is taken from a centre.
+
+    Same protocol and errors.
+    """
+    sides = [embedding] if gallery is None else [embedding, gallery]
+    rows = [
+        embedding_rows(x.semantic, f"{name}.semantic")[0]
+        for name, x in zip(("embedding", "gallery"), sides, strict=False)
+    ]
+    if len({x.shape[1] for x in rows}) == 1:
+        sides = [x._replace(semantic=near) for x, (near, _) in zip(sides, nearest.moved(*rows), strict=True)]
+    searched = None if gallery is None else sides[1]
+    return ranks_by_distance(metric, sides[0], labels, searched, gallery_labels, devices=devices)
 
 
 def compare_metrics(comparison: Comparison, ks: Sequence[int] = (1, 2, 4, 8)) -> dict[str, float]:
@@ -62,7 +87,7 @@ def answer_scores(
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """How unsure the semantic nearest neighbour of each query is as an answer; larger = less sure.
 
-    The free scores of `uncertainty.free_scores` and, where the embedding has an uncertainty: 'uncertainty' |u| of
+    The baseline scores of `uncertainty.free_scores` and, where the embedding has an uncertainty: 'uncertainty' |u| of
     the query, 'pair_uncertainty' |u + u'| of query and answer, 'introspective_distance' between the two. `own` and
     `found` as in `uncertainty.free_scores`.
     """

@@ -1,4 +1,7 @@
-"""All figures of one set of embeddings in one flat dictionary: what training, evaluation and the command line print."""
+"""All metrics of a set of embeddings in one flat dictionary, as training, evaluation and the command line print them.
+
+What each name means is in ``metrics.names``.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -59,12 +62,13 @@ def full_report(
       seed: of clustering and bootstrap.
 
     Returns:
-      The figures, and warnings about the uncertainty, one line each. Figures: those of ``retrieval_report``;
+      The metrics, and warnings about the uncertainty, one line each. Metrics: those of ``retrieval_report``;
       ``R@1_low`` and ``R@1_high`` (95% bootstrap); ``NMI``, ``AMI``, ``F1``; ``R-AUROC(score)``, ``AURC(score)`` and
-      ``E-AURC(score)`` for every score of ``introspective.answer_scores``, the free ones first; with an uncertainty
+      ``E-AURC(score)`` for every score of ``introspective.answer_scores``, baseline scores first; with an uncertainty
       ``R-AUROC(uncertainty)_low`` and ``_high``, ``introspective/R@1`` and ``introspective/MAP@R`` (ranking by D) and
-      ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined,
-      ``R-AUROC(free_confidence)`` of the free ones joined, ``answered`` and ``answered_precision`` up to the threshold.
+      ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined and
+      ``R-AUROC(free_confidence)`` of the baseline scores joined; ``answered`` and ``answered_precision`` up to the
+      threshold.
 
     Raises:
       ValueError: for empty, mismatched or non-finite input.
@@ -105,7 +109,7 @@ def _uncertainty_report(
     if uncertainty.r_auroc_undefined(ranks.nearest_correct) is None:
         interval = uncertainty.r_auroc_interval(length, ranks.nearest_correct, seed=seed)
         report |= {"R-AUROC(uncertainty)_low": interval.low, "R-AUROC(uncertainty)_high": interval.high}
-    by_distance = retrieval.ranks_by_distance(
+    by_distance = introspective.ranks_by_metric(
         metric,
         embedded.embedding,
         embedded.labels,
@@ -156,13 +160,13 @@ def corrupted_report(
     metric: Metric,
     held_out: HeldOut | None = None,
 ) -> dict[str, float]:
-    """Which score tells the wrong answers among clean and corrupted queries together?
+    """How well each score tells right from wrong answers, over clean and corrupted queries together.
 
     Args:
-      clean: some pictures of the gallery as queries, ``n`` of them.
-      changed: the same pictures in the same order, changed; one entry per change.
-      gallery: all pictures, unchanged.
-      own: ``[n]``, the gallery row of each picture, which it and its changed forms leave out.
+      clean: some images of the gallery as queries, ``n`` of them.
+      changed: the same images in the same order, changed; one entry per change.
+      gallery: all images, unchanged.
+      own: ``[n]``, the gallery row of each image, which it and its changed forms leave out.
       metric: that the embeddings are compared by, beside the semantic distance.
       held_out: as in ``full_report``.
 
@@ -185,15 +189,15 @@ def corrupted_report(
 def ambiguity_report(
     original: Float[np.ndarray, "n"], changed: Mapping[str, Mapping[float, Float[np.ndarray, "n"]]]
 ) -> dict[str, float]:
-    """Does the uncertainty rise where a picture is made harder?
+    """How the uncertainty rises where an image is made harder.
 
     Args:
-      original: ``[n]`` uncertainty of the pictures.
-      changed: by kind of change and strength above 0, the uncertainty ``[n]`` of the same pictures changed.
+      original: ``[n]`` uncertainty of the images.
+      changed: by kind of change and strength above 0, the uncertainty ``[n]`` of the same images changed.
 
     Returns:
       ``P(u_kind>u)`` at the strongest change, ties counting half, and, for kinds of several strengths,
-      ``spearman(u,kind)`` of strength and uncertainty over all pictures, the unchanged ones being strength 0.
+      ``spearman(u,kind)`` of strength and uncertainty over all images, the unchanged ones being strength 0.
     """
     report = {}
     for kind, by_strength in changed.items():

@@ -140,7 +140,7 @@ def free_scores(
     norm: minus the length of the embedding. Pass `norms` [n], the lengths before normalising, for rows that are
         normalised already; without them it is left out where all rows, those of the gallery too, have the same length.
 
-    Without a gallery every row queries all the others; `own` as in `retrieval.neighbours`, which also tells the errors.
+    Without a gallery every row queries all the others; `own` as in `retrieval.neighbours`, which also lists the errors.
     `found` is what `nearest_twenty` gives for the same arguments, if it is known.
     """
     queries, squares = embedding_rows(embeddings, "embeddings")

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idml_jax.metrics import nearest, retrieval
+from idml_jax.ism import Embedding, Metric
+from idml_jax.metrics import introspective, nearest, retrieval
 
 WIDTH, ROWS = 8, 48  # one shape, so that few programs are compiled
 
@@ -83,6 +84,17 @@ def test_blobs_far_from_the_origin_are_told_apart():
     for offset in (0.0, 30.0, 1e3):
         metrics = retrieval.retrieval_metrics((rows + offset).astype(np.float32), labels, ks=(1,))
         assert metrics["R@1"] == metrics["RP"] == metrics["MAP@R"] == 1
+
+
+def test_the_introspective_ranking_does_not_depend_on_the_origin():
+    rng = np.random.default_rng(0)
+    labels, u = rng.integers(0, 6, ROWS), rng.normal(size=(ROWS, 4)).astype(np.float32)
+    rows = np.round(0.05 * rng.normal(size=(ROWS, WIDTH)) * 2**14) / 2**14  # what float32 still holds at 1000
+    by = lambda x: introspective.ranks_by_metric(Metric(), Embedding(x.astype(np.float32), u), labels)
+    near = by(rows)
+    for offset in (30.0, 1000.0):
+        np.testing.assert_array_equal(by(rows + offset).first_hit, near.first_hit)
+        np.testing.assert_allclose(by(rows + offset).average_precision, near.average_precision)
 
 
 def test_the_centre_moves_near_rows_without_rounding_and_leaves_centred_rows_alone():
