@@ -34,6 +34,7 @@ DIMENSION, PIXELS = 512, 8
 
 def make_setup(name, introspective, classes, mesh):
     """The protocol's loss and optimizer behind a trunk of two small layers."""
+    from idml_jax.ism import Metric
     from idml_jax.models import EmbeddingModel
     from idml_jax.models.convnet import ConvNet
     from idml_jax.models.heads import Heads
@@ -47,9 +48,7 @@ def make_setup(name, introspective, classes, mesh):
     objective = Objective(
         loss=name,
         options=(),
-        introspective=introspective,
-        variant="relative",
-        temperature=5.0,
+        metric=Metric("relative" if introspective else "plain"),
         num_classes=classes,
         dim=DIMENSION,
         uncertainty_dim=DIMENSION,

@@ -70,6 +70,7 @@ def jax_row(options):
     import jax.numpy as jnp
     import numpy as np
 
+    from idml_jax.ism import Metric
     from idml_jax.models import EmbeddingModel, create_model
     from idml_jax.training import steps
     from idml_jax.training.optim import GroupOptimizer, Schedule
@@ -82,7 +83,7 @@ def jax_row(options):
     model = create_model(
         options.model, frozen_statistics=True, dtype="bfloat16" if kind == "bf16" else "float32", remat=kind == "remat"
     )
-    objective = Objective("proxy_anchor", (), True, "relative", TAU, CLASSES, DIM, DIM)
+    objective = Objective("proxy_anchor", (), Metric("relative", TAU), CLASSES, DIM, DIM)
     optimizer = GroupOptimizer(
         "adamw", Schedule("constant", 1e-5, 1000), (("proxies", 100.0),), 1e-4, clip_value=10.0, frozen_norm=True
     )

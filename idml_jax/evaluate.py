@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Float
 
 from idml_jax.errors import UserError, stop
-from idml_jax.metrics.embedded import Embedded, Ism
+from idml_jax.ism import Metric
+from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
 from idml_jax.runtime.files import without_nan, write_json
 
@@ -74,7 +75,7 @@ def _evaluate_files(arguments: argparse.Namespace) -> None:
         embedded,
         gallery,
         ks=ks,
-        settings=Ism(arguments.temperature, not arguments.absolute),
+        metric=Metric("absolute" if arguments.absolute else "relative", arguments.temperature),
         ambiguity=truth,
         held_out=held_out,
         precision=arguments.precision,
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--held_out", help="embeddings of held-out classes, which choose the threshold of answers")
     parser.add_argument("--precision", type=float, default=0.9, help="wanted share of right answers")
     parser.add_argument("--ks", default="1,2,4,8")
-    parser.add_argument("--temperature", type=float, default=Ism().temperature)
+    parser.add_argument("--temperature", type=float, default=Metric().temperature)
     parser.add_argument("--absolute", action="store_true", help="the absolute reading of the uncertainty")
     parser.add_argument("--no_clustering", action="store_true")
     parser.add_argument("--seed", type=int, default=0)

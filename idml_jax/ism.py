@@ -9,20 +9,39 @@ An image is a semantic embedding ``s`` and an uncertainty embedding ``u``. For a
 with ``beta~ = beta / alpha`` (relative, the default) or ``beta~ = beta`` (absolute). The same factor weakens the
 discrepancy ``1 - c`` of losses written on the cosine similarity ``c``: ``S = 1 - (1 - c) exp(-beta~ / tau)``.
 
-All functions are pure, work on whole matrices of pairs, compute in float32 (float64 stays float64; lower precisions
-are promoted) and have finite values and gradients everywhere, also where the textbook formula has ``sqrt(0)`` or
-``x / 0``. There the gradient is the limit along the plain metric: 0 for a distance, and for ``S`` that of ``c``
-where the pair is certain.
+``Metric`` holds form and temperature, and is what losses, retrieval and search are given; the functions of this module
+are the same without the object. A new form is a subclass of ``Form`` and its entry in ``FORMS``.
+
+Everything is pure, works on whole matrices of pairs in float32 or, given float64, in that, and has finite values and
+gradients (see ``idml_jax.geometry``), also where the textbook formula has ``sqrt(0)`` or ``x / 0``. There the gradient
+is the limit along the plain metric: 0 for a distance, and for ``S`` that of ``c`` where the pair is certain.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from idml_jax.geometry import (
+    cosine_similarity,
+    l2_normalize,
+    pair_uncertainty,
+    promote,
+    relative_weakening,
+    released_weakening,
+    safe_sqrt,
+    semantic_distance,
+)
+
 __all__ = [
+    "FORMS",
     "Embedding",
+    "Form",
+    "Metric",
     "cosine_similarity",
     "gradient_factor",
     "introspective_distance",
@@ -35,6 +54,7 @@ __all__ = [
 ]
 
 DEFAULT_TEMPERATURE = 5.0
+Temperature = float | Float[Array, ""]
 
 
 class Embedding(NamedTuple):
@@ -50,197 +70,218 @@ class Embedding(NamedTuple):
     uncertainty: Float[Array, "n k"] | None = None
 
 
-def _promote(*arrays: Array) -> tuple[Array, ...]:
-    """Everything to one floating type, float32 at least."""
-    dtype = jnp.result_type(jnp.float32, *arrays)
-    return tuple(jnp.asarray(a).astype(dtype) for a in arrays)
-
-
-def _check_matrices(a: Array, b: Array, name: str) -> None:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"{name} need the shapes [n, d] and [m, d]; got {a.shape} and {b.shape}")
-
-
-def _promote_pair(a: Array, b: Array | None, name: str) -> tuple[Array, Array | None]:
-    """Both sides checked and of one floating type; a side that is missing stays missing."""
-    if b is None:
-        (a,) = _promote(a)
-        _check_matrices(a, a, name)
-        return a, None
-    a, b = _promote(a, b)
-    _check_matrices(a, b, name)
-    return a, b
-
-
-def _safe_sqrt(x: Array, rounding: Array | float = 0.0) -> Array:
-    """sqrt, 0 with gradient 0 up to ``rounding`` (two ``where``: an infinity times 0 would be NaN); NaN stays."""
-    zero = x <= rounding
-    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
-
-
-def _common_scale(*arrays: Array) -> Array:
-    """A divisor for magnitudes whose squares would leave the float range; 1 for ordinary ones.
-
-    One for all rows: beside rows of length 1e20 the distances between rows of length 1 vanish.
-    """
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0.0) for a in arrays]))
-    largest = jax.lax.stop_gradient(largest)
-    extreme = (largest > 1e15) | ((largest < 1e-15) & (largest > 0))
-    return jnp.where(extreme, largest, 1.0)
-
-
-def _products(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """Inner products of all pairs."""
-    return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_jvp
-def _gram(a: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    """``a a^T``; with its tangent written as ``M + M^T`` the gradient takes one matrix product instead of two.
-
-    For distances alone: after the similarities' losses XLA computes ``M`` twice on a CPU, once across the rows, which
-    takes longer than a product.
-    """
-    return _products(a, a)
-
-
-@_gram.defjvp
-def _gram_jvp(primals, tangents):
-    (a,), (d_a,) = primals, tangents
-    half = _products(d_a, a)
-    return _gram(a), half + half.T
-
-
-def _norm_of_sums(a: Float[Array, "n d"], b: Float[Array, "m d"] | None, sign: float) -> Float[Array, "n m"]:
-    """``|| a_i + sign * b_j ||`` for all pairs through one matrix product; ``b=None`` stands for ``a``.
-
-    The expanded square cancels: where nothing but rounding is left of it the result is exactly 0, so that duplicates
-    are at distance 0 and receive no noise for a gradient.
-    """
-    scale = _common_scale(a, *([] if b is None else [b]))
-    a, b = a / scale, None if b is None else b / scale
-    product = _gram(a) if b is None else _products(a, b)
-    of_rows = jnp.sum(a * a, axis=1)
-    squares = of_rows[:, None] + (of_rows if b is None else jnp.sum(b * b, axis=1))[None, :]
-    total = squares + (2.0 * sign) * product
-    rounding = 4.0 * jnp.finfo(total.dtype).eps * squares
-    return scale * _safe_sqrt(total, rounding)
-
-
-def l2_normalize(x: Float[Array, "*batch d"], epsilon: float = 1e-12) -> Float[Array, "*batch d"]:
-    """Rows of length 1; a zero row stays zero with a zero gradient instead of NaN.
-
-    Args:
-      x: ``[..., d]``.
-      epsilon: rows shorter than this count as zero.
-
-    Returns:
-      ``[..., d]`` in at least float32.
-    """
-    (x,) = _promote(x)
-    # Two steps, so that neither huge nor tiny rows overflow or vanish when squared.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    zero = largest <= epsilon  # false for NaN, which is passed on: a broken network must not look like a black picture
-    scaled = jnp.where(zero, 0.0, x) / jnp.where(zero, 1.0, largest)
-    square = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
-    return scaled * jnp.where(zero, 0.0, jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
-
-
-def semantic_distance(a: Float[Array, "n d"], b: Float[Array, "m d"] | None = None) -> Float[Array, "n m"]:
-    """Semantic discrepancy ``alpha = || a_i - b_j ||_2`` of all pairs (paper, eq. 4).
-
-    Args:
-      a: ``[n, d]`` semantic embeddings.
-      b: ``[m, d]``; ``None`` compares ``a`` with itself.
-
-    Returns:
-      ``[n, m]``, 0 at exact duplicates. Distances below some 1e-3 of the vectors' length lose digits, as in every
-      implementation by one matrix product.
-
-    Raises:
-      ValueError: if the shapes do not fit.
-    """
-    a, b = _promote_pair(a, b, "semantic embeddings")
-    return _norm_of_sums(a, b, -1.0)
-
-
-def pair_uncertainty(ua: Float[Array, "n k"], ub: Float[Array, "m k"] | None) -> Float[Array, "n m"]:
-    """Uncertainty of the pair ``beta = || ua_i + ub_j ||_2`` (paper, eq. 5).
-
-    The vectors are added before the norm, so it depends on both images together. Unlike in ``semantic_distance``,
-    ``ub=None`` means that the second side is certain (``u = 0``: proxies, prototypes).
-
-    Args:
-      ua: ``[n, k]`` uncertainty embeddings.
-      ub: ``[m, k]``, or ``None`` for certain references.
-
-    Returns:
-      ``[n, m]``, or ``[n, 1]`` for ``ub=None`` (it broadcasts over the references).
-
-    Raises:
-      ValueError: if the shapes do not fit.
-    """
-    if ub is None:
-        (ua,) = _promote(ua)
-        _check_matrices(ua, ua, "uncertainty embeddings")
-        scale = _common_scale(ua)
-        return scale * _safe_sqrt(jnp.sum((ua / scale) ** 2, axis=1, keepdims=True))
-    ua, ub = _promote_pair(ua, None if ub is ua else ub, "uncertainty embeddings")
-    return _norm_of_sums(ua, ub, 1.0)
-
-
 def _beta(a: Embedding, b: Embedding) -> Float[Array, "n #m"]:
-    """Of pairs with an uncertainty on at least one side."""
+    """Uncertainty of pairs with an uncertainty on at least one side."""
     if a.uncertainty is None:
         assert b.uncertainty is not None
         return pair_uncertainty(b.uncertainty, None).T
     return pair_uncertainty(a.uncertainty, b.uncertainty)
 
 
-@jax.custom_jvp
-def relative_weakening(alpha: Array, beta: Array, temperature: Array) -> Array:
-    """``exp(-beta / (temperature alpha))`` for ``alpha, beta >= 0`` of one shape; 1 where beta is 0, finite slopes."""
-    return _relative_weakening_parts(alpha, beta, temperature)[0]
+class Form:
+    """How the uncertainty of a pair weakens its discrepancy: a subclass has ``weakening`` and its ``slope``.
+
+    Attributes:
+      introspective: whether it reads the uncertainty.
+      raw_proxies: whether it is a similarity to proxies as stored, not normalised, and nothing else.
+      ranks_as: the form that ranks embeddings trained with this one; empty: itself.
+    """
+
+    introspective = True
+    raw_proxies = False
+    ranks_as = ""
+    _LACKS = "the released form of the metric is a similarity to raw proxies alone; the form that ranks is 'relative'"
+
+    def weakening(self, alpha: Array, beta: Array, temperature: Array) -> Array:
+        """``exp(-beta~ / tau)`` in [0, 1], 1 where beta is 0; all three of one floating type."""
+        raise ValueError(self._LACKS)
+
+    def slope(self, alpha: Array, beta: Array, temperature: Temperature) -> Array:
+        """``dD / d alpha`` for ``D = alpha * weakening``."""
+        raise ValueError(self._LACKS)
+
+    def distance(self, a: Embedding, b: Embedding, temperature: Temperature) -> Float[Array, "n m"]:
+        """``D`` of all pairs, by differences of ``s``; ``b is a`` compares a set with itself."""
+        alpha = semantic_distance(a.semantic, None if b.semantic is a.semantic else b.semantic)
+        if not self.introspective or (a.uncertainty is None and b.uncertainty is None):
+            return alpha
+        beta = _beta(a, b).astype(alpha.dtype)
+        return alpha * self.weakening(alpha, beta, jnp.asarray(temperature, alpha.dtype))
+
+    def similarity(self, a: Embedding, b: Embedding, temperature: Temperature) -> Float[Array, "n m"]:
+        """``S`` of all pairs; ``b is a`` compares a set with itself."""
+        cosine = cosine_similarity(a.semantic, None if b.semantic is a.semantic else b.semantic)
+        if not self.introspective or (a.uncertainty is None and b.uncertainty is None):
+            return cosine
+        discrepancy = jnp.maximum(1.0 - cosine, 0.0)  # rounding can leave a cosine just above 1
+        beta = _beta(a, b).astype(cosine.dtype)
+        rounding = 4.0 * float(jnp.finfo(cosine.dtype).eps)
+        alpha = safe_sqrt(2.0 * discrepancy, 2.0 * rounding)
+        # 1 - (1 - c) w, written so that w = 1 gives c to the bit.
+        return cosine + discrepancy * (1.0 - self.weakening(alpha, beta, jnp.asarray(temperature, cosine.dtype)))
 
 
-def _relative_weakening_parts(alpha: Array, beta: Array, temperature: Array) -> tuple[Array, Array, Array]:
-    # Beyond the limit the factor is 0 in this float type, and so are its derivatives.
-    limit = 80.0 if alpha.dtype == jnp.float32 else 700.0
-    regular = (alpha > 0) & (beta <= limit * temperature * alpha)
-    divisor = jnp.where(regular, temperature * alpha, 1.0)
-    exponent = jnp.where(regular, beta / divisor, 0.0)
-    edge = jnp.where(beta > 0, 0.0, jnp.where(beta == 0, 1.0, jnp.nan))
-    factor = jnp.where(regular, jnp.exp(-exponent), edge)
-    return factor, exponent, jnp.where(regular, factor, 0.0)
+class _Relative(Form):
+    """``beta~ = beta / alpha`` (paper, eq. 6)."""
+
+    def weakening(self, alpha: Array, beta: Array, temperature: Array) -> Array:
+        alpha, beta = jnp.broadcast_arrays(alpha, beta)
+        return relative_weakening(alpha, beta, jnp.broadcast_to(temperature, alpha.shape))
+
+    def slope(self, alpha: Array, beta: Array, temperature: Temperature) -> Array:
+        positive = alpha > 0
+        exponent = beta / jnp.where(positive, alpha, 1.0) / temperature
+        exponent = jnp.minimum(exponent, 80.0 if alpha.dtype == jnp.float32 else 700.0)
+        return jnp.where(positive, (1.0 + exponent) * jnp.exp(-exponent), jnp.where(beta > 0, 0.0, 1.0))
 
 
-@relative_weakening.defjvp
-def _relative_weakening_jvp(primals, tangents):
-    # In closed form, because the automatic derivative of a quotient squares its denominator, which can vanish.
-    alpha, beta, temperature = primals
-    d_alpha, d_beta, d_temperature = tangents
-    factor, exponent, live = _relative_weakening_parts(alpha, beta, temperature)
-    safe = jnp.where(alpha > 0, alpha, 1.0)
-    towards_alpha = live * exponent / safe
-    towards_beta = -live / temperature / safe
-    towards_temperature = live * exponent / temperature
-    return factor, towards_alpha * d_alpha + towards_beta * d_beta + towards_temperature * d_temperature
+class _Absolute(Form):
+    """``beta~ = beta``."""
 
-
-def _weakening(alpha: Array, beta: Array, temperature: Array | float, relative: bool) -> Array:
-    """``exp(-beta~ / tau)`` in [0, 1], 1 where beta is 0."""
-    temperature = jnp.asarray(temperature, alpha.dtype)
-    if not relative:
+    def weakening(self, alpha: Array, beta: Array, temperature: Array) -> Array:
         return jnp.exp(-beta / temperature)
-    alpha, beta = jnp.broadcast_arrays(alpha, beta)
-    return relative_weakening(alpha, beta, jnp.broadcast_to(temperature, alpha.shape))
+
+    def slope(self, alpha: Array, beta: Array, temperature: Temperature) -> Array:
+        return jnp.exp(-beta / temperature) * jnp.ones_like(alpha)
+
+
+class _Plain(Form):
+    """No uncertainty: semantic distance and cosine similarity."""
+
+    introspective = False
+
+    def weakening(self, alpha: Array, beta: Array, temperature: Array) -> Array:
+        return jnp.ones(jnp.broadcast_shapes(alpha.shape, beta.shape), alpha.dtype)
+
+    def slope(self, alpha: Array, beta: Array, temperature: Temperature) -> Array:
+        return jnp.ones(jnp.broadcast_shapes(alpha.shape, beta.shape), alpha.dtype)
+
+
+class _Released(Form):
+    """The published code's similarity to raw proxies, see ``released_similarity``; its temperature is fixed."""
+
+    raw_proxies = True
+    ranks_as = "relative"
+
+    def distance(self, a: Embedding, b: Embedding, temperature: Temperature) -> Float[Array, "n m"]:
+        raise ValueError(self._LACKS)
+
+    def similarity(self, a: Embedding, b: Embedding, temperature: Temperature) -> Float[Array, "n m"]:
+        if b is a or b.uncertainty is not None:
+            raise ValueError(self._LACKS)
+        return released_similarity(a, b.semantic)
+
+
+FORMS = {"relative": _Relative(), "absolute": _Absolute(), "released": _Released(), "plain": _Plain()}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The metric with its settings; called, it is ``distance``. Equal metrics share one compiled program.
+
+    Attributes:
+      form: key of ``FORMS``: ``relative`` (``beta~ = beta / alpha``), ``absolute`` (``beta~ = beta``), ``plain``
+        (the uncertainty is ignored), or ``released`` (the published code's similarity to raw proxies).
+      temperature: tau, finite and above 0; the larger, the weaker the effect of the uncertainty. A traced scalar is
+        taken as it is.
+
+    Raises:
+      ValueError: for an unknown form, or a temperature that is not a finite number above 0.
+
+    >>> a = Embedding(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0], [4.0]]))
+    >>> Metric().distance(a).round(3).tolist()  # || s1 - s2 || = 1.414 and || u1 + u2 || = 5
+    [[0.0, 0.697], [0.697, 0.0]]
+    >>> Metric("absolute")(a).round(3).tolist()
+    [[0.0, 0.52], [0.52, 0.0]]
+    >>> Metric("plain").similarity(a).round(3).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+
+    form: str = "relative"
+    temperature: Temperature = DEFAULT_TEMPERATURE
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.form, str) or self.form not in FORMS:
+            raise ValueError(f"the metric's form is {self.form!r}; known: {', '.join(FORMS)}")
+        if isinstance(self.temperature, jax.core.Tracer):
+            return
+        try:
+            value = np.asarray(self.temperature, np.float64)
+        except (TypeError, ValueError):
+            value = np.asarray(np.nan)
+        if not ((value > 0) & np.isfinite(value)).all():
+            raise ValueError(f"the metric's temperature is {self.temperature!r}; it must be a finite number above 0")
+
+    @property
+    def introspective(self) -> bool:
+        """Whether it reads the uncertainty."""
+        return FORMS[self.form].introspective
+
+    @property
+    def raw_proxies(self) -> bool:
+        """Whether it is a similarity to proxies as they are stored, and nothing else."""
+        return FORMS[self.form].raw_proxies
+
+    def for_ranking(self) -> "Metric":
+        """The metric that ranks embeddings which were trained with this one: itself, ``relative`` for ``released``."""
+        return Metric(FORMS[self.form].ranks_as or self.form, self.temperature)
+
+    def distance(self, a: Embedding, b: Embedding | None = None) -> Float[Array, "n m"]:
+        """``D`` of all pairs, ``[n, m]``, see ``introspective_distance``; ``b=None`` compares ``a`` with itself.
+
+        Raises:
+          ValueError: if the shapes do not fit, or the form has no distance.
+        """
+        return FORMS[self.form].distance(a, a if b is None else b, self.temperature)
+
+    __call__ = distance
+
+    def similarity(self, a: Embedding, b: Embedding | None = None) -> Float[Array, "n m"]:
+        """Similarity ``S`` of all pairs, ``[n, m]``, as ``distance``; see ``introspective_similarity``.
+
+        Raises:
+          ValueError: if the shapes do not fit, or the form cannot compare these.
+        """
+        return FORMS[self.form].similarity(a, a if b is None else b, self.temperature)
+
+    def weakening(self, alpha: Float[Array, "..."], beta: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The factor ``exp(-beta~ / tau)`` by which uncertainty shortens a discrepancy.
+
+        In [0, 1], 1 for certain pairs; ``alpha`` and ``beta`` of any two shapes that broadcast. Raises ValueError for
+        the released form, which has none.
+
+        >>> Metric().weakening(jnp.array([1.0, 2.0]), jnp.array([5.0, 5.0])).round(3).tolist()
+        [0.368, 0.607]
+        """
+        alpha, beta = jnp.broadcast_arrays(*promote(alpha, beta))
+        return FORMS[self.form].weakening(alpha, beta, jnp.asarray(self.temperature, alpha.dtype))
+
+    def about(self) -> dict[str, object]:
+        """As files remember it: ``temperature``, ``relative`` and, where that does not tell the form, ``form``.
+
+        >>> Metric("absolute", 2.0).about()
+        {'temperature': 2.0, 'relative': False}
+        """
+        about: dict[str, object] = {"temperature": self.temperature, "relative": self.form == "relative"}
+        return about if self.form in ("relative", "absolute") else {**about, "form": self.form}
+
+    @classmethod
+    def from_about(cls, about: Mapping[str, object]) -> "Metric":
+        """The metric that a file remembers; what is missing has its default. Raises ValueError as the constructor."""
+        form: Any = about.get("form", "relative" if about.get("relative", True) else "absolute")
+        temperature: Any = about.get("temperature", DEFAULT_TEMPERATURE)
+        return cls(form, temperature)
+
+
+def _metric(temperature: Temperature, relative: bool) -> Metric:
+    return Metric("relative" if relative else "absolute", temperature)
 
 
 def introspective_distance(
     a: Embedding,
     b: Embedding | None = None,
     *,
-    temperature: float | Float[Array, ""] = DEFAULT_TEMPERATURE,
+    temperature: Temperature = DEFAULT_TEMPERATURE,
     relative: bool = True,
 ) -> Float[Array, "n m"]:
     """Introspective distance ``D = alpha * exp(-beta~ / tau)`` of all pairs (paper, eq. 6).
@@ -257,39 +298,20 @@ def introspective_distance(
       ``[n, m]``.
 
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or the temperature is not a finite number above 0.
+
+    >>> a = Embedding(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0], [4.0]]))
+    >>> introspective_distance(a).round(3).tolist()
+    [[0.0, 0.697], [0.697, 0.0]]
     """
-    b = a if b is None else b
-    alpha = semantic_distance(a.semantic, None if b.semantic is a.semantic else b.semantic)
-    if a.uncertainty is None and b.uncertainty is None:
-        return alpha
-    beta = _beta(a, b).astype(alpha.dtype)
-    return alpha * _weakening(alpha, beta, temperature, relative)
-
-
-def cosine_similarity(a: Float[Array, "n d"], b: Float[Array, "m d"] | None = None) -> Float[Array, "n m"]:
-    """Cosine of all pairs; the rows need not be normalised.
-
-    Args:
-      a: ``[n, d]``.
-      b: ``[m, d]``; ``None`` compares ``a`` with itself.
-
-    Returns:
-      ``[n, m]``; 0 for a zero row.
-
-    Raises:
-      ValueError: if the shapes do not fit.
-    """
-    a, b = _promote_pair(a, b, "semantic embeddings")
-    a = l2_normalize(a)
-    return _products(a, a if b is None else l2_normalize(b))
+    return _metric(temperature, relative).distance(a, b)
 
 
 def introspective_similarity(
     a: Embedding,
     b: Embedding | None = None,
     *,
-    temperature: float | Float[Array, ""] = DEFAULT_TEMPERATURE,
+    temperature: Temperature = DEFAULT_TEMPERATURE,
     relative: bool = True,
 ) -> Float[Array, "n m"]:
     """Introspective similarity ``S = 1 - (1 - c) exp(-beta~ / tau)`` with ``alpha = sqrt(2 - 2c)``.
@@ -306,25 +328,20 @@ def introspective_similarity(
       ``[n, m]``, at least ``c`` and, to rounding, at most 1.
 
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or the temperature is not a finite number above 0.
+
+    >>> a = Embedding(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0], [4.0]]))
+    >>> introspective_similarity(a, relative=False).round(3).tolist()
+    [[1.0, 0.632], [0.632, 1.0]]
     """
-    b = a if b is None else b
-    cosine = cosine_similarity(a.semantic, None if b.semantic is a.semantic else b.semantic)
-    if a.uncertainty is None and b.uncertainty is None:
-        return cosine
-    discrepancy = jnp.maximum(1.0 - cosine, 0.0)  # rounding can leave a cosine just above 1
-    beta = _beta(a, b).astype(cosine.dtype)
-    rounding = 4.0 * float(jnp.finfo(cosine.dtype).eps)
-    alpha = _safe_sqrt(2.0 * discrepancy, 2.0 * rounding)
-    # 1 - (1 - c) w, written so that w = 1 gives c to the bit.
-    return cosine + discrepancy * (1.0 - _weakening(alpha, beta, temperature, relative))
+    return _metric(temperature, relative).similarity(a, b)
 
 
 def gradient_factor(
     alpha: Float[Array, "..."],
     beta: Float[Array, "..."],
     *,
-    temperature: float = DEFAULT_TEMPERATURE,
+    temperature: Temperature = DEFAULT_TEMPERATURE,
     relative: bool = True,
 ) -> Float[Array, "..."]:
     """``H = dD / d alpha``, the factor by which uncertainty slows the learning of a pair (paper, section 3.3).
@@ -340,14 +357,15 @@ def gradient_factor(
 
     Returns:
       The factor, of the broadcast shape.
+
+    Raises:
+      ValueError: if the temperature is not a finite number above 0.
+
+    >>> gradient_factor(jnp.array([1.0, 1.0, 2.0, 0.0]), jnp.array([0.0, 5.0, 5.0, 1.0])).round(3).tolist()
+    [1.0, 0.736, 0.91, 0.0]
     """
-    alpha, beta = _promote(alpha, beta)
-    if not relative:
-        return jnp.exp(-beta / temperature) * jnp.ones_like(alpha)
-    positive = alpha > 0
-    exponent = beta / jnp.where(positive, alpha, 1.0) / temperature
-    exponent = jnp.minimum(exponent, 80.0 if alpha.dtype == jnp.float32 else 700.0)
-    return jnp.where(positive, (1.0 + exponent) * jnp.exp(-exponent), jnp.where(beta > 0, 0.0, 1.0))
+    alpha, beta = promote(alpha, beta)
+    return FORMS[_metric(temperature, relative).form].slope(alpha, beta, temperature)
 
 
 def released_similarity(a: Embedding, proxies: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -367,16 +385,16 @@ def released_similarity(a: Embedding, proxies: Float[Array, "m d"]) -> Float[Arr
 
     Raises:
       ValueError: if the shapes do not fit or the uncertainty is missing.
+
+    >>> a = Embedding(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[1.0], [4.0]]))
+    >>> released_similarity(a, jnp.array([[2.0, 0.0], [0.0, 0.5]])).round(3).tolist()
+    [[1.0, 0.551], [0.181, 1.0]]
     """
     if a.uncertainty is None:
         raise ValueError("released_similarity needs embeddings with an uncertainty")
     cosine = cosine_similarity(a.semantic, proxies)
-    semantic, proxies = _promote(a.semantic, proxies)
+    semantic, proxies = promote(a.semantic, proxies)
     square = semantic_distance(semantic, proxies) ** 2
     length = jnp.sum(l2_normalize(a.uncertainty) ** 2, axis=1, keepdims=True)
-    # Where the exponent is beyond the float type's range, the factor and its derivatives are 0.
-    limit = 80.0 if square.dtype == jnp.float32 else 700.0
-    regular = 5.0 * limit * square >= length + 4.0
-    exponent = (length + 4.0) / jnp.where(regular, 5.0 * square, 1.0)
-    weight = jnp.where(regular, jnp.exp(-jnp.where(regular, exponent, 0.0)), 0.0)
+    weight = released_weakening(square, length)
     return cosine + (1.0 - cosine) * (1.0 - weight)

@@ -1,9 +1,9 @@
 """Mixup and CutMix, inside the jitted step: (key, batch) to batch for retrieval, a plan and its use for classification.
 
-A plan says of every row with whom, how much and where it is mixed, so that pictures are mixed where they are used.
+A plan says of every row with whom, how much and where it is mixed, so that images are mixed where they are used.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ class Mixed(NamedTuple):
 
     Attributes:
       images: ``[n, h, w, c]``, ``lam * images + (1 - lam) * images[partner]``.
-      partner: ``[n]`` the other picture of each.
-      lam: share of the first picture, scalar.
+      partner: ``[n]`` the other image of each.
+      lam: share of the first image, scalar.
     """
 
     images: Float[Array, "n h w c"]
@@ -56,9 +56,9 @@ class Plan(NamedTuple):
     """How ``n`` rows are mixed.
 
     Attributes:
-      partner: ``[n]`` the other picture of each.
-      lam: ``[n]`` exact share of the first picture's pixels, or of their values.
-      outside: ``[n]`` share of the first picture outside the box: lam of Mixup, 1 of CutMix.
+      partner: ``[n]`` the other image of each.
+      lam: ``[n]`` exact share of the first image's pixels, or of their values.
+      outside: ``[n]`` share of the first image outside the box: lam of Mixup, 1 of CutMix.
       box: ``[n, 4]`` top, left, bottom, right (the latter two excluded) of what is the partner's alone.
     """
 
@@ -98,12 +98,12 @@ def plan_cutmix(
     """CutMix (Yun et al., ICCV 2019): a box of the partner's pixels at the same place.
 
     The box has about the share ``1 - lam`` of the area, ``lam ~ Beta(alpha, alpha)``, and its centre lies anywhere in
-    the picture; it is clipped, and the plan's lam is what is then really left of the first picture.
+    the image; it is clipped, and the plan's lam is what is then really left of the first image.
 
     Args:
       key: PRNG key.
       n: rows.
-      height: of the pictures in pixels.
+      height: of the images in pixels.
       width: likewise.
       alpha: parameter of the Beta distribution, > 0.
       probability: of being mixed at all.
@@ -139,11 +139,23 @@ def _draws(key: Array, n: int, alpha: float, probability: float, per_sample: boo
 METHODS = ("none", "mixup", "cutmix")
 
 
-def plan(method: str, key: Array, n: int, height: int, width: int, **options: Any) -> Plan:
-    """The plan of a method of ``METHODS``; ``none`` leaves every row alone."""
+def plan(
+    method: str,
+    key: Array,
+    n: int,
+    height: int,
+    width: int,
+    *,
+    alpha: float = 1.0,
+    probability: float = 1.0,
+    per_sample: bool = False,
+) -> Plan:
+    """The plan of a method of ``METHODS``; ``none`` leaves every row alone. Arguments as ``plan_cutmix``."""
     if method == "none":
         return plan_mixup(key, n, probability=0.0)
-    return plan_mixup(key, n, **options) if method == "mixup" else plan_cutmix(key, n, height, width, **options)
+    if method == "mixup":
+        return plan_mixup(key, n, alpha=alpha, probability=probability, per_sample=per_sample)
+    return plan_cutmix(key, n, height, width, alpha=alpha, probability=probability, per_sample=per_sample)
 
 
 def mix(
@@ -152,10 +164,10 @@ def mix(
     outside: Float[Array, "n"],
     box: Int[Array, "n 4"],
 ) -> Float[Array, "n h w c"]:
-    """Pictures mixed by a plan.
+    """Images mixed by a plan.
 
     Args:
-      images: the first pictures.
+      images: the first images.
       others: their partners, in the same order.
       outside: of the plan.
       box: of the plan.

@@ -22,7 +22,8 @@ from idml_jax.errors import UserError, run_command
 from idml_jax.inference import model as trained
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.search import Answers, _calibration, _model, _open, _own_rows, calibrate, search
-from idml_jax.metrics.embedded import Ism, scores_of
+from idml_jax.ism import Metric
+from idml_jax.metrics.embedded import scores_of
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
 
 __all__ = ["Answers", "as_html", "as_png", "as_table", "calibrate", "main", "picture_reader", "records", "search"]
@@ -44,20 +45,23 @@ def _search(given: dict[str, Any]) -> None:
         loaded.extend([] if loaded else [_model(index, given["workdir"])])
         return loaded[0]
 
-    settings = Ism(index.about.get("temperature", Ism().temperature), index.about.get("relative", True))
+    try:
+        metric = Metric.from_about(index.about)
+    except ValueError as error:
+        raise UserError(f"{given['index']}: {error}") from error
     queries = _open(given["query"], "--query", model)
     own = None if given["keep_same"] else _own_rows(queries, index)
     k = min(given["k"], len(index.files) - (own is not None))
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
-    scores = scores_of(queries.embedded, index.embedded, settings, own)
-    calibrated, threshold, note = _calibration(given, index, model, settings, scores)
+    scores = scores_of(queries.embedded, index.embedded, metric, own)
+    calibrated, threshold, note = _calibration(given, index, model, metric, scores)
     answers = search(
         queries.embedded,
         index.embedded,
         k,
         own=own,
-        settings=settings,
+        metric=metric,
         calibrated=calibrated,
         threshold=threshold,
         scores=scores,

@@ -85,9 +85,7 @@ def test_the_objective_adds_the_prior():
     without = Objective(
         loss="multi_similarity",
         options=(),
-        introspective=True,
-        variant="relative",
-        temperature=5.0,
+        metric=ism.Metric(),
         num_classes=4,
         dim=8,
         uncertainty_dim=4,

@@ -15,7 +15,8 @@ from idml_jax.data import datasets, sources
 from idml_jax.data.images import transforms
 from idml_jax.data.images.transforms import CHANGES, Changed, ResizeCenterCrop
 from idml_jax.errors import UserError
-from idml_jax.metrics.summary import Embedded, Ism, ambiguity_report, corrupted_report, full_report
+from idml_jax.ism import Metric
+from idml_jax.metrics.summary import Embedded, ambiguity_report, corrupted_report, full_report
 from idml_jax.models import EmbeddingModel
 from idml_jax.models.convnet import ConvNet
 from idml_jax.models.heads import Heads
@@ -44,7 +45,7 @@ def clusters(n=120, classes=6, d=8, spread=0.5, seed=0):
 @pytest.fixture(scope="module")
 def setup():
     model = EmbeddingModel(ConvNet(depth=2, width=8), Heads(8, 4, uncertainty_hidden=16))
-    rule = Objective("proxy_anchor", (), True, "relative", 5.0, 4, 8, 4)
+    rule = Objective("proxy_anchor", (), Metric(), 4, 8, 4)
     optimizer = GroupOptimizer("adamw", Schedule("constant", 1e-3, 10))
     return steps.StepSetup(model, rule, optimizer, (0.5,), (0.25,))
 
@@ -159,7 +160,7 @@ class TestReport:
         blind = clean._replace(  # whatever the class, pictures of noise, and known to be
             semantic=rng.normal(size=clean.semantic.shape).astype(np.float32), uncertainty=clean.uncertainty + 100
         )
-        report = corrupted_report(clean, [blind], data, own, Ism())
+        report = corrupted_report(clean, [blind], data, own, Metric())
         # By hand: each query against all rows but its own.
         queries = np.concatenate([clean.semantic, blind.semantic])
         distance = np.linalg.norm(queries[:, None] - data.semantic[None], axis=2)
@@ -170,7 +171,7 @@ class TestReport:
         wins = (score[~correct][:, None] > score[correct][None]) + 0.5 * (score[~correct][:, None] == score[correct])
         assert report["corrupted/R-AUROC(uncertainty)"] == pytest.approx(wins.mean())
         assert report["corrupted/R-AUROC(uncertainty)"] > 0.6
-        plain = corrupted_report(*(e._replace(uncertainty=None) for e in (clean,)), [blind], data, own, Ism())
+        plain = corrupted_report(*(e._replace(uncertainty=None) for e in (clean,)), [blind], data, own, Metric())
         assert "corrupted/R-AUROC(margin_10)" in plain and "corrupted/R-AUROC(uncertainty)" not in plain
 
     def test_ambiguity_report(self):

@@ -16,7 +16,7 @@ from runs_made import rows, small_config
 from idml_jax import ism, losses, models, train_and_evaluate
 from idml_jax.data import datasets
 from idml_jax.losses import LossSpec
-from idml_jax.metrics import retrieval
+from idml_jax.metrics import names, retrieval
 from idml_jax.training.build import build
 
 PIXELS, CLASSES, EACH = 16, 4, 8
@@ -188,7 +188,6 @@ def hubness(semantic, k=10):
 
 def test_metric(monkeypatch):
     """A function of arrays, and its row in the table of names, which says what it means."""
-    names = pytest.importorskip("idml_jax.metrics.names", reason="the table of names is not there yet")
     row = names.Described("hubness", "Skewness of how often an image is a nearest neighbour.", "skewness", "lower")
     monkeypatch.setattr(names, "TABLE", (*names.TABLE, row))
     assert names.describe("hubness") == row
@@ -197,7 +196,6 @@ def test_metric(monkeypatch):
     assert hubness(star, k=1) == pytest.approx(4.8 / 2.4**1.5)
 
 
-@pytest.mark.skipif(not hasattr(ism, "FORMS"), reason="ism.FORMS is not there yet")
 def test_form_of_the_metric(monkeypatch):
     """A subclass of Form in FORMS; losses and retrieval take the metric as any other."""
 

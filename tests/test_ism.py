@@ -238,6 +238,17 @@ def test_finite_values_and_gradients_at_the_edges(name, case, dtype):
         assert bool(jnp.all(jnp.isfinite(leaf.astype(jnp.float32)))), name
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_finite_gradients_of_rows_of_very_different_lengths(seed):
+    rng = np.random.default_rng(seed)
+    lengths = lambda rows: jnp.asarray(rng.choice([0.0, 1e-12, 1e-6, 1.0, 1e6, 1e12], (rows, 1)), jnp.float32)
+    case = jax.tree.map(lambda x: x * lengths(len(x)), embeddings(6, seed=seed))
+    proxies = jax.random.normal(jax.random.key(seed), (3, case.semantic.shape[1])) * lengths(3)
+    value, grads = everything(case, proxies)
+    assert np.isfinite(float(value))
+    chex.assert_tree_all_finite(grads)
+
+
 def test_low_precision_inputs_are_promoted():
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), embeddings(6, seed=9))
     high = jax.tree.map(lambda x: x.astype(jnp.float32), low)
@@ -289,3 +300,66 @@ def test_nan_is_passed_on():
                 bad = np.isnan(f(a, relative=relative))
                 assert bad[1, 2:].all() and not bad[2:, 2:].any()
                 assert np.isnan(f(a, Embedding(a.semantic[2:]), relative=relative))[1].all()
+
+
+class TestMetric:
+    a, b = embeddings(5, seed=12), embeddings(4, seed=13)
+
+    @pytest.mark.parametrize("form", ["relative", "absolute"])
+    def test_it_is_the_functions_of_the_module(self, form):
+        metric, settings = ism.Metric(form, 2.0), {"temperature": 2.0, "relative": form == "relative"}
+        for b in (None, self.b, Embedding(self.b.semantic)):
+            chex.assert_trees_all_equal(metric(self.a, b), ism.introspective_distance(self.a, b, **settings))
+            chex.assert_trees_all_equal(metric.distance(self.a, b), metric(self.a, b))
+            expected = ism.introspective_similarity(self.a, b, **settings)
+            chex.assert_trees_all_equal(metric.similarity(self.a, b), expected)
+        alpha = ism.semantic_distance(self.a.semantic, self.b.semantic)
+        beta = ism.pair_uncertainty(self.a.uncertainty, self.b.uncertainty)
+        np.testing.assert_allclose(alpha * metric.weakening(alpha, beta), metric(self.a, self.b), rtol=1e-6)
+
+    def test_plain_ignores_the_uncertainty(self):
+        metric = ism.Metric("plain")
+        assert not metric.introspective and ism.Metric().introspective
+        chex.assert_trees_all_equal(metric(self.a, self.b), ism.semantic_distance(self.a.semantic, self.b.semantic))
+        chex.assert_trees_all_equal(metric.similarity(self.a), ism.cosine_similarity(self.a.semantic))
+        assert (metric.weakening(jnp.ones((2, 3)), jnp.ones((2, 1))) == 1).all()
+
+    def test_released_is_a_similarity_to_raw_proxies_and_ranks_as_relative(self):
+        metric, proxies = ism.Metric("released", 3.0), 2.0 * self.b.semantic
+        got = metric.similarity(self.a, Embedding(proxies))
+        chex.assert_trees_all_equal(got, ism.released_similarity(self.a, proxies))
+        assert metric.raw_proxies and metric.for_ranking() == ism.Metric("relative", 3.0)
+        alone = lambda: metric.similarity(self.a)
+        for call in (alone, lambda: metric(self.a, self.b), lambda: metric.weakening(jnp.ones(2), jnp.ones(2))):
+            with pytest.raises(ValueError, match="raw proxies alone"):
+                call()
+
+    def test_equal_metrics_share_one_program_and_a_traced_temperature_is_taken(self):
+        assert ism.Metric("absolute", 2) == ism.Metric("absolute", 2.0)
+        assert hash(ism.Metric("absolute", 2)) == hash(ism.Metric("absolute", 2.0))
+        compiled = jax.jit(lambda a, metric: metric(a), static_argnums=1)
+        for _ in range(2):
+            compiled(self.a, ism.Metric("absolute", 2.0))
+        assert compiled._cache_size() == 1
+        slope = jax.grad(lambda t: jnp.sum(ism.Metric("relative", t)(self.a)))(2.0)
+        assert slope > 0
+
+    @pytest.mark.parametrize("bad", [0, 0.0, -1.0, float("nan"), float("inf"), "5", None, "warm"])
+    def test_bad_temperatures_are_refused(self, bad):
+        if bad == "5":
+            bad = [5.0, -5.0]
+        with pytest.raises(ValueError, match="temperature is .*; it must be a finite number above 0"):
+            ism.Metric("relative", bad)
+
+    @pytest.mark.parametrize("bad", ["squared", "", None, ["relative"]])
+    def test_unknown_forms_are_refused(self, bad):
+        with pytest.raises(ValueError, match="form is .*; known: relative, absolute, released, plain"):
+            ism.Metric(bad)
+
+    def test_files_remember_it(self):
+        for metric in (ism.Metric(), ism.Metric("absolute", 2.0), ism.Metric("plain")):
+            assert ism.Metric.from_about({"step": 3, **metric.about()}) == metric
+        assert ism.Metric.from_about({}) == ism.Metric()
+        assert ism.Metric.from_about({"temperature": 3.0, "relative": False}) == ism.Metric("absolute", 3.0)
+        with pytest.raises(ValueError, match="known: relative"):
+            ism.Metric.from_about({"form": "cubic"})

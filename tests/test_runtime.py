@@ -15,18 +15,24 @@ from idml_jax.models.convnet import ConvNet
 from idml_jax.models.heads import Heads
 from idml_jax.runtime import sharding
 from idml_jax.training import steps
+from idml_jax.training.config import default_config
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.state import create_state
-from idml_jax.training.tasks.objective import Objective
+from idml_jax.training.tasks.objective import Objective, training_metric
+
+
+def metric(introspective=True, **settings):
+    config = default_config()
+    config.ism.update(settings, enabled=introspective)
+    return training_metric(config)
 
 
 def objective(**changes):
+    of_metric = {k: changes.pop(k) for k in ("introspective", "variant", "temperature") if k in changes}
     settings = dict(
         loss="proxy_anchor",
         options=(),
-        introspective=True,
-        variant="relative",
-        temperature=5.0,
+        metric=metric(**of_metric),
         num_classes=4,
         dim=8,
         uncertainty_dim=4,

@@ -14,8 +14,9 @@ from idml_jax import embed, evaluate, export, report, search
 from idml_jax.errors import UserError
 from idml_jax.inference import model as trained
 from idml_jax.inference import store as embeddings
+from idml_jax.ism import Metric
 from idml_jax.metrics import retrieval
-from idml_jax.metrics.summary import Embedded, Ism
+from idml_jax.metrics.summary import Embedded
 from idml_jax.metrics.uncertainty import threshold_for_precision
 from idml_jax.reporting import html as pages
 from idml_jax.reporting import plots
@@ -163,7 +164,7 @@ class TestSearch:
     def test_answers_are_those_of_a_full_sort(self):
         queries, gallery = blobs(0), blobs(1)
         own = np.where(np.arange(160) % 3 == 0, np.arange(160), -1)
-        found = search.search(queries, gallery, 7, own=own, settings=Ism(3.0, True))
+        found = search.search(queries, gallery, 7, own=own, metric=Metric("relative", 3.0))
         distance = np.linalg.norm(queries.semantic[:, None] - gallery.semantic[None], axis=2)
         masked = np.where(own[:, None] == np.arange(160)[None], np.inf, distance)
         np.testing.assert_array_equal(found.index, np.argsort(masked, axis=1)[:, :7])
@@ -174,7 +175,7 @@ class TestSearch:
         assert found.sure is None and found.answered.all()
 
     def test_the_threshold_of_held_out_classes_keeps_its_promise_on_others(self):
-        calibration = search.calibrate(blobs(3, n=800), Ism())
+        calibration = search.calibrate(blobs(3, n=800), Metric())
         wanted = 0.85
         threshold = threshold_for_precision(calibration.doubt, calibration.correct, wanted)
         assert threshold.reached and calibration.correct.mean() < wanted
@@ -191,7 +192,7 @@ class TestSearch:
     def test_one_class_tells_nothing(self):
         data = blobs(0)
         with pytest.raises(UserError, match="of one class"):
-            search.calibrate(data._replace(labels=np.zeros(160, int)), Ism())
+            search.calibrate(data._replace(labels=np.zeros(160, int)), Metric())
 
     def test_rows_of_the_command(self, index, image_folder, tmp_path):
         out = tmp_path / "a.jsonl"

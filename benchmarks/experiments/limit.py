@@ -16,7 +16,7 @@ from idml_jax.data import pipeline
 from idml_jax.inference import model as trained
 from idml_jax.metrics import retrieval, uncertainty
 from idml_jax.metrics.confidence import confidence, fit_confidence
-from idml_jax.metrics.embedded import Embedded, Ism, scores_of
+from idml_jax.metrics.embedded import Embedded, scores_of
 from idml_jax.metrics.introspective import LEARNED
 from idml_jax.models import EmbeddingModel
 from idml_jax.training import build as run_lib
@@ -68,7 +68,7 @@ def main() -> None:
     taught = config_lib.learns_uncertainty(model.config)
     embedded = Embedded(out["semantic"], source.labels, out["uncertainty"] if taught else None, out["semantic_norm"])
     correct = retrieval.retrieval_ranks(embedded.semantic, embedded.labels).nearest_correct
-    scores = scores_of(embedded, None, Ism(model.config.ism.temperature, model.config.ism.variant != "absolute"))
+    scores = scores_of(embedded, None, model.metric)
     columns = lambda x: {str(i): column for i, column in enumerate(x.T)}
     direction = features / np.linalg.norm(features, axis=1, keepdims=True)
     print(f"R@1 {correct.mean():.3f}, {len(correct)} queries")

@@ -95,8 +95,7 @@ def embed_to_file(
         "workdir": str(model.workdir),
         "step": model.step,
         "images": origin,
-        "temperature": model.settings.temperature,
-        "relative": model.settings.relative,
+        **model.metric.about(),
     }
     identity = {
         **about,

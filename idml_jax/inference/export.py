@@ -76,8 +76,7 @@ def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu
             )
         },
         "platforms": list(platforms),
-        "temperature": model.settings.temperature,
-        "relative": model.settings.relative,
+        **model.metric.about(),
         "workdir": str(model.workdir),
         "step": model.step,
         "jax": jax.__version__,

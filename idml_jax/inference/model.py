@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from idml_jax.data.images.transforms import Transform
-from idml_jax.metrics.embedded import Ism
+from idml_jax.ism import Metric
 from idml_jax.models import EmbeddingModel
 from idml_jax.runtime import checkpoint, sharding
 from idml_jax.training import weights
@@ -21,7 +21,7 @@ from idml_jax.training.config import learns_uncertainty
 from idml_jax.training.config_checks import validate
 from idml_jax.training.embedder import Embedder, Network
 from idml_jax.training.tasks import task_of
-from idml_jax.training.tasks.retrieval_summary import settings_of
+from idml_jax.training.tasks.objective import metric_of
 
 
 class Trained(NamedTuple):
@@ -69,9 +69,9 @@ class Trained(NamedTuple):
         return self.embedder.learned
 
     @property
-    def settings(self) -> Ism:
-        """The introspective metric that the run is evaluated with."""
-        return settings_of(self.config)
+    def metric(self) -> Metric:
+        """The metric that compares the embeddings."""
+        return metric_of(self.config)
 
     def using(self, *, threads: int = 0, batch_size: int = 0) -> "Trained":
         """The same with other reader and decoder threads or another batch size; 0: as it is.

@@ -14,11 +14,11 @@ from idml_jax.inference import embed
 from idml_jax.inference import model as trained
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.store import Index
-from idml_jax.ism import Embedding
-from idml_jax.metrics import calibration, introspective, retrieval, uncertainty
+from idml_jax.ism import Embedding, Metric
+from idml_jax.metrics import calibration, retrieval, uncertainty
 from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.confidence import confidence
-from idml_jax.metrics.summary import Embedded, Ism, scores_of
+from idml_jax.metrics.summary import Embedded, scores_of
 from idml_jax.metrics.uncertainty import Threshold
 
 
@@ -46,14 +46,14 @@ class Answers(NamedTuple):
 
 def calibrate(
     held_out: Embedded,
-    settings: Ism = Ism(),  # noqa: B008 (immutable)
+    metric: Metric = Metric(),  # noqa: B008 (immutable)
     names: Collection[str] | None = None,
 ) -> Calibration:
     """Fits how sure answers are, each held-out picture searching all the others.
 
     Args:
       held_out: embeddings with labels, of classes that the network was not trained on.
-      settings: of the introspective metric.
+      metric: that the embeddings are compared by, beside the semantic distance.
       names: of the scores that queries will have; a small index has fewer margins. All by default.
 
     Returns:
@@ -64,7 +64,7 @@ def calibrate(
     """
     if len(np.unique(held_out.labels)) < 2:
         raise UserError("the held-out pictures are of one class; at least 2 are needed to tell right from wrong")
-    return calibration.calibrate(HeldOut(held_out), settings, names)
+    return calibration.calibrate(HeldOut(held_out), metric, names)
 
 
 def search(
@@ -73,7 +73,7 @@ def search(
     k: int,
     *,
     own: Int[np.ndarray, "n"] | None = None,
-    settings: Ism = Ism(),  # noqa: B008 (immutable)
+    metric: Metric = Metric(),  # noqa: B008 (immutable)
     calibrated: Calibration | None = None,
     threshold: Threshold | None = None,
     scores: Mapping[str, Float[np.ndarray, "n"]] | None = None,
@@ -85,7 +85,7 @@ def search(
       gallery: what is searched.
       k: how many.
       own: ``[n]`` row that each query leaves out; -1: none.
-      settings: of the introspective metric.
+      metric: that the embeddings are compared by, beside the semantic distance.
       calibrated: by ``calibrate``; without it nothing is said about how sure answers are.
       threshold: of the doubt, beyond which there is no answer.
       scores: of ``metrics.report.scores_of``, if they are known.
@@ -97,7 +97,7 @@ def search(
       ValueError: for mismatched widths or a k that the gallery cannot serve.
     """
     found = retrieval.neighbours(queries.semantic, gallery.semantic, k, own=own)
-    scores = scores_of(queries, gallery, settings, own) if scores is None else scores
+    scores = scores_of(queries, gallery, metric, own) if scores is None else scores
     both = queries.uncertainty is not None and gallery.uncertainty is not None
     sure, answered = None, np.ones(len(queries.semantic), bool)
     if calibrated is not None:
@@ -108,7 +108,7 @@ def search(
     return Answers(
         found.index,
         found.distance,
-        _introspective(queries, gallery, found.index, settings) if both else None,
+        _introspective(queries, gallery, found.index, metric) if both else None,
         queries.uncertainty_norm if both else None,
         margin,
         sure,
@@ -117,10 +117,9 @@ def search(
 
 
 def _introspective(
-    queries: Embedded, gallery: Embedded, index: Int[np.ndarray, "n k"], settings: Ism
+    queries: Embedded, gallery: Embedded, index: Int[np.ndarray, "n k"], metric: Metric
 ) -> Float[np.ndarray, "n k"]:
-    distance = introspective.IntrospectiveDistance(*settings)
-    per_query = jax.jit(jax.vmap(lambda a, b: distance(jax.tree.map(lambda x: x[None], a), b)[0]))
+    per_query = jax.jit(jax.vmap(lambda a, b: metric(jax.tree.map(lambda x: x[None], a), b)[0]))
     assert queries.uncertainty is not None and gallery.uncertainty is not None
     rows = []
     step = max(1, 2**24 // max(1, index.shape[1] * gallery.semantic.shape[1]))
@@ -161,7 +160,7 @@ def _open(where: str, option: str, model: Callable[[], trained.Trained]) -> Inde
     return embed.index_of(model(), source, labelled, where)
 
 
-def _calibration(given: dict[str, Any], index: Index, model: Callable, settings: Ism, names: Collection[str]) -> tuple:
+def _calibration(given: dict[str, Any], index: Index, model: Callable, metric: Metric, names: Collection[str]) -> tuple:
     wanted = given["abstain"]
     if wanted is not None and not 0 < wanted < 1:
         raise UserError(f"--abstain={wanted}: a share of right answers, above 0 and below 1")
@@ -175,7 +174,7 @@ def _calibration(given: dict[str, Any], index: Index, model: Callable, settings:
                 "is; give --held_out, a file or a folder of class folders"
             )
         return None, None, "how sure answers are is unknown: neither --held_out nor an index with classes"
-    calibrated = calibrate(held_out.embedded, settings, names)
+    calibrated = calibrate(held_out.embedded, metric, names)
     note = f"how sure: from {len(calibrated.correct):,} queries of {what}"
     if wanted is None:
         return calibrated, None, note

@@ -108,6 +108,9 @@ def init_parameters(spec: LossSpec, num_classes: int | None = None) -> dict[str,
 
     Returns:
       Arrays of shape ``[]`` or ``[num_classes]`` by name; empty for a loss that has nothing to learn.
+
+    >>> init_parameters(LOSSES["margin_distance_weighted"], num_classes=2)["beta"].tolist()
+    [1.2, 1.2]
     """
     shape = () if num_classes is None else (num_classes,)
     return {name: jnp.full(shape, parameter.initial, jnp.float32) for name, parameter in spec.parameters.items()}
@@ -124,5 +127,8 @@ def parameters_of_rows(
 
     Returns:
       Arrays ``[]`` or ``[n]``: ``spec.function(matrix, pairs, **parameters_of_rows(parameters, labels))``.
+
+    >>> parameters_of_rows({"beta": jnp.array([1.0, 2.0])}, jnp.array([1, 1, 0]))["beta"].tolist()
+    [2.0, 2.0, 1.0]
     """
     return {name: value[labels] if value.ndim else value for name, value in parameters.items()}

@@ -1,8 +1,7 @@
-"""Second teachers for the uncertainty: hard images shall have the longer ``u``, and no ``u`` shall vanish.
+"""Auxiliary losses for the uncertainty: harder images should get a longer ``u``, and no ``u`` should vanish.
 
-The introspective metric alone teaches ``u`` which pairs to learn from more slowly; nothing in it says that ``u`` has to
-order images by how likely they are to be confused. ``ranking_loss`` does: it compares images of a batch two by two.
-Nor does anything keep the length of ``u`` above 0: ``length_prior`` does.
+The introspective metric teaches ``u`` which pairs to learn from more slowly, and nothing else: ``ranking_loss`` orders
+images by how likely they are to be confused, two by two within a batch; ``length_prior`` keeps lengths above 0.
 """
 
 import jax
@@ -28,6 +27,11 @@ def confusion(similarity: Float[Array, "n m"], pairs: Pairs) -> Float[Array, "n"
     Returns:
       ``[n]``, above 0 where the nearest reference is of another class; NaN for an image without a positive or without
       a negative, of which nothing can be said.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
+    >>> confusion(similarity, pairs).round(3).tolist()
+    [0.1, -0.3]
     """
     similarity = jax.lax.stop_gradient(similarity)
 
@@ -40,7 +44,7 @@ def confusion(similarity: Float[Array, "n m"], pairs: Pairs) -> Float[Array, "n"
 
 
 def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]) -> Float[Array, ""]:
-    """Logistic loss over pairs of images: the one that is confused more shall have the longer uncertainty embedding.
+    """Logistic loss over pairs of images: the one that is confused more should get the longer uncertainty embedding.
 
         mean over i, j with c_i > c_j of  (c_i - c_j) log(1 + (|u_j| / |u_i|)^5),  weights normalised to a mean of 1
 
@@ -53,6 +57,10 @@ def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]
 
     Returns:
       The loss, a scalar; log 2 where ``u`` knows nothing, 0 without two images to compare.
+
+    >>> u = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> round(float(ranking_loss(u, jnp.array([0.1, 0.3]))), 3), round(float(ranking_loss(u, jnp.array([0.3, 0.1]))), 3)
+    (0.031, 3.497)
     """
     known = jnp.isfinite(confusions)
     confusions = jax.lax.stop_gradient(jnp.where(known, confusions, 0.0))
@@ -74,6 +82,9 @@ def length_prior(uncertainty: Float[Array, "n k"]) -> Float[Array, ""]:
 
     Returns:
       The mean, a scalar.
+
+    >>> round(float(length_prior(jnp.array([[1.0, 0.0], [0.0, 2.0]]))), 3)  # (log(1)^2 + log(2)^2) / 2
+    0.24
     """
     return jnp.mean(jnp.square(_log_length(uncertainty)))
 

@@ -45,6 +45,11 @@ def multi_similarity_pairs(similarity: Float[Array, "n m"], pairs: Pairs, epsilo
 
     Returns:
       ``Pairs``, a subset of the given ones.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> mined = multi_similarity_pairs(jnp.array([[0.5, 0.6], [0.3, 0.6]]), pairs)
+    >>> mined.positive.tolist(), mined.negative.tolist()
+    ([[True, False], [False, False]], [[False, True], [False, False]])
     """
     similarity = jax.lax.stop_gradient(similarity)
     positive, negative = pairs
@@ -80,6 +85,10 @@ def semihard_counts(distance: Float[Array, "n m"], pairs: Pairs, margin: float) 
 
     Returns:
       The counts.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> semihard_counts(jnp.array([[0.5, 0.55], [0.9, 0.5]]), pairs, 0.1).negative.tolist()
+    [[0, 1], [0, 0]]
     """
     distance = jax.lax.stop_gradient(distance)
     if distance.size == 0:

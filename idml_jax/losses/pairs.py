@@ -75,6 +75,9 @@ def pairs_from_relation(
 
     Raises:
       ValueError: if the shapes do not fit.
+
+    >>> pairs_from_relation(jnp.array([[True, False]])).negative.tolist()
+    [[False, True]]
     """
     same = jnp.asarray(same, bool)
     if same.ndim != 2:
@@ -121,6 +124,9 @@ def pairs_from_labels(
 
     Raises:
       ValueError: if the labels are not vectors or a mask does not fit.
+
+    >>> pairs_from_labels(jnp.array([0, 0, 1])).positive.tolist()
+    [[False, True, False], [True, False, False], [False, False, False]]
     """
     labels = jnp.asarray(labels)
     columns = labels if reference_labels is None else jnp.asarray(reference_labels)
@@ -151,5 +157,9 @@ def concatenate_pairs(*pairs: Pairs) -> Pairs:
 
     Returns:
       ``Pairs`` of shape ``[n, m_1 + m_2 + ...]``.
+
+    >>> pairs = pairs_from_labels(jnp.array([0]), jnp.array([0, 1]))
+    >>> concatenate_pairs(pairs, pairs).positive.tolist()
+    [[True, False, True, False]]
     """
     return Pairs(*(jnp.concatenate(parts, axis=1) for parts in zip(*pairs, strict=True)))

@@ -1,7 +1,6 @@
 """Losses between the images themselves; import them from ``idml_jax.losses``."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +42,11 @@ def contrastive(
 
     Raises:
       ValueError: if the shapes do not fit or the reduction is unknown.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> distance = jnp.array([[0.2, 0.4], [0.9, 0.3]])
+    >>> round(float(losses.contrastive(distance, pairs)), 3)  # (0.2 + 0.3) / 2 + (0.5 - 0.4) / 1
+    0.35
     """
     distance, weights = prepare(distance, pairs, weights, reduction)
     positive = jnp.where(pairs.positive, jax.nn.relu(distance - positive_margin), 0.0)
@@ -88,6 +92,11 @@ def triplet_semihard(
 
     Raises:
       ValueError: if the shapes do not fit or the reduction is unknown.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> distance = jnp.array([[0.5, 0.55], [0.9, 0.5]])
+    >>> round(float(losses.triplet_semihard(distance, pairs)), 3)  # 0.5 - 0.55 + 0.1, the only one that is semi-hard
+    0.05
     """
     distance, weights = prepare(distance, pairs, weights, reduction)
     counts = miners.semihard_counts(distance, pairs, margin)
@@ -148,18 +157,26 @@ def margin_distance_weighted(
 
     Raises:
       ValueError: if the shapes or the cutoffs do not fit or the reduction is unknown.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> distance = jnp.array([[1.1, 1.3], [0.9, 0.8]])
+    >>> round(float(losses.margin_distance_weighted(distance, pairs)), 3)  # (0.1 + 0.1 + 0.5) / 3
+    0.233
     """
     distance, weights = prepare(distance, pairs, weights, reduction)
     beta = jnp.asarray(beta, distance.dtype)
     if beta.shape not in ((), (distance.shape[0],)):
         raise ValueError(f"beta needs the shape [] or {(distance.shape[0],)}; got {beta.shape}")
     beta = jnp.broadcast_to(beta, distance.shape[:1])[:, None]
-    density: dict[str, Any] = {"dimension": dimension, "cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff}
     positives = jnp.sum(pairs.positive, axis=1)
     if key is None:
-        drawn = positives[:, None] * miners.distance_weighted_probabilities(distance, pairs, **density)
+        drawn = positives[:, None] * miners.distance_weighted_probabilities(
+            distance, pairs, dimension=dimension, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff
+        )
     else:
-        sampling = miners.distance_weights(distance, pairs, **density)
+        sampling = miners.distance_weights(
+            distance, pairs, dimension=dimension, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff
+        )
         drawn = miners.draw_negatives(key, sampling, positives, row_offset(distance.shape[0], axis_name))
     # A hinge that is open is linear in the distance, so one matrix of slopes holds the loss and its gradient.
     offset = distance - beta
@@ -215,6 +232,11 @@ def multi_similarity(
 
     Raises:
       ValueError: if the shapes do not fit or the reduction is unknown.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
+    >>> round(float(losses.multi_similarity(similarity, pairs)), 3)  # the second image has no informative pair
+    0.223
     """
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     mined = pairs if epsilon is None else miners.multi_similarity_pairs(similarity, pairs, epsilon)
@@ -259,6 +281,11 @@ def fast_ap(
 
     Raises:
       ValueError: if the shapes do not fit, the reduction is unknown or there is no bin.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> distance = jnp.array([[1.0, 0.4], [0.9, 0.3]])
+    >>> round(float(losses.fast_ap(distance, pairs)), 3)
+    0.292
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1; got {bins}")

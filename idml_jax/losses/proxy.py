@@ -47,6 +47,11 @@ def proxy_anchor(
 
     Raises:
       ValueError: if the shapes do not fit or the reduction is unknown.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> similarity = jnp.array([[0.8, 0.1], [0.3, 0.6]])
+    >>> round(float(losses.proxy_anchor(similarity, pairs, alpha=2.0)), 3)
+    1.309
     """
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     chosen = weights[:, None] > 0
@@ -81,7 +86,8 @@ def proxy_nca(
     With the batch or a memory as the references this is the loss of neighbourhood component analysis.
 
     Args:
-      distance: ``[n, m]`` distances of images and proxies, not squared; plain or introspective.
+      distance: ``[n, m]`` distances of images and proxies, not squared; plain or introspective. Beyond some 5e13 (in
+        float32, at the default scale) all count as equally far and have no gradient.
       pairs: relation of images and proxies; images without a positive are left out.
       scale: factor of the squared distances, 1 in the original.
       weights: ``[n]`` at least 0, of the images, in the mean.
@@ -93,8 +99,16 @@ def proxy_nca(
 
     Raises:
       ValueError: if the shapes do not fit or the reduction is unknown.
+
+    >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
+    >>> distance = jnp.array([[0.2, 0.4], [0.9, 0.3]])
+    >>> round(float(losses.proxy_nca(distance, pairs, scale=1.0)), 3)
+    0.516
     """
     distance, weights = prepare(distance, pairs, weights, reduction)
+    # Squares, and sums of so many of them, stay in the float range.
+    largest = jnp.sqrt(float(jnp.finfo(distance.dtype).max) / jnp.maximum(scale, 1.0)) * 2.0**-16
+    distance = jnp.minimum(distance, largest.astype(distance.dtype))
     logits = -scale * distance * distance
     counted = jnp.any(pairs.positive, axis=1)
 

@@ -1,11 +1,11 @@
 """Softmax classification with the introspective metric (IDML, Wang et al., arXiv 2309.09982, for classification).
 
-The prototype ``p_k`` of class ``k`` is the k-th row of the classifier's weights and is certain; a picture has the
+The prototype ``p_k`` of class ``k`` is the k-th row of the classifier's weights and is certain; an image has the
 feature ``x`` and the uncertainty ``u``. In training the logit ``z_k = p_k . x + b_k`` is weakened,
 
     z'_k = 1 - (1 - z_k) exp(-||u||^2 / (tau ||x - p_k||^2)),
 
-so that the classes of an uncertain picture differ less; at test the plain logits count.
+so that the classes of an uncertain image differ less; at test the plain logits count.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ __all__ = ["Logits", "cross_entropy", "introspective_logits", "mixed_targets"]
 
 
 class Logits(NamedTuple):
-    """Of ``n`` pictures.
+    """Of ``n`` images.
 
     Attributes:
       plain: ``[n, classes]``, for the test.
@@ -41,7 +41,7 @@ def introspective_logits(
     """Plain and weakened logits, for the features of any network.
 
     Values and gradients are finite everywhere. Where a feature lies on its prototype (as far as its float type can
-    tell) the weakened logit is the limit: 1, with no gradient, for an uncertain picture; the plain logit for a certain
+    tell) the weakened logit is the limit: 1, with no gradient, for an uncertain image; the plain logit for a certain
     one.
 
     Args:
@@ -56,6 +56,10 @@ def introspective_logits(
 
     Raises:
       ValueError: if the shapes do not fit.
+
+    >>> x, u = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0], [2.0]])
+    >>> introspective_logits(x, u, jnp.eye(2)).weakened.round(3).tolist()
+    [[1.0, 0.095], [0.148, 1.449]]
     """
     if features.ndim != 2 or weights.ndim != 2 or features.shape[1] != weights.shape[1]:
         raise ValueError(f"features [n, f] and weights [classes, f] do not fit: {features.shape}, {weights.shape}")
@@ -76,7 +80,7 @@ def introspective_logits(
     doubt = jnp.sum(jnp.square(uncertainty.astype(dtype)), axis=1)[:, None]
     distance, doubt = jnp.broadcast_arrays(distance, doubt)
     factor = relative_weakening(distance, doubt, jnp.full_like(distance, temperature))
-    # Written so that a certain picture has its plain logits to the bit.
+    # Written so that a certain image has its plain logits to the bit.
     return Logits(plain, plain + (1.0 - plain) * (1.0 - factor))
 
 
@@ -87,10 +91,10 @@ def mixed_targets(
     num_classes: int,
     smoothing: float = 0.0,
 ) -> Float[Array, "n classes"]:
-    """Targets of mixed pictures: ``lam`` of the one class, ``1 - lam`` of the other.
+    """Targets of mixed images: ``lam`` of the one class, ``1 - lam`` of the other.
 
     Args:
-      labels: ``[n]`` of the first pictures.
+      labels: ``[n]`` of the first images.
       others: ``[n]`` of the second ones.
       lam: ``[n]`` share of the first.
       num_classes: number of classes.
@@ -98,6 +102,9 @@ def mixed_targets(
 
     Returns:
       ``[n, num_classes]``, rows that add up to 1.
+
+    >>> mixed_targets(jnp.array([0, 1]), jnp.array([1, 1]), jnp.array([0.75, 0.5]), 2).tolist()
+    [[0.75, 0.25], [0.0, 1.0]]
     """
     one_hot = lambda which: jax.nn.one_hot(which, num_classes, dtype=lam.dtype)
     targets = lam[:, None] * one_hot(labels) + (1.0 - lam)[:, None] * one_hot(others)
@@ -113,5 +120,8 @@ def cross_entropy(logits: Float[Array, "n classes"], targets: Float[Array, "n cl
 
     Returns:
       A scalar.
+
+    >>> round(float(cross_entropy(jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.eye(2))), 3)
+    0.22
     """
     return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits, axis=1), axis=1))

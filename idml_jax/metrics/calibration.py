@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from idml_jax.ism import Metric
 from idml_jax.metrics import uncertainty
 from idml_jax.metrics.confidence import Confidence, confidence, fit_confidence
-from idml_jax.metrics.embedded import Embedded, Ism, scores_of
+from idml_jax.metrics.embedded import Embedded, scores_of
 
+# Parts of the held-out classes, each scored by a model fitted on the others.
+FOLDS = 5
 # What all corrupted held-out queries count beside the clean ones, whose number they exceed many times.
 CHANGED_WEIGHT = 0.3
 
@@ -36,16 +39,18 @@ class HeldOut(NamedTuple):
 
     def without_uncertainty(self) -> HeldOut:
         """The same of a network whose uncertainty head has learned nothing."""
-        plain: Any = lambda x: None if x is None else x._replace(uncertainty=None)
-        return self._replace(queries=plain(self.queries), gallery=plain(self.gallery), changed=plain(self.changed))
+        plain = lambda x: None if x is None else x._replace(uncertainty=None)
+        queries = self.queries._replace(uncertainty=None)
+        return self._replace(queries=queries, gallery=plain(self.gallery), changed=plain(self.changed))
 
 
 class Calibration(NamedTuple):
     """A fitted confidence and what it says of the clean held-out queries.
 
     Attributes:
-      model: of all scores.
-      doubt: ``[n]``, 1 less the confidence of each.
+      model: of all scores, fitted on all queries.
+      doubt: ``[n]``, 1 less the confidence of each by a model that was fitted on queries of other classes: a threshold
+        that is chosen, and a precision that is bounded, on what the model itself was fitted on would promise too much.
       correct: ``[n]``, whether its nearest neighbour is of its class.
     """
 
@@ -60,20 +65,22 @@ class Known(NamedTuple):
     Attributes:
       scores: of the clean queries, each ``[n]``.
       correct: ``[n]``, whether their nearest neighbour is of their class.
-      changed: the same two of the changed queries, if there are any.
+      labels: ``[n]``, their classes.
+      changed: the same of the changed queries, if there are any.
     """
 
     scores: dict[str, Float[np.ndarray, "n"]]
     correct: Bool[np.ndarray, "n"]
-    changed: tuple[dict[str, Float[np.ndarray, "m"]], Bool[np.ndarray, "m"]] | None
+    labels: Int[np.ndarray, "n"]
+    changed: Known | None = None
 
 
-def answer(held_out: HeldOut, settings: Ism) -> Known:
+def answer(held_out: HeldOut, metric: Metric) -> Known:
     """Searches the held-out queries, once for however many fits.
 
     Args:
       held_out: queries of classes that the network was not trained on.
-      settings: of the introspective metric.
+      metric: for the scores that read the uncertainty.
 
     Returns:
       Their scores and whether they are answered rightly.
@@ -82,24 +89,21 @@ def answer(held_out: HeldOut, settings: Ism) -> Known:
       ValueError: for empty or mismatched input.
     """
 
-    def answers(queries: Embedded, own: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def answers(queries: Embedded, own: Int[np.ndarray, "n"] | None) -> Known:
         gallery = held_out.gallery
         found = uncertainty.nearest_twenty(queries.semantic, None if gallery is None else gallery.semantic, own=own)
         nearest = (queries if gallery is None else gallery).labels[found.index[:, 0]]
-        return scores_of(queries, gallery, settings, own, found), nearest == queries.labels
+        return Known(scores_of(queries, gallery, metric, own, found), nearest == queries.labels, queries.labels)
 
-    changed = held_out.changed
-    return Known(
-        *answers(held_out.queries, held_out.own), None if changed is None else answers(changed, held_out.changed_own)
-    )
+    known, changed = answers(held_out.queries, held_out.own), held_out.changed
+    return known if changed is None else known._replace(changed=answers(changed, held_out.changed_own))
 
 
 def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
-    """Fits how sure answers are.
+    """Fits how sure answers are, and how sure of each held-out query a model is that has not seen its class.
 
     Args:
-      known: of ``answer``. With changed queries the model also has the products of the scores: which of them tells
-        wrong answers depends on how strange the query is.
+      known: of ``answer``.
       names: of the scores to use; a small gallery has fewer margins. All by default.
 
     Returns:
@@ -108,22 +112,54 @@ def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
     Raises:
       ValueError: for non-finite scores, or none.
     """
+    model = fit_model(known, names)
+    doubt = np.empty(len(known.correct))
+    parts, changed_parts = _parts(known)
+    for part in np.unique(parts):
+        others = _rows(known, parts != part)
+        if known.changed is not None and (changed_parts != part).any():
+            others = others._replace(changed=_rows(known.changed, changed_parts != part))
+        here = parts == part
+        fitted = fit_model(others, names) if len(others.correct) else model
+        doubt[here] = 1.0 - confidence(fitted, {name: score[here] for name, score in known.scores.items()})
+    return Calibration(model, doubt, known.correct)
+
+
+def fit_model(known: Known, names: Collection[str] | None = None) -> Confidence:
+    """The confidence of ``fit`` alone.
+
+    With changed queries the model also has the products of the scores: which of them tells wrong answers depends on
+    how strange the query is. Arguments and errors as ``fit``.
+    """
     scores, correct = {k: v for k, v in known.scores.items() if names is None or k in names}, known.correct
     if known.changed is None:
-        model = fit_confidence(scores, correct)
-    else:
-        more, more_correct = known.changed
-        weights = np.ones(len(correct)), np.full(len(more_correct), CHANGED_WEIGHT * len(correct) / len(more_correct))
-        model = fit_confidence(
-            {name: np.concatenate([scores[name], more[name]]) for name in scores if name in more},
-            np.concatenate([correct, more_correct]),
-            ridge=10.0,
-            weights=np.concatenate(weights),
-            products=True,
-        )
-    return Calibration(model, 1.0 - confidence(model, scores), correct)
+        return fit_confidence(scores, correct)
+    more, more_correct = known.changed.scores, known.changed.correct
+    weights = np.ones(len(correct)), np.full(len(more_correct), CHANGED_WEIGHT * len(correct) / len(more_correct))
+    return fit_confidence(
+        {name: np.concatenate([scores[name], more[name]]) for name in scores if name in more},
+        np.concatenate([correct, more_correct]),
+        ridge=10.0,
+        weights=np.concatenate(weights),
+        products=True,
+    )
 
 
-def calibrate(held_out: HeldOut, settings: Ism, names: Collection[str] | None = None) -> Calibration:
+def _parts(known: Known) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
+    """The part of each query and of each changed one: whole classes, or single queries where all are of one class."""
+    more = known.labels[:0] if known.changed is None else known.changed.labels
+    classes, codes = np.unique(np.concatenate([known.labels, more]), return_inverse=True)
+    if len(classes) < 2:
+        codes = np.concatenate([np.arange(len(known.labels)), np.full(len(more), -1)])
+    parts = np.where(codes < 0, -1, codes % FOLDS)
+    return parts[: len(known.labels)], parts[len(known.labels) :]
+
+
+def _rows(known: Known, chosen: Bool[np.ndarray, "n"]) -> Known:
+    scores = {name: score[chosen] for name, score in known.scores.items()}
+    return Known(scores, known.correct[chosen], known.labels[chosen])
+
+
+def calibrate(held_out: HeldOut, metric: Metric, names: Collection[str] | None = None) -> Calibration:
     """``answer`` and ``fit`` in one; raises as they do."""
-    return fit(answer(held_out, settings), names)
+    return fit(answer(held_out, metric), names)

@@ -38,17 +38,10 @@ class Embedded(NamedTuple):
         return np.linalg.norm(self.uncertainty, axis=1)
 
 
-class Ism(NamedTuple):
-    """Settings of the introspective metric that the embeddings were trained with."""
-
-    temperature: float = ism.DEFAULT_TEMPERATURE
-    relative: bool = True
-
-
 def scores_of(
     embedded: Embedded,
     gallery: Embedded | None = None,
-    settings: Ism = Ism(),  # noqa: B008 (immutable)
+    metric: ism.Metric = ism.Metric(),  # noqa: B008 (immutable)
     own: Int[np.ndarray, "n"] | None = None,
     found: Neighbours | None = None,
 ) -> dict[str, Float[np.ndarray, "n"]]:
@@ -59,7 +52,7 @@ def scores_of(
         norms=embedded.semantic_norm,
         own=own,
         found=found,
-        **settings._asdict(),
+        metric=metric,
     )
 
 

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from idml_jax import ism
-from idml_jax.metrics.checks import Array
+from idml_jax.metrics import nearest
+from idml_jax.metrics.checks import Array, embedding_rows
 from idml_jax.metrics.retrieval import Neighbours, Ranks, ranks_by_distance, retrieval_ranks, summarise
 from idml_jax.metrics.uncertainty import free_scores, nearest_twenty
 
 # Of the scores of an answer, those that need a trained uncertainty; the others cost no training.
 LEARNED = ("uncertainty", "pair_uncertainty", "introspective_distance")
-
-
-class IntrospectiveDistance(NamedTuple):
-    """`ism.introspective_distance` with its settings; equal settings share one compiled program."""
-
-    temperature: float = ism.DEFAULT_TEMPERATURE
-    relative: bool = True
-
-    def __call__(self, a: ism.Embedding, b: ism.Embedding) -> Float[Array, "n m"]:
-        return ism.introspective_distance(a, b, temperature=self.temperature, relative=self.relative)
 
 
 class Comparison(NamedTuple):
@@ -41,8 +32,7 @@ def compare(
     gallery: ism.Embedding | None = None,
     gallery_labels: Int[Array, "m"] | None = None,
     *,
-    temperature: float = ism.DEFAULT_TEMPERATURE,
-    relative: bool = True,
+    metric: ism.Metric = ism.Metric(),  # noqa: B008 (immutable)
     devices: Sequence[jax.Device] | None = None,
 ) -> Comparison:
     """Retrieval by semantic distance and by introspective distance (IDML, arXiv 2309.09982), side by side.
@@ -50,11 +40,35 @@ def compare(
     Same protocol and errors as `retrieval.retrieval_ranks`; `retrieval.summarise` turns each side into metrics.
     """
     semantic = None if gallery is None else gallery.semantic
-    distance: Any = IntrospectiveDistance(temperature, relative)
     return Comparison(
         retrieval_ranks(embedding.semantic, labels, semantic, gallery_labels, devices=devices),
-        ranks_by_distance(distance, embedding, labels, gallery, gallery_labels, devices=devices),
+        ranks_by_metric(metric, embedding, labels, gallery, gallery_labels, devices=devices),
     )
+
+
+def ranks_by_metric(
+    metric: ism.Metric,
+    embedding: ism.Embedding,
+    labels: Int[Array, "n"],
+    gallery: ism.Embedding | None = None,
+    gallery_labels: Int[Array, "m"] | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Ranks:
+    """`retrieval.ranks_by_distance` under the metric, whose distance reads s by differences: it is taken from a centre.
+
+    Same protocol and errors.
+    """
+    sides = [embedding] if gallery is None else [embedding, gallery]
+    rows = [
+        embedding_rows(x.semantic, f"{name}.semantic")[0]
+        for name, x in zip(("embedding", "gallery"), sides, strict=False)
+    ]
+    if len({x.shape[1] for x in rows}) == 1:
+        moved = nearest.moved(*rows)
+        sides = [ism.Embedding(near, x.uncertainty) for x, (near, _) in zip(sides, moved, strict=True)]  # type: ignore[arg-type]  # of numpy
+    searched = None if gallery is None else sides[1]
+    return ranks_by_distance(metric, sides[0], labels, searched, gallery_labels, devices=devices)
 
 
 def compare_metrics(comparison: Comparison, ks: Sequence[int] = (1, 2, 4, 8)) -> dict[str, float]:
@@ -70,12 +84,11 @@ def answer_scores(
     norms: Float[Array, "n"] | None = None,
     own: Int[Array, "n"] | None = None,
     found: Neighbours | None = None,
-    temperature: float = ism.DEFAULT_TEMPERATURE,
-    relative: bool = True,
+    metric: ism.Metric = ism.Metric(),  # noqa: B008 (immutable)
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """How unsure the semantic nearest neighbour of each query is as an answer; larger = less sure.
 
-    The free scores of `uncertainty.free_scores` and, where the embedding has an uncertainty: 'uncertainty' |u| of
+    The baseline scores of `uncertainty.free_scores` and, where the embedding has an uncertainty: 'uncertainty' |u| of
     the query, 'pair_uncertainty' |u + u'| of query and answer, 'introspective_distance' between the two. `own` and
     `found` as in `uncertainty.free_scores`.
     """
@@ -89,7 +102,6 @@ def answer_scores(
     u = np.asarray(embedding.uncertainty, np.float64)
     scores["uncertainty"] = np.linalg.norm(u, axis=1)
     scores["pair_uncertainty"] = np.linalg.norm(u + np.asarray(answer.uncertainty, np.float64), axis=1)
-    distance: Any = IntrospectiveDistance(temperature, relative)
-    one = lambda a, b: distance(*(jax.tree.map(lambda x: x[None], side) for side in (a, b)))[0, 0]
+    one = lambda a, b: metric(*(jax.tree.map(lambda x: x[None], side) for side in (a, b)))[0, 0]
     scores["introspective_distance"] = np.asarray(jax.jit(jax.vmap(one))(embedding, answer), np.float64)
     return scores

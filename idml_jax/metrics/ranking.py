@@ -184,6 +184,27 @@ def nearest_rows(
     return index
 
 
+def all_distances(
+    queries: Float[np.ndarray, "n d"],
+    query_norms: Float[np.ndarray, "n"],
+    gallery: Float[np.ndarray, "m d"],
+    norms: Float[np.ndarray, "m"],
+    devices: list[jax.Device],
+) -> Iterator[tuple[int, Float[np.ndarray, "h m"]]]:
+    """Squared distances of some queries after the other: the first of them, and their rows."""
+    size = len(gallery)
+    mesh, gallery, columns = _shared_gallery((gallery, norms), devices)
+    height = _height(len(queries), columns, len(devices))
+    none = np.full(height, -2, np.int32)
+
+    def start(rows):
+        block = _padded(queries[rows], height), _padded(query_norms[rows], height)
+        return tiles.list_block(block, none, gallery, size, distance=tiles.euclidean_squared, k=None, mesh=mesh)
+
+    for rows, distances in _two_ahead(start, len(queries), height):
+        yield rows.start, distances[: len(queries) - rows.start, :size]
+
+
 def _two_ahead(start, total: int, height: int) -> Iterator[tuple[slice, Any]]:
     """Host results of start(rows) over consecutive rows; the next block is computed while one is read."""
     pending: deque[tuple[slice, Any]] = deque()

@@ -1,10 +1,11 @@
 """Exact retrieval metrics: R@K for any K, R-precision, MAP@R, mean reciprocal rank.
 
-Conventions. Distance is Euclidean, on float32. Within one set a query is excluded from its own answer list by its
-index. Neighbours are ordered by distance, equal distances by gallery index (what a stable sort would give). The list
-is never cut at the class size. A lone query (nothing in the gallery shares its class) is a miss for R@K and MRR, and
-is left out of RP and MAP@R. R-precision and MAP@R follow Musgrave, Belongie and Lim, "A Metric Learning Reality
-Check", ECCV 2020.
+Conventions. Distance is Euclidean, on float32, measured from a centre of the rows (`nearest.centre`) where these lie
+off the origin: two distances closer than about 1e-6 of the spread may change places, equal rows never. Within one set
+a query is excluded from its own answer list by its index. Neighbours are ordered by distance, equal distances by
+gallery index (what a stable sort would give). The list is never cut at the class size. A lone query (nothing in the
+gallery shares its class) is a miss for R@K and MRR, and is left out of RP and MAP@R. R-precision and MAP@R follow
+Musgrave, Belongie and Lim, "A Metric Learning Reality Check", ECCV 2020.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from idml_jax.metrics import ranking
+from idml_jax.metrics import nearest, ranking
 from idml_jax.metrics.checks import Array, embedding_rows, label_column
 
 Tree = Any  # an array, or a tuple or dict of arrays with the same first axis
@@ -31,7 +32,7 @@ class Ranks(NamedTuple):
     average_precision: the query's term of MAP@R; NaN for a lone query.
     positives: R, the number of gallery images of the query's class, the query itself not counted.
     nearest_distance: Euclidean distance to the nearest image, from squared distances in float32: near 0 it is good to
-        about 5e-4 of the rows' norm (`neighbours` is exact there).
+        about 5e-4 of the rows' distance from their centre (`neighbours` is exact there).
     """
 
     first_hit: Int[np.ndarray, "n"]
@@ -145,29 +146,23 @@ def neighbours(
     own: Int[Array, "n"] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Neighbours:
-    """The k nearest rows of each of n queries, nearest first, equal distances by index; exact.
+    """The k nearest rows of each of n queries, nearest first, equal distances by index; exact, wherever the origin is.
 
     Without a gallery every row queries all the others. With one, `own` [n] may name the gallery row that each query
-    leaves out (its own unchanged picture, say; -1: none). Distances are Euclidean, computed from the difference of the
-    two rows. Raises ValueError, naming the argument, for empty, mismatched or non-finite input and for a k that the
-    gallery cannot serve.
+    leaves out (its own unchanged image, say; -1: none). Distances are Euclidean, of the differences in float64; these
+    decide the order. Raises ValueError, naming the argument, for empty, mismatched or non-finite input and for a k
+    that the gallery cannot serve.
     """
-    queries, query_norms = embedding_rows(embeddings, "embeddings")
+    queries = embedding_rows(embeddings, "embeddings")[0]
     same_set = gallery is None
-    rows, norms = (queries, query_norms) if same_set else embedding_rows(gallery, "gallery")
+    rows = queries if same_set else embedding_rows(gallery, "gallery")[0]
     _check_width(queries, rows)
     own = _own_rows(own, same_set, len(queries), len(rows))
     leaves_out = bool(np.any(own >= 0))
     if not 1 <= k <= len(rows) - leaves_out:
         raise ValueError(f"k: expected 1 to {len(rows) - leaves_out}, the rows there are to find, got {k}")
     devices = list(jax.local_devices() if devices is None else devices)
-    index = ranking.nearest_rows(queries, query_norms, rows, norms, int(k), own, devices)
-    distance = np.empty(index.shape, np.float32)
-    step = max(1, 2**24 // (int(k) * queries.shape[1]))
-    for start in range(0, len(queries), step):
-        cut = slice(start, start + step)
-        distance[cut] = np.linalg.norm(queries[cut, None, :] - rows[index[cut]], axis=2)
-    return Neighbours(distance, index)
+    return Neighbours(*nearest.nearest(queries, rows, int(k), own, devices))
 
 
 def _own_rows(own, same_set: bool, size: int, rows: int) -> Int[np.ndarray, "n"]:
@@ -183,16 +178,19 @@ def _own_rows(own, same_set: bool, size: int, rows: int) -> Int[np.ndarray, "n"]
 
 def _task(embeddings, labels, gallery, gallery_labels) -> ranking.Task:
     _check_pair(gallery, gallery_labels)
-    queries, query_norms = embedding_rows(embeddings, "embeddings")
+    queries = embedding_rows(embeddings, "embeddings")[0]
     labels = label_column(labels, len(queries), "labels", "embeddings")
     if gallery is None:
         if len(queries) < 2:
             raise ValueError("embeddings: a single row has nothing to retrieve; give at least 2 rows or a gallery")
-        rows, norms, row_labels = queries, query_norms, labels
+        row_labels = labels
+        ((rows, norms),) = nearest.moved(queries)
+        queries, query_norms = rows, norms
     else:
-        rows, norms = embedding_rows(gallery, "gallery")
+        rows = embedding_rows(gallery, "gallery")[0]
         row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery")
         _check_width(queries, rows)
+        (queries, query_norms), (rows, norms) = nearest.moved(queries, rows)
     return ranking.make_task(queries, query_norms, labels, rows, norms, row_labels, gallery is None)
 
 

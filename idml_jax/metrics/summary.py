@@ -1,19 +1,22 @@
-"""All figures of one set of embeddings in one flat dictionary: what training, evaluation and the command line print."""
+"""All metrics of a set of embeddings in one flat dictionary, as training, evaluation and the command line print them.
+
+What each name means is in ``metrics.names``.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from idml_jax.ism import Metric
 from idml_jax.metrics import calibration, clustering, introspective, retrieval, uncertainty
 from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.confidence import confidence
-from idml_jax.metrics.embedded import Embedded, Ism, joined, scores_of
+from idml_jax.metrics.embedded import Embedded, joined, scores_of
 from idml_jax.metrics.retrieval import Ranks
 
 __all__ = [
-    "Embedded", "HeldOut", "Ism", "ambiguity_report", "corrupted_report", "full_report", "retrieval_report", "scores_of"
+    "Embedded", "HeldOut", "ambiguity_report", "corrupted_report", "full_report", "retrieval_report", "scores_of"
 ]  # fmt: skip
 
 
@@ -38,7 +41,7 @@ def full_report(
     gallery: Embedded | None = None,
     *,
     ks: Sequence[int] = (1, 2, 4, 8),
-    settings: Ism = Ism(),  # noqa: B008 (immutable)
+    metric: Metric = Metric(),  # noqa: B008 (immutable)
     ambiguity: Float[np.ndarray, "n"] | None = None,
     held_out: HeldOut | Embedded | None = None,
     precision: float = 0.9,
@@ -51,7 +54,7 @@ def full_report(
       embedded: the queries; without a gallery every image queries all the others.
       gallery: what is searched.
       ks: K of R@K.
-      settings: of the introspective metric.
+      metric: that the embeddings are compared by, beside the semantic distance.
       ambiguity: true ambiguity of each query, ``[n]``, where it is known.
       held_out: of classes that are neither training nor test classes; fits the confidence and its threshold.
       precision: share of right answers that the threshold is chosen for.
@@ -59,12 +62,13 @@ def full_report(
       seed: of clustering and bootstrap.
 
     Returns:
-      The figures, and warnings about the uncertainty, one line each. Figures: those of ``retrieval_report``;
+      The metrics, and warnings about the uncertainty, one line each. Metrics: those of ``retrieval_report``;
       ``R@1_low`` and ``R@1_high`` (95% bootstrap); ``NMI``, ``AMI``, ``F1``; ``R-AUROC(score)``, ``AURC(score)`` and
-      ``E-AURC(score)`` for every score of ``introspective.answer_scores``, the free ones first; with an uncertainty
+      ``E-AURC(score)`` for every score of ``introspective.answer_scores``, baseline scores first; with an uncertainty
       ``R-AUROC(uncertainty)_low`` and ``_high``, ``introspective/R@1`` and ``introspective/MAP@R`` (ranking by D) and
-      ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined,
-      ``R-AUROC(free_confidence)`` of the free ones joined, ``answered`` and ``answered_precision`` up to the threshold.
+      ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined and
+      ``R-AUROC(free_confidence)`` of the baseline scores joined; ``answered`` and ``answered_precision`` up to the
+      threshold.
 
     Raises:
       ValueError: for empty, mismatched or non-finite input.
@@ -78,25 +82,25 @@ def full_report(
         clusters = clustering.kmeans(embedded.semantic, classes, seed).labels
         for name in ("nmi", "ami", "f1"):
             report[name.upper()] = getattr(clustering, name)(embedded.labels, clusters)
-    scores = scores_of(embedded, gallery, settings)
+    scores = scores_of(embedded, gallery, metric)
     for name, score in scores.items():
         curve = uncertainty.risk_coverage(score, ranks.nearest_correct)
         report[f"R-AUROC({name})"] = uncertainty.r_auroc(score, ranks.nearest_correct)
         report[f"AURC({name})"], report[f"E-AURC({name})"] = curve.aurc, curve.excess_aurc
     warnings = []
     if embedded.uncertainty is not None:
-        report |= _uncertainty_report(embedded, gallery, ranks, ks, settings, seed)
+        report |= _uncertainty_report(embedded, gallery, ranks, ks, metric, seed)
         warnings = uncertainty.failure_signs(embedded.semantic, embedded.uncertainty)
         if ambiguity is not None:
             report["spearman(u,ambiguity)"] = uncertainty.spearman(embedded.uncertainty_norm, ambiguity)
     if held_out is not None:
         held_out = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
-        report |= _threshold_report(scores, ranks, held_out, settings, precision)
+        report |= _threshold_report(scores, ranks, held_out, metric, precision)
     return {k: float(v) for k, v in report.items()}, warnings
 
 
 def _uncertainty_report(
-    embedded: Embedded, gallery: Embedded | None, ranks: Ranks, ks: Sequence[int], settings: Ism, seed: int
+    embedded: Embedded, gallery: Embedded | None, ranks: Ranks, ks: Sequence[int], metric: Metric, seed: int
 ) -> dict[str, float]:
     assert embedded.uncertainty is not None
     length = embedded.uncertainty_norm
@@ -105,9 +109,8 @@ def _uncertainty_report(
     if uncertainty.r_auroc_undefined(ranks.nearest_correct) is None:
         interval = uncertainty.r_auroc_interval(length, ranks.nearest_correct, seed=seed)
         report |= {"R-AUROC(uncertainty)_low": interval.low, "R-AUROC(uncertainty)_high": interval.high}
-    distance: Any = introspective.IntrospectiveDistance(*settings)
-    by_distance = retrieval.ranks_by_distance(
-        distance,
+    by_distance = introspective.ranks_by_metric(
+        metric,
         embedded.embedding,
         embedded.labels,
         None if gallery is None else gallery.embedding,
@@ -118,10 +121,10 @@ def _uncertainty_report(
 
 
 def _threshold_report(
-    scores: Mapping[str, np.ndarray], ranks: Ranks, held_out: HeldOut, settings: Ism, precision: float
+    scores: Mapping[str, np.ndarray], ranks: Ranks, held_out: HeldOut, metric: Metric, precision: float
 ) -> dict[str, float]:
     """A confidence from all scores and its threshold, both fitted on held-out classes, applied to the queries."""
-    report, fitted = _confidence_report(scores, ranks.nearest_correct, held_out, settings)
+    report, fitted = _confidence_report(scores, ranks.nearest_correct, held_out, metric)
     threshold = uncertainty.threshold_for_precision(fitted.doubt, fitted.correct, precision)
     doubt = 1.0 - confidence(fitted.model, scores)
     selected = uncertainty.selective(doubt, ranks.nearest_correct, threshold)
@@ -136,10 +139,10 @@ def _threshold_report(
 
 
 def _confidence_report(
-    scores: Mapping[str, np.ndarray], correct: np.ndarray, held_out: HeldOut, settings: Ism
+    scores: Mapping[str, np.ndarray], correct: np.ndarray, held_out: HeldOut, metric: Metric
 ) -> tuple[dict[str, float], Calibration]:
     """R-AUROC of all scores joined and of those joined that cost no training; the fit of all of them."""
-    known = calibration.answer(held_out, settings)
+    known = calibration.answer(held_out, metric)
     free = {name: score for name, score in scores.items() if name not in introspective.LEARNED}
     fitted = calibration.fit(known, scores)
     report = {
@@ -154,17 +157,17 @@ def corrupted_report(
     changed: Sequence[Embedded],
     gallery: Embedded,
     own: Int[np.ndarray, "n"],
-    settings: Ism,
+    metric: Metric,
     held_out: HeldOut | None = None,
 ) -> dict[str, float]:
-    """Which score tells the wrong answers among clean and corrupted queries together?
+    """How well each score tells right from wrong answers, over clean and corrupted queries together.
 
     Args:
-      clean: some pictures of the gallery as queries, ``n`` of them.
-      changed: the same pictures in the same order, changed; one entry per change.
-      gallery: all pictures, unchanged.
-      own: ``[n]``, the gallery row of each picture, which it and its changed forms leave out.
-      settings: of the introspective metric.
+      clean: some images of the gallery as queries, ``n`` of them.
+      changed: the same images in the same order, changed; one entry per change.
+      gallery: all images, unchanged.
+      own: ``[n]``, the gallery row of each image, which it and its changed forms leave out.
+      metric: that the embeddings are compared by, beside the semantic distance.
       held_out: as in ``full_report``.
 
     Returns:
@@ -176,25 +179,25 @@ def corrupted_report(
     own = np.tile(own, 1 + len(changed))
     found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
     correct = gallery.labels[found.index[:, 0]] == queries.labels
-    scores = scores_of(queries, gallery, settings, own, found)
+    scores = scores_of(queries, gallery, metric, own, found)
     report = {f"R-AUROC({name})": uncertainty.r_auroc(score, correct) for name, score in scores.items()}
     if held_out is not None:
-        report |= _confidence_report(scores, correct, held_out, settings)[0]
+        report |= _confidence_report(scores, correct, held_out, metric)[0]
     return {f"corrupted/{name}": float(value) for name, value in ({"R@1": correct.mean()} | report).items()}
 
 
 def ambiguity_report(
     original: Float[np.ndarray, "n"], changed: Mapping[str, Mapping[float, Float[np.ndarray, "n"]]]
 ) -> dict[str, float]:
-    """Does the uncertainty rise where a picture is made harder?
+    """How the uncertainty rises where an image is made harder.
 
     Args:
-      original: ``[n]`` uncertainty of the pictures.
-      changed: by kind of change and strength above 0, the uncertainty ``[n]`` of the same pictures changed.
+      original: ``[n]`` uncertainty of the images.
+      changed: by kind of change and strength above 0, the uncertainty ``[n]`` of the same images changed.
 
     Returns:
       ``P(u_kind>u)`` at the strongest change, ties counting half, and, for kinds of several strengths,
-      ``spearman(u,kind)`` of strength and uncertainty over all pictures, the unchanged ones being strength 0.
+      ``spearman(u,kind)`` of strength and uncertainty over all images, the unchanged ones being strength 0.
     """
     report = {}
     for kind, by_strength in changed.items():

@@ -1,19 +1,22 @@
 """Does an uncertainty know which answers are wrong? Scores are per query, and larger means less sure.
 
-Everything is judged beside free baselines (`free_scores`), which need no learned uncertainty at all.
+Everything is judged beside baseline scores (`free_scores`), which need no learned uncertainty at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from idml_jax.metrics import binomial
 from idml_jax.metrics.checks import Array, embedding_rows, score_column
 from idml_jax.metrics.retrieval import Neighbours, neighbours
+
+# Coverages of the thresholds that are tested.
+_COVERAGES = np.arange(2, 21) / 20
 
 
 class RiskCoverage(NamedTuple):
@@ -137,7 +140,7 @@ def free_scores(
     norm: minus the length of the embedding. Pass `norms` [n], the lengths before normalising, for rows that are
         normalised already; without them it is left out where all rows, those of the gallery too, have the same length.
 
-    Without a gallery every row queries all the others; `own` as in `retrieval.neighbours`, which also tells the errors.
+    Without a gallery every row queries all the others; `own` as in `retrieval.neighbours`, which also lists the errors.
     `found` is what `nearest_twenty` gives for the same arguments, if it is known.
     """
     queries, squares = embedding_rows(embeddings, "embeddings")
@@ -272,10 +275,16 @@ def threshold_for_precision(
 ) -> Threshold:
     """The threshold that answers most while `precision` of the answers are right, chosen on held-out data.
 
-    The held-out queries must be of classes that the model was not trained on, and not those it is reported on. With
-    a confidence, precision must be reached by the lower Wilson bound (1927) and not just by the few held-out queries
-    at hand: three right answers of three do not prove 99%. Wanting more than the data can show gives reached=False
-    and a threshold that always abstains. Raises ValueError for bad input or levels outside (0, 1].
+    The held-out queries must be of classes that the model was not trained on, and not those it is reported on; nor
+    may the score have been fitted on them (`calibration.fit` scores every query by a model that has not seen it).
+
+    With a confidence, the true precision of the answers is below the wanted one in at most that share (1 - confidence)
+    of such choices, for independent queries: three right answers of three do not prove 99%, and the best of many
+    thresholds is good by luck as well. So thresholds at coverages of 10%, 15%, ..., 100% are tested by the exact
+    binomial test at `binomial.joint_level`. Without a confidence (None) the share seen is compared, at every threshold.
+
+    Wanting more than the data can show gives reached=False and a threshold that always abstains. Raises ValueError for
+    bad input or levels outside (0, 1].
     """
     uncertainty = score_column(uncertainty, "uncertainty")
     correct = _correct(correct, "correct", len(uncertainty))
@@ -286,15 +295,21 @@ def threshold_for_precision(
     order = np.argsort(uncertainty, kind="stable")
     scores = uncertainty[order]
     last = np.flatnonzero(np.r_[scores[1:] != scores[:-1], True])  # a threshold cannot part equal scores
-    kept = last + 1
-    share = np.cumsum(correct[order])[last] / kept
-    z = 0.0 if confidence is None else NormalDist().inv_cdf(confidence)
-    spread = z * np.sqrt(share * (1 - share) / kept + (z / (2 * kept)) ** 2)
-    bound = (share + z**2 / (2 * kept) - spread) / (1 + z**2 / kept)
-    good = np.flatnonzero(bound >= precision)
+    rights = np.cumsum(correct[order])
+    if confidence is None:
+        share = rights[last] / (last + 1)
+        good, bound = np.flatnonzero(share >= precision), share
+    else:
+        last = np.unique(last[np.maximum(np.searchsorted(last + 1, _COVERAGES * len(scores), side="right") - 1, 0)])
+        share = rights[last] / (last + 1)
+        tails = [binomial.upper_tail(kept, precision) for kept in last + 1]
+        level = binomial.joint_level(last + 1, tails, precision, 1.0 - confidence)
+        good = np.flatnonzero([tail[right] < level for tail, right in zip(tails, rights[last], strict=True)])
+        bound = np.array([binomial.lower_bound(int(rights[i]), int(i) + 1, level) for i in last])
     if len(good):
         i = good[-1]
-        return Threshold(float(scores[last[i]]), True, float(kept[i] / len(scores)), float(share[i]), float(bound[i]))
+        kept = float((last[i] + 1) / len(scores))
+        return Threshold(float(scores[last[i]]), True, kept, float(share[i]), float(bound[i]))
     best = np.argmax(bound)
     return Threshold(float("-inf"), False, 0.0, float(share[best]), float(bound[best]))
 

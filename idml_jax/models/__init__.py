@@ -50,7 +50,7 @@ class EmbeddingModel(nn.Module):
     Attributes:
       trunk: network from images to feature maps.
       heads: network from pooled features to embeddings.
-      pooling: see ``pool_global``; ``token`` where the trunk gives one vector per picture.
+      pooling: see ``pool_global``; ``token`` where the trunk gives one vector per image.
     """
 
     trunk: nn.Module
@@ -59,7 +59,7 @@ class EmbeddingModel(nn.Module):
 
     @property
     def independent_rows(self) -> bool:
-        """Whether a picture's features in training do not depend on the rest of the batch."""
+        """Whether an image's features in training do not depend on the rest of the batch."""
         return self.trunk.frozen_statistics or not getattr(self.trunk, "has_statistics", True)
 
     @property

@@ -8,7 +8,7 @@ from idml_jax.models.layers import BatchNorm, Conv, max_pool_2x2
 
 
 class ConvNet(nn.Module):
-    """``depth`` times convolution 3 x 3, BatchNorm, ReLU, max-pooling 2 x 2; for pictures of 28 to 64 pixels.
+    """``depth`` times convolution 3 x 3, BatchNorm, ReLU, max-pooling 2 x 2; for images of 28 to 64 pixels.
 
     Attributes:
       depth: number of layers.
@@ -29,7 +29,7 @@ class ConvNet(nn.Module):
         """Feature maps for normalised images of at least ``2 ** depth`` pixels."""
         if min(images.shape[1:3]) < 2**self.depth:
             raise ValueError(
-                f"a ConvNet of depth {self.depth} needs pictures of at least {2**self.depth} pixels; "
+                f"a ConvNet of depth {self.depth} needs images of at least {2**self.depth} pixels; "
                 f"got {images.shape[1]} x {images.shape[2]}"
             )
         x = images.astype(self.dtype)

@@ -18,7 +18,7 @@ class Heads(nn.Module):
     """Semantic and uncertainty embedding of a pooled feature; float32 whatever the trunk computes in.
 
     The default uncertainty head sees the l2-NORMALISED feature through a hidden layer. One that sees the raw feature
-    mostly follows the feature's norm, which is smaller for ambiguous pictures: measured on Omniglot it learns nothing
+    mostly follows the feature's norm, which is smaller for ambiguous images: measured on Omniglot it learns nothing
     or costs recall. The uncertainty embedding is not normalised, since its length is the information.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""PyramidNet (Han, Kim and Kim, CVPR 2017) for pictures of 32 pixels: every block is wider than the last by the same.
+"""PyramidNet (Han, Kim and Kim, CVPR 2017) for images of 32 pixels: every block is wider than the last by the same.
 
 Pre-activation blocks without a ReLU before the first convolution and with a BatchNorm at the end. A shortcut has no
 parameters: average pooling where the size falls, zeros for the channels that are new.

@@ -2,7 +2,7 @@
 
 The stride of a bottleneck sits in its 3 x 3 convolution (in v1, the authors' Caffe files and Keras, in the 1 x 1 before
 it), padding is explicit (SAME differs at stride 2) and the last BatchNorm of a block can start at zero.
-``stem='small'`` replaces the 7 x 7 stride-2 convolution and the max-pooling by one 3 x 3 convolution, for pictures of
+``stem='small'`` replaces the 7 x 7 stride-2 convolution and the max-pooling by one 3 x 3 convolution, for images of
 32 to 64 pixels. ``shortcut='pad'`` takes no convolution where the width grows but every second pixel and zeros for the
 new channels: the CIFAR networks of the paper's section 4.2.
 """
@@ -139,7 +139,7 @@ CifarResNet20 = partial(CifarResNet, stage_sizes=(3, 3, 3))
 CifarResNet32 = partial(CifarResNet, stage_sizes=(5, 5, 5))
 CifarResNet56 = partial(CifarResNet, stage_sizes=(9, 9, 9))
 CifarResNet110 = partial(CifarResNet, stage_sizes=(18, 18, 18))
-# For pictures of 32 to 64 pixels on a laptop: half the width of a ResNet-18, half its depth.
+# For images of 32 to 64 pixels on a laptop: half the width of a ResNet-18, half its depth.
 ResNet10Small = partial(ResNet, stage_sizes=(1, 1, 1, 1), block=BasicBlock, width=32, stem="small")
 # For tests.
 _ResNetTiny = partial(ResNet, stage_sizes=(1, 1), block=BasicBlock, width=8, stem="small")

@@ -113,12 +113,12 @@ class VisionTransformer(nn.Module):
         """The last tokens, normalised: the map of the patches ``[n, h2, w2, width]`` or the class token ``[n, width]``.
 
         Raises:
-          ValueError: if a picture is not a whole number of patches.
+          ValueError: if an image is not a whole number of patches.
         """
         n, height, width = images.shape[:3]
         if height % self.patch or width % self.patch:
             raise ValueError(
-                f"a vision transformer with patches of {self.patch} pixels needs pictures of a multiple of it; "
+                f"a vision transformer with patches of {self.patch} pixels needs images of a multiple of it; "
                 f"got {height} x {width}"
             )
         x = PatchEmbed(self.width, self.patch, self.dtype, name="patch_embed")(images.astype(self.dtype))

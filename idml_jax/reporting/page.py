@@ -11,6 +11,7 @@ from idml_jax.errors import UserError
 from idml_jax.inference.embed import embed_all
 from idml_jax.inference.model import load
 from idml_jax.metrics import calibration, confidence, retrieval
+from idml_jax.metrics.names import compared
 from idml_jax.metrics.summary import Embedded, retrieval_report, scores_of
 from idml_jax.reporting import html as pages
 from idml_jax.reporting import plots
@@ -22,12 +23,6 @@ from idml_jax.training.tasks import Evaluation
 from idml_jax.training.tasks.retrieval_summary import held_out_queries
 
 NEIGHBOURS = 9
-COMPARED = (
-    "top1", "top5", "nll", "ece", "AUROC_error(u)", "AUROC_error(max_softmax)", "AUROC_error(entropy)",
-    "R@1", "R@2", "R@4", "R@8", "RP", "MAP@R", "NMI", "AMI", "F1", "R-AUROC(uncertainty)", "R-AUROC(margin_10)",
-    "R-AUROC(nearest_distance)", "R-AUROC(confidence)", "spearman(u,ambiguity)", "corrupted/R@1",
-    "corrupted/R-AUROC(uncertainty)", "corrupted/R-AUROC(margin_10)",
-)  # fmt: skip
 
 
 def look(workdir: str | Path, threads: int = 4) -> Seen:
@@ -51,10 +46,10 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     own = np.arange(len(queries)) if separate is None else None
     k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
     found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
-    scores = scores_of(embedded, searched, model.settings, own)
+    scores = scores_of(embedded, searched, model.metric, own)
     held_out = held_out_queries(evaluation)
     if held_out is not None:
-        fitted = calibration.calibrate(held_out, model.settings, scores).model
+        fitted = calibration.calibrate(held_out, model.metric, scores).model
         scores["confidence"] = 1.0 - confidence.confidence(fitted, scores)
     correct = searched.labels[found.index[:, 0]] == embedded.labels
     figures = retrieval_report(embedded, model.config.eval.ks, None if separate is None else searched)
@@ -109,7 +104,7 @@ def comparison(seen: Seen, other: Path) -> str:
     ours, theirs = seen.result.get("best", seen.figures), result["best"]
     table = [
         (n, *(float(side[n]) if side.get(n) is not None else "-" for side in (ours, theirs)))
-        for n in COMPARED
+        for n in compared()
         if n in ours or n in theirs
     ]
     body = f"<h2>Beside {pages.text(other)}</h2>" + pages.table(("figure", *names), table)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import idml_jax
 from idml_jax.errors import UserError
+from idml_jax.metrics.names import shown
 from idml_jax.runtime import hosts
 from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.runtime.files import without_nan, write_json
@@ -25,24 +26,6 @@ from idml_jax.training.loop import Speed, Trainer
 from idml_jax.training.workdir import remember
 
 logger = logging.getLogger("idml_jax")
-
-# Of the many metrics of the last evaluation, those shown on the console; all are in result.json.
-SHOWN = (
-    "NMI",
-    "P(u_mixed>u)",
-    "P(u_occlusion>u)",
-    "spearman(u,ambiguity)",
-    "R-AUROC(uncertainty)",
-    "R-AUROC(nearest_distance)",
-    "R-AUROC(margin_20)",
-    "R-AUROC(ratio_20)",
-    "R-AUROC(confidence)",
-    "answered",
-    "answered_precision",
-    "AUROC_error(u)",
-    "AUROC_error(max_softmax)",
-    "mean_u",
-)
 
 Build = Callable[[ConfigDict], Run]
 
@@ -236,7 +219,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     logger.info("trained    %s", describe(final))
     if best_step != run.total_steps:
         logger.info("best       %s  (step %d by %s)", describe(best), best_step, run.config.eval.best_metric)
-    for name in SHOWN:
+    for name in shown():
         if name in final:
             logger.info("%-26s %.3f", name, final[name])
     return {

@@ -232,3 +232,13 @@ def test_equal_distances_are_not_semihard():
     distance = jnp.array([[0.0, 0.5, 0.5, 0.625, 0.5625]])
     pairs = Pairs(jnp.array([[False, True, False, False, False]]), jnp.array([[False, False, True, True, True]]))
     assert float(jax.jit(losses.triplet_semihard)(distance, pairs, margin=0.125)) == 0.0625
+
+
+def test_proxy_nca_of_distances_whose_squares_overflow():
+    pairs = losses.pairs_from_labels(jnp.arange(3), jnp.arange(3))
+    near = jnp.full((3, 3), 0.5)
+    for far in (1e13, 1e19, 3e38):
+        for where in ((0, 0), (0, 1), slice(None)):
+            value, gradient = jax.value_and_grad(losses.proxy_nca)(near.at[where].set(far), pairs)
+            assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert losses.proxy_nca(near.at[0, 0].set(1e19), pairs) > 1e20

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from naive_retrieval import naive_ranks
 
 from idml_jax import ism
+from idml_jax.ism import Metric
 from idml_jax.metrics import introspective, uncertainty
 from idml_jax.metrics.confidence import confidence, fit_confidence
 from idml_jax.metrics.retrieval import ranks_by_distance, retrieval_ranks
@@ -189,7 +190,7 @@ def embeddings(seed, size, classes):
 @pytest.mark.parametrize("relative", [True, False])
 def test_introspective_ranking_against_naive(relative):
     embedding, labels = embeddings(0, 80, 9)
-    both = introspective.compare(embedding, labels, temperature=2.0, relative=relative)
+    both = introspective.compare(embedding, labels, metric=Metric("relative" if relative else "absolute", 2.0))
     s, u = (np.asarray(x, np.float64) for x in embedding)
     alpha = np.linalg.norm(s[:, None] - s[None], axis=2)
     beta = np.linalg.norm(u[:, None] + u[None], axis=2)
@@ -266,7 +267,7 @@ def test_any_distance_bad_input():
 
 def test_answer_scores():
     embedding, _ = embeddings(3, 40, 4)
-    scores = introspective.answer_scores(embedding, temperature=2.0)
+    scores = introspective.answer_scores(embedding, metric=Metric(temperature=2.0))
     s, u = (np.asarray(x, np.float64) for x in embedding)
     alpha = np.linalg.norm(s[:, None] - s[None], axis=2)
     np.fill_diagonal(alpha, np.inf)

@@ -7,19 +7,44 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+from ml_collections import ConfigDict
 
 from idml_jax import ism, losses
 from idml_jax.errors import UserError
-from idml_jax.ism import Embedding
-from idml_jax.losses import LOSSES, memory
-from idml_jax.losses import auxiliary as difficulty
+from idml_jax.ism import Embedding, Metric
+from idml_jax.losses import LOSSES, auxiliary, memory
 from idml_jax.models import init_proxies
 from idml_jax.runtime import sharding
 from idml_jax.training.criterion import Criterion
 from idml_jax.training.tasks.embedding_loss import embedding_loss
 
-ISM_VARIANTS = ("relative", "absolute", "released")
+# Values of config.ism.variant; the plain form is what config.ism.enabled = False stands for.
+ISM_VARIANTS = tuple(name for name, form in ism.FORMS.items() if form.introspective)
 LEARNED = ("none", "shared", "per_class")
+
+
+def training_metric(config: ConfigDict) -> Metric:
+    """The metric that a run's loss reads: the plain one where ``config.ism.enabled`` is false.
+
+    Raises:
+      UserError: for an unknown ``config.ism.variant`` or a ``config.ism.temperature`` that is not above 0.
+    """
+    settings = config.ism
+    if settings.variant not in ISM_VARIANTS:
+        raise UserError(f"config.ism.variant = {settings.variant!r}; known: {', '.join(ISM_VARIANTS)}")
+    if not 0 < settings.temperature < float("inf"):
+        raise UserError(f"config.ism.temperature = {settings.temperature} must be above 0 and finite")
+    return Metric(settings.variant if settings.enabled else "plain", settings.temperature)
+
+
+def metric_of(config: ConfigDict) -> Metric:
+    """The metric by which a run's embeddings are compared after training, whether or not its loss read the uncertainty.
+
+    Raises:
+      UserError: as ``training_metric``.
+    """
+    training_metric(config)
+    return Metric(config.ism.variant, config.ism.temperature).for_ranking()
 
 
 @dataclass(frozen=True)
@@ -29,9 +54,7 @@ class Objective(Criterion):
     Attributes:
       loss: key of ``LOSSES``.
       options: the loss's own settings as sorted pairs.
-      introspective: read the matrix from ISM; plain otherwise.
-      variant: ``relative``, ``absolute`` or ``released`` (proxy_anchor only).
-      temperature: tau of ISM.
+      metric: what the matrix is computed by; the released form is for proxy_anchor only.
       num_classes: training classes, one proxy each.
       dim: d, width of the semantic embedding.
       uncertainty_dim: k, width of the uncertainty embedding.
@@ -46,9 +69,7 @@ class Objective(Criterion):
 
     loss: str
     options: tuple[tuple[str, Any], ...]
-    introspective: bool
-    variant: str
-    temperature: float
+    metric: Metric
     num_classes: int
     dim: int
     uncertainty_dim: int
@@ -62,12 +83,9 @@ class Objective(Criterion):
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UserError(f"unknown loss {self.loss!r} (config.loss.name); known: {', '.join(sorted(LOSSES))}")
-        if self.variant not in ISM_VARIANTS:
-            raise UserError(f"config.ism.variant = {self.variant!r}; known: {', '.join(ISM_VARIANTS)}")
-        if self.variant == "released" and self.introspective and self.loss != "proxy_anchor":
-            raise UserError(f"config.ism.variant = 'released' exists for proxy_anchor only, not for {self.loss}")
-        if not self.temperature > 0:
-            raise UserError(f"config.ism.temperature = {self.temperature} must be above 0")
+        if self.metric.raw_proxies and self.loss != "proxy_anchor":
+            form = self.metric.form
+            raise UserError(f"config.ism.variant = {form!r} exists for proxy_anchor only, not for {self.loss}")
         if self.learned not in LEARNED:
             raise UserError(f"config.loss.learned = {self.learned!r}; known: {', '.join(LEARNED)}")
         if self.learned != "none" and not self.spec.parameters:
@@ -80,6 +98,11 @@ class Objective(Criterion):
     def spec(self) -> losses.LossSpec:
         """How the loss is fed."""
         return LOSSES[self.loss]
+
+    @property
+    def introspective(self) -> bool:
+        """Whether the loss reads the uncertainty."""
+        return self.metric.introspective
 
     @property
     def split(self) -> tuple[str, ...]:
@@ -120,16 +143,7 @@ class Objective(Criterion):
 
     def matrix(self, embedding: Embedding, references: Embedding | None) -> Float[Array, "n m"]:
         """Distances or similarities of the batch to the references (``None``: itself), introspective or plain."""
-        if self.introspective and self.variant == "released":
-            assert references is not None  # that form is of proxies
-            return ism.released_similarity(embedding, references.semantic)
-        if not self.introspective:
-            embedding = Embedding(embedding.semantic, None)
-            references = None if references is None else Embedding(references.semantic, None)
-        settings: dict[str, Any] = {"temperature": self.temperature, "relative": self.variant == "relative"}
-        if self.spec.reads == "similarity":
-            return ism.introspective_similarity(embedding, references, **settings)
-        return ism.introspective_distance(embedding, references, **settings)
+        return (self.metric.similarity if self.spec.reads == "similarity" else self.metric)(embedding, references)
 
     def __call__(
         self,
@@ -157,8 +171,7 @@ class Objective(Criterion):
         if self.spec.references == "proxies":
             proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
             # Proxies are certain, and compared by direction like the embeddings, except in the released code.
-            raw = self.introspective and self.variant == "released"
-            references = Embedding(proxies if raw else ism.l2_normalize(proxies), None)
+            references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
         elif self.memory_size:
             kept = cast(memory.Memory, store)
             references = memory.with_batch(kept, embedding)
@@ -176,7 +189,7 @@ class Objective(Criterion):
         loss = self.spec.function(self._split(self.matrix(embedding, references)), pairs, **options)
         if self.prior:
             assert embedding.uncertainty is not None  # see config.validate
-            loss += self.prior * difficulty.length_prior(embedding.uncertainty)
+            loss += self.prior * auxiliary.length_prior(embedding.uncertainty)
         return loss
 
     def _split(self, matrix: Any) -> Any:
@@ -197,9 +210,9 @@ class Objective(Criterion):
         return proxies, embedding, self._split(losses.pairs_from_labels(labels, classes, reference_mask=real))
 
     def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
-        """How near each image is to a wrong answer, by the plain similarity; see ``difficulty.confusion``."""
+        """How near each image is to a wrong answer, by the plain similarity; see ``auxiliary.confusion``."""
         references, pairs = None, None
         if self.spec.references == "proxies":
             references, embedding, pairs = self._against_proxies(params, embedding, labels)
         similarity = self._split(ism.cosine_similarity(embedding.semantic, references))
-        return difficulty.confusion(similarity, losses.pairs_from_labels(labels) if pairs is None else pairs)
+        return auxiliary.confusion(similarity, losses.pairs_from_labels(labels) if pairs is None else pairs)

@@ -16,7 +16,7 @@ from idml_jax.runtime import sharding
 from idml_jax.training.config import SPLIT_CLASSES, network_options
 from idml_jax.training.fields import choice
 from idml_jax.training.tasks import retrieval_summary as summary
-from idml_jax.training.tasks.objective import Objective
+from idml_jax.training.tasks.objective import Objective, training_metric
 from idml_jax.training.tasks.task import Arrays, Evaluation
 
 
@@ -72,9 +72,7 @@ class Retrieval:
         return Objective(
             loss=config.loss.name,
             options=tuple(sorted(config.loss[config.loss.name].items())),
-            introspective=config.ism.enabled,
-            variant=config.ism.variant,
-            temperature=config.ism.temperature,
+            metric=training_metric(config),
             num_classes=num_classes,
             dim=config.model.embedding_dim,
             uncertainty_dim=config.model.uncertainty_dim,

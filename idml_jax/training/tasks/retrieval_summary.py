@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from idml_jax.data.images.transforms import CHANGES, Changed, Transform
 from idml_jax.data.sources import Source
-from idml_jax.metrics.embedded import Embedded, Ism, joined
+from idml_jax.metrics.embedded import Embedded, joined
 from idml_jax.metrics.summary import HeldOut, ambiguity_report, corrupted_report, full_report, retrieval_report
+from idml_jax.training.tasks.objective import metric_of
 from idml_jax.training.tasks.probes import STRENGTHS, drawn_images, partners_of_other_classes
 from idml_jax.training.tasks.task import Evaluation
 
@@ -24,14 +24,14 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
     config = evaluation.config
     embedded, gallery = _embedded(evaluation)
     truth = evaluation.source.fields.get("ambiguity") if evaluation.embedder.learned else None
-    settings, held_out = settings_of(config), held_out_queries(evaluation)
+    held_out = held_out_queries(evaluation)
     report, warnings = full_report(
         embedded,
         gallery,
         ks=config.eval.ks,
         seed=config.seed,
         ambiguity=truth,
-        settings=settings,
+        metric=metric_of(config),
         precision=config.eval.precision,
         held_out=held_out,
         cluster=config.eval.cluster,
@@ -39,11 +39,6 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
     if config.eval.ambiguity_images:
         report |= ambiguity(evaluation, embedded, held_out)
     return report, warnings
-
-
-def settings_of(config: ConfigDict) -> Ism:
-    """The introspective metric that a run is evaluated with."""
-    return Ism(config.ism.temperature, config.ism.variant != "absolute")
 
 
 def _embedded(evaluation: Evaluation) -> tuple[Embedded, Embedded | None]:
@@ -75,7 +70,7 @@ def ambiguity(
         kind: {s: evaluation.changed(Changed(transform, kind, s))(source, chosen) for s in STRENGTHS} for kind in kinds
     }
     every = [embedded for by_strength in changed.values() for embedded in by_strength.values()]
-    report = corrupted_report(original, every, gallery, chosen, settings_of(config), held_out)
+    report = corrupted_report(original, every, gallery, chosen, metric_of(config), held_out)
     if gallery.uncertainty is None:
         return report
     partners = partners_of_other_classes(source.labels, chosen, config.seed)

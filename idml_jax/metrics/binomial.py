@@ -1,0 +1,65 @@
+"""Exact binomial tests: the tail, the bound of one share, and a common level for nested shares."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+
+_DRAWS = 10_000
+
+
+def upper_tail(total: int, share: float) -> Float[np.ndarray, "total+1"]:
+    """Probability of at least 0, 1, ..., ``total`` successes in as many trials."""
+    if share == 1:
+        return np.ones(total + 1)
+    hits = np.arange(total + 1)
+    chances = np.exp(_log_ways(total) + hits * np.log(share) + (total - hits) * np.log1p(-share))
+    return np.minimum(np.cumsum(chances[::-1])[::-1], 1.0)
+
+
+def _log_ways(total: int) -> Float[np.ndarray, "total+1"]:
+    """Logarithms of the binomial coefficients."""
+    factorials = np.r_[0.0, np.cumsum(np.log(np.arange(1, total + 1)))]
+    return factorials[-1] - factorials - factorials[::-1]
+
+
+def joint_level(
+    totals: Int[np.ndarray, "levels"], tails: list[Float[np.ndarray, "total+1"]], share: float, risk: float
+) -> float:
+    """A level for testing nested shares together (the minimum of p-values; Westfall and Young, 1993).
+
+    Args:
+      totals: ``[levels]`` rising numbers of trials, each including those before it.
+      tails: of ``upper_tail``, one for each.
+      share: that no true share may be taken to exceed unless it does.
+      risk: probability that some p-value is below the level although every share is ``share``.
+
+    Returns:
+      The level, found by drawing, the same for the same arguments.
+    """
+    rng = np.random.default_rng(0)
+    rights = np.cumsum(rng.binomial(np.diff(totals, prepend=0), share, (_DRAWS, len(totals))), axis=1)
+    least = np.min([tail[column] for tail, column in zip(tails, rights.T, strict=True)], axis=0)
+    return float(np.sort(least)[int(risk * _DRAWS)])
+
+
+def lower_bound(right: int, total: int, risk: float) -> float:
+    """Lower confidence bound of a share, exact (Clopper and Pearson, Biometrika 1934).
+
+    Args:
+      right: successes, at most ``total``.
+      total: independent trials, at least 1.
+      risk: probability, above 0 and below 0.5, that the true share is below the bound.
+
+    Returns:
+      The share at which ``right`` or more successes have the probability ``risk``; 0 for no success.
+    """
+    if right == 0:
+        return 0.0
+    hits, ways = np.arange(right, total + 1), _log_ways(total)[right:]
+    low, high = 0.0, right / total
+    for _ in range(40):
+        middle = (low + high) / 2
+        tail = np.exp(ways + hits * np.log(middle) + (total - hits) * np.log1p(-middle)).sum()
+        low, high = (low, middle) if tail > risk else (middle, high)
+    return low
