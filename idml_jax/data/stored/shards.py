@@ -24,6 +24,7 @@ from idml_jax.data.stored import label_index as index
 from idml_jax.data.stored.benchmarks import Count
 from idml_jax.data.stored.layouts import Plan, Record
 from idml_jax.errors import UserError
+from idml_jax.runtime import files
 
 VERSION = "1.0.0"
 FILE_FORMAT = "array_record"
@@ -172,7 +173,7 @@ class _Split:
         size = temporary.stat().st_size
         temporary.replace(final)
         note = self._note(number)
-        with open(note.with_suffix(".tmp"), "wb") as file:
+        with files.atomic(note) as file:
             np.savez(
                 file,
                 labels=labels,
@@ -182,7 +183,6 @@ class _Split:
                 skipped=np.asarray(self._open_skipped, str),
                 names=np.asarray(self.names.hexdigest(), str),
             )
-        note.with_suffix(".tmp").replace(note)
         self.lengths.append(len(labels))
         self.labels.append(labels)
         self.bytes += self._open_bytes
@@ -237,7 +237,7 @@ class SetWriter:
             shutil.rmtree(self._folder)
             self.started_over = True
         (self._folder / NOTES).mkdir(parents=True, exist_ok=True)
-        write_json(marker, identity)
+        files.write_json(marker, identity)
         self._splits = {s: _Split(self._folder, name, s, shard_bytes) for s in plan.splits}
 
     @property
@@ -324,7 +324,7 @@ class SetWriter:
             check_data=False,
             description=description,
         )
-        write_json(folder / ABOUT, about)
+        files.write_json(folder / ABOUT, about)
         for name, split in splits.items():
             index.write(folder, name, {"label": split.all_labels})
         folder.rename(self.final)
@@ -347,13 +347,6 @@ def _checked(record: Record, on_corrupt: str) -> bytes | None:
 def hash_of(values: Any) -> str:
     """A short fingerprint of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
 
 
 def _read_json(path: Path) -> Any:
