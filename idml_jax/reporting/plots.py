@@ -32,6 +32,7 @@ def encode(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
 def _png(figure: Figure) -> bytes:
     for words in figure.findobj(Text):
         words.set_parse_math(False)  # a name with two dollars is a name
+        words.set_text("\n".join(map(printable, words.get_text().split("\n"))))
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130, facecolor="white")
     return out.getvalue()
