@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from idml_jax.data.sources import EXTENSIONS, FolderSource, Source
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, printable
 from idml_jax.inference import model as trained
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index
 from idml_jax.metrics.summary import Embedded
+from idml_jax.runtime.files import write_text
 from idml_jax.runtime.writers import format_seconds
 from idml_jax.training import build as run
 
@@ -99,6 +100,7 @@ def embed_all(
         skipped += batch.skipped
         if len(batch.records):
             parts.append(trained.embed_pictures(model, batch.images, size))
+            embeddings.check_finite(parts[-1], [source.name(r) for r in batch.records.tolist()], str(model.workdir))
             records.append(batch.records)
     if not parts:
         raise UserError(f"{source.name(skipped[0][0])}: {skipped[0][1]}")
@@ -153,6 +155,7 @@ def embed_to_file(
     about = {
         "workdir": str(model.workdir),
         "step": model.step,
+        "weights": embeddings.weights_digest(model.variables),
         "images": origin,
         "temperature": model.settings.temperature,
         "relative": model.settings.relative,
@@ -221,6 +224,7 @@ def _part(
         skipped += batch.skipped
         if len(batch.records):
             rows.append(trained.embed_pictures(model, batch.images, size))
+            embeddings.check_finite(rows[-1], [source.name(r) for r in batch.records.tolist()], str(model.workdir))
         progress.add(len(batch.records) + len(batch.skipped))
     arrays = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]} if rows else {}
     return arrays | {
@@ -235,7 +239,7 @@ def _list_skipped(out: Path, skipped: list[tuple[str, str]], total: int, say: Ca
     if not skipped:
         listing.unlink(missing_ok=True)
         return
-    listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in skipped))
+    write_text(listing, "".join(f"{printable(name)}\t{printable(reason)}\n" for name, reason in skipped))
     name, reason = skipped[0]
     say(f"{len(skipped):,} of {total:,} pictures cannot be read and are left out, the first {name}: {reason}")
     say(f"all of them are listed in {listing}")
