@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -80,8 +81,18 @@ def _read_npz(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray
             with archive.open(member) as file:
                 _check_header(file, name, member.file_size)
             with archive.open(member) as file:
-                arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+                arrays[name] = _checked_text(np.lib.format.read_array(file, allow_pickle=False), name)
     return arrays, names
+
+
+def _checked_text(value: np.ndarray, name: str) -> np.ndarray:
+    """Text in which every character is one; of others Python cannot make strings."""
+    if value.dtype.kind != "U":
+        return value
+    value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
+    if value.nbytes and value.reshape(-1).view(np.uint32).max() > sys.maxunicode:
+        raise _NotArrays(f"{name} holds characters that do not exist")
+    return value
 
 
 def _check_header(file: IO[bytes], name: str, size: int) -> None:
