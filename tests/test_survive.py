@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from runs_made import assert_same_run, rows, small_config
 
-from idml_jax import evaluate
 from idml_jax.errors import UserError
 from idml_jax.runtime import hosts, interrupt
 from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.runtime.writers import MetricWriter
+from idml_jax.training import evaluation as evaluate
 from idml_jax.training import loop, train, watch
 
 HERE = Path(__file__).resolve().parent
