@@ -229,10 +229,16 @@ class TestSearch:
         query = f"--query={image_folder / 'test' / 'class_05'}"
         flat = tmp_path / "flat.npz"
         embed.main([f"--workdir={workdir}", f"--images={image_folder / 'test'}", "--no_labels", f"--out={flat}"])
-        stale = tmp_path / "stale.npz"
+        stale, other, moved = (tmp_path / f"{name}.npz" for name in ("stale", "other", "moved"))
         with np.load(index) as file:
-            about = json.dumps({**json.loads(str(file["about"])), "step": 1})
-            np.savez(stale, **{**file, "about": np.asarray(about)})
+            about = json.loads(str(file["about"]))
+            old = {k: v for k, v in about.items() if k != "weights"}  # as written before weights had a digest
+            for path, changed in (
+                (stale, {**old, "step": 1}),
+                (other, {**about, "weights": "0" * 16}),
+                (moved, {**about, "workdir": "/gone", "step": 1}),
+            ):
+                np.savez(path, **{**file, "about": np.asarray(json.dumps(changed))})
         for words, message in (
             ([f"--index={tmp_path}/no.npz", query], "no such file (--index)"),
             ([f"--index={flat}", query, "--abstain=0.9"], "classes are unknown"),
@@ -240,6 +246,8 @@ class TestSearch:
             ([f"--index={index}", query, "--out=x.pdf"], "must end in"),
             ([f"--index={index}", f"--query={tmp_path}"], "holds no pictures"),
             ([f"--index={stale}", query], "cannot be compared; embed the index again"),
+            ([f"--index={other}", query], "cannot be compared; embed the index again"),
+            ([f"--index={moved}", query], "/gone holds no run"),
         ):
             capsys.readouterr()
             with pytest.raises(SystemExit):
@@ -248,6 +256,9 @@ class TestSearch:
             assert error.startswith("error: ") and message in error and "\n" not in error
         search.main([f"--index={flat}", query, "-k", "1"])
         assert "how sure answers are is unknown" in capsys.readouterr().out
+        # The same weights are the same network, wherever they lie.
+        search.main([f"--index={moved}", query, "-k", "1", f"--workdir={workdir}"])
+        assert "96 pictures searched for 12" in capsys.readouterr().out
 
     def test_a_small_index_has_fewer_margins_than_held_out_pictures(self, index, workdir, image_folder, tmp_path):
         small = tmp_path / "small.npz"

@@ -22,6 +22,7 @@ import numpy as np
 from idml_jax.errors import UserError
 from idml_jax.models import MODELS, EmbeddingModel, create_model, naming
 from idml_jax.runtime import checkpoint
+from idml_jax.runtime.files import first_line, write_bytes
 from idml_jax.training import workdir as workdir_lib
 
 logger = logging.getLogger("idml_jax")
@@ -191,7 +192,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         named = safetensors.load_file(path)
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read as safetensors ({first_line(error)})") from error
     return {name: value.astype(np.float32) for name, value in named.items()}
 
 
@@ -208,7 +209,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{path}: is damaged, or holds more than tensors and is refused ({_first_line(error)}); "
+            f"{path}: is damaged, or holds more than tensors and is refused ({first_line(error)}); "
             "save the state_dict alone"
         ) from error
     for name in CONTAINERS:
@@ -233,10 +234,6 @@ def _read_own(path: Path) -> dict[str, np.ndarray]:
     metric = workdir_lib.read(run).eval.best_metric if run else ""
     tree = checkpoint.read_variables(checkpoint.find_state(path, metric))
     return naming.flatten(tree)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
@@ -284,9 +281,7 @@ def convert(source: str | Path, out: str | Path, *, model: str = "resnet50", siz
         named = tensors.values
         if not tensors.torch:
             named = {naming.torch_name(path): naming.to_torch(path, value) for path, value in named.items()}
-        temporary = out.with_name(out.name + ".tmp")
-        safetensors.save_file({prefix + n: np.ascontiguousarray(v) for n, v in named.items()}, temporary)
-        temporary.replace(out)
+        write_bytes(out, safetensors.save({prefix + n: np.ascontiguousarray(v) for n, v in named.items()}))
         return f"{len(named)} tensors written to {out} in PyTorch's naming"
     if not tensors.torch:
         raise UserError(f"{source} already is in this package's format; give a .safetensors file to write to")

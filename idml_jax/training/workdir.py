@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from idml_jax.errors import UserError
-from idml_jax.runtime.files import write_json
+from idml_jax.runtime.files import first_line, write_json
 from idml_jax.training.config import default_config
 
 # Fields that change how a run is carried out but not its result: a resumed run may differ in them.
@@ -72,8 +72,7 @@ def read(workdir: Path) -> ConfigDict:
         with config.unlocked():
             config.update(_tuples(values))
     except (TypeError, ValueError, AttributeError) as error:
-        told = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} does not hold the settings of a run ({told})") from error
+        raise UserError(f"{path} does not hold the settings of a run ({first_line(error)})") from error
     return config
 
 
