@@ -143,9 +143,9 @@ def test_four_hosts_together_give_the_batches_of_one(photographs, name, balanced
         samplers.BalancedSampler(photographs.labels, 12, 3, 1) if balanced else samplers.ShuffledSampler(47, 12, 1)
     )
 
-    def run(start, stop, **options):
+    def run(start, stop, seed=5, **options):
         reading = pipeline.Reading(TRANSFORMS[name], **{"prefetch": 3, **options})
-        return list(pipeline.train_batches(photographs, sampler, reading, seed=5, start=start, stop=stop))
+        return list(pipeline.train_batches(photographs, sampler, reading, seed=seed, start=start, stop=stop))
 
     whole = run(0, 7, threads=3)
     hosts = [
