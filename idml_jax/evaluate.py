@@ -11,7 +11,6 @@ introspective metric are those that ``idml_jax.embed`` stored with the embedding
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from idml_jax.errors import UserError, printable, run_command
+from idml_jax.errors import UserError, run_command, warn
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, read
 from idml_jax.metrics.embedded import Embedded, Ism
 from idml_jax.metrics.summary import full_report
@@ -71,8 +70,7 @@ def _settings(given: dict[str, Any], index: Index) -> Ism:
     )
     for name in ("temperature", "relative"):
         if name in index.about and getattr(used, name) != getattr(stored, name):
-            told = f"{name} = {getattr(used, name)} is used; the embeddings were made with {getattr(stored, name)}"
-            print(f"warning: {told}", file=sys.stderr)
+            warn(f"{name} = {getattr(used, name)} is used; the embeddings were made with {getattr(stored, name)}")
     return used
 
 
@@ -101,8 +99,7 @@ def _evaluate_files(given: dict[str, Any]) -> None:
         embedded = embedded._replace(labels=queries_labels)
         searched = gallery.embedded._replace(labels=gallery_labels)
         if not named:
-            told = f"{given['embeddings']} or {given['gallery']} does not name its classes; their numbers are compared"
-            print(f"warning: {printable(told)}", file=sys.stderr)
+            warn(f"{given['embeddings']} or {given['gallery']} does not name its classes; their numbers are compared")
     try:
         report, warnings = full_report(
             embedded,

@@ -132,7 +132,7 @@ def seen(tmp_path):
     (tmp_path / "other" / "config.json").write_text("{}")
     rows = [json.dumps({"step": i, "train/loss": 1.0, "eval/R@1": "<script>"}) for i in range(3)]
     (tmp_path / "other" / "metrics.jsonl").write_text("\n".join([*rows, "[]", "{", '{"step": "<script>"}']))
-    history, result = read_record(tmp_path / "other", warn=lambda line: None)
+    history, result = read_record(tmp_path / "other", warning=lambda line: None)
     correct = labels[found.index[:, 0]] == labels
     scores = scores_of(embedded)
     figures = retrieval_report(embedded)

@@ -73,7 +73,7 @@ def fuzz_run(folder, count, seed):
         try:
             settings = workdir_lib.read(folder)
             validate(settings)
-            history, result = read_record(folder, warn=lambda line: None)
+            history, result = read_record(folder, warning=lambda line: None)
         except UserError as error:
             assert str(error), number
             found["refused"] += 1

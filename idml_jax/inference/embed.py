@@ -77,7 +77,7 @@ def embed_all(
     *,
     threads: int = 4,
     batch_size: int = 0,
-    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    warn: Callable[[str], None] = lambda line: print(printable(line), file=sys.stderr),
 ) -> tuple[Embedded, np.ndarray]:
     """Embeds a source in memory.
 
