@@ -38,6 +38,11 @@ def printable(text: object) -> str:
     return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
 
 
+def warn(line: str) -> None:
+    """Shows a warning as one line of standard error."""
+    print(f"warning: {printable(line)}", file=sys.stderr)
+
+
 def show_progress() -> None:
     """Shows the progress of training on standard output, as ``python -m idml_jax.main`` does; for notebooks."""
     own = logging.getLogger("idml_jax")

@@ -11,7 +11,6 @@ introspective metric are those that ``idml_jax.embed`` stored with the embedding
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from idml_jax.errors import UserError, printable, run_command
+from idml_jax.errors import UserError, run_command, warn
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, read
 from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import Embedded
@@ -69,8 +68,7 @@ def _metric(given: dict[str, Any], index: Index) -> Metric:
     used = Metric(form, stored.temperature if temperature is None else temperature)
     for name, value in used.about().items():
         if name in index.about and value != index.about[name]:
-            line = f"{name} = {value} is used; the embeddings were made with {index.about[name]}"
-            print(f"warning: {line}", file=sys.stderr)
+            warn(f"{name} = {value} is used; the embeddings were made with {index.about[name]}")
     return used
 
 
@@ -99,8 +97,7 @@ def _evaluate_files(given: dict[str, Any]) -> None:
         embedded = embedded._replace(labels=queries_labels)
         searched = gallery.embedded._replace(labels=gallery_labels)
         if not named:
-            told = f"{given['embeddings']} or {given['gallery']} does not name its classes; their numbers are compared"
-            print(f"warning: {printable(told)}", file=sys.stderr)
+            warn(f"{given['embeddings']} or {given['gallery']} does not name its classes; their numbers are compared")
     try:
         report, warnings = full_report(
             embedded,

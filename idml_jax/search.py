@@ -16,11 +16,10 @@ others. ``--abstain=0.95`` leaves out answers below the threshold at which 95% o
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Callable, Collection
 from typing import Any
 
-from idml_jax.errors import UserError, printable, run_command
+from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference import model as trained
 from idml_jax.inference.index import Index, check_comparable, own_rows, read
 from idml_jax.inference.search import Answers, Confidence, calibrate, confidence_of, load_model, open_index, search
@@ -45,7 +44,6 @@ def _search(given: dict[str, Any]) -> None:
     if out is not None:
         check_target(out)  # before the work
     index = read(given["index"])
-    warn = lambda line: print(f"warning: {printable(line)}", file=sys.stderr)
     model = functools.cache(lambda: load_model(index, given["workdir"], warn))
     queries = open_index(given["query"], "--query", model)
     check_comparable(queries, index, given["query"], given["index"])

@@ -1,7 +1,10 @@
 """Pages, sheets and tables of names that somebody chose to harm whoever looks at them."""
 
+import base64
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -132,7 +135,7 @@ def seen(tmp_path):
     (tmp_path / "other" / "config.json").write_text("{}")
     rows = [json.dumps({"step": i, "train/loss": 1.0, "eval/R@1": "<script>"}) for i in range(3)]
     (tmp_path / "other" / "metrics.jsonl").write_text("\n".join([*rows, "[]", "{", '{"step": "<script>"}']))
-    history, result = read_record(tmp_path / "other", warn=lambda line: None)
+    history, result = read_record(tmp_path / "other", warning=lambda line: None)
     correct = labels[found.index[:, 0]] == labels
     scores = scores_of(embedded)
     figures = retrieval_report(embedded)
@@ -193,6 +196,13 @@ def test_only_the_type_makes_html():
     assert pages.table(["a"], [[Markup("<b>x</b>")]]).count("<b>x</b>") == 1
 
 
+def test_the_policy_lets_the_style_of_the_page_in():
+    made = pages.page("x", [])
+    style = re.search(r"<style>(.*?)</style>", made, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in made and "max-width: 1080px" in style
+
+
 def test_plots_take_names_as_they_are():
     curve = ([0.0, 1.0], [0.0, 1.0])
     assert plots.matrix(np.eye(len(HOSTILE)), HOSTILE)[:4] == b"\x89PNG"
@@ -246,4 +256,5 @@ def test_no_script_runs_in_a_browser(seen, tmp_path):
     for name, ran in (("as_it_is", False), ("escaping_failed", False), ("without_policy", True)):
         address = (tmp_path / f"{name}.html").as_uri()
         done = subprocess.run([browser(), *flags, address], capture_output=True, text=True, timeout=120)
-        assert ("<title>run</title>" in done.stdout) == ran, done.stderr[-500:]
+        assert done.returncode == 0 and "</html>" in done.stdout, done.stderr[-500:]
+        assert ("<title>run</title>" in done.stdout) == ran, name

@@ -1,5 +1,7 @@
 """Files of embeddings from anyone: read right or refused in one line, through every door; and who is whose own."""
 
+import contextlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -15,7 +17,7 @@ import pytest
 
 from idml_jax import evaluate, export, search
 from idml_jax.errors import UserError
-from idml_jax.inference import arrays, store
+from idml_jax.inference import arrays, faiss_index, store
 from idml_jax.inference.index import Index, labels_in_common, own_rows, read, weights_digest
 from idml_jax.metrics.embedded import Embedded, Ism
 from idml_jax.runtime.files import locked
@@ -500,3 +502,71 @@ def test_mutated_files_are_read_or_refused(tmp_path):
 def test_many_mutated_files_are_read_or_refused(tmp_path):
     found = fuzz_reader(tmp_path, 2000, 1)
     assert found["refused"] >= 600, found
+
+
+def test_a_tilde_is_the_home_folder_at_every_door(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    npz(tmp_path / "x.npz")
+    evaluate.main(
+        ["--embeddings=~/x.npz", "--gallery=~/x.npz", "--held_out=~/x.npz", "--no_clustering", "--out=~/m.json"]
+    )
+    for name in ("a.jsonl", "a.html", "a.png"):
+        search.main(["--index=~/x.npz", "--query=~/x.npz", "--held_out=~/x.npz", "-k", "1", f"--out=~/out/{name}"])
+    made = ["a.html", "a.jsonl", "a.png"]
+    if importlib.util.find_spec("faiss"):
+        export.main(["--index=~/x.npz", "--faiss=~/out/x.faiss"])
+        made.append("x.faiss")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "out", "x.npz"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == made
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["HNSW0", "HNSW1", "HNSW01", "IVF4_HNSW1,Flat", "PCA2,HNSW1", "RR0,Flat", "LSQ0x2", "PRQ2x0x4", "HNSW0,Flat",
+     "HNSW99999", "", "Flat,", "IVF99999999999,Flat", "PQ0", "SQ0", "PCA0,Flat"],
+)  # fmt: skip
+def test_kinds_with_which_faiss_would_end_the_process(tmp_path, capsys, kind):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed (extra 'faiss')")
+    path = npz(tmp_path / "x.npz")
+    told = refused(capsys, export, [f"--index={path}", f"--faiss={tmp_path}/x.faiss", f"--faiss_kind={kind}"])
+    assert f"--faiss_kind={kind}:" in told
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_an_index_that_does_not_fit_on_the_disk(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed (extra 'faiss')")
+
+    @contextlib.contextmanager
+    def full(path):
+        class Full(io.BytesIO):
+            def write(self, data):
+                raise OSError(28, "No space left on device")
+
+        try:
+            yield Full()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+    monkeypatch.setattr(faiss_index, "atomic", full)
+    told = refused(capsys, export, [f"--index={npz(tmp_path / 'x.npz')}", f"--faiss={tmp_path}/x.faiss"])
+    assert "x.faiss: cannot be written (No space left on device)" in told
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_results_never_replace_anything_but_files(tmp_path, capsys, kind):
+    path = npz(tmp_path / "x.npz")
+    (tmp_path / "victim").write_text("precious")
+    for door, words, name in (
+        (evaluate, [f"--embeddings={path}"], "--out={}/m.json"),
+        (search, [f"--index={path}", f"--query={path}"], "--out={}/a.jsonl"),
+        (search, [f"--index={path}", f"--query={path}"], "--out={}/a.html"),
+        (export, [f"--index={path}"], "--faiss={}/x.faiss"),
+    ):
+        if "faiss" in name and not importlib.util.find_spec("faiss"):
+            continue
+        out = tmp_path / name.split("/")[1]
+        make = {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda out: out.symlink_to(tmp_path / "victim")}
+        make[kind](out)
+        assert f"{out}: is a {kind}" in refused(capsys, door, [*words, name.format(tmp_path)])
+    assert (tmp_path / "victim").read_text() == "precious"

@@ -1,6 +1,7 @@
 """What a trained run is used for: embedding, searching, reporting, exporting."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -124,6 +125,55 @@ class TestEmbed:
         )
         with pytest.raises(UserError, match="already there"):
             run()
+
+    def test_names_that_are_not_utf_8_are_kept_and_shown_escaped(self, workdir, image_folder, tmp_path, capsys):
+        folder = os.fsencode(tmp_path / "mine")
+        os.mkdir(folder)
+        for i, name in enumerate((b"caf\xe9.png", b"bad\xff\n\x1b[2J.png", b"a.png")):
+            data = (image_folder / "test" / "class_04" / f"0{i}.png").read_bytes()
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(b"nothing" if name.startswith(b"bad") else data)
+        for name in ("x.parquet", "x.npz"):
+            out = tmp_path / name
+            embed.main([f"--workdir={workdir}", f"--images={os.fsdecode(folder)}", f"--out={out}"])
+            found = embeddings.read(out)
+            assert [os.fsencode(f) for f in found.files] == [
+                os.path.join(folder, n) for n in (b"a.png", b"caf\xe9.png")
+            ]
+            listed = out.with_name(f"{name}.skipped.txt").read_text()
+            assert "bad\\xff\\n\\x1b[2J.png\t" in listed and listed.count("\n") == 1
+            for page in ("a.html", "a.png", "a.jsonl"):
+                search.main([f"--index={out}", f"--query={os.fsdecode(folder)}", "-k", "1", f"--out={tmp_path / page}"])
+            assert "caf\\xe9.png" in (tmp_path / "a.html").read_text()
+            row = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])
+            assert os.fsencode(row["neighbours"][0]["file"]).endswith(b"caf\xe9.png")
+        told = capsys.readouterr()
+        assert "\x1b" not in told.out + told.err and "bad\\xff" in told.out
+
+    def test_a_network_that_gives_no_numbers_is_refused(self, workdir, image_folder, tmp_path, monkeypatch, capsys):
+        real = trained.embed_pictures
+
+        def broken(*arguments):
+            found = real(*arguments)
+            found["semantic"] = np.where(np.arange(len(found["semantic"]))[:, None] == 2, np.nan, found["semantic"])
+            return found
+
+        monkeypatch.setattr(trained, "embed_pictures", broken)
+        folder = image_folder / "test" / "class_04"
+        with pytest.raises(SystemExit):
+            embed.main([f"--workdir={workdir}", f"--images={folder}", f"--out={tmp_path / 'x.npz'}"])
+        told = capsys.readouterr().err
+        assert f"{workdir} gives NaN or infinity in semantic for 1 of 12 pictures, the first {folder}/02.png" in told
+        assert not (tmp_path / "x.npz").exists()
+        with pytest.raises(UserError, match="gives NaN"):
+            embed.embed_all(trained.load(workdir), embed.list_images(folder)[0])
+
+    def test_a_file_that_is_being_written_is_left_alone(self, workdir, image_folder, tmp_path, capsys):
+        out = tmp_path / "x.npz"
+        with embeddings.writing(out), pytest.raises(SystemExit):
+            embed.main([f"--workdir={workdir}", f"--images={image_folder / 'test' / 'class_04'}", f"--out={out}"])
+        assert f"x.npz: another process is writing it; wait for it (process {os.getpid()})" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
     def test_the_runs_own_pictures(self, workdir, index, tmp_path):
         out = tmp_path / "x.npz"

@@ -27,7 +27,7 @@ def embed_all(
     model: Trained,
     source: Source,
     *,
-    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    warn: Callable[[str], None] = lambda line: print(printable(line), file=sys.stderr),
 ) -> tuple[Embedded, np.ndarray]:
     """Embeds a source in memory.
 

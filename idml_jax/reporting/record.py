@@ -2,20 +2,15 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from idml_jax.errors import UserError, printable
+from idml_jax.errors import UserError, warn
 from idml_jax.runtime.files import first_line
 
 # Parts of result.json that are shown, each metrics by name.
 METRICS = ("best", "final", "untrained")
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {printable(line)}", file=sys.stderr)
 
 
 def _is_number(value: object) -> bool:
@@ -44,13 +39,13 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def read_record(
-    workdir: Path, warn: Callable[[str], None] = _warn
+    workdir: Path, warning: Callable[[str], None] = warn
 ) -> tuple[list[dict[str, float]], dict[str, dict[str, float]]]:
     """Reads the record of a run.
 
     Args:
       workdir: folder of the run.
-      warn: receives a line about what is left out.
+      warning: receives a line about what is left out.
 
     Returns:
       The rows of ``metrics.jsonl``, each with a ``step``, and the parts ``METRICS`` of ``result.json``; both empty
@@ -63,7 +58,7 @@ def read_record(
     lines = [line for line in (_text(path) or "").splitlines() if line.strip()]
     rows = [row for line in lines if (row := _row(line)) is not None]
     if len(rows) < len(lines):
-        warn(f"{path}: {len(lines) - len(rows):,} of {len(lines):,} lines are no rows of numbers and are left out")
+        warning(f"{path}: {len(lines) - len(rows):,} of {len(lines):,} lines are no rows of numbers and are left out")
     path = workdir / "result.json"
     content = _text(path)
     if content is None:

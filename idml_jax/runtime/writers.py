@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from idml_jax.errors import UserError
-from idml_jax.runtime.files import write_text
+from idml_jax.runtime.files import check_target, write_text
 
 logger = logging.getLogger("idml_jax")
 
@@ -54,6 +54,7 @@ class MetricWriter:
         if not active:
             return
         path = workdir / "metrics.jsonl"
+        check_target(path)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         keep = [line for line in lines if _is_row(line)][:rows]
         if len(keep) < rows:
