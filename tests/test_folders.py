@@ -56,6 +56,8 @@ def of_embed(root):
 AB = classes("a", "b")
 SPLIT = classes("train/a", "train/b", "test/c", "test/d")
 
+ALONE = "train is the only split folder; its class folders are taken for one set"
+
 # What lies in a folder; the splits and classes that every door finds; what each says of the rest.
 ODD = {
     "class folders": (AB, {"images": "ab"}, []),
@@ -90,7 +92,7 @@ ODD = {
     "a class called train": (classes("bus", "car", "train"), {"images": ["bus", "car", "train"]}, []),
     "wrapped": ([f"my_set/{n}" for n in AB], {"images": "ab"}, []),
     "wrapped twice": ([f"my_set/data/{n}" for n in SPLIT], {"train": "ab", "test": "cd"}, []),
-    "train alone": (classes("train/a", "train/b"), {"images": "ab"}, []),
+    "train alone": (classes("train/a", "train/b"), {"images": "ab"}, [ALONE]),
     "hidden": (
         [*AB, ".ipynb_checkpoints/a/1.jpg", "a/.3.jpg", "@eaDir/x/1.jpg", "__MACOSX/a/1.jpg", "b/Thumbs.db"],
         {"images": "ab"},

@@ -306,6 +306,7 @@ class TestStoredSets:
         splits, failed = self.load(stored), 0
         for part in (splits.train, splits.test):
             for i in range(len(part)):
+                assert part.name(i)
                 try:
                     assert part.read(i) in FILES.values(), "changed bytes passed for whole ones"
                 except files.FileError as error:
