@@ -122,6 +122,15 @@ class TestImages:
             difference = np.abs(found.astype(int) - whole[top : top + 16, left : left + 16])
             assert difference.max() <= 2 and difference.mean() < 0.5
 
+    @pytest.mark.parametrize("shape", [(1, 5000), (2, 40_000), (1, 1_000_000), (60_000, 100)])
+    def test_thin_images_made_small(self, shape):
+        """As in the thumbnails of a page."""
+        image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+        start, scale = time.monotonic(), 96 / max(shape)
+        height, width = (max(1, round(scale * side)) for side in shape)
+        assert resample.resize(image, height, width).shape == (height, width, 3)
+        assert time.monotonic() - start < 5
+
     def test_crops_of_extreme_ratios(self):
         crop = transforms.RandomResizedCrop(16, scale=(1.0, 1.0), ratio=(0.1, 0.3))
         assert crop(PHOTO[:1], np.random.default_rng(0)).shape == (16, 16, 3)
