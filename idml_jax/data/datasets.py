@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from idml_jax.data.files import expand
+from idml_jax.data.files import expand, shown
 from idml_jax.data.sources import FolderSource, Joined, Source, Subset, drop_unreadable, scan_splits
 from idml_jax.data.splits import check_classes, hold_out_classes, hold_out_images, select_classes, split_by_class
 from idml_jax.data.stored import prepared as prepared_lib
@@ -226,6 +226,7 @@ def load_dataset(
             f"config.data.validation_images: the test classes of {name} are not the training classes, so classes are "
             "held out instead; use config.data.validation_classes"
         )
+    tell, warn = warn, lambda line: tell(shown(line))
     splits = DATASETS[name](warn=warn, seed=seed, **options)
     if shared:
         if not validation_images:

@@ -50,10 +50,12 @@ class Passed:
 
     Attributes:
       folders: names of all folders met, from which empty ones are told.
+      remarks: further lines about how the folder is understood.
     """
 
     def __init__(self) -> None:
         self.folders: list[str] = []
+        self.remarks: list[str] = []
         self._kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
@@ -62,11 +64,11 @@ class Passed:
         self._kinds[kind] = (before + count, first)
 
     def lines(self, where: str | os.PathLike) -> list[str]:
-        """One line per kind."""
-        return [
-            f"{shown(where)}: passed over {count:,} {kind}, the first {shown(first)}"
-            for kind, (count, first) in self._kinds.items()
+        """One line per kind, after the remarks."""
+        kinds = [
+            f"passed over {count:,} {kind}, the first {shown(first)}" for kind, (count, first) in self._kinds.items()
         ]
+        return [f"{shown(where)}: {line}" for line in self.remarks + kinds]
 
 
 class _Level(NamedTuple):
@@ -268,6 +270,9 @@ def check_placed(names: Sequence[str], found: Arrangement, where: str | os.PathL
             f"{shown(where)}: its images lie outside class folders: {shown(lone)} lies outside a class folder; "
             f"expected {EXPECTED}"
         )
+    wrapping = found.prefix.rstrip("/").rsplit("/", 1)[-1]
+    if not found.depth and wrapping.lower() in SPLIT_NAMES:
+        passed.remarks.append(f"{wrapping} is the only split folder; its class folders are taken for one set")
     for folder in passed.folders:
         place = found.place(folder + "/x") if folder.count("/") == found.prefix.count("/") + found.depth else None
         if place is not None and folder.startswith(found.prefix) and tuple(place) not in classes:

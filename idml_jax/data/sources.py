@@ -109,7 +109,10 @@ class TfdsSource:
         name = self.key(index)
         if self._file_key is None:
             return name
-        file = self.records[index][self._file_key]
+        try:
+            file = self.records[index][self._file_key]
+        except Exception:  # a damaged record has no name, which must not hide what is said of it
+            return name
         if isinstance(file, bytes):
             file = file.decode("utf-8", "backslashreplace")
         return f"{name} ({file})"

@@ -34,6 +34,8 @@ from idml_jax.errors import UserError
 
 # The pipeline's threads are the parallelism; OpenCV's own on top would only compete with them.
 cv2.setNumThreads(0)
+# A damaged image is told by a ``DecodeError``, not by OpenCV's own lines.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 # Pillow speaks of odd metadata while it reads; what matters is raised.
 warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -16,6 +16,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 METHODS = ("fast", "exact")
+# How much more one side may shrink than the other before the exact way is the faster one.
+_MAX_STRETCH = 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -77,9 +79,16 @@ def resize(
     extent = extent or (image.shape[0], image.shape[1])
     if image.shape[:2] == extent == (height, width):
         return image
-    if method == "exact":
+    scales = extent[0] / height, extent[1] / width
+    # The filters of the fast way are as long as the scale, and solved for: out of all proportion for thin images.
+    if method == "exact" or max(scales) > _MAX_STRETCH * min(scales):
         pixels = Image.fromarray(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0]))
-        out = np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR))
+        box = (
+            None
+            if image.shape[:2] == extent
+            else (0.0, 0.0, min(extent[1], image.shape[1]), min(extent[0], image.shape[0]))
+        )
+        out = np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR, box=box))
     else:
         out = _resize_fast(image, (height, width), extent, reduced.bit_length() - 1)
     return out.reshape(height, width, image.shape[2])

@@ -5,9 +5,10 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from idml_jax.data.datasets import default_data_dir
-from idml_jax.data.files import expand
+from idml_jax.data.files import expand, shown
 from idml_jax.data.stored import layouts, layouts_classification, layouts_retrieval, layouts_tfds, shards
 from idml_jax.data.stored.benchmarks import BENCHMARKS, differences
 from idml_jax.data.stored.layouts import Listed, Plan
@@ -78,74 +79,88 @@ def prepare(
     title = BENCHMARKS[dataset].title if dataset in BENCHMARKS else f"image folder {name}"
     if not source.exists():
         raise UserError(f"{source}: no such file or folder (--source)")
-    say(f"{title}: looking at {source}")
+    tell = lambda line: say(shown(line))
+    tell(f"{title}: looking at {source}")
     plan = layouts_tfds.plan(dataset, source) if layouts_tfds.is_tfds(source) else LAYOUTS[dataset](source)
     for line in plan.notes:
-        say(line)
-    say(f"found {plan.layout}: {len(plan.class_names):,} classes{_listed(plan)}")
+        tell(line)
+    tell(f"found {plan.layout}: {len(plan.class_names):,} classes{_listed(plan)}")
     _check_room(source, root)
+    job = _Job(dataset, title, source, home, allow_incomplete, on_corrupt, shard_megabytes * 2**20)
     try:
         with shards.locked(home):
-            return _store(dataset, title, source, home, plan, allow_incomplete, on_corrupt, shard_megabytes, say)
+            return _store(job, plan, tell)
     except OSError as error:
         where = error.filename or home
         raise UserError(f"{where}: cannot be written ({error.strerror or error}); the same command goes on") from error
 
 
-def _store(
-    dataset: str,
-    title: str,
-    source: Path,
-    home: Path,
-    plan: Plan,
-    allow_incomplete: bool,
-    on_corrupt: str,
-    shard_megabytes: int,
-    say: Callable[[str], None],
-) -> Path:
-    if (home / shards.VERSION).exists():  # another process was faster
-        return home / shards.VERSION
-    state = source.stat()
+class _Job(NamedTuple):
+    """What is to be stored, and how.
+
+    Attributes:
+      dataset: key of ``LAYOUTS``.
+      title: its name for people.
+      source: folder or archive.
+      home: folder of the set.
+      allow_incomplete: store a set whose counts are not the benchmark's.
+      on_corrupt: ``refuse`` or ``skip`` files that are not whole images.
+      shard_bytes: size of the files of records.
+    """
+
+    dataset: str
+    title: str
+    source: Path
+    home: Path
+    allow_incomplete: bool
+    on_corrupt: str
+    shard_bytes: int
+
+
+def _store(job: _Job, plan: Plan, say: Callable[[str], None]) -> Path:
+    final = job.home / shards.VERSION
+    if final.exists():  # another process was faster
+        return final
+    state = job.source.stat()
     identity = {
-        "dataset": dataset,
-        "source": str(source),
-        "on_corrupt": on_corrupt,
-        "file": [state.st_size, int(state.st_mtime)] if source.is_file() else None,
+        "dataset": job.dataset,
+        "source": str(job.source),
+        "on_corrupt": job.on_corrupt,
+        "file": [state.st_size, int(state.st_mtime)] if job.source.is_file() else None,
     }
-    options = (home, PREFIX + dataset, plan, identity, shard_megabytes * 2**20)
+    options = (job.home, PREFIX + job.dataset, plan, identity, job.shard_bytes)
     writer = shards.SetWriter(*options)
     if writer.started_over:
         say("the source or the settings are not those of the stopped run; starting over")
     if writer.resumed:
         say(f"going on after {writer.resumed:,} images")
     try:
-        stored = writer.write(on_corrupt, _Report(plan, writer.resumed, say))
+        stored = writer.write(job.on_corrupt, _Report(plan, writer.resumed, say))
     except shards.SourceChangedError:
         say("the source has changed since the stopped run; starting over")
         writer = shards.SetWriter(*options, start_over=True)
-        stored = writer.write(on_corrupt, _Report(plan, 0, say))
-    wrong = _shortcomings(dataset, plan, stored)
-    if wrong and not allow_incomplete:
+        stored = writer.write(job.on_corrupt, _Report(plan, 0, say))
+    wrong = _shortcomings(job.dataset, plan, stored)
+    if wrong and not job.allow_incomplete:
         raise UserError(
-            f"{source} is not the complete {title}: {'; '.join(wrong)}. Nothing is published; with what is missing, or "
-            "with --allow_incomplete, the same command goes on"
+            f"{job.source} is not the complete {job.title}: {'; '.join(wrong)}. Nothing is published; with what is "
+            "missing, or with --allow_incomplete, the same command goes on"
         )
     empty = [s for s in plan.splits if not stored.counts[s].images]
     if empty:
-        raise UserError(f"{source}: no readable images for {', '.join(empty)}")
+        raise UserError(f"{job.source}: no readable images for {', '.join(empty)}")
     for phrase in wrong:
         say(f"incomplete: {phrase}")
-    counts = {split: count._asdict() for split, count in stored.counts.items()}
     about = {
-        "dataset": dataset,
+        "dataset": job.dataset,
         "layout": plan.layout,
         "complete": not wrong,
-        "counts": counts,
+        "counts": {split: count._asdict() for split, count in stored.counts.items()},
         "skipped": stored.skipped,
     }
-    folder = writer.publish(f"{title}, prepared from {plan.layout}", about)
+    folder = writer.publish(f"{job.title}, prepared from {plan.layout}", about)
     say(", ".join(f"{s}: {c.images:,} images of {c.classes:,} classes" for s, c in stored.counts.items()))
-    say(f"{'complete; ' if dataset in BENCHMARKS and not wrong else ''}stored in {folder}")
+    say(f"{'complete; ' if job.dataset in BENCHMARKS and not wrong else ''}stored in {folder}")
     return folder
 
 

@@ -1,0 +1,112 @@
+"""Lists of images in every form that people have, and what is refused of them."""
+
+import os
+
+import archives_made as made
+import numpy as np
+import pytest
+
+from idml_jax.data import files, lists
+from idml_jax.errors import UserError
+
+IMAGE = made.jpeg(0, 0)
+
+
+def fill(root, names):
+    return made.write_files(root, {name: IMAGE for name in names})
+
+
+class TestLists:
+    def listed(self, tmp_path, content, name="x.txt", present=("a/1.jpg", "b/2.jpg", "c, d/3.jpg")):
+        root = fill(tmp_path, present)
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        said = []
+        source, known = lists.list_images(root / name, warn=said.append)
+        named = [source.class_names[k] for k in source.labels] if known else None
+        return [os.path.relpath(path, root) for path in source.paths], named, said
+
+    @pytest.mark.parametrize(
+        "name,content",
+        [
+            ("x.txt", "a/1.jpg\tx\nb/2.jpg\ty\n"),
+            ("x.txt", "a/1.jpg,x\nb/2.jpg,y\n"),
+            ("x.lst", "a/1.jpg;x\r\n\r\nb/2.jpg;y"),
+            ("x.csv", "a/1.jpg,x\nb/2.jpg,y\n"),
+            ("x.csv", "path;label\na/1.jpg;x\nb/2.jpg;y\n"),
+            ("x.CSV", "\ufeffimage,class\na/1.jpg,x\nb/2.jpg,y\n"),
+            ("x.csv", 'Class , File\n"x" , "a/1.jpg"\ny,b/2.jpg\n'),
+            ("x.csv", "id,file,split,label\n7,a/1.jpg,train,x\n8,b/2.jpg,test,y\n"),
+            ("x.tsv", "file_name\tcategory\na/1.jpg\tx\nb/2.jpg\ty\n"),
+            ("x.tsv", '"a/1.jpg"\t"x"\nb/2.jpg\ty\n'),
+        ],
+    )
+    def test_forms(self, tmp_path, name, content):
+        assert self.listed(tmp_path, content, name) == (["a/1.jpg", "b/2.jpg"], ["x", "y"], [])
+
+    def test_paths_alone(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        content = f"{tmp_path}/a/1.jpg\n./b/2.jpg\n~/c, d/3.jpg\n"
+        found, named, said = self.listed(tmp_path, content)
+        assert (found, named, said) == (["a/1.jpg", "b/2.jpg", "c, d/3.jpg"], None, [])
+        content = 'path\n"c, d/3.jpg"\na/1.jpg\n'
+        assert self.listed(tmp_path, content, "y.csv")[0] == ["c, d/3.jpg", "a/1.jpg"]
+
+    def test_missing_files_are_counted_and_stay(self, tmp_path):
+        found, named, said = self.listed(tmp_path, "a/1.jpg\tx\nnone.jpg\ty\ngone.jpg\ty\n")
+        assert len(found) == 3 and named == ["x", "y", "y"]
+        assert said == [f"{tmp_path}/x.txt: 2 of 3 files are not there, the first {tmp_path}/none.jpg"]
+
+    @pytest.mark.parametrize(
+        "content,message",
+        [
+            (b"", "lists no pictures"),
+            (b"\n \n", "lists no pictures"),
+            (b"path,label\n", "lists no pictures|none of its 1 files"),
+            (b"a/1.jpg\tx\nb/2.jpg\n", r"x\.txt, line 2: no class \(b/2\.jpg\), while other lines have one"),
+            (b"a/1.jpg\t\nb/2.jpg\tx\n", r"x\.txt, line 1: no class \(a/1\.jpg\)"),
+            (b"a/1.jpg\tx\n\ty\n", r"x\.txt, line 2: no path"),
+            (b"none.jpg\n", r"none of its 1 files is there, the first .*none\.jpg; paths are relative to the list"),
+            ("a/1.jpg\n".encode("utf-16"), "no text in UTF-8"),
+            (IMAGE + b"\0", "no text in UTF-8"),
+            (b'"a/1.jpg\tx\n', r"x\.txt, line 1: its quotes do not fit together"),
+            (b"a" * 100_000, "none of its 1 files is there"),
+        ],
+    )
+    def test_refusals(self, tmp_path, content, message):
+        with pytest.raises(UserError, match=message):
+            self.listed(tmp_path, content)
+
+    def test_names_that_are_no_utf8(self, tmp_path):
+        raw = os.fsencode(tmp_path) + b"/\xff\xfe.jpg"
+        with open(raw, "wb") as file:
+            file.write(IMAGE)
+        (tmp_path / "x.txt").write_bytes(b"\xff\xfe.jpg\tk\n")
+        source, known = lists.list_images(tmp_path / "x.txt")
+        assert known and source.read(0) == IMAGE
+
+    def test_what_is_no_regular_file(self, tmp_path, monkeypatch):
+        os.mkfifo(tmp_path / "pipe.txt")
+        (tmp_path / "zero.txt").symlink_to("/dev/zero")
+        (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+        for name in ("pipe.txt", "zero.txt", "zero.jpg"):
+            with pytest.raises(UserError, match="neither a regular file nor a folder"):
+                lists.list_images(tmp_path / name)
+        fill(tmp_path, ["1.jpg"])
+        os.mkfifo(tmp_path / "2.jpg")
+        (tmp_path / "x.txt").write_text("1.jpg\n2.jpg\nzero.jpg\n.\n")
+        source, _ = lists.list_images(tmp_path / "x.txt")
+        assert source.read(0) == IMAGE
+        for row in (1, 2, 3):
+            with pytest.raises(files.FileError, match="not a regular file"):
+                source.read(row)
+        monkeypatch.setattr(lists, "MAX_LIST_BYTES", 10)
+        with pytest.raises(UserError, match=r"x\.txt: 23 bytes are more than the limit of 10"):
+            lists.list_images(tmp_path / "x.txt")
+
+    def test_large_images_are_refused_by_name(self, tmp_path, monkeypatch):
+        with open(tmp_path / "1.jpg", "wb") as file:
+            file.truncate(files.MAX_FILE_BYTES + 1)  # takes no room
+        source, _ = lists.list_images(tmp_path / "1.jpg")
+        with pytest.raises(files.FileError, match=r"1\.jpg: 536,870,913 bytes are more than the limit"):
+            source.read(0)
+        assert np.array_equal(source.labels, [0])
