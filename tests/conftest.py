@@ -1,8 +1,13 @@
 """Eight CPU devices for every test, set before jax is imported; small data sets and runs that tests share."""
 
 import os
+import sys
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling takes most of the suite's time, and LLVM's optimisations a third of that. XLA's own passes stay, and under
+# --slow LLVM's do too. The first process decides, those that it starts follow it.
+if os.environ.setdefault("IDML_JAX_TESTS", "slow" if "--slow" in sys.argv else "quick") == "quick":
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -18,14 +23,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
-
-
-def pytest_configure(config):
-    # Compiling takes most of the suite's time, and LLVM's optimisations half of that; XLA's own passes stay. The slow
-    # tests, which run more and compile less, and with them the whole suite under --slow, have both.
-    if not config.getoption("--slow"):
-        jax.config.update("jax_disable_most_optimizations", True)
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the programs that tests start
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,6 +1,6 @@
 """Golden outputs: what the code computed before it was reorganised, and must go on to compute.
 
-They were computed as the ordinary tests run, without LLVM's optimisations (``tests/conftest.py``).
+They were computed as the ordinary tests run, with few of LLVM's optimisations (``tests/conftest.py``).
 ``python tests/golden/golden.py`` writes the files beside this one anew: only to be done when the numbers are meant to
 change, and then said in the commit. ``runs/`` was written by the code of version 0.1.0 and is never made again: it
 stands for the run folders that users have. ``fields_0_1_0.json`` lists that version's settings and options.
@@ -14,8 +14,8 @@ import re
 import shutil
 from pathlib import Path
 
-# Eight devices, as in the tests; before jax is imported.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if __name__ == "__main__":  # as tests/conftest.py has it, before jax is imported
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 
 import cv2
 import jax
@@ -35,8 +35,7 @@ def machine() -> str:
     known = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line) if path.exists() else {}
     known = {name.strip(): value.strip() for name, value in known.items()}
     features = [f for f in known.get("flags", "").split() if f.startswith(("avx", "amx", "fma"))]
-    limit = re.findall("xla_cpu_max_isa=\\w+", os.environ["XLA_FLAGS"])
-    limit += ["quick"] if jax.config.read("jax_disable_most_optimizations") else []
+    limit = sorted(set(re.findall(r"xla_(?:cpu_max_isa|backend_optimization_level)=\w+", os.environ["XLA_FLAGS"])))
     digest = hashlib.sha256(" ".join(features + limit).encode()).hexdigest()[:8]
     return f"{known.get('model name', platform.processor())}, features {digest}, jaxlib {jax.lib.__version__}"
 
