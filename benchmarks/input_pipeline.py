@@ -85,9 +85,8 @@ def idml(encoded, threads, resample="fast", parts=True):
     elif turbo.library() is None:
         raise ImportError("libturbojpeg 3")
     crop = transforms.RandomResizedCrop(SIZE, resample=resample)
-    batches = pipeline.train_batches(
-        Memory(encoded), Endless(len(encoded)), crop, seed=0, start=0, stop=10**6, threads=threads, prefetch=4
-    )
+    reading = pipeline.Reading(crop, threads=threads, prefetch=4)
+    batches = pipeline.train_batches(Memory(encoded), Endless(len(encoded)), reading, seed=0, start=0, stop=10**6)
     return (batch["image"] for batch in batches)
 
 

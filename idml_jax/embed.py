@@ -10,13 +10,13 @@ out and listed in ``<out>.skipped.txt``. A stopped command goes on where it was.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from idml_jax.errors import UserError, run_command
+from idml_jax.errors import UserError, printable, run_command
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.embed import LISTS, SPLITS, embed_all, embed_to_file, index_of, list_images, split_source
 from idml_jax.inference.model import load
+from idml_jax.runtime.files import check_target, user_path
 
 __all__ = [
     "LISTS",
@@ -33,7 +33,9 @@ __all__ = [
 def _embed(given: dict[str, Any]) -> None:
     if bool(given["images"]) == bool(given["split"]):
         raise UserError("give either --images or --split")
-    embeddings.check_suffix(Path(given["out"]), "--out")
+    out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
+    embeddings.check_suffix(out, "--out")
+    check_target(out)  # before the work
     for name in ("batch_size", "threads"):
         if given[name] < (name == "threads"):
             raise UserError(f"--{name}={given[name]} must be at least {int(name == 'threads')}")
@@ -41,19 +43,20 @@ def _embed(given: dict[str, Any]) -> None:
     if given["split"]:
         source, labelled, origin = split_source(model, given["split"]), True, f"split:{given['split']}"
     else:
-        (source, labelled), origin = list_images(given["images"]), str(Path(given["images"]).expanduser().absolute())
+        (source, labelled), origin = list_images(given["images"]), str(user_path(given["images"]))
     labelled = labelled and not given["no_labels"]
     classes = f" of {len(source.class_names):,} classes" if labelled else ", classes unknown"
-    print(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}", flush=True)
-    embed_to_file(
-        model,
-        source,
-        given["out"],
-        labelled=labelled,
-        origin=origin,
-        overwrite=given["overwrite"],
-        say=lambda line: print(line, flush=True),
-    )
+    say(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}")
+    with embeddings.writing(out):
+        embed_to_file(
+            model,
+            source,
+            out,
+            labelled=labelled,
+            origin=origin,
+            overwrite=given["overwrite"],
+            say=say,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

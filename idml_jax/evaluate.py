@@ -1,31 +1,35 @@
-"""Evaluation: embed every image once, tail included, then all figures of the whole set.
+"""Evaluation: embed every image once, tail included, then all metrics of the whole set.
 
 Embeddings saved by anyone are evaluated from the shell::
 
     python -m idml_jax.evaluate --embeddings=x.npz [--gallery=y.npz] [--held_out=z.npz --precision=0.9] [--out=m.json]
 
-A file holds ``semantic`` (or ``embeddings``) [n, d] and ``labels`` [n], and may hold ``uncertainty`` [n, k],
-``semantic_norm`` [n] and ``ambiguity`` [n].
+A file, ``.npz`` or ``.parquet``, holds ``semantic`` (or ``embeddings``) [n, d] and ``labels`` [n] (numbers or names),
+and may hold ``uncertainty`` [n, k], ``semantic_norm`` [n] and ``ambiguity`` [n]. The temperature and the form of the
+introspective metric are those that ``idml_jax.embed`` stored with the embeddings; ``--temperature`` and ``--absolute``
+(or ``--no-absolute``) override them.
 """
 
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from idml_jax.errors import UserError, stop
+from idml_jax.errors import UserError, run_command, warn
+from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, read
 from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
-from idml_jax.runtime.files import without_nan, write_json
+from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
 
 __all__ = ["load_embeddings", "main", "show"]
 
 
 def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] | None]:
-    """Reads embeddings from an ``.npz`` file; pickled content is refused.
+    """Reads embeddings with labels; pickled content is refused.
 
     Args:
       path: of the file, see the module's docstring for its names.
@@ -36,54 +40,80 @@ def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] 
     Raises:
       UserError: naming the file and what is wrong with it.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except Exception as error:
-        raise UserError(f"{path}: not an .npz file of plain arrays ({str(error).splitlines()[0]})") from error
-    semantic = arrays.get("semantic", arrays.get("embeddings"))
-    if semantic is None or "labels" not in arrays:
-        names = ", ".join(sorted(arrays)) or "nothing"
-        raise UserError(f"{path}: needs the arrays semantic (or embeddings) [n, d] and labels [n]; it holds {names}")
-    for name in ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity"):  # others may hold anything
-        if name in arrays and arrays[name].dtype.kind not in "fiub":
-            raise UserError(f"{path}: {name} holds {arrays[name].dtype}, not numbers")
-    for name in ("labels", "uncertainty", "semantic_norm", "ambiguity"):
-        if name in arrays and (semantic.ndim != 2 or arrays[name].shape[:1] != semantic.shape[:1]):
-            raise UserError(f"{path}: {name} has the shape {arrays[name].shape}, the embeddings {semantic.shape}")
-    embedded = Embedded(semantic, arrays["labels"], arrays.get("uncertainty"), arrays.get("semantic_norm"))
-    return embedded, arrays.get("ambiguity")
+    index = read(path, "--embeddings", labels=True)
+    return index.embedded, index.ambiguity
 
 
 def show(report: dict[str, float]) -> str:
-    """A line per figure."""
+    """A line per metric."""
     return "\n".join(f"{name:32s} {value:.4f}" for name, value in report.items())
 
 
-def _evaluate_files(arguments: argparse.Namespace) -> None:
-    start = time.monotonic()
-    embedded, truth = load_embeddings(arguments.embeddings)
-    gallery = load_embeddings(arguments.gallery)[0] if arguments.gallery else None
-    held_out = load_embeddings(arguments.held_out)[0] if arguments.held_out else None
+def _ks(given: str) -> tuple[int, ...]:
     try:
-        ks = tuple(int(k) for k in arguments.ks.split(","))
+        ks = tuple(int(k) for k in given.split(","))
     except ValueError as error:
-        raise UserError(f"--ks={arguments.ks}: whole numbers, e.g. 1,2,4,8") from error
-    report, warnings = full_report(
-        embedded,
-        gallery,
-        ks=ks,
-        metric=Metric("absolute" if arguments.absolute else "relative", arguments.temperature),
-        ambiguity=truth,
-        held_out=held_out,
-        precision=arguments.precision,
-        cluster=not arguments.no_clustering,
-        seed=arguments.seed,
-    )
-    if arguments.out:
-        write_json(Path(arguments.out), without_nan(report))
+        raise UserError(f"--ks={given}: whole numbers, e.g. 1,2,4,8") from error
+    if min(ks) < 1:
+        raise UserError(f"--ks={given}: each must be at least 1")
+    return ks
+
+
+def _metric(given: dict[str, Any], index: Index) -> Metric:
+    """The file's metric, with the given settings instead."""
+    stored, temperature, absolute = index.metric, given["temperature"], given["absolute"]
+    if temperature is not None and not check_temperature(temperature):
+        raise UserError(f"--temperature={temperature}: must be above 0 and finite")
+    form = stored.form if absolute is None else "absolute" if absolute else "relative"
+    used = Metric(form, stored.temperature if temperature is None else temperature)
+    for name, value in used.about().items():
+        if name in index.about and value != index.about[name]:
+            warn(f"{name} = {value} is used; the embeddings were made with {index.about[name]}")
+    return used
+
+
+def _beside(given: dict[str, Any], option: str, index: Index) -> Index | None:
+    """Another file, whose vectors can be compared with those of the first."""
+    if not given[option]:
+        return None
+    other = read(given[option], f"--{option}", labels=True)
+    flags = {"temperature": "temperature", "relative": "absolute"}
+    stored = [name for name, flag in flags.items() if given[flag] is None]
+    check_comparable(index, other, given["embeddings"], given[option], stored)
+    return other
+
+
+def _evaluate_files(given: dict[str, Any]) -> None:
+    start, ks = time.monotonic(), _ks(given["ks"])
+    out = user_path(given["out"]) if given["out"] else None
+    if out is not None:
+        check_target(out)  # before the work
+    index = read(given["embeddings"], "--embeddings", labels=True)
+    metric = _metric(given, index)
+    gallery, held_out = _beside(given, "gallery", index), _beside(given, "held_out", index)
+    embedded, searched = index.embedded, None
+    if gallery is not None:
+        queries_labels, gallery_labels, named = labels_in_common(index, gallery)
+        embedded = embedded._replace(labels=queries_labels)
+        searched = gallery.embedded._replace(labels=gallery_labels)
+        if not named:
+            warn(f"{given['embeddings']} or {given['gallery']} does not name its classes; their numbers are compared")
+    try:
+        report, warnings = full_report(
+            embedded,
+            searched,
+            ks=ks,
+            metric=metric,
+            ambiguity=index.ambiguity,
+            held_out=None if held_out is None else held_out.embedded,
+            precision=given["precision"],
+            cluster=not given["no_clustering"],
+            seed=given["seed"],
+        )
+    except ValueError as error:  # sets too small for a metric, and settings out of range
+        raise UserError(str(error)) from error
+    if out is not None:
+        write_json(out, without_nan(report))
     print(show(report))
     for warning in warnings:
         print(f"warning: {warning}")
@@ -94,19 +124,19 @@ def main(argv: list[str] | None = None) -> None:
     """The command line for saved embeddings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--embeddings", required=True, help="queries, and gallery too if none is given")
-    parser.add_argument("--gallery", help="what is searched")
-    parser.add_argument("--held_out", help="embeddings of held-out classes, which choose the threshold of answers")
+    parser.add_argument("--gallery", default="", help="what is searched")
+    parser.add_argument("--held_out", default="", help="embeddings of held-out classes, for the threshold of answers")
     parser.add_argument("--precision", type=float, default=0.9, help="wanted share of right answers")
-    parser.add_argument("--ks", default="1,2,4,8")
-    parser.add_argument("--temperature", type=float, default=Metric().temperature)
-    parser.add_argument("--absolute", action="store_true", help="the absolute reading of the uncertainty")
-    parser.add_argument("--no_clustering", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="JSON file for the figures")
-    try:
-        _evaluate_files(parser.parse_args(argv))
-    except (UserError, ValueError, OSError) as error:
-        stop(error)
+    parser.add_argument("--ks", default="1,2,4,8", help="K of R@K")
+    parser.add_argument("--temperature", type=float, help="of the metric; default: the file's, else that of the paper")
+    parser.add_argument(
+        "--absolute", action=argparse.BooleanOptionalAction, help="the absolute form of the metric; default: the file's"
+    )
+    parser.add_argument("--no_clustering", action="store_true", help="leave out NMI, AMI and F1")
+    parser.add_argument("--seed", type=int, default=0, help="of clustering and bootstrap")
+    parser.add_argument("--out", default="", help="JSON file for the metrics")
+    given = vars(parser.parse_args(argv))
+    run_command(lambda: _evaluate_files(given))
 
 
 if __name__ == "__main__":

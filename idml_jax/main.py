@@ -9,6 +9,11 @@ Exit codes: 0, finished; 1, an error, told in one line; 75, stopped by SIGTERM o
 by Ctrl-C: the same command goes on.
 """
 
+from idml_jax.runtime import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_when_asked()  # before the imports below, which take a while
+
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from idml_jax.errors import UserError, show_progress, stop
+from idml_jax.errors import UserError, end_now, show_progress, stop
+from idml_jax.runtime.files import user_path
 from idml_jax.training import recipes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", lock_config=True)
@@ -71,8 +77,7 @@ def _main(_: list[str]) -> None:
             hosts.leave(str(error))
         stop(error)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        end_now(130, "stopped by Ctrl-C; the same command goes on from the last checkpoint")
 
 
 def _check_config(config: Any) -> None:
@@ -83,13 +88,11 @@ def _check_config(config: Any) -> None:
 
 
 def _run() -> None:
-    from idml_jax.runtime import (
-        hosts,  # late, so that a wrong flag is answered at once
-        interrupt,
-    )
+    from idml_jax.runtime import hosts  # late, so that a wrong flag is answered at once
     from idml_jax.training import train
 
-    workdir = str(_WORKDIR.value)
+    interrupt.as_exception()
+    workdir = str(user_path(str(_WORKDIR.value)))
     if _COORDINATOR.value:
         hosts.connect(_COORDINATOR.value, _PROCESSES.value, _INDEX.value)
     try:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 __all__ = ["METHODS", "Mixed", "Plan", "blend", "mix", "mixup", "plan", "plan_cutmix", "plan_mixup"]
 
@@ -33,7 +33,7 @@ def blend(
     return lam * images + (1.0 - lam) * others
 
 
-def mixup(key: Array, images: Float[Array, "n h w c"], alpha: float = 1.0) -> Mixed:
+def mixup(key: PRNGKeyArray, images: Float[Array, "n h w c"], alpha: float = 1.0) -> Mixed:
     """Mixup (Zhang et al., ICLR 2018) with one ``lam ~ Beta(alpha, alpha)`` and one permutation per batch.
 
     The loss of metric learning is then ``L(x', y) lam + L(x', y[partner]) (1 - lam)``, beside ``L(x, y)``.
@@ -68,7 +68,9 @@ class Plan(NamedTuple):
     box: Int[Array, "n 4"]
 
 
-def plan_mixup(key: Array, n: int, *, alpha: float = 1.0, probability: float = 1.0, per_sample: bool = False) -> Plan:
+def plan_mixup(
+    key: PRNGKeyArray, n: int, *, alpha: float = 1.0, probability: float = 1.0, per_sample: bool = False
+) -> Plan:
     """Mixup (Zhang et al., ICLR 2018): ``lam ~ Beta(alpha, alpha)``, partners by a random permutation.
 
     Args:
@@ -86,7 +88,7 @@ def plan_mixup(key: Array, n: int, *, alpha: float = 1.0, probability: float = 1
 
 
 def plan_cutmix(
-    key: Array,
+    key: PRNGKeyArray,
     n: int,
     height: int,
     width: int,
@@ -116,7 +118,7 @@ def plan_cutmix(
     row_key, column_key = jax.random.split(place_key)
     root, shape = jnp.sqrt(1.0 - lam), (n,) if per_sample else (1,)
 
-    def span(key: Array, size: int) -> tuple[Array, Array]:
+    def span(key: PRNGKeyArray, size: int) -> tuple[Array, Array]:
         half = jnp.floor(size * root).astype(jnp.int32) // 2
         centre = jnp.broadcast_to(jax.random.randint(key, shape, 0, size), (n,))
         return jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)
@@ -126,7 +128,7 @@ def plan_cutmix(
     return Plan(partner, lam, jnp.ones((n,)), jnp.stack([top, left, bottom, right], axis=1))
 
 
-def _draws(key: Array, n: int, alpha: float, probability: float, per_sample: bool) -> tuple[Array, Array, Array]:
+def _draws(key: PRNGKeyArray, n: int, alpha: float, probability: float, per_sample: bool) -> tuple[Array, Array, Array]:
     """Partners, lam (1 where nothing is mixed) and a key for more."""
     lam_key, partner_key, whether_key, more = jax.random.split(key, 4)
     shape = (n,) if per_sample else (1,)
@@ -141,7 +143,7 @@ METHODS = ("none", "mixup", "cutmix")
 
 def plan(
     method: str,
-    key: Array,
+    key: PRNGKeyArray,
     n: int,
     height: int,
     width: int,

@@ -14,17 +14,18 @@ others. ``--abstain=0.95`` leaves out answers below the threshold at which 95% o
 """
 
 import argparse
+import functools
 import json
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any
 
-from idml_jax.errors import UserError, run_command
+from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference import model as trained
-from idml_jax.inference import store as embeddings
-from idml_jax.inference.search import Answers, _calibration, _model, _open, _own_rows, calibrate, search
-from idml_jax.ism import Metric
+from idml_jax.inference.index import Index, check_comparable, own_rows, read
+from idml_jax.inference.search import Answers, Confidence, calibrate, confidence_of, load_model, open_index, search
 from idml_jax.metrics.embedded import scores_of
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
+from idml_jax.runtime.files import check_target, user_path, write_bytes
 
 __all__ = ["Answers", "as_html", "as_png", "as_table", "calibrate", "main", "picture_reader", "records", "search"]
 
@@ -33,40 +34,37 @@ FORMATS = (".jsonl", ".html", ".png")
 
 
 def _search(given: dict[str, Any]) -> None:
-    out = Path(given["out"]).expanduser() if given["out"] else None
+    out = user_path(given["out"]) if given["out"] else None
     if out is not None and out.suffix not in FORMATS:
         raise UserError(f"--out={out}: the name must end in {', '.join(FORMATS)}")
     if given["k"] < 1:
         raise UserError(f"-k {given['k']} must be at least 1")
-    index = embeddings.read(given["index"])
-    loaded: list[trained.Trained] = []
-
-    def model() -> trained.Trained:
-        loaded.extend([] if loaded else [_model(index, given["workdir"])])
-        return loaded[0]
-
-    try:
-        metric = Metric.from_about(index.about)
-    except ValueError as error:
-        raise UserError(f"{given['index']}: {error}") from error
-    queries = _open(given["query"], "--query", model)
-    own = None if given["keep_same"] else _own_rows(queries, index)
+    if given["abstain"] is not None and not 0 < given["abstain"] < 1:
+        raise UserError(f"--abstain={given['abstain']}: a share of right answers, above 0 and below 1")
+    if out is not None:
+        check_target(out)  # before the work
+    index = read(given["index"])
+    model = functools.cache(lambda: load_model(index, given["workdir"], warn))
+    queries = open_index(given["query"], "--query", model)
+    check_comparable(queries, index, given["query"], given["index"])
+    own = None if given["keep_same"] else own_rows(queries, index)
     k = min(given["k"], len(index.files) - (own is not None))
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
-    scores = scores_of(queries.embedded, index.embedded, metric, own)
-    calibrated, threshold, note = _calibration(given, index, model, metric, scores)
+    scores = scores_of(queries.embedded, index.embedded, index.metric, own)
+    calibrated, threshold, note = _confidence(given, index, model, scores)
     answers = search(
         queries.embedded,
         index.embedded,
         k,
         own=own,
-        metric=metric,
+        metric=index.metric,
         calibrated=calibrated,
         threshold=threshold,
         scores=scores,
     )
     rows = records(queries, index, answers, own)
+    note = printable(note)
     note = f"{len(index.files):,} pictures searched for {len(rows):,}; {note}"
     if out is None:
         print(as_table(rows))
@@ -78,13 +76,27 @@ def _search(given: dict[str, Any]) -> None:
     else:
         readers = picture_reader(queries, workdir), picture_reader(index, workdir)
         content = as_html(rows, *readers, note).encode() if out.suffix == ".html" else as_png(rows, *readers)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(out)
+    write_bytes(out, content)
     print(note)
     left = f" (the first {SHEET_ROWS})" if out.suffix == ".png" and len(rows) > SHEET_ROWS else ""
-    print(f"{int(answers.answered.sum()):,} of {len(rows):,} answered{left}: {out}")
+    print(f"{int(answers.answered.sum()):,} of {len(rows):,} answered{left}: {printable(out)}")
+
+
+def _confidence(
+    given: dict[str, Any], index: Index, model: Callable[[], trained.Trained], names: Collection[str]
+) -> Confidence:
+    held_out, what = index, "the index itself, each picture searching the others"
+    if given["held_out"]:
+        held_out, what = open_index(given["held_out"], "--held_out", model), given["held_out"]
+        check_comparable(held_out, index, what, given["index"])
+    if held_out.class_names is not None:
+        return confidence_of(held_out._replace(about=index.about), what, given["abstain"], names)
+    if given["abstain"] is not None or given["held_out"]:
+        raise UserError(
+            f"{given['held_out'] or given['index']}: its classes are unknown, so nothing tells how sure an answer "
+            "is; give --held_out, a file or a folder of class folders"
+        )
+    return Confidence(None, None, "how sure answers are is unknown: neither --held_out nor an index with classes")
 
 
 def main(argv: list[str] | None = None) -> None:

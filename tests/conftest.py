@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, set before jax is imported; small data sets that tests share."""
+"""Eight CPU devices for every test, set before jax is imported; small data sets and runs that tests share."""
 
 import os
 
@@ -18,6 +18,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config):
+    # Compiling takes most of the suite's time, and LLVM's optimisations half of that; XLA's own passes stay. The slow
+    # tests, which run more and compile less, and with them the whole suite under --slow, have both.
+    if not config.getoption("--slow"):
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the programs that tests start
 
 
 def pytest_collection_modifyitems(config, items):

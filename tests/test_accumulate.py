@@ -35,7 +35,15 @@ def two_steps(parts, model, **changes):
     return jax.tree.map(np.asarray, (state, metrics))
 
 
-@pytest.mark.parametrize("name,alpha", [("proxies", 1.0), ("learned", 1.0), ("memory", 1.0), ("memory", 0.0)])
+@pytest.mark.parametrize(
+    "name,alpha",
+    [
+        ("proxies", 1.0),
+        pytest.param("learned", 1.0, marks=pytest.mark.slow),
+        ("memory", 1.0),
+        pytest.param("memory", 0.0, marks=pytest.mark.slow),
+    ],
+)
 def test_frozen_statistics_give_the_same_step_in_parts(name, alpha):
     """Loss over the whole batch, gradients of trunk, heads, proxies and learned numbers, and the memory."""
     changes = dict(objective=objective(**OBJECTIVES[name]), mixup_alpha=alpha)
@@ -52,6 +60,7 @@ def test_frozen_statistics_give_the_same_step_in_parts(name, alpha):
         chex.assert_trees_all_close(*moves, rtol=1e-3, atol=1e-3 * size)
 
 
+@pytest.mark.slow
 def test_a_loss_per_part_would_be_another():
     """Pairs across parts count: two halves by themselves give other losses than the batch in two parts."""
     s = setup(tiny(frozen=True), objective=objective(loss="contrastive"), mixup_alpha=0.0, accumulate=2)
@@ -98,6 +107,7 @@ def test_the_resting_trunk_rests_in_parts_too():
     chex.assert_trees_all_close(after.params, expected.params, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow  # three steps in parts on eight devices are in test_golden.py
 def test_the_same_in_parts_on_eight_devices():
     s = setup(tiny(frozen=True), accumulate=2, optimizer=GRADIENT)
     results = []
@@ -111,7 +121,10 @@ def test_the_same_in_parts_on_eight_devices():
     chex.assert_trees_all_close(*results, rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name,run", [("resnet_tiny", True), ("vit_tiny", True), ("pyramidnet_tiny", False)])
+@pytest.mark.parametrize(
+    "name,run",
+    [("resnet_tiny", True), pytest.param("vit_tiny", True, marks=pytest.mark.slow), ("pyramidnet_tiny", False)],
+)
 def test_blocks_computed_again_give_the_same_gradient(name, run):
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
     results, variables = [], None

@@ -85,7 +85,9 @@ def setup(stored):
 def test_one_training_step(stored, setup, dataset):
     run = build(small(dataset, stored))._replace(setup=setup)
     batch = next(
-        pipeline.train_batches(run.splits.train, run.sampler, run.train_transform, seed=0, start=0, stop=1, threads=1)
+        pipeline.train_batches(
+            run.splits.train, run.sampler, pipeline.Reading(run.train_transform, threads=1), seed=0, start=0, stop=1
+        )
     )
     assert batch["image"].shape == (8, 16, 16, 3) and batch["image"].std() > 10
     np.testing.assert_array_equal(batch["label"], run.splits.train.labels[batch["index"]])

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -201,10 +202,11 @@ class TestSamplers:
 def batches(folder, start=0, stop=6, hosts=1, threads=4, workers=0, **kwargs):
     source = sources.scan_folder(folder / "train")
     sampler = samplers.BalancedSampler(source.labels, 16, 4, seed=5)
-    options = dict(seed=7, start=start, stop=stop, channels=1, threads=threads, workers=workers, **kwargs)
     crop = RandomResizedCrop(16, rotation=8)
+    reading = pipeline.Reading(crop, channels=1, threads=threads, workers=workers, hosts=hosts, **kwargs)
     parts = [
-        list(pipeline.train_batches(source, sampler, crop, host=host, hosts=hosts, **options)) for host in range(hosts)
+        list(pipeline.train_batches(source, sampler, replace(reading, host=host), seed=7, start=start, stop=stop))
+        for host in range(hosts)
     ]
     return [{k: np.concatenate([p[i][k] for p in parts]) for k in parts[0][0]} for i in range(len(parts[0]))]
 
@@ -231,7 +233,11 @@ class TestPipeline:
         for hosts in (1, 2):
             seen = []
             parts = [
-                list(pipeline.eval_batches(source, ResizeCenterCrop(16, 16), batch_size=20, host=h, hosts=hosts))
+                list(
+                    pipeline.eval_batches(
+                        source, pipeline.Reading(ResizeCenterCrop(16, 16), host=h, hosts=hosts), batch_size=20
+                    )
+                )
                 for h in range(hosts)
             ]
             for step in zip(*parts, strict=True):
@@ -245,7 +251,7 @@ class TestPipeline:
         bad.write_bytes(b"nonsense")
         source.paths[7] = str(bad)
         with pytest.raises(UserError, match=r"bad\.png: not a picture"):
-            list(pipeline.eval_batches(source, ResizeCenterCrop(16, 16), batch_size=16))
+            list(pipeline.eval_batches(source, pipeline.Reading(ResizeCenterCrop(16, 16)), batch_size=16))
 
 
 def make_folder(root, classes, per_class=3):

@@ -1,6 +1,7 @@
 """Orders of records: properties that hold for every size, seed, step and number of hosts."""
 
 import collections
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -142,9 +143,9 @@ def test_four_hosts_together_give_the_batches_of_one(photographs, name, balanced
         samplers.BalancedSampler(photographs.labels, 12, 3, 1) if balanced else samplers.ShuffledSampler(47, 12, 1)
     )
 
-    def run(start, stop, **options):
-        options = {"seed": 5, "prefetch": 3, **options}
-        return list(pipeline.train_batches(photographs, sampler, TRANSFORMS[name], start=start, stop=stop, **options))
+    def run(start, stop, seed=5, **options):
+        reading = pipeline.Reading(TRANSFORMS[name], **{"prefetch": 3, **options})
+        return list(pipeline.train_batches(photographs, sampler, reading, seed=seed, start=start, stop=stop))
 
     whole = run(0, 7, threads=3)
     hosts = [
@@ -166,8 +167,10 @@ def test_four_hosts_together_give_the_batches_of_one(photographs, name, balanced
 def test_worker_processes_give_the_same(image_folder):
     source = sources.scan_folder(image_folder / "train")
     sampler = samplers.BalancedSampler(source.labels, 16, 4, 2)
-    options = {"seed": 3, "start": 2, "stop": 7, "channels": 3, "hosts": 4}
-    run = lambda **more: list(pipeline.train_batches(source, sampler, TRANSFORMS["imagenet"], **options, **more))
+    reading = pipeline.Reading(TRANSFORMS["imagenet"], channels=3, hosts=4)
+    run = lambda **more: list(
+        pipeline.train_batches(source, sampler, replace(reading, **more), seed=3, start=2, stop=7)
+    )
     for host, workers in ((3, 2),):
         for a, b in zip(run(host=host, workers=workers), run(host=host, threads=2), strict=True):
             for key in a:
@@ -177,9 +180,8 @@ def test_worker_processes_give_the_same(image_folder):
 def test_hosts_must_divide_the_batch(photographs):
     sampler = samplers.ShuffledSampler(47, 10, 0)
     with pytest.raises(UserError, match=r"config.batch_size \(10\) must be a multiple of the 4 hosts"):
-        next(
-            pipeline.train_batches(photographs, sampler, TRANSFORMS["cifar"], seed=0, start=0, stop=1, host=0, hosts=4)
-        )
+        reading = pipeline.Reading(TRANSFORMS["cifar"], host=0, hosts=4)
+        next(pipeline.train_batches(photographs, sampler, reading, seed=0, start=0, stop=1))
 
 
 def test_a_damaged_photograph_is_named_in_training(photographs):
@@ -187,4 +189,5 @@ def test_a_damaged_photograph_is_named_in_training(photographs):
     damaged.encoded[5] = damaged.encoded[5][:-200]
     sampler = samplers.ShuffledSampler(12, 12, 0)
     with pytest.raises(UserError, match=r"^photograph 5: not a readable picture \(.*truncated"):
-        list(pipeline.train_batches(damaged, sampler, TRANSFORMS["retrieval"], seed=0, start=0, stop=1))
+        reading = pipeline.Reading(TRANSFORMS["retrieval"])
+        list(pipeline.train_batches(damaged, sampler, reading, seed=0, start=0, stop=1))

@@ -41,7 +41,7 @@ EDGES = {
     "array_record": {"data.stored.shards"},
     "matplotlib": {"data.glyphs.draw", "reporting.plots"},
     "sklearn": {"reporting.plots"},
-    "pyarrow": {"inference.store"},
+    "pyarrow": {"inference.arrays"},
     "faiss": {"inference.faiss_index"},
     "grain": {"data.pipeline"},
     "cv2": {

@@ -1,6 +1,7 @@
 """What a trained run is used for: embedding, searching, reporting, exporting."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -125,6 +126,55 @@ class TestEmbed:
         with pytest.raises(UserError, match="already there"):
             run()
 
+    def test_names_that_are_not_utf_8_are_kept_and_shown_escaped(self, workdir, image_folder, tmp_path, capsys):
+        folder = os.fsencode(tmp_path / "mine")
+        os.mkdir(folder)
+        for i, name in enumerate((b"caf\xe9.png", b"bad\xff\n\x1b[2J.png", b"a.png")):
+            data = (image_folder / "test" / "class_04" / f"0{i}.png").read_bytes()
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(b"nothing" if name.startswith(b"bad") else data)
+        for name in ("x.parquet", "x.npz"):
+            out = tmp_path / name
+            embed.main([f"--workdir={workdir}", f"--images={os.fsdecode(folder)}", f"--out={out}"])
+            found = embeddings.read(out)
+            assert [os.fsencode(f) for f in found.files] == [
+                os.path.join(folder, n) for n in (b"a.png", b"caf\xe9.png")
+            ]
+            listed = out.with_name(f"{name}.skipped.txt").read_text()
+            assert "bad\\xff\\n\\x1b[2J.png\t" in listed and listed.count("\n") == 1
+            for page in ("a.html", "a.png", "a.jsonl"):
+                search.main([f"--index={out}", f"--query={os.fsdecode(folder)}", "-k", "1", f"--out={tmp_path / page}"])
+            assert "caf\\xe9.png" in (tmp_path / "a.html").read_text()
+            row = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])
+            assert os.fsencode(row["neighbours"][0]["file"]).endswith(b"caf\xe9.png")
+        told = capsys.readouterr()
+        assert "\x1b" not in told.out + told.err and "bad\\xff" in told.out
+
+    def test_a_network_that_gives_no_numbers_is_refused(self, workdir, image_folder, tmp_path, monkeypatch, capsys):
+        real = trained.embed_pictures
+
+        def broken(*arguments):
+            found = real(*arguments)
+            found["semantic"] = np.where(np.arange(len(found["semantic"]))[:, None] == 2, np.nan, found["semantic"])
+            return found
+
+        monkeypatch.setattr(trained, "embed_pictures", broken)
+        folder = image_folder / "test" / "class_04"
+        with pytest.raises(SystemExit):
+            embed.main([f"--workdir={workdir}", f"--images={folder}", f"--out={tmp_path / 'x.npz'}"])
+        told = capsys.readouterr().err
+        assert f"{workdir} gives NaN or infinity in semantic for 1 of 12 pictures, the first {folder}/02.png" in told
+        assert not (tmp_path / "x.npz").exists()
+        with pytest.raises(UserError, match="gives NaN"):
+            embed.embed_all(trained.load(workdir), embed.list_images(folder)[0])
+
+    def test_a_file_that_is_being_written_is_left_alone(self, workdir, image_folder, tmp_path, capsys):
+        out = tmp_path / "x.npz"
+        with embeddings.writing(out), pytest.raises(SystemExit):
+            embed.main([f"--workdir={workdir}", f"--images={image_folder / 'test' / 'class_04'}", f"--out={out}"])
+        assert f"x.npz: another process is writing it; wait for it (process {os.getpid()})" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
     def test_the_runs_own_pictures(self, workdir, index, tmp_path):
         out = tmp_path / "x.npz"
         embed.main([f"--workdir={workdir}", "--split=test", f"--out={out}"])
@@ -229,10 +279,16 @@ class TestSearch:
         query = f"--query={image_folder / 'test' / 'class_05'}"
         flat = tmp_path / "flat.npz"
         embed.main([f"--workdir={workdir}", f"--images={image_folder / 'test'}", "--no_labels", f"--out={flat}"])
-        stale = tmp_path / "stale.npz"
+        stale, other, moved = (tmp_path / f"{name}.npz" for name in ("stale", "other", "moved"))
         with np.load(index) as file:
-            about = json.dumps({**json.loads(str(file["about"])), "step": 1})
-            np.savez(stale, **{**file, "about": np.asarray(about)})
+            about = json.loads(str(file["about"]))
+            old = {k: v for k, v in about.items() if k != "weights"}  # as written before weights had a digest
+            for path, changed in (
+                (stale, {**old, "step": 1}),
+                (other, {**about, "weights": "0" * 16}),
+                (moved, {**about, "workdir": "/gone", "step": 1}),
+            ):
+                np.savez(path, **{**file, "about": np.asarray(json.dumps(changed))})
         for words, message in (
             ([f"--index={tmp_path}/no.npz", query], "no such file (--index)"),
             ([f"--index={flat}", query, "--abstain=0.9"], "classes are unknown"),
@@ -240,6 +296,8 @@ class TestSearch:
             ([f"--index={index}", query, "--out=x.pdf"], "must end in"),
             ([f"--index={index}", f"--query={tmp_path}"], "holds no pictures"),
             ([f"--index={stale}", query], "cannot be compared; embed the index again"),
+            ([f"--index={other}", query], "cannot be compared; embed the index again"),
+            ([f"--index={moved}", query], "/gone holds no run"),
         ):
             capsys.readouterr()
             with pytest.raises(SystemExit):
@@ -248,6 +306,9 @@ class TestSearch:
             assert error.startswith("error: ") and message in error and "\n" not in error
         search.main([f"--index={flat}", query, "-k", "1"])
         assert "how sure answers are is unknown" in capsys.readouterr().out
+        # The same weights are the same network, wherever they lie.
+        search.main([f"--index={moved}", query, "-k", "1", f"--workdir={workdir}"])
+        assert "96 pictures searched for 12" in capsys.readouterr().out
 
     def test_a_small_index_has_fewer_margins_than_held_out_pictures(self, index, workdir, image_folder, tmp_path):
         small = tmp_path / "small.npz"

@@ -52,16 +52,8 @@ def main() -> None:
         return features, setup.model.apply(heads, features, method=EmbeddingModel.embed)
 
     parts = []
-    for batch in pipeline.eval_batches(
-        source,
-        built.test_transform,
-        order=np.arange(len(source)),
-        batch_size=128,
-        channels=model.config.data.channels,
-        threads=2,
-        host=0,
-        hosts=1,
-    ):
+    reading = pipeline.Reading(built.test_transform, channels=model.config.data.channels, threads=2)
+    for batch in pipeline.eval_batches(source, reading, batch_size=128):
         parts.append(jax.tree.map(np.asarray, embed(model.variables, batch["image"])))
     features = np.concatenate([f for f, _ in parts])[: len(source)]
     out = {k: np.concatenate([o[k] for _, o in parts])[: len(source)] for k in parts[0][1]}

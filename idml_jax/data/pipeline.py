@@ -4,11 +4,12 @@ import collections
 import concurrent.futures
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from idml_jax.data.files import FileError, shown
 from idml_jax.data.images.decode import one_image_fails
@@ -26,26 +27,60 @@ def slot_generator(seed: int, slot: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, slot))))
 
 
-def load_image(
-    source: Source, record: int, transform: Transform, channels: int, rng: np.random.Generator
-) -> UInt8[np.ndarray, "size size c"]:
-    """Reads, decodes and transforms one image: the way of all images into the network.
+@dataclass(frozen=True)
+class Reading:
+    """How images are read and turned into pixels, and which part of every batch this host reads.
 
-    Args:
-      source: images.
-      record: which.
-      transform: from the encoded image to the pixels that the network sees.
+    Attributes:
+      transform: from an encoded image to the pixels that the network sees.
       channels: 3 for colour, 1 for grey.
-      rng: of the transform.
-
-    Raises:
-      FileError: naming the image, whatever is wrong with it.
+      threads: number of reader and decoder threads.
+      prefetch: number of batches read ahead; with the one in use, memory is ``prefetch`` + 1 batches of uint8 images.
+      workers: number of worker processes used instead of the threads in training, for hosts with many cores.
+      host: number of this host.
+      hosts: number of hosts.
     """
-    try:
-        with one_image_fails():
-            return transform(Picture(source.read(record), channels), rng)
-    except DecodeError as error:
-        raise FileError(f"{shown(source.name(record))}: {error}") from error
+
+    transform: Transform
+    channels: int = 3
+    threads: int = 4
+    prefetch: int = 4
+    workers: int = 0
+    host: int = 0
+    hosts: int = 1
+
+    def part(self, batch_size: int, field: str) -> slice:
+        """The places of a global batch that this host reads.
+
+        Raises:
+          UserError: if the hosts cannot share the batch evenly; ``field`` is the setting to name.
+        """
+        if batch_size % self.hosts:
+            raise UserError(f"{field} ({batch_size}) must be a multiple of the {self.hosts} hosts")
+        size = batch_size // self.hosts
+        return slice(self.host * size, (self.host + 1) * size)
+
+    def load(self, source: Source, record: int, seed: int, slot: int) -> UInt8[np.ndarray, "size size c"]:
+        """Reads, decodes and transforms one image: the way of all images into the network.
+
+        Args:
+          source: images.
+          record: number of the image in the source.
+          seed: of the transform's randomness.
+          slot: place of the image in the order of all steps.
+
+        Returns:
+          The same pixels for the same (seed, slot), whichever host or thread reads it.
+
+        Raises:
+          FileError: naming the image, whatever is wrong with it.
+        """
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, slot))))
+        try:
+            with one_image_fails():
+                return self.transform(Picture(source.read(record), self.channels), rng)
+        except DecodeError as error:
+            raise FileError(f"{shown(source.name(record))}: {error}") from error
 
 
 class _Batches:
@@ -54,38 +89,23 @@ class _Batches:
     A whole batch is one element for Grain: its threads make several at a time, and each is put together in place.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        sampler: Sampler,
-        transform: Transform,
-        *,
-        seed: int,
-        start: int,
-        stop: int,
-        channels: int,
-        host: int,
-        hosts: int,
-    ):
-        if sampler.batch_size % hosts:
-            raise UserError(f"config.batch_size ({sampler.batch_size}) must be a multiple of the {hosts} hosts")
-        self._source, self._sampler, self._transform = source, sampler, transform
-        self._seed, self._start, self._steps, self._channels = seed, start, max(stop - start, 0), channels
-        self._local = sampler.batch_size // hosts
-        self._offset = host * self._local
+    def __init__(self, source: Source, sampler: Sampler, reading: Reading, *, seed: int, start: int, stop: int):
+        self._source, self._sampler, self._reading = source, sampler, reading
+        self._seed, self._start, self._steps = seed, start, max(stop - start, 0)
+        self._part = reading.part(sampler.batch_size, "config.batch_size")
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, number: int) -> Batch:
         step = self._start + int(number)
-        records = self._sampler.batch(step)[self._offset : self._offset + self._local]
-        first_slot = step * self._sampler.batch_size + self._offset
+        records = self._sampler.batch(step)[self._part]
+        first_slot = step * self._sampler.batch_size + self._part.start
         images = None
         for place, record in enumerate(records.tolist()):
-            image = self._load(record, first_slot + place)
+            image = self._reading.load(self._source, record, self._seed, first_slot + place)
             if images is None:
-                images = np.empty((self._local, *image.shape), np.uint8)
+                images = np.empty((len(records), *image.shape), np.uint8)
             images[place] = image
         return {
             "image": images,
@@ -93,15 +113,12 @@ class _Batches:
             "index": records.astype(np.int32),
         }
 
-    def _load(self, record: int, slot: int) -> np.ndarray:
-        return load_image(self._source, record, self._transform, self._channels, slot_generator(self._seed, slot))
 
-
-def _iterate(batches: _Batches, threads: int, prefetch: int, workers: int) -> Iterator[Batch]:
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+def _iterate(batches: _Batches, reading: Reading) -> Iterator[Batch]:
+    options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
     chain = grain.MapDataset.source(batches).to_iter_dataset(options)
-    if workers:
-        chain = chain.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    if reading.workers:
+        chain = chain.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=2))
     iterator = iter(chain)
     try:
         yield from iterator
@@ -111,19 +128,7 @@ def _iterate(batches: _Batches, threads: int, prefetch: int, workers: int) -> It
 
 
 def train_batches(
-    source: Source,
-    sampler: Sampler,
-    transform: Transform,
-    *,
-    seed: int,
-    start: int,
-    stop: int,
-    channels: int = 3,
-    host: int = 0,
-    hosts: int = 1,
-    threads: int = 4,
-    prefetch: int = 4,
-    workers: int = 0,
+    source: Source, sampler: Sampler, reading: Reading, *, seed: int, start: int, stop: int
 ) -> Iterator[Batch]:
     """This host's part of the training batches of the steps ``start`` to ``stop - 1``.
 
@@ -132,16 +137,10 @@ def train_batches(
     Args:
       source: images.
       sampler: order of records.
-      transform: training transform.
+      reading: training transform, threads and host.
       seed: of the transform's randomness.
       start: first step.
       stop: step after the last.
-      channels: 3 for colour, 1 for grey.
-      host: index of this host.
-      hosts: number of hosts.
-      threads: number of reader and decoder threads.
-      prefetch: batches made or held ready; with the one in use, memory is ``prefetch`` + 1 batches of uint8 images.
-      workers: worker processes instead of threads in this process, for hosts with many cores.
 
     Yields:
       ``image`` [b, size, size, channels] uint8, ``label`` [b] int32, ``index`` [b] int32, the record.
@@ -149,37 +148,24 @@ def train_batches(
     Raises:
       UserError: naming an unreadable file.
     """
-    batches = _Batches(
-        source, sampler, transform, seed=seed, start=start, stop=stop, channels=channels, host=host, hosts=hosts
-    )
-    yield from _iterate(batches, threads, prefetch, workers)
+    yield from _iterate(_Batches(source, sampler, reading, seed=seed, start=start, stop=stop), reading)
 
 
 def eval_batches(
     source: Source,
-    transform: Transform,
+    reading: Reading,
     *,
     batch_size: int,
-    order: np.ndarray | None = None,
-    channels: int = 3,
-    host: int = 0,
-    hosts: int = 1,
-    threads: int = 4,
-    prefetch: int = 2,
+    order: Int[np.ndarray, "m"] | None = None,
     on_bad: OnBad = "raise",
 ) -> Iterator[Batch]:
     """Every image once, in order, in batches of one size; the tail is padded and masked.
 
     Args:
       source: images.
-      transform: test transform.
+      reading: test transform, threads and host.
       batch_size: images per global batch.
-      order: records to read, ``[m]``; all in their order by default.
-      channels: 3 for colour, 1 for grey.
-      host: index of this host.
-      hosts: number of hosts.
-      threads: number of reader and decoder threads.
-      prefetch: number of batches read ahead; with the one in use, memory is ``prefetch`` + 1 batches of uint8 images.
+      order: ``[m]`` records to read; all in their order by default.
       on_bad: ``raise`` ends at an image that cannot be read; ``skip`` masks it and gives the reason.
 
     Yields:
@@ -190,35 +176,35 @@ def eval_batches(
     Raises:
       UserError: naming an unreadable file, unless ``on_bad`` is ``skip``.
     """
-    if batch_size % hosts:
-        raise UserError(f"config.eval.batch_size ({batch_size}) must be a multiple of the {hosts} hosts")
     records = np.arange(len(source)) if order is None else np.asarray(order)
-    local = batch_size // hosts
-    places = np.arange(0, len(records), batch_size)[:, None] + host * local + np.arange(local)[None, :]
+    part = reading.part(batch_size, "config.eval.batch_size")
+    places = np.arange(0, len(records), batch_size)[:, None] + np.arange(part.start, part.stop)[None, :]
 
     def load(record: int, slot: int) -> np.ndarray | str:
         try:
-            return load_image(source, record, transform, channels, slot_generator(0, slot))
+            return reading.load(source, record, 0, slot)
         except UserError as error:
             if on_bad == "raise":
                 raise
             return str(error).removeprefix(f"{shown(source.name(record))}: ")
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    ahead = min(reading.prefetch, 2)
+    with concurrent.futures.ThreadPoolExecutor(reading.threads) as pool:
         started: collections.deque[tuple[np.ndarray, list[concurrent.futures.Future]]] = collections.deque()
         try:
-            for number in range(len(places) + prefetch):
+            for number in range(len(places) + ahead):
                 if number < len(places):
                     slots = places[number][places[number] < len(records)]
                     real = records[slots]
                     tasks = zip(real.tolist(), slots.tolist(), strict=True)
                     started.append((real, [pool.submit(load, record, slot) for record, slot in tasks]))
-                if number >= prefetch:
+                if number >= ahead:
                     real, loaded = started.popleft()
                     images = [one.result() for one in loaded]
-                    batch = _collected(source, real, images, local, int(records[0]))
+                    batch = _collected(source, real, images, part.stop - part.start, int(records[0]))
                     if not len(real):  # the last batch is too short for this host, which takes part all the same
-                        batch["image"] = np.zeros((local, *np.shape(load(int(records[0]), 0))), np.uint8)
+                        shape = np.shape(reading.load(source, int(records[0]), 0, 0))
+                        batch["image"] = np.zeros((part.stop - part.start, *shape), np.uint8)
                     yield batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

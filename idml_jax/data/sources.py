@@ -40,6 +40,11 @@ class Source(Protocol):
         ...
 
 
+def key_of(source: Source, index: int) -> str:
+    """What identifies an image of a source without reading it; its name for a source that has no ``key``."""
+    return getattr(source, "key", source.name)(index)
+
+
 class FolderSource:
     """Image files with labels."""
 
@@ -55,6 +60,9 @@ class FolderSource:
         return files.read_file(self.paths[index])
 
     def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def key(self, index: int) -> str:
         return self.paths[index]
 
 
@@ -94,8 +102,11 @@ class TfdsSource:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise files.FileError(f"{self._name} record {index}: cannot be read ({reason[:200]})") from error
 
+    def key(self, index: int) -> str:
+        return f"{self._name} record {index}"
+
     def name(self, index: int) -> str:
-        name = f"{self._name} record {index}"
+        name = self.key(index)
         if self._file_key is None:
             return name
         try:
@@ -138,6 +149,9 @@ class Subset:
     def name(self, index: int) -> str:
         return self._source.name(int(self._indices[index]))
 
+    def key(self, index: int) -> str:
+        return key_of(self._source, int(self._indices[index]))
+
 
 class Joined:
     """Several sources with the same classes, one after the other."""
@@ -164,6 +178,9 @@ class Joined:
     def name(self, index: int) -> str:
         source, local = self._find(index)
         return source.name(local)
+
+    def key(self, index: int) -> str:
+        return key_of(*self._find(index))
 
 
 def scan_splits(root: str | os.PathLike, warn: Callable[[str], None] = print) -> dict[str, FolderSource]:

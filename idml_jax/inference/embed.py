@@ -9,13 +9,15 @@ import numpy as np
 
 from idml_jax.data.lists import LISTS, list_images
 from idml_jax.data.sources import Source
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, printable
 from idml_jax.inference import store
 from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index
 from idml_jax.metrics.embedded import Embedded
+from idml_jax.runtime.files import write_text
 from idml_jax.runtime.writers import format_seconds
 from idml_jax.training.build import data_of
+from idml_jax.training.embedder import Rows
 
 SPLITS = ("train", "test", "validation", "gallery")
 __all__ = ["LISTS", "SPLITS", "embed_all", "embed_to_file", "index_of", "list_images", "split_source"]
@@ -25,7 +27,7 @@ def embed_all(
     model: Trained,
     source: Source,
     *,
-    warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    warn: Callable[[str], None] = lambda line: print(printable(line), file=sys.stderr),
 ) -> tuple[Embedded, np.ndarray]:
     """Embeds a source in memory.
 
@@ -44,6 +46,7 @@ def embed_all(
     for rows in model.embedder.rows(source):
         skipped += rows.skipped
         if rows.values:
+            _check_finite(model, source, rows)
             parts.append(rows.values)
             records.append(rows.records)
     if not parts:
@@ -94,6 +97,7 @@ def embed_to_file(
     about = {
         "workdir": str(model.workdir),
         "step": model.step,
+        "weights": store.weights_digest(model.variables),
         "images": origin,
         **model.metric.about(),
     }
@@ -158,7 +162,9 @@ def _part(model: Trained, source: Source, records: np.ndarray, progress: "_Progr
     for rows in model.embedder.rows(source, records):
         kept.append(rows.records)
         skipped += rows.skipped
-        values += [rows.values] if rows.values else []
+        if rows.values:
+            _check_finite(model, source, rows)
+            values.append(rows.values)
         progress.add(len(rows.records) + len(rows.skipped))
     arrays = {name: np.concatenate([part[name] for part in values]) for name in values[0]} if values else {}
     return arrays | {
@@ -173,10 +179,14 @@ def _list_skipped(out: Path, skipped: list[tuple[str, str]], total: int, say: Ca
     if not skipped:
         listing.unlink(missing_ok=True)
         return
-    listing.write_text("".join(f"{name}\t{reason}\n" for name, reason in skipped))
+    write_text(listing, "".join(f"{printable(name)}\t{printable(reason)}\n" for name, reason in skipped))
     name, reason = skipped[0]
     say(f"{len(skipped):,} of {total:,} images cannot be read and are left out, the first {name}: {reason}")
     say(f"all of them are listed in {listing}")
+
+
+def _check_finite(model: Trained, source: Source, rows: Rows) -> None:
+    store.check_finite(rows.values, [source.name(record) for record in rows.records.tolist()], str(model.workdir))
 
 
 class _Progress:

@@ -1,7 +1,7 @@
 """A trained run as one program that JAX loads without this package."""
 
 import json
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +9,34 @@ import jax
 import numpy as np
 
 from idml_jax.errors import UserError
+from idml_jax.inference.index import weights_digest
 from idml_jax.inference.model import Trained
+from idml_jax.runtime.files import replace_folder, user_path
 from idml_jax.training.embedder import embed_step
 
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
 
-EXAMPLE = '''"""Embeds pictures: python example.py a.jpg b.jpg. Needs jax, numpy, flatbuffers and pillow."""
-
+EXAMPLE = '''"""Embeds images: python example.py a.jpg b.jpg. Needs jax, numpy, flatbuffers and pillow."""
 import json
+import pathlib
 import sys
 
 import numpy as np
 from jax import export
-from PIL import Image
+from PIL import Image, ImageOps
 
-about = json.load(open("about.json"))
-model = export.deserialize(open("model.stablehlo", "rb").read())
-
+folder = pathlib.Path(sys.argv[0]).parent
+about = json.loads((folder / "about.json").read_text())
+model = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
 
 def load(path):
-    image = Image.open(path).convert("RGB" if about["channels"] == 3 else "L")
-    size, scale = about["size"], about["resize"] / min(image.size)
-    image = image.resize([int(side * scale) for side in image.size], Image.Resampling.BILINEAR)
+    image, size = ImageOps.exif_transpose(Image.open(path)), about["size"]
+    if image.mode[0] == "I":  # 16 bits
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    image = image.convert("RGB" if about["channels"] == 3 else "L")
+    image = image.resize([about["resize"] * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size))).reshape(size, size, -1)
-
 
 found = model.call(np.stack([load(path) for path in sys.argv[1:]]))
 print({name: value.shape for name, value in found.items()}, found["semantic"] @ found["semantic"].T)
@@ -64,6 +67,7 @@ def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu
     about = {
         "size": data.image_size,
         "resize": data.image_size if kept else data.resize,
+        "resample": data.resample,  # of the run; the example's is exact
         "channels": data.channels,
         "colours": "RGB" if data.channels == 3 else "grey",
         "values": "uint8, 0 to 255, not normalised",
@@ -79,6 +83,7 @@ def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu
         **model.metric.about(),
         "workdir": str(model.workdir),
         "step": model.step,
+        "weights": weights_digest(model.variables),
         "jax": jax.__version__,
     }
     return bytes(exported.serialize()), about
@@ -90,15 +95,12 @@ def write(model: Trained, out: str | Path, platforms: tuple[str, ...] = ("cpu", 
     Raises:
       UserError: if it is there already.
     """
-    out = Path(out).expanduser().absolute()
-    if out.exists():
+    out = user_path(out)
+    if os.path.lexists(out):  # before the work
         raise UserError(f"{out} is already there")
     program, about = export_run(model, platforms)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "model.stablehlo").write_bytes(program)
-    (temporary / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-    (temporary / "example.py").write_text(EXAMPLE)
-    temporary.replace(out)
+    with replace_folder(out) as folder:
+        (folder / "model.stablehlo").write_bytes(program)
+        (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        (folder / "example.py").write_text(EXAMPLE)
     return out

@@ -1,6 +1,5 @@
 """Nearest neighbours of queries in an index, and how sure the answers are."""
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.errors import UserError
 from idml_jax.inference import embed
 from idml_jax.inference import model as trained
-from idml_jax.inference import store as embeddings
-from idml_jax.inference.store import Index
+from idml_jax.inference.index import SUFFIXES, Index, read, weights_digest
+from idml_jax.inference.model import Trained
 from idml_jax.ism import Embedding, Metric
 from idml_jax.metrics import calibration, retrieval, uncertainty
 from idml_jax.metrics.calibration import Calibration, HeldOut
@@ -30,8 +29,8 @@ class Answers(NamedTuple):
       distance: ``[n, k]`` semantic distance.
       introspective: ``[n, k]`` introspective distance; ``None`` without an uncertainty.
       uncertainty: ``[n]`` length of the query's uncertainty embedding; ``None`` without one.
-      margin: ``[n]`` similarity of the nearest less that of the 10th, or of the 2nd in an index of fewer pictures.
-      sure: ``[n]`` probability that the nearest picture is of the query's class; ``None`` where nothing tells.
+      margin: ``[n]`` similarity of the nearest minus that of the 10th, or of the 2nd in an index of fewer images.
+      sure: ``[n]`` probability that the nearest image is of the query's class; ``None`` where nothing tells.
       answered: ``[n]`` whether that is enough.
     """
 
@@ -131,55 +130,89 @@ def _introspective(
     return np.concatenate(rows)
 
 
-def _own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
-    """Rows of the index that are the query's own file."""
-    known = {os.path.realpath(file): row for row, file in enumerate(index.files.tolist())}
-    own = np.asarray([known.get(os.path.realpath(file), -1) for file in queries.files.tolist()])
-    return own if (own >= 0).any() else None
+def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Trained:
+    """The network that an index was made with.
 
+    Args:
+      index: embeddings.
+      workdir: folder of the run; by default the one that the index names.
+      warn: receives a line where the index does not tell its weights.
 
-def _model(index: Index, workdir: str) -> trained.Trained:
+    Raises:
+      UserError: if there is no such run, or its weights are not those of the index.
+    """
     where = workdir or index.about.get("workdir")
     if not where:
         raise UserError("--workdir is missing: the index does not say which run it was made with")
     model = trained.load(where)
-    remembered = index.about.get("step")
-    if remembered is not None and (str(model.workdir), model.step) != (index.about.get("workdir"), remembered):
+    known, step, made_in = (index.about.get(name) for name in ("weights", "step", "workdir"))
+    cure = "the vectors cannot be compared; embed the index again"
+    if known is not None:
+        found = weights_digest(model.variables)
+        if found != known:
+            told = f"step {step} of {made_in} (weights {known})"
+            raise UserError(
+                f"the index was made with {told}, and {model.workdir} has step {model.step} with the weights {found} "
+                f"now: {cure}"
+            )
+    elif step is not None and (str(model.workdir), model.step) != (made_in, step):
         raise UserError(
-            f"the index was made with step {remembered} of {index.about.get('workdir')}, and {model.workdir} has step "
-            f"{model.step} now: the vectors cannot be compared; embed the index again"
+            f"the index was made with step {step} of {made_in}, and {model.workdir} has step {model.step} now: {cure}"
+        )
+    else:
+        warn(
+            "the index does not tell which weights it was made with; whether it fits the run is known by its step only"
         )
     return model
 
 
-def _open(where: str, option: str, model: Callable[[], trained.Trained]) -> Index:
-    """Embeddings from a file, or made of pictures."""
-    if Path(where).suffix in embeddings.SUFFIXES:
-        return embeddings.read(where, option)
+def open_index(where: str, option: str, model: Callable[[], Trained]) -> Index:
+    """Embeddings from a file, or made of pictures.
+
+    Args:
+      where: a file of embeddings, or what ``embed.list_images`` takes.
+      option: its name in messages.
+      model: gives the network, if pictures are to be embedded.
+    """
+    if Path(where).suffix in SUFFIXES:
+        return read(where, option)
     source, labelled = embed.list_images(where, option)
     return embed.index_of(model(), source, labelled, where)
 
 
-def _calibration(given: dict[str, Any], index: Index, model: Callable, metric: Metric, names: Collection[str]) -> tuple:
-    wanted = given["abstain"]
-    if wanted is not None and not 0 < wanted < 1:
-        raise UserError(f"--abstain={wanted}: a share of right answers, above 0 and below 1")
-    held_out, what = index, "the index itself, each picture searching the others"
-    if given["held_out"]:
-        held_out, what = _open(given["held_out"], "--held_out", model), given["held_out"]
-    if held_out.class_names is None:
-        if wanted is not None or given["held_out"]:
-            raise UserError(
-                f"{given['held_out'] or given['index']}: its classes are unknown, so nothing tells how sure an answer "
-                "is; give --held_out, a file or a folder of class folders"
-            )
-        return None, None, "how sure answers are is unknown: neither --held_out nor an index with classes"
-    calibrated = calibrate(held_out.embedded, metric, names)
+class Confidence(NamedTuple):
+    """What tells how sure answers are.
+
+    Attributes:
+      calibrated: the fitted model; ``None`` where nothing tells.
+      threshold: of the doubt, beyond which there is no answer; ``None`` where all are answered.
+      note: a line that says where this comes from.
+    """
+
+    calibrated: Calibration | None
+    threshold: Threshold | None
+    note: str
+
+
+def confidence_of(held_out: Index, what: str, wanted: float | None, names: Collection[str]) -> Confidence:
+    """How sure answers are, from embeddings with classes.
+
+    Args:
+      held_out: embeddings, each of which searches all the others.
+      what: what messages call them.
+      wanted: share of right answers to reach by leaving out the least sure.
+      names: of the scores that queries will have.
+
+    Raises:
+      UserError: for fewer than two classes or images.
+    """
+    calibrated = calibrate(held_out.embedded, held_out.metric, names)
     note = f"how sure: from {len(calibrated.correct):,} queries of {what}"
     if wanted is None:
-        return calibrated, None, note
+        return Confidence(calibrated, None, note)
     threshold = uncertainty.threshold_for_precision(calibrated.doubt, calibrated.correct, wanted)
     if not threshold.reached:
-        return calibrated, threshold, f"{note}; {wanted:.0%} right answers cannot be had there: nothing is answered"
+        told = f"{note}; {wanted:.0%} right answers cannot be had there: nothing is answered"
+        return Confidence(calibrated, threshold, told)
     share = f"{threshold.coverage:.0%} of them are answered, {threshold.precision:.1%} rightly"
-    return calibrated, threshold, f"{note}; {share}"
+    return Confidence(calibrated, threshold, f"{note}; {share}")

@@ -3,51 +3,67 @@
 The arrays of an ``.npz``: ``semantic`` [n, d], ``semantic_norm`` [n], ``uncertainty`` [n, k] and ``uncertainty_norm``
 [n] where the run is introspective, ``files`` [n], ``labels`` [n] and ``class_names`` where classes are known, and
 ``about``, a JSON text on where they come from. A ``.parquet`` file has the same columns, a class's name beside its
-number, and ``about`` in its metadata (key ``idml_jax``).
+number, and ``about`` in its metadata (key ``idml_jax``). ``inference.index`` reads both.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from idml_jax.errors import UserError
-from idml_jax.metrics.summary import Embedded
-from idml_jax.runtime.files import write_json
+from idml_jax.inference.arrays import arrow
+from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows, read, weights_digest
+from idml_jax.runtime.files import TEMPORARY, atomic, locked, write_json
 
-SUFFIXES = (".npz", ".parquet")
+__all__ = [
+    "SUFFIXES", "Index", "Parts", "check_finite", "check_suffix", "digest", "join", "own_rows", "read",
+    "weights_digest", "writing",
+]  # fmt: skip
 
 
-class Index(NamedTuple):
-    """Embeddings with what is known about them.
+PartsOf = Callable[[], Iterator[dict[str, np.ndarray]]]
 
-    Attributes:
-      embedded: vectors; its labels are 0 where none are known.
-      files: ``[n]`` paths or names.
-      class_names: by label; ``None`` where no labels are known.
-      about: where they come from: ``workdir``, ``step``, ``images``.
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Lets one process alone write a file of embeddings.
+
+    Raises:
+      UserError: naming the process that writes it already.
     """
+    with locked(out.with_name(out.name + ".lock"), f"{out}: another process is writing it; wait for it"):
+        yield
 
-    embedded: Embedded
-    files: np.ndarray
-    class_names: list[str] | None
-    about: dict[str, Any]
 
-    def class_of(self, row: int) -> str | None:
-        """Name of a row's class, if known."""
-        if self.class_names is None:
-            return None
-        label = int(self.embedded.labels[row])
-        return self.class_names[label] if label < len(self.class_names) else str(label)
+def check_finite(arrays: Mapping[str, np.ndarray], names: Sequence[str], network: str) -> None:
+    """Refuses embeddings that are no numbers.
+
+    Args:
+      arrays: ``[n, ...]`` by name.
+      names: ``[n]`` of the images.
+      network: what messages call the network.
+
+    Raises:
+      UserError: naming the network and the first such image.
+    """
+    for name, value in arrays.items():
+        bad = ~np.isfinite(value.reshape(len(value), -1)).all(axis=1) if len(value) else np.zeros(0, bool)
+        if bad.any():
+            raise UserError(
+                f"{network} gives NaN or infinity in {name} for {int(bad.sum()):,} of {len(bad):,} pictures, the first "
+                f"{names[int(bad.argmax())]}; its weights are damaged or the training has diverged"
+            )
 
 
 class Parts:
-    """The folder of the parts of a file that is being made.
+    """The folder with the finished parts of a file that is being made.
 
     Args:
       out: the file.
@@ -58,11 +74,17 @@ class Parts:
         self.folder = out.with_name(out.name + ".parts")
         self._about = self.folder / "about.json"
         self.started_over = False
-        if self.folder.exists() and self._stored() != dict(identity):
+        # Weights that are known by their digest may lie anywhere.
+        kept = {k: v for k, v in identity.items() if "weights" not in identity or k not in ("workdir", "step")}
+        if self.folder.is_symlink():
+            raise UserError(f"{self.folder}: is a link; parts are kept in a folder of this place alone")
+        if self.folder.exists() and self._stored() != kept:
+            if not self._about.is_file() and any(path.suffix != TEMPORARY for path in self.folder.iterdir()):
+                raise UserError(f"{self.folder}: is not a folder of parts; move it away, or give another --out")
             shutil.rmtree(self.folder)
             self.started_over = True
         if not self._about.exists():
-            write_json(self._about, dict(identity))
+            write_json(self._about, kept)
 
     def _stored(self) -> Any:
         try:
@@ -83,10 +105,8 @@ class Parts:
 
     def write(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes a part, whole or not at all."""
-        temporary = self.folder / "part.tmp"
-        with temporary.open("wb") as file:
+        with atomic(self._path(number)) as file:
             np.savez(file, **cast(Any, arrays))
-        temporary.replace(self._path(number))
 
     def read(self, number: int) -> dict[str, np.ndarray]:
         """A part's arrays."""
@@ -99,22 +119,14 @@ class Parts:
 
 
 def digest(lines: Sequence[str]) -> str:
-    """What changes when a list of names does."""
+    """A fingerprint of a list of names."""
     found = hashlib.sha256()
     for line in lines:
-        found.update(line.encode("utf-8", "surrogateescape") + b"\n")
+        found.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return found.hexdigest()
 
 
-def check_suffix(path: Path, option: str) -> None:
-    """Raises ``UserError`` unless a name ends as embeddings do."""
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{option}={path}: the name must end in {' or '.join(SUFFIXES)}")
-
-
-def join(
-    out: Path, parts: Callable[[], Iterator[dict[str, np.ndarray]]], class_names: Sequence[str] | None, about: dict
-) -> None:
+def join(out: Path, parts: PartsOf, class_names: Sequence[str] | None, about: dict) -> None:
     """Writes the file of all parts, a part in memory at a time.
 
     Args:
@@ -123,22 +135,18 @@ def join(
       class_names: by label, where known.
       about: where they come from.
     """
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        (_join_npz if out.suffix == ".npz" else _join_parquet)(temporary, parts, class_names, json.dumps(about))
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(out) as file:
+        (_join_npz if out.suffix == ".npz" else _join_parquet)(file, parts, class_names, json.dumps(about))
 
 
-def _join_npz(path: Path, parts: Callable, class_names: Sequence[str] | None, about: str) -> None:
+def _join_npz(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | None, about: str) -> None:
     rows: dict[str, int] = {}
     kinds: dict[str, np.dtype] = {}
     for part in parts():
         for name, value in part.items():
             rows[name] = rows.get(name, 0) + len(value)
             kinds[name] = np.promote_types(kinds.get(name, value.dtype), value.dtype)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name in rows:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 started = False
@@ -158,18 +166,12 @@ def _join_npz(path: Path, parts: Callable, class_names: Sequence[str] | None, ab
                 np.lib.format.write_array(file, value, allow_pickle=False)
 
 
-def _arrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError("a .parquet file needs pyarrow, which is not installed; pip install pyarrow") from error
-    return pyarrow
-
-
-def _join_parquet(path: Path, parts: Callable, class_names: Sequence[str] | None, about: str) -> None:
-    pa = _arrow()
+def _join_parquet(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | None, about: str) -> None:
+    pa = arrow()
     writer = None
+    # Names that are not UTF-8 are kept as the bytes that they are; a column has one type throughout.
+    binary = any(not _is_text(name) for part in parts() for name in part.get("files", ()))
+    named = [name.encode("utf-8", "backslashreplace").decode() for name in class_names or ()]
     try:
         for part in parts():
             columns = {}
@@ -178,79 +180,30 @@ def _join_parquet(path: Path, parts: Callable, class_names: Sequence[str] | None
                     flat = pa.array(np.ascontiguousarray(value).reshape(-1))
                     columns[name] = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
                 else:
-                    columns[name] = pa.array(value.tolist() if value.dtype.kind == "U" else value)
+                    columns[name] = _names(pa, value, binary) if value.dtype.kind == "U" else pa.array(value)
             if class_names is not None:
-                columns["class_name"] = pa.array([class_names[label] for label in part["labels"]])
+                columns["class_name"] = pa.array([named[label] for label in part["labels"]])
             known = {"idml_jax": about}
             if class_names is not None:
                 known["class_names"] = json.dumps(list(class_names))
             table = pa.table(columns).replace_schema_metadata(known)
             if writer is None:
-                writer = pa.parquet.ParquetWriter(path, table.schema)
+                writer = pa.parquet.ParquetWriter(out, table.schema)
             writer.write_table(table)
     finally:
         if writer is not None:
             writer.close()
 
 
-def read(path: str | Path, option: str = "--index") -> Index:
-    """Reads a file that ``join`` wrote, or an ``.npz`` with ``semantic`` (or ``embeddings``) from elsewhere.
-
-    Raises:
-      UserError: naming the file and what is wrong with it.
-    """
-    path = Path(path).expanduser()
-    check_suffix(path, option)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file ({option})")
+def _is_text(name: str) -> bool:
     try:
-        arrays = _read_parquet(path) if path.suffix == ".parquet" else _read_npz(path)
-        about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
-    except UserError:
-        raise
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path}: cannot be read as embeddings ({first})") from error
-    semantic = arrays.get("semantic", arrays.get("embeddings"))
-    if semantic is None or semantic.ndim != 2 or not len(semantic):
-        raise UserError(f"{path}: needs the array semantic (or embeddings) [n, d]; it holds {', '.join(arrays)}")
-    for name in ("uncertainty", "semantic_norm", "labels", "files"):
-        if name in arrays and len(arrays[name]) != len(semantic):
-            raise UserError(f"{path}: {name} has {len(arrays[name])} rows, the embeddings {len(semantic)}")
-    labels, names = arrays.get("labels"), arrays.get("class_names")
-    if labels is not None and names is None:
-        names = np.arange(int(labels.max()) + 1).astype(str)
-    files = arrays.get("files", np.asarray([f"row {row}" for row in range(len(semantic))]))
-    embedded = Embedded(
-        semantic,
-        np.zeros(len(semantic), np.int32) if labels is None else labels,
-        arrays.get("uncertainty"),
-        arrays.get("semantic_norm"),
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _names(pa: Any, values: np.ndarray, binary: bool) -> Any:
+    return pa.array(
+        [name.encode("utf-8", "surrogateescape") for name in values.tolist()] if binary else values.tolist()
     )
-    return Index(embedded, files, None if labels is None or names is None else [str(name) for name in names], about)
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
-def _read_parquet(path: Path) -> dict[str, np.ndarray]:
-    pa = _arrow()
-    table = pa.parquet.read_table(path)
-    known = table.schema.metadata or {}
-    arrays = {}
-    for name in table.column_names:
-        column = table[name].combine_chunks()
-        if pa.types.is_fixed_size_list(column.type):
-            width = column.type.list_size
-            arrays[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-        elif pa.types.is_string(column.type):
-            arrays[name] = np.asarray(column.to_pylist())
-        else:
-            arrays[name] = column.to_numpy(zero_copy_only=False)
-    if b"idml_jax" in known:
-        arrays["about"] = known[b"idml_jax"].decode()
-    if b"class_names" in known:
-        arrays["class_names"] = np.asarray(json.loads(known[b"class_names"]))
-    return arrays

@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from idml_jax.losses.pairs import AxisName, Pairs
 
@@ -41,13 +41,13 @@ def prepare(
     return matrix, weights
 
 
-def total(x: Array, axis_name: AxisName | None = None, axis: int | None = None) -> Array:
+def total(x: Num[Array, "..."], axis_name: AxisName | None = None, axis: int | None = None) -> Num[Array, "..."]:
     """Sum over an axis (``None``: everything), and over the devices of a mapped axis."""
     summed = jnp.sum(x, axis=axis)
     return summed if axis_name is None else jax.lax.psum(summed, axis_name)
 
 
-def ratio(numerator: Array, denominator: Array) -> Array:
+def ratio(numerator: Float[Array, "..."], denominator: Num[Array, "..."]) -> Float[Array, "..."]:
     """``numerator / denominator``, and 0 with a gradient of 0 where the denominator is 0."""
     some = denominator > 0
     return jnp.where(some, numerator, 0.0) / jnp.where(some, denominator, 1.0)
@@ -59,7 +59,7 @@ def log_one_plus_sum_exp(
     axis: int,
     weights: Float[Array, "n"] | None = None,
     axis_name: AxisName | None = None,
-) -> Array:
+) -> Float[Array, " kept"]:
     """``log(1 + sum w exp(logits))`` over the chosen entries; 0 with gradient 0 where none is chosen.
 
     ``weights`` belong to the rows; ``axis_name`` also sums over the devices.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+from jaxtyping import Float, Num, Shaped
 
 # What callers hand in: of jax or of numpy alike.
 Array = jax.Array | np.ndarray
 
 
-def embedding_rows(embeddings, name: str) -> tuple[np.ndarray, np.ndarray]:
+def embedding_rows(embeddings: Num[Array, "n d"], name: str) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n"]]:
     """float32 rows [n, d] on the host and their squared norms [n]; ValueError unless all are finite."""
     rows = np.asarray(embeddings)
     if rows.ndim != 2 or rows.shape[1] == 0:
@@ -24,7 +25,7 @@ def embedding_rows(embeddings, name: str) -> tuple[np.ndarray, np.ndarray]:
     return rows, norms
 
 
-def label_column(labels, rows: int, name: str, of: str) -> np.ndarray:
+def label_column(labels: Shaped[Array, "n"], rows: int, name: str, of: str) -> Shaped[np.ndarray, "n"]:
     """Labels [rows] on the host, of any sortable kind."""
     labels = np.asarray(labels)
     if labels.shape != (rows,):
@@ -34,7 +35,7 @@ def label_column(labels, rows: int, name: str, of: str) -> np.ndarray:
     return labels
 
 
-def score_column(scores, name: str, rows: int | None = None) -> np.ndarray:
+def score_column(scores: Num[Array, "n"], name: str, rows: int | None = None) -> Float[np.ndarray, "n"]:
     """Scores [n] as float64 on the host; ValueError for other shapes, no entries or NaN (infinity is a score)."""
     scores = np.asarray(scores)
     if scores.ndim != 1 or (rows is not None and len(scores) != rows):

@@ -65,8 +65,8 @@ def ranks_by_metric(
         for name, x in zip(("embedding", "gallery"), sides, strict=False)
     ]
     if len({x.shape[1] for x in rows}) == 1:
-        moved = nearest.moved(*rows)
-        sides = [ism.Embedding(near, x.uncertainty) for x, (near, _) in zip(sides, moved, strict=True)]  # type: ignore[arg-type]  # of numpy
+        moved = [near for near, _ in nearest.moved(*rows)]
+        sides = [ism.Embedding(near, x.uncertainty) for x, near in zip(sides, moved, strict=True)]  # type: ignore[arg-type]
     searched = None if gallery is None else sides[1]
     return ranks_by_distance(metric, sides[0], labels, searched, gallery_labels, devices=devices)
 

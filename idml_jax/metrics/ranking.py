@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from idml_jax.metrics import tiles
 
@@ -52,7 +52,15 @@ class Found(NamedTuple):
     nearest: Float[np.ndarray, "n"]
 
 
-def make_task(queries, query_norms, labels, gallery, norms, gallery_labels, same_set: bool) -> Task:
+def make_task(
+    queries: Float[np.ndarray, "n d"],
+    query_norms: Float[np.ndarray, "n"] | None,
+    labels: Shaped[np.ndarray, "n"],
+    gallery: Float[np.ndarray, "m d"],
+    norms: Float[np.ndarray, "m"] | None,
+    gallery_labels: Shaped[np.ndarray, "m"],
+    same_set: bool,
+) -> Task:
     """A task from labels of any kind; a class that only the queries have gets size 0."""
     rows = len(gallery_labels)
     codes = np.unique(np.concatenate([gallery_labels, labels]), return_inverse=True)[1]
@@ -224,12 +232,11 @@ def _blocks(rows, norms, ids, slots, tile) -> tiles.Blocks:
     placed_norms = np.full(blocks * tile, np.inf, np.float32)
     placed_ids = np.full(blocks * tile, -1, np.int32)
     placed[slots], placed_norms[slots], placed_ids[slots] = rows, norms, ids
-    of_host: Any = (
-        placed.reshape(blocks, tile, -1),
-        placed_norms.reshape(blocks, tile),
-        placed_ids.reshape(blocks, tile),
+    return tiles.Blocks(
+        placed.reshape(blocks, tile, -1),  # type: ignore[arg-type]  # of numpy
+        placed_norms.reshape(blocks, tile),  # type: ignore[arg-type]
+        placed_ids.reshape(blocks, tile),  # type: ignore[arg-type]
     )
-    return tiles.Blocks(*of_host)
 
 
 def _class_starts(sizes: Int[np.ndarray, "classes"], tile: int) -> Int[np.ndarray, "classes"]:

@@ -155,7 +155,7 @@ def neighbours(
     """
     queries = embedding_rows(embeddings, "embeddings")[0]
     same_set = gallery is None
-    rows = queries if same_set else embedding_rows(gallery, "gallery")[0]
+    rows = queries if gallery is None else embedding_rows(gallery, "gallery")[0]
     _check_width(queries, rows)
     own = _own_rows(own, same_set, len(queries), len(rows))
     leaves_out = bool(np.any(own >= 0))

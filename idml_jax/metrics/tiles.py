@@ -47,7 +47,9 @@ def squared_distances(
     return jnp.maximum((a_norms[:, None] + b_norms[None, :]) - 2 * product, 0)
 
 
-def euclidean_squared(a, b):
+def euclidean_squared(
+    a: tuple[Float[Array, "n d"], Float[Array, "n"]], b: tuple[Float[Array, "m d"], Float[Array, "m"]]
+) -> Float[Array, "n m"]:
     """`squared_distances` of two pairs (rows, squared norms)."""
     return squared_distances(*a, *b)
 

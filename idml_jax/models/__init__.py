@@ -67,7 +67,11 @@ class EmbeddingModel(nn.Module):
         """The same for use inside a loop of the program, see ``layers.Conv``."""
         return self.clone(trunk=self.trunk.clone(looped=True)) if hasattr(self.trunk, "looped") else self
 
-    def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> dict[str, Array]:
+    def check_images(self, height: int, width: int) -> None:
+        """Raises ``ValueError`` if the trunk cannot see images of this size."""
+        getattr(self.trunk, "check_images", lambda height, width: None)(height, width)
+
+    def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> dict[str, Float[Array, "n ..."]]:
         """``features`` [n, f] and the heads' outputs (``semantic``, ``uncertainty``, ``semantic_norm``)."""
         features = self.features(images, train)
         return {"features": features, **self.heads(features)}
@@ -77,7 +81,7 @@ class EmbeddingModel(nn.Module):
         maps = self.trunk(images, train=train)
         return maps.astype(jnp.float32) if self.pooling == "token" else pool_global(maps, self.pooling)
 
-    def embed(self, features: Float[Array, "n f"]) -> dict[str, Array]:
+    def embed(self, features: Float[Array, "n f"]) -> dict[str, Float[Array, "n ..."]]:
         """The heads alone."""
         return {"features": features, **self.heads(features)}
 

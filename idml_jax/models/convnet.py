@@ -24,14 +24,18 @@ class ConvNet(nn.Module):
     looped: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    def check_images(self, height: int, width: int) -> None:
+        """Raises ``ValueError`` if nothing would be left of an image of this size."""
+        if min(height, width) < 2**self.depth:
+            raise ValueError(
+                f"a ConvNet of depth {self.depth} needs images of at least {2**self.depth} pixels; "
+                f"got {height} x {width}"
+            )
+
     @nn.compact
     def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 f"]:
         """Feature maps for normalised images of at least ``2 ** depth`` pixels."""
-        if min(images.shape[1:3]) < 2**self.depth:
-            raise ValueError(
-                f"a ConvNet of depth {self.depth} needs images of at least {2**self.depth} pixels; "
-                f"got {images.shape[1]} x {images.shape[2]}"
-            )
+        self.check_images(*images.shape[1:3])
         x = images.astype(self.dtype)
         for layer in range(self.depth):
             x = Conv(self.width, (3, 3), padding=1, dtype=self.dtype, looped=self.looped, name=f"conv{layer + 1}")(x)

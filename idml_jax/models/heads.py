@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from idml_jax.ism import l2_normalize
 from idml_jax.losses.softmax import introspective_logits
@@ -139,7 +139,7 @@ class _Linear(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
 
 
-def init_proxies(key: Array, num_classes: int, dim: int, rows: int | None = None) -> Float[Array, "rows dim"]:
+def init_proxies(key: PRNGKeyArray, num_classes: int, dim: int, rows: int | None = None) -> Float[Array, "rows dim"]:
     """Proxies drawn kaiming-normal with fan-out, as ProxyAnchor's: normal with variance 2 / classes.
 
     Args:

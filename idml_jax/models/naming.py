@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 __all__ = ["flatten", "from_torch", "shape_in_torch", "to_torch", "torch_name", "unflatten"]
 
@@ -57,14 +58,14 @@ def torch_name(path: str) -> str:
     return ".".join([*inner, LEAVES.get(leaf, leaf)])
 
 
-def to_torch(path: str, value: np.ndarray) -> np.ndarray:
+def to_torch(path: str, value: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """A tensor in PyTorch's order of axes: convolutions ``[out, in, h, w]``, linear layers ``[out, in]``."""
     if path.endswith("/kernel"):
         value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
     return np.ascontiguousarray(value)
 
 
-def from_torch(path: str, value: np.ndarray) -> np.ndarray:
+def from_torch(path: str, value: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """The reverse of ``to_torch``."""
     if path.endswith("/kernel"):
         value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T

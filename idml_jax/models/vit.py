@@ -108,6 +108,14 @@ class VisionTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
     has_statistics = False
 
+    def check_images(self, height: int, width: int) -> None:
+        """Raises ``ValueError`` if an image of this size is not a whole number of patches."""
+        if height % self.patch or width % self.patch:
+            raise ValueError(
+                f"a vision transformer with patches of {self.patch} pixels needs images of a multiple of it; "
+                f"got {height} x {width}"
+            )
+
     @nn.compact
     def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n ..."]:
         """The last tokens, normalised: the map of the patches ``[n, h2, w2, width]`` or the class token ``[n, width]``.
@@ -116,11 +124,7 @@ class VisionTransformer(nn.Module):
           ValueError: if an image is not a whole number of patches.
         """
         n, height, width = images.shape[:3]
-        if height % self.patch or width % self.patch:
-            raise ValueError(
-                f"a vision transformer with patches of {self.patch} pixels needs images of a multiple of it; "
-                f"got {height} x {width}"
-            )
+        self.check_images(height, width)
         x = PatchEmbed(self.width, self.patch, self.dtype, name="patch_embed")(images.astype(self.dtype))
         token = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.width), jnp.float32)
         x = jnp.concatenate([jnp.broadcast_to(token, (n, 1, self.width)).astype(self.dtype), x], axis=1)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
+from idml_jax.errors import printable
 from idml_jax.inference import embed
 from idml_jax.inference import model as trained
 from idml_jax.inference.search import Answers
@@ -18,6 +19,7 @@ from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.runtime.files import without_nan
 
 SHEET_ROWS = 40
+Reader = Callable[[str], UInt8[np.ndarray, "h w 3"] | None]  # the small image of a named row
 
 
 def records(
@@ -63,11 +65,12 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     """For a terminal."""
     lines = []
     for row in rows:
-        lines.append(f"{row['query']}   {'   '.join(_facts(row))}")
+        lines.append(f"{printable(row['query'])}   {'   '.join(_facts(row))}")
         for place, near in enumerate(row["neighbours"], 1):
             inner = near["introspective_distance"]
             shown = "" if inner is None else f"  D {inner:.3f}"
-            lines.append(f"  {place:3d}  distance {near['distance']:.3f}{shown}  {near['class'] or ''}  {near['file']}")
+            named = f"{printable(near['class'] or '')}  {printable(near['file'])}"
+            lines.append(f"  {place:3d}  distance {near['distance']:.3f}{shown}  {named}")
     return "\n".join(lines)
 
 
@@ -79,7 +82,7 @@ def _facts(row: dict[str, Any]) -> list[str]:
     return facts
 
 
-def picture_reader(index: Index, workdir: str) -> Callable[[str], np.ndarray | None]:
+def picture_reader(index: Index, workdir: str) -> Reader:
     """From the name of a row to its small picture; a run's own pictures are read from its data."""
     origin = str(index.about.get("images", ""))
     if not origin.startswith("split:"):
@@ -89,10 +92,10 @@ def picture_reader(index: Index, workdir: str) -> Callable[[str], np.ndarray | N
     return lambda file: thumbnail(source.read(known[file])) if file in known else None
 
 
-def as_html(rows: list[dict[str, Any]], read_query: Callable, read: Callable, note: str) -> str:
+def as_html(rows: list[dict[str, Any]], read_query: Reader, read: Reader, note: str) -> str:
     """A page of pictures."""
     encode = lambda pixels: None if pixels is None else plots.encode(pixels)
-    body = [f"<h1>{len(rows):,} queries</h1><p class='muted'>{pages.text(note)}</p>"]
+    body = [pages.html('<h1>{:,} queries</h1><p class="muted">{}</p>', len(rows), note)]
     for row in rows:
         head = pages.badge("answered" if row["answered"] else "no answer", row["answered"])
         caption = [head, *(f for f in _facts(row) if f != "no answer"), row["class"] or Path(row["query"]).name]
@@ -100,7 +103,7 @@ def as_html(rows: list[dict[str, Any]], read_query: Callable, read: Callable, no
         for near in row["neighbours"]:
             cells.append(pages.tile(encode(read(near["file"])), _near(near), _kind(row, near), near["file"]))
         body.append(pages.row(cells))
-    return pages.page("Search", "\n".join(body))
+    return pages.page("Search", body)
 
 
 def _near(near: dict[str, Any]) -> list[str]:
@@ -115,10 +118,10 @@ def _kind(row: dict[str, Any], near: dict[str, Any]) -> str:
     return "right" if row["class"] == near["class"] else "wrong"
 
 
-def as_png(rows: list[dict[str, Any]], read_query: Callable, read: Callable) -> bytes:
+def as_png(rows: list[dict[str, Any]], read_query: Reader, read: Reader) -> bytes:
     """A sheet of pictures, of the first ``SHEET_ROWS`` queries."""
     colours = {"": "#ccd2d8", "right": "#2f8f5b", "wrong": "#c8423b"}
-    short = lambda lines: "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in lines)
+    short = lambda lines: "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in map(printable, lines))
     cells = []
     for row in rows[:SHEET_ROWS]:
         caption = short([*_facts(row), row["class"] or Path(row["query"]).name])

@@ -1,8 +1,16 @@
-"""Self-contained HTML pages: style, tables, pictures inside the page. Strings in, strings out."""
+"""Self-contained HTML pages: style, tables, images inside the page.
+
+HTML of this package is a type of its own, ``markupsafe.Markup``; every other value is text and is escaped where it
+meets HTML. No value is trusted for what it begins with.
+"""
 
 import base64
-import html
+import hashlib
 from collections.abc import Iterable, Sequence
+
+from markupsafe import Markup, escape
+
+from idml_jax.errors import printable
 
 STYLE = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1f2933; background: #fff;
@@ -33,84 +41,109 @@ figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 6.6em; }
 """
 
 
-def text(value: object) -> str:
-    """Escaped for HTML; names of files that are no valid text are shown with replacement marks."""
-    return html.escape(str(value).encode("utf-8", "replace").decode())
+# Nothing is loaded from anywhere and no script runs, whatever a page says; one style sheet, the page's own, is used.
+_STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'"
 
 
-def page(title: str, body: str) -> str:
+def text(value: object) -> Markup:
+    """A value escaped for HTML, control characters shown; HTML of this package stays as it is."""
+    return value if isinstance(value, Markup) else escape(printable(value))
+
+
+def html(template: str, *values: object, **named: object) -> Markup:
+    """A template in the format of ``str.format``, filled with values that are escaped unless they are HTML.
+
+    Args:
+      template: HTML, written in this package; ``{{`` and ``}}`` are braces.
+      *values: numbers, which may have a format, or anything that ``text`` takes.
+      **named: as ``values``.
+    """
+    shown = lambda value: value if isinstance(value, int | float) else text(value)
+    return Markup(template).format(*map(shown, values), **{name: shown(value) for name, value in named.items()})
+
+
+def join(parts: Iterable[object], separator: str = "") -> Markup:
+    """Pieces of a page one after the other, each as ``text``; the separator is HTML."""
+    return Markup(separator).join(map(text, parts))
+
+
+def page(title: str, body: Iterable[Markup]) -> str:
     """A whole page that needs nothing beside it."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    return str(
+        html(
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta http-equiv="Content-Security-Policy" content="{}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            "<title>{}</title><style>{}</style></head>\n<body>\n{}\n</body></html>\n",
+            Markup(POLICY),
+            title,
+            Markup(STYLE),
+            join(body, "\n"),
+        )
     )
 
 
 def data_url(data: bytes) -> str:
-    """An encoded picture as an address."""
+    """An encoded image as an address."""
     kind = "png" if data[:4] == b"\x89PNG" else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def plot(png: bytes, description: str) -> str:
+def plot(png: bytes, description: str) -> Markup:
     """A plot over the page's width; the description is for those who cannot see it."""
-    return f'<img class="plot" src="{data_url(png)}" alt="{text(description)}">'
+    return html('<img class="plot" src="{}" alt="{}">', data_url(png), description)
 
 
-def tile(picture: bytes | None, caption: Sequence[str], kind: str = "", title: str = "") -> str:
-    """A small picture with lines beneath it; kind: ``right``, ``wrong``, ``query`` or empty."""
-    shown = '<div class="muted">(no picture)</div>'
+def tile(picture: bytes | None, caption: Sequence[str], kind: str = "", title: str = "") -> Markup:
+    """A small image with lines beneath it; kind: ``right``, ``wrong``, ``query`` or empty."""
+    shown = Markup('<div class="muted">(no picture)</div>')
     if picture is not None:
-        shown = f'<img src="{data_url(picture)}" alt="{text(title or " ".join(caption))}" loading="lazy">'
-    # Names of classes and files may break behind their underscores.
-    lines = "<br>".join(x if x.startswith("<span") else text(x).replace("_", "_<wbr>") for x in caption)
-    return f'<figure class="{kind}" title="{text(title)}">{shown}<figcaption>{lines}</figcaption></figure>'
+        shown = html('<img src="{}" alt="{}" loading="lazy">', data_url(picture), title or " ".join(caption))
+    lines = join(map(_breakable, caption), "<br>")
+    figure = '<figure class="{}" title="{}">{}<figcaption>{}</figcaption></figure>'
+    return html(figure, kind, title, shown, lines)
 
 
-def row(tiles: Iterable[str]) -> str:
+def _breakable(line: str) -> Markup:
+    """Names of classes and files may break behind their underscores."""
+    return line if isinstance(line, Markup) else Markup("_<wbr>").join(text(line).split("_"))
+
+
+def row(tiles: Iterable[Markup]) -> Markup:
     """Tiles in one line."""
-    return f'<div class="row">{"".join(tiles)}</div>'
+    return html('<div class="row">{}</div>', join(tiles))
 
 
-def tiles(items: Iterable[str]) -> str:
+def tiles(items: Iterable[Markup]) -> Markup:
     """Tiles in as many lines as they need."""
-    return f'<div class="tiles">{"".join(items)}</div>'
+    return html('<div class="tiles">{}</div>', join(items))
 
 
-def badge(words: str, good: bool | None = None) -> str:
+def badge(words: str, good: bool | None = None) -> Markup:
     """A word on a coloured ground."""
-    kind = {True: " yes", False: " no", None: ""}[good]
-    return f'<span class="badge{kind}">{text(words)}</span>'
+    return html('<span class="badge{}">{}</span>', {True: " yes", False: " no", None: ""}[good], words)
 
 
-def cards(values: Sequence[tuple[str, str]]) -> str:
-    """Large figures with their names."""
-    return (
-        '<div class="cards">'
-        + "".join(
-            f'<div class="card"><b>{text(value)}</b><span class="muted">{text(name)}</span></div>'
-            for name, value in values
-        )
-        + "</div>"
-    )
+def cards(values: Sequence[tuple[str, str]]) -> Markup:
+    """Large numbers with their names."""
+    card = '<div class="card"><b>{}</b><span class="muted">{}</span></div>'
+    return html('<div class="cards">{}</div>', join(html(card, value, name) for name, value in values))
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
     """A table; numbers are aligned to the right."""
 
-    def cell(value: object, right: bool) -> str:
-        if isinstance(value, str) and value.startswith("<"):
-            return f"<td>{value}</td>"
-        shown = f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else text(value)
-        return f'<td class="number">{shown}</td>' if right else f"<td>{shown}</td>"
+    def cell(value: object, right: bool) -> Markup:
+        shown = f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        return html('<td class="number">{}</td>' if right else "<td>{}</td>", shown)
 
     rows = [list(row) for row in rows]
-    # A dash for a figure that is missing stands below the figures.
+    # A dash for a number that is missing stands below the numbers.
     number = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
-    top = "".join(
-        f'<th class="number">{text(name)}</th>' if right else f"<th>{text(name)}</th>"
+    top = join(
+        html('<th class="number">{}</th>' if right else "<th>{}</th>", name)
         for name, right in zip(head, number, strict=True)
     )
-    body = "".join(f"<tr>{''.join(map(cell, row, number))}</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    body = join(html("<tr>{}</tr>", join(map(cell, row, number))) for row in rows)
+    return html("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", top, body)

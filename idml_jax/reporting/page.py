@@ -1,10 +1,9 @@
-"""The page of a run: what it has learnt, in one self-contained HTML file."""
+"""The page of a run: what it has learned, in one self-contained HTML file."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
@@ -16,7 +15,9 @@ from idml_jax.metrics.summary import Embedded, retrieval_report, scores_of
 from idml_jax.reporting import html as pages
 from idml_jax.reporting import plots
 from idml_jax.reporting import sections as parts
+from idml_jax.reporting.record import read_record
 from idml_jax.reporting.sections import SECTIONS, Seen, Thumbnails
+from idml_jax.runtime.files import check_target, user_path, write_text
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import data_of
 from idml_jax.training.tasks import Evaluation
@@ -70,22 +71,8 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     )
 
 
-def read_record(workdir: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of ``metrics.jsonl`` and ``result.json`` of a run; empty where they are missing or cut short."""
-    rows, result = [], {}
-    path = workdir / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # a line cut short by a kill
-            continue
-    if (workdir / "result.json").exists():
-        result = json.loads((workdir / "result.json").read_text())
-    return rows, result
-
-
-def comparison(seen: Seen, other: Path) -> str:
-    """Another run's figures beside this one's."""
+def comparison(seen: Seen, other: Path) -> Markup:
+    """Another run's metrics beside this one's."""
     config = workdir_lib.read(other)
     rows, result = read_record(other)
     if not result:
@@ -101,13 +88,10 @@ def comparison(seen: Seen, other: Path) -> str:
         for c in [parts.curves(r, {f"eval/{first}": n}, 100).get(n)]
         if c
     }
-    ours, theirs = seen.result.get("best", seen.figures), result["best"]
-    table = [
-        (n, *(float(side[n]) if side.get(n) is not None else "-" for side in (ours, theirs)))
-        for n in compared()
-        if n in ours or n in theirs
-    ]
-    body = f"<h2>Beside {pages.text(other)}</h2>" + pages.table(("figure", *names), table)
+    ours, theirs = seen.result.get("best", seen.figures), result.get("best", {})
+    value_of = lambda value: "-" if value is None else float(value)
+    table = [(n, value_of(ours.get(n)), value_of(theirs.get(n))) for n in compared() if n in ours or n in theirs]
+    body = pages.html("<h2>Beside {}</h2>{}", other, pages.table(("metric", *names), table))
     if curves:
         body += pages.plot(plots.lines([(f"{shown} on test pictures, %", "", curves)], "step"), f"{shown} of both runs")
     return body
@@ -128,14 +112,11 @@ def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: 
     Raises:
       UserError: see ``look``.
     """
-    out = Path(out).expanduser() if out else Path(workdir).expanduser() / "report.html"
+    out = user_path(out) if out else user_path(workdir) / "report.html"
+    check_target(out)  # before the work
     seen = look(workdir, threads)
-    beside = comparison(seen, Path(compare).expanduser().absolute()) if compare else ""
+    beside = comparison(seen, user_path(compare)) if compare else Markup()
     images = Thumbnails(seen)
     sections = [SECTIONS[name](seen, images) for name in seen.task.sections]
-    body = [parts.head(seen, images), beside, *sections]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(pages.page(f"idml_jax: {seen.model.workdir.name}", "\n".join(body)), encoding="utf-8")
-    temporary.replace(out)
-    return out.absolute()
+    write_text(out, pages.page(f"idml_jax: {seen.model.workdir.name}", [parts.head(seen, images), beside, *sections]))
+    return out

@@ -9,6 +9,9 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib import image as mpl_image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from idml_jax.errors import printable
 
 # Distinguishable in the common forms of colour blindness (Okabe and Ito, 2008), darkest first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#B0A000")
@@ -27,6 +30,9 @@ def encode(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
 
 
 def _png(figure: Figure) -> bytes:
+    for words in figure.findobj(Text):
+        words.set_parse_math(False)  # a name with two dollars is a name
+        words.set_text("\n".join(map(printable, words.get_text().split("\n"))))
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130, facecolor="white")
     return out.getvalue()
@@ -58,7 +64,9 @@ def lines(panels: Sequence[tuple[str, str, Mapping[str, Curve]]], x_label: str) 
         for i, (name, (x, y)) in enumerate(curves.items()):
             # Few points are marked, many would hide their line.
             marker = "o" if len(x) < 15 else None
-            axis.plot(x, y, color=COLOURS[i % len(COLOURS)], label=name, linewidth=1.7, marker=marker, markersize=3.5)
+            # A name that begins with "_" would be left out of the legend.
+            label = printable(f" {name}" if name.startswith("_") else name)
+            axis.plot(x, y, color=COLOURS[i % len(COLOURS)], label=label, linewidth=1.7, marker=marker, markersize=3.5)
         axis.set_title(title, fontsize=11, loc="left")
         axis.set_xlabel(x_label, fontsize=9)
         axis.set_ylabel(y_label, fontsize=9)
@@ -199,9 +207,9 @@ def matrix(values: Float[np.ndarray, "k k"], names: Sequence[str]) -> bytes:
     figure = Figure(figsize=(side + 1.5, side), layout="constrained")
     axis = figure.subplots()
     drawn = axis.imshow(values, cmap="Blues", vmin=0, vmax=1)
-    short = [name if len(name) <= 26 else name[:8] + "…" + name[-17:] for name in names]
-    axis.set_xticks(range(len(names)), short, rotation=90, fontsize=8)
-    axis.set_yticks(range(len(names)), short, fontsize=8)
+    short = [name if len(name) <= 26 else name[:8] + "…" + name[-17:] for name in map(printable, names)]
+    axis.set_xticks(range(len(names)), short, rotation=90, fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(names)), short, fontsize=8, parse_math=False)
     axis.set_xlabel("class of the nearest picture", fontsize=9)
     axis.set_ylabel("class of the query", fontsize=9)
     figure.colorbar(drawn, ax=axis, shrink=0.6, label="share of the class's queries")

@@ -1,11 +1,12 @@
-"""The sections of a run's page, each a function of what was seen to HTML."""
+"""The sections of a run's page; each is a function from what was measured to HTML."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from markupsafe import Markup
 
 from idml_jax.data.glyphs.draw import KINDS
 from idml_jax.data.sources import Source
@@ -18,6 +19,8 @@ from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.training.tasks import Task, task_of
 
 ON_MAP = 1500
+Rows = Sequence[Mapping[str, float]]  # of metrics.jsonl
+Reader = Callable[[int], bytes | None]  # the encoded image of a row
 SCORE_NAMES = {
     "uncertainty": "|u|, learned", "confidence": "all scores joined, fitted on held-out classes",
     "pair_uncertainty": "|u + u'| of query and answer", "introspective_distance": "introspective distance",
@@ -29,7 +32,7 @@ DRAWN = ("confidence", "uncertainty", "ratio_20", "margin_20", "nearest_distance
 
 
 class Seen(NamedTuple):
-    """What the page is drawn from.
+    """What the page of a run is made from.
 
     Attributes:
       model: trained embedding.
@@ -55,8 +58,8 @@ class Seen(NamedTuple):
     distance: Float[np.ndarray, "n k"]
     correct: Bool[np.ndarray, "n"]
     scores: dict[str, Float[np.ndarray, "n"]]
-    history: list[dict[str, Any]]
-    result: dict[str, Any]
+    history: list[dict[str, float]]
+    result: dict[str, dict[str, float]]
     figures: dict[str, float]
 
     @property
@@ -101,20 +104,21 @@ class Thumbnails:
         self.found = self.query if seen.gallery is seen.queries else _Encoded(seen.gallery)
 
 
-Section = Callable[[Seen, Thumbnails], str]
+Section = Callable[[Seen, Thumbnails], Markup]
 
 
-def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> plots.Curve | None:
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+def _curve(rows: Rows, name: str) -> plots.Curve | None:
+    points = [(row["step"], row[name]) for row in rows if name in row]
     return ([x for x, _ in points], [y for _, y in points]) if points else None
 
 
-def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], factor: float = 1.0) -> dict[str, plots.Curve]:
+def curves(rows: Rows, names: Mapping[str, str], factor: float = 1.0) -> dict[str, plots.Curve]:
+    """Curves over the steps, by the names they are shown under; ``names`` has those of the rows."""
     found = {shown: _curve(rows, name) for name, shown in names.items()}
     return {shown: (x, np.asarray(y) * factor) for shown, curve in found.items() if curve for x, y in [curve]}
 
 
-def head(seen: Seen, images: Thumbnails) -> str:
+def head(seen: Seen, images: Thumbnails) -> Markup:
     """Title, settings and the main figures."""
     config, untrained = seen.model.config, seen.result.get("untrained")
     best = seen.result.get("best", {})
@@ -134,17 +138,21 @@ def head(seen: Seen, images: Thumbnails) -> str:
         values.append(("|u| with true ambiguity", f"{best['spearman(u,ambiguity)']:.2f}"))
     kind = "introspective" if seen.model.introspective else "plain"
     name = config.data.name if config.data.name != "folder" else Path(config.data.root or config.data.variant).name
-    return (
-        f"<h1>{pages.text(name)}: {kind} {pages.text(seen.task.loss_text(config))}</h1>"
-        f"<p class='muted'>{pages.text(config.model.name)}, {config.data.image_size} pixels, "
-        f"step {seen.model.step} of <code>{pages.text(seen.model.workdir)}</code>; "
-        f"{len(seen.queries):,} pictures of {len(seen.queries.class_names):,} classes search "
-        f"{'each other' if seen.gallery is seen.queries else f'{len(seen.gallery):,} others'}.</p>"
-        + pages.cards(values)
+    searched = "each other" if seen.gallery is seen.queries else f"{len(seen.gallery):,} others"
+    return pages.html("<h1>{}: {} {}</h1>", name, kind, seen.task.loss_text(config)) + pages.html(
+        '<p class="muted">{}, {} pixels; step {} of <code>{}</code>; {:,} pictures of {:,} classes search {}.</p>{}',
+        config.model.name,
+        config.data.image_size,
+        seen.model.step,
+        seen.model.workdir,
+        len(seen.queries),
+        len(seen.queries.class_names),
+        searched,
+        pages.cards(values),
     )
 
 
-def training(seen: Seen, images: Thumbnails) -> str:
+def training(seen: Seen, images: Thumbnails) -> Markup:
     """Loss, recall and length of the uncertainty over the steps."""
     rows, panels = seen.history, []
     losses = {"train/loss": "sum", "train/loss_original": "original pictures", "train/loss_mixed": "mixed pictures"}
@@ -159,37 +167,37 @@ def training(seen: Seen, images: Thumbnails) -> str:
     if length and seen.model.introspective:
         panels.append(("Mean |u| in training", "", length))
     if not panels:
-        return ""
-    return "<h2>Training</h2>" + pages.plot(plots.lines(panels, "step"), "loss, recall and uncertainty over the steps")
+        return Markup()
+    return Markup("<h2>Training</h2>") + pages.plot(
+        plots.lines(panels, "step"), "loss, recall and uncertainty over the steps"
+    )
 
 
-def predictions(seen: Seen, images: Thumbnails) -> str:
+def predictions(seen: Seen, images: Thumbnails) -> Markup:
     """Which score tells the classifier's wrong predictions; empty for an embedding."""
     best = seen.result.get("best", {})
     names = {"u": "|u|, learned", "max_softmax": "1 less the largest probability", "entropy": "entropy"}
     rows = [
-        (shown, float(best[f"AUROC_error({name})"]), float(best[f"AURC({name})"]))
+        (shown, float(auroc), float(aurc))
         for name, shown in names.items()
-        if best.get(f"AUROC_error({name})") is not None
+        for auroc, aurc in [(best.get(f"AUROC_error({name})"), best.get(f"AURC({name})"))]
+        if auroc is not None and aurc is not None
     ]
     if not rows:
-        return ""
+        return Markup()
     head = ("score", "AUROC (0.5: chance)", "AURC (0: perfect)")
-    return (
-        "<h2>Does it know which predictions are wrong?</h2>"
-        + pages.table(head, rows)
-        + (
-            "<p>Below, the test pictures search each other by the classifier's feature: an answer is the nearest other "
-            "picture.</p>"
-        )
+    return pages.html(
+        "<h2>Does it know which predictions are wrong?</h2>{}<p>Below, the test pictures search each other by the "
+        "classifier's feature: an answer is the nearest other picture.</p>",
+        pages.table(head, rows),
     )
 
 
-def knowing(seen: Seen, images: Thumbnails) -> str:
+def knowing(seen: Seen, images: Thumbnails) -> Markup:
     """Risk over coverage, and the scores judged."""
     undefined = uncertainty.r_auroc_undefined(seen.correct)
     if undefined:
-        return f"<h2>Does it know when it is wrong?</h2><p>Undefined here: {pages.text(undefined)}.</p>"
+        return pages.html("<h2>Does it know when it is wrong?</h2><p>Undefined here: {}.</p>", undefined)
     curves = {n: uncertainty.risk_coverage(score, seen.correct) for n, score in seen.scores.items()}
     wrong = ~seen.correct
     oracle = uncertainty.risk_coverage(wrong.astype(float), seen.correct)
@@ -204,7 +212,7 @@ def knowing(seen: Seen, images: Thumbnails) -> str:
     ]
     rows.sort(key=lambda row: -row[1])
     best, learned = rows[0][0], "uncertainty" in seen.scores
-    said = f"The best score here: <b>{pages.text(best)}</b>." + (
+    said = pages.html("The best score here: <b>{}</b>.", best) + (
         " The learned uncertainty alone does not beat the free baselines."
         if learned
         and max(
@@ -218,16 +226,17 @@ def knowing(seen: Seen, images: Thumbnails) -> str:
     name, score = seen.doubt
     groups = {"right": score[seen.correct], "wrong": score[wrong]}
     spread = plots.histograms([(f"{SCORE_NAMES[name]}, by answer", "larger = less sure", groups)])
-    return (
+    return pages.html(
         "<h2>Does it know when it is wrong?</h2><p>Queries are dropped, the least sure first; what remains should be "
-        f"wrong less often. {said}</p>"
-        + pages.plot(plot, "risk over coverage by score")
-        + pages.table(("score", "R-AUROC (0.5: chance)", "AURC (0: perfect)", "above the best possible"), rows)
-        + pages.plot(spread, "distribution of the uncertainty of right and wrong answers")
+        "wrong less often. {}</p>{}{}{}",
+        said,
+        pages.plot(plot, "risk over coverage by score"),
+        pages.table(("score", "R-AUROC (0.5: chance)", "AURC (0: perfect)", "above the best possible"), rows),
+        pages.plot(spread, "distribution of the uncertainty of right and wrong answers"),
     )
 
 
-def ambiguity(seen: Seen, images: Thumbnails) -> str:
+def ambiguity(seen: Seen, images: Thumbnails) -> Markup:
     """Uncertainty beside the known ambiguity, and where pictures were changed."""
     parts, best = [], seen.result.get("best", {})
     truth = seen.queries.fields.get("ambiguity")
@@ -246,17 +255,20 @@ def ambiguity(seen: Seen, images: Thumbnails) -> str:
             parts.append(pages.table(("kind of picture", "pictures", "mean |u|", "R@1"), rows))
     rows = [(n[4:-3], float(v)) for n, v in best.items() if n.startswith("P(u_") and v is not None]
     if rows:
-        parts.append("<h3>How often |u| rises when a picture is changed</h3>")
+        parts.append(Markup("<h3>How often |u| rises when a picture is changed</h3>"))
         parts.append(pages.table(("change", "P(|u| changed > |u| original); 0.5: chance"), rows))
-    return "<h2>Does the uncertainty see ambiguity?</h2>" + "".join(parts) if parts else ""
+    return Markup("<h2>Does the uncertainty see ambiguity?</h2>") + pages.join(parts) if parts else Markup()
 
 
-def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> str:
+def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> Markup:
     """Right and wrong answers, those it is most and least sure of."""
     name, score = seen.doubt
     parts = [
-        "<h2>Answers</h2><p>The query, framed blue, and its nearest pictures, the nearest first: green of its class, "
-        f"red of another. Sorted by {pages.text(SCORE_NAMES[name])}.</p>"
+        pages.html(
+            "<h2>Answers</h2><p>The query, framed blue, and its nearest pictures, the nearest first: green of its "
+            "class, red of another. Sorted by {}.</p>",
+            SCORE_NAMES[name],
+        )
     ]
     short = "|u|" if name == "uncertainty" else name
     order = np.argsort(score, kind="stable")
@@ -268,7 +280,7 @@ def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> str:
     ):
         if not len(those):
             continue
-        parts.append(f"<h3>{title}</h3>")
+        parts.append(pages.html("<h3>{}</h3>", title))
         for query in those.tolist():
             cells = [
                 pages.tile(
@@ -283,18 +295,20 @@ def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> str:
                 lines = [f"distance {distance:.3f}", seen.answer_class(row)]
                 cells.append(pages.tile(images.found(row), lines, kind, seen.gallery.name(row)))
             parts.append(pages.row(cells))
-    return "".join(parts)
+    return pages.join(parts)
 
 
-def extremes(seen: Seen, images: Thumbnails, count: int = 20) -> str:
+def extremes(seen: Seen, images: Thumbnails, count: int = 20) -> Markup:
     """The most and the least uncertain pictures."""
     if "uncertainty" not in seen.scores:
-        return ""
+        return Markup()
     score, truth = seen.scores["uncertainty"], seen.queries.fields.get("ambiguity")
     order = np.argsort(score, kind="stable")
     parts = [
-        "<h2>The most and the least uncertain pictures</h2><p>Framed green where the nearest picture is of the same "
-        "class, red where it is not.</p>"
+        Markup(
+            "<h2>The most and the least uncertain pictures</h2><p>Framed green where the nearest picture is of the "
+            "same class, red where it is not.</p>"
+        )
     ]
     for title, those in (("Most uncertain", order[::-1][:count]), ("Least uncertain", order[:count])):
         shown = []
@@ -302,11 +316,11 @@ def extremes(seen: Seen, images: Thumbnails, count: int = 20) -> str:
             lines = [f"|u| {score[row]:.2f}"] + ([] if truth is None else [f"ambiguity {float(truth[row]):.2f}"])
             kind = "right" if seen.correct[row] else "wrong"
             shown.append(pages.tile(images.query(row), [*lines, seen.class_of(row)], kind, seen.queries.name(row)))
-        parts.append(f"<h3>{title}</h3>{pages.tiles(shown)}")
-    return "".join(parts)
+        parts.append(pages.html("<h3>{}</h3>{}", title, pages.tiles(shown)))
+    return pages.join(parts)
 
 
-def plane(seen: Seen, images: Thumbnails) -> str:
+def plane(seen: Seen, images: Thumbnails) -> Markup:
     """The embeddings in two dimensions."""
     some = np.unique(np.linspace(0, len(seen.queries) - 1, ON_MAP).astype(int))
     places, how = plots.flatten_to_plane(seen.embedded.semantic[some], seen.model.config.seed)
@@ -315,21 +329,24 @@ def plane(seen: Seen, images: Thumbnails) -> str:
     note = f"{len(some):,} of {len(seen.queries):,} test pictures by {how}."
     if how != "t-SNE":
         note += " With scikit-learn (pip install scikit-learn) the map is made by t-SNE, which shows clusters better."
-    return f"<h2>Map of the embeddings</h2><p>{pages.text(note)}</p>" + pages.plot(drawn, "embeddings in a plane")
+    plot = pages.plot(drawn, "embeddings in a plane")
+    return pages.html("<h2>Map of the embeddings</h2><p>{}</p>{}", note, plot)
 
 
-def confusion(seen: Seen, images: Thumbnails, pairs: int = 10, classes: int = 20) -> str:
+def confusion(seen: Seen, images: Thumbnails, pairs: int = 10, classes: int = 20) -> Markup:
     """Classes that are taken for each other."""
     asked, said = seen.embedded.labels, seen.searched.labels[seen.index[:, 0]]
     wrong = np.flatnonzero(asked != said)
     if not len(wrong):
-        return "<h2>Confused classes</h2><p>None: every nearest picture is of the query's class.</p>"
+        return Markup("<h2>Confused classes</h2><p>None: every nearest picture is of the query's class.</p>")
     both = np.sort(np.column_stack([asked[wrong], said[wrong]]), axis=1)
     kinds, first, counts = np.unique(both, axis=0, return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     parts = [
-        "<h2>Confused classes</h2><p>Pairs of classes most often taken for each other, each with one such query and "
-        "its answer.</p>"
+        Markup(
+            "<h2>Confused classes</h2><p>Pairs of classes most often taken for each other, each with one such query "
+            "and its answer.</p>"
+        )
     ]
     shown = []
     for pair in order[:pairs].tolist():
@@ -338,7 +355,7 @@ def confusion(seen: Seen, images: Thumbnails, pairs: int = 10, classes: int = 20
         tiles = pages.tile(images.query(query), [seen.class_of(query)], "query", seen.queries.name(query))
         lines = [f"{counts[pair]} times", seen.answer_class(row)]
         tiles += pages.tile(images.found(row), lines, "wrong", seen.gallery.name(row))
-        shown.append(f'<div class="pair">{tiles}</div>')
+        shown.append(pages.html('<div class="pair">{}</div>', tiles))
     parts.append(pages.tiles(shown))
     chosen = list(dict.fromkeys(kinds[order].reshape(-1).tolist()))[:classes]
     counted = np.zeros((len(chosen), len(chosen)))
@@ -347,7 +364,7 @@ def confusion(seen: Seen, images: Thumbnails, pairs: int = 10, classes: int = 20
         counted[i] = [np.mean(of_class == other) if len(of_class) else 0.0 for other in chosen]
     names = [seen.queries.class_names[label] for label in chosen]
     parts.append(pages.plot(plots.matrix(counted, names), "shares of answers between the most confused classes"))
-    return "".join(parts)
+    return pages.join(parts)
 
 
 # Sections of the page by name; a task says which of them its page has, and in which order.

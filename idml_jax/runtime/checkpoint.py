@@ -20,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from idml_jax.errors import UserError
 from idml_jax.runtime import hosts
+from idml_jax.runtime.files import first_line
 
 logger = logging.getLogger("idml_jax")
 
@@ -279,7 +280,9 @@ def _save_args(state: Any, record: dict[str, Any]) -> ocp.args.Composite:
 
 def _steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder; unfinished ones have other names."""
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    # In ASCII alone: a superscript 2 is a digit too, but no number.
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def _move_aside(checkpoint: Path, folder: Path) -> Path:
@@ -303,12 +306,8 @@ def _reason(error: Exception) -> str:
     ):
         if known in text:
             return known
-    line = _first_line(error)
+    line = first_line(error)
     return line if len(line) <= 200 else line[:200] + " ..."
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -392,4 +391,4 @@ def read_variables(folder: Path) -> dict[str, Any]:
             )
             return found["opt_state"]["ema"] if averages else found
     except Exception as error:
-        raise UserError(f"{folder}: cannot be read ({_first_line(error)})") from error
+        raise UserError(f"{folder}: cannot be read ({first_line(error)})") from error

@@ -1,21 +1,249 @@
-"""Files that are whole or not there, and JSON."""
+"""Files and folders that are written whole or not at all, JSON, and the first line of an error.
 
+Every file of this package is written here: into a temporary file in the same folder, whose name nobody can foresee and
+which is opened only if it is new, then flushed to the disk and renamed. A target that exists has to be a plain file:
+a device, a pipe, a socket, a folder or a link in its place is refused and stays as it is.
+"""
+
+import contextlib
+import fcntl
 import json
 import math
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from idml_jax.errors import UserError
+
+TEMPORARY = ".tmp"  # ending of temporary files and folders
+_KINDS = (
+    (stat.S_ISLNK, "a link; name the file that it leads to"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def user_path(given: str | Path) -> Path:
+    """A path that a user typed, absolute, with ``~`` replaced by the home folder.
+
+    Raises:
+      UserError: for an empty path, or the home folder of an unknown user.
+    """
+    if not str(given) or "\0" in str(given):
+        raise UserError(f"{str(given)!r} is not a path")
+    try:
+        return Path(given).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{given}: {first_line(error)}") from error
+
+
+def check_target(path: Path) -> bool:
+    """Checks that a file may be written, and returns whether it replaces one.
+
+    Raises:
+      UserError: if something else than a plain file has that name.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:  # absent, or out of reach, which writing tells
+        return False
+    if stat.S_ISREG(mode):
+        return True
+    found = next((name for is_kind, name in _KINDS if is_kind(mode)), "not a file")
+    raise UserError(f"{path}: is {found}; only a file is replaced")
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Creates a folder with its parents and returns those that were missing, the innermost first."""
+    missing = []
+    for parent in (folder, *folder.parents):
+        if parent.exists():
+            break
+        missing.append(parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _temporary(folder: Path) -> Path:
+    return folder / f".idml_jax-{secrets.token_hex(12)}{TEMPORARY}"
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a renaming last; some file systems have no such thing."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, kept: str) -> Iterator[Path]:
+    """A temporary path beside ``path``; what is left of it and of new folders goes if anything fails."""
+    made: list[Path] = []
+    temporary = _temporary(path.parent)
+    try:
+        made = _make_parents(path.parent)
+        yield temporary
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        if error.filename and str(temporary) not in str(
+            error.filename
+        ):  # of a file that was read meanwhile, or a folder
+            reason += f": {error.filename}"
+        raise UserError(f"{path}: cannot be written ({reason}); {kept}") from error
+    else:
+        made = []
+    finally:
+        if temporary.is_dir() and not temporary.is_symlink():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write into that takes the name ``path`` when the block ends without an error.
+
+    Folders that are missing are created. The file gets the permissions of any new file (``umask``).
+
+    Args:
+      path: of the file; absent, or a plain file, which is then replaced.
+
+    Yields:
+      The temporary file, open for writing bytes and seekable.
+
+    Raises:
+      UserError: if ``path`` is something else than a file, or cannot be written (a full disk, missing permission).
+    """
+    path = Path(path)
+    kept = "the file that is there is kept" if check_target(path) else "nothing is left behind"
+    with _writing(path, kept) as temporary:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+        with os.fdopen(os.open(temporary, flags, 0o666), "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        check_target(path)
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file whole or not at all; see ``atomic``."""
+    with atomic(path) as file:
+        file.write(content)
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Writes text as UTF-8, whole or not at all; parts of file names that are no text keep their bytes."""
+    write_bytes(path, content.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a value as JSON, whole or not at all; see ``atomic``."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def replace_folder(path: str | Path) -> Iterator[Path]:
+    """A new folder that takes the name ``path`` when the block ends without an error.
+
+    Args:
+      path: of the folder; must not exist.
+
+    Yields:
+      A temporary folder to fill.
+
+    Raises:
+      UserError: if ``path`` exists, or cannot be written.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise UserError(f"{path} is already there")
+    with _writing(path, "nothing is left behind") as temporary:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        if os.path.lexists(path):
+            raise UserError(f"{path} is already there")
+        os.rename(temporary, path)
+        _flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, busy: str) -> Iterator[None]:
+    """Holds a lock file, so that two processes do not write the same thing at the same time.
+
+    The lock is the operating system's and ends with the process, however that ends; the file only says whose it is.
+
+    Args:
+      path: of the lock file; it is gone afterwards.
+      busy: what to say where another process holds the lock; its number is added.
+
+    Raises:
+      UserError: with ``busy``, or if the lock file cannot be written.
+    """
+    path = Path(path)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    made: list[Path] = []
+    try:
+        made = _make_parents(path.parent)
+        while True:
+            handle = os.open(path, flags, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.read(handle, 32).decode("ascii", "replace").strip()
+                os.close(handle)
+                raise UserError(f"{busy} (process {owner})") from None
+            except OSError:  # a file system without locks
+                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path, follow_symlinks=False).st_ino == os.fstat(handle).st_ino:
+                    break
+            os.close(handle)  # its owner has just removed it
+        if os.read(handle, 32).strip(b"0123456789\n"):
+            os.close(handle)
+            raise UserError(f"{path}: is not a lock of this package")
+        os.ftruncate(handle, 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, f"{os.getpid()}\n".encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        os.close(handle)
+        for folder in made:  # where nothing has come into them
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def without_nan(value: Any) -> Any:
-    """NaN, which JSON does not have, to null."""
+    """A JSON-able value with ``None`` in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

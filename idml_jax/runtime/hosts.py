@@ -9,6 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from idml_jax.errors import UserError
+from idml_jax.runtime.files import first_line
 
 
 def connect(coordinator: str, processes: int, index: int, timeout: int = 300) -> None:
@@ -26,7 +27,7 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
     if coordinator == "auto":
         arguments: dict[str, Any] = {}
     else:
-        if ":" not in coordinator or not coordinator.rsplit(":", 1)[1].isdigit():
+        if ":" not in coordinator or not coordinator.rsplit(":", 1)[1].encode().isdigit():
             raise UserError(f"--coordinator={coordinator}: host:port of process 0, or auto")
         if not 0 <= index < processes:
             raise UserError(f"--process_index={index} must be in [0, {processes}), of --processes={processes}")
@@ -35,8 +36,9 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
         # A dead process is noticed at the heartbeat's limit; the others then end instead of hanging.
         jax.distributed.initialize(**arguments, initialization_timeout=timeout, heartbeat_timeout_seconds=30)
     except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"--coordinator={coordinator}: the processes do not find each other ({line})") from error
+        raise UserError(
+            f"--coordinator={coordinator}: the processes do not find each other ({first_line(error)})"
+        ) from error
 
 
 def first_of(true: bool) -> int | None:
@@ -69,9 +71,8 @@ def agree(problem: Exception | None) -> None:
 
 def lost(error: Exception) -> NoReturn:
     """Ends this process because another one is gone, without waiting for it as a normal exit would."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     leave(
-        f"another process of this run has died or cannot be reached ({line[:200]}); "
+        f"another process of this run has died or cannot be reached ({first_line(error)[:200]}); "
         "the same command on all hosts goes on from the last checkpoint"
     )
 

@@ -1,6 +1,7 @@
 """Stopping a run by a signal: it saves its state and ends with its own exit code.
 
-Schedulers and clouds announce the end of a machine by SIGTERM; Slurm can send SIGUSR1 (``--signal=USR1@120``).
+Schedulers and clouds announce the end of a machine by SIGTERM; Slurm can send SIGUSR1 (``--signal=USR1@120``). JAX is
+imported late, so that a command can listen to signals before anything else is loaded.
 """
 
 import contextlib
@@ -10,8 +11,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
+from idml_jax.errors import end_now
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command resumes the run.
 EXIT_CODE = 75
@@ -22,6 +22,40 @@ class Stopped(Exception):
     """The run was asked to stop. The message says which step is saved."""
 
 
+def end_when_asked() -> None:
+    """Lets ``SIGNALS`` and Ctrl-C end this process with a line, as long as there is nothing to save yet.
+
+    Ctrl-C is an exception again after ``as_exception``: raised within an import it would look like an error of that.
+    """
+    owner = os.getpid()
+
+    def end(number: int, _: FrameType | None) -> None:
+        if os.getpid() != owner:  # a process of the data loader, which has nothing to say
+            os._exit(EXIT_CODE)
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        code = 128 + signal.SIGINT if number == signal.SIGINT else EXIT_CODE
+        end_now(code, f"stopped by {name} before there was anything to save; the same command starts again")
+
+    for number in (*SIGNALS, signal.SIGINT):
+        if number != signal.SIGINT or signal.getsignal(number) is signal.default_int_handler:
+            signal.signal(number, end)
+
+
+_ctrl_c: list[int] = []  # noted, since an exception within a callback or a finaliser is lost
+
+
+def as_exception() -> None:
+    """Lets Ctrl-C raise ``KeyboardInterrupt`` again, unless it is ignored; ``StopRequest.check`` repeats a lost one."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        _ctrl_c.append(number)
+        raise KeyboardInterrupt
+
+    if callable(signal.getsignal(signal.SIGINT)):
+        _ctrl_c.clear()
+        signal.signal(signal.SIGINT, interrupt)
+
+
 class StopRequest:
     """Remembers, inside a ``with`` block, that one of ``SIGNALS`` arrived, without interrupting anything.
 
@@ -30,6 +64,8 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
+        import jax
+
         self.requested: str | None = None
         self._shared, self._checks = jax.process_count() > 1, 0
         self._before: dict[signal.Signals, Any] = {}
@@ -56,8 +92,13 @@ class StopRequest:
 
         Raises:
           Stopped: once a signal has arrived; with several processes, at the same call on all of them.
+          KeyboardInterrupt: after a Ctrl-C whose exception was lost.
         """
+        if _ctrl_c:
+            raise KeyboardInterrupt
         if self._shared:
+            from jax.experimental import multihost_utils
+
             self._checks += 1
             if multihost_utils.reached_preemption_sync_point(self._checks):
                 raise Stopped(self.requested or "SIGTERM")

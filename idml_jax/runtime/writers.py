@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from idml_jax.errors import UserError
+from idml_jax.runtime.files import check_target, write_text
 
 logger = logging.getLogger("idml_jax")
 
@@ -53,15 +54,14 @@ class MetricWriter:
         if not active:
             return
         path = workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        check_target(path)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         keep = [line for line in lines if _is_row(line)][:rows]
         if len(keep) < rows:
             logger.warning("warning: %s holds %d of the %d rows that it had; going on", path, len(keep), rows)
             self.rows = len(keep)
         if keep != lines:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in keep))
-            temporary.replace(path)
+            write_text(path, "".join(line + "\n" for line in keep))
         self._file = path.open("a")
         self._clu = _clu() if tensorboard else None
         if self._clu:
@@ -127,8 +127,9 @@ class MetricWriter:
 
 def _is_row(line: str) -> bool:
     try:
-        return "step" in json.loads(line)
-    except (ValueError, TypeError):
+        row = json.loads(line)
+        return isinstance(row, dict) and "step" in row
+    except (ValueError, RecursionError):
         return False  # a line cut short by a kill
 
 

@@ -111,7 +111,8 @@ class Run(NamedTuple):
         """
         images = jax.ShapeDtypeStruct((1, *image_shape(self.config)), jnp.float32)
         like = jax.eval_shape(self.setup.model.init, jax.random.key(0), images)
-        return weights.load(self.config.model.init_from, like, self.config.model.init_parts)
+        model = self.config.model
+        return weights.load(model.init_from, like, model.init_parts, network=model.name)
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -140,8 +141,13 @@ def build(config: ConfigDict) -> Run:
         )
     train_transform, test_transform = transforms_of(config)
     num_classes = len(splits.train.class_names)
+    model = task.model(config, num_classes)
+    try:
+        model.check_images(*image_shape(config)[:2])
+    except ValueError as error:
+        raise UserError(f"{error} (config.model.name = {config.model.name!r}, config.data.image_size)") from error
     setup = steps.StepSetup(
-        model=task.model(config, num_classes),
+        model=model,
         objective=task.criterion(config, num_classes, per_epoch, mesh),
         optimizer=optimizer_of(config, per_epoch),
         mean=tuple(config.data.mean),

@@ -212,17 +212,8 @@ class Embedder:
         self, source: Source, order: Int[np.ndarray, "m"] | None, on_bad: OnBad = "raise"
     ) -> Iterator[pipeline.Batch]:
         host, hosts = sharding.host_of(self.mesh)
-        return pipeline.eval_batches(
-            source,
-            self.transform,
-            batch_size=self.batch_size,
-            order=order,
-            channels=self.channels,
-            host=host,
-            hosts=hosts,
-            threads=self.threads,
-            on_bad=on_bad,
-        )
+        reading = pipeline.Reading(self.transform, self.channels, self.threads, host=host, hosts=hosts)
+        return pipeline.eval_batches(source, reading, batch_size=self.batch_size, order=order, on_bad=on_bad)
 
     def placed(self, source: Source, order: Int[np.ndarray, "m"] | None = None) -> Iterator[dict[str, Array]]:
         """Batches on the mesh: ``image`` [n, h, w, c], ``label`` [n] and ``mask`` [n], false for padding."""

@@ -145,19 +145,17 @@ class Trainer:
 
     def _batches(self) -> Iterator[pipeline.Batch]:
         config, run = self.run.config, self.run
-        return pipeline.train_batches(
-            run.splits.train,
-            run.sampler,
+        reading = pipeline.Reading(
             run.train_transform,
-            seed=config.seed,
-            start=self.step,
-            stop=run.total_steps,
             channels=config.data.channels,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
             threads=config.data.threads,
             prefetch=config.data.prefetch,
             workers=config.data.workers,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+        return pipeline.train_batches(
+            run.splits.train, run.sampler, reading, seed=config.seed, start=self.step, stop=run.total_steps
         )
 
     def _log(self, means: dict[str, float], rate: float, remaining: float) -> None:

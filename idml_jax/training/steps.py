@@ -24,13 +24,13 @@ class StepSetup:
       model: network.
       objective: what is minimised.
       optimizer: update rule.
-      mean: per channel, of pictures in [0, 1].
-      std: per channel.
+      mean: mean per channel, of images in [0, 1].
+      std: standard deviation per channel.
       mixup_alpha: Beta parameter of Mixup; 0: no Mixup.
-      seed: of Mixup's randomness.
-      accumulate: parts in which the trunk sees a batch, for batches whose activations do not fit into memory. The loss
-        is over the whole batch. With frozen statistics (or no BatchNorm) the step is the same as with one part; live
-        ones are those of every part by itself, and the running statistics move once per part.
+      seed: seed of Mixup's randomness.
+      accumulate: number of parts in which the trunk sees a batch, for batches whose activations do not fit into memory.
+        The loss is over the whole batch. With frozen statistics (or no BatchNorm) the step is the same as with one
+        part; live statistics are those of each part, and the running statistics move once per part.
       loss: of the batch; ``None``: the objective's own, ``objective.batch_loss``.
       ema: decay of the moving averages of weights and statistics by which a run is evaluated; 0: none.
     """
@@ -50,7 +50,7 @@ class StepSetup:
 def normalize(
     images: UInt8[Array, "n h w c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "n h w c"]:
-    """uint8 pictures to zero mean and unit deviation per channel."""
+    """uint8 images to zero mean and unit deviation per channel."""
     per_channel = lambda values: jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1)
     return (images.astype(jnp.float32) / 255.0 - per_channel(mean)) / per_channel(std)
 
@@ -59,24 +59,24 @@ def pooled_features(
     setup: StepSetup,
     trunk: Any,
     batch_stats: Any,
-    pictures: tuple[Array, ...],
+    inputs: tuple[Array, ...],
     prepare: Callable[..., Float[Array, "m k h w c"]],
     train_trunk: bool,
 ) -> tuple[Float[Array, "n k f"], Any]:
-    """Pooled features of ``k`` inputs made of every picture, and the running statistics after them.
+    """Pooled features of ``k`` network inputs per image, and the running statistics after them.
 
-    With ``setup.accumulate`` above 1 the trunk sees the batch in so many parts, one after the other, and for the
-    gradient every part is computed again (Gao et al., "Scaling deep contrastive learning batch size under memory
-    limited setup", 2021), so that the activations of one part are all that is held. A part has every
-    ``accumulate``-th picture, so it lies on all devices as the batch does.
+    With ``setup.accumulate`` above 1 the trunk sees the batch in that many parts, one after the other. Every part is
+    computed again for the gradient (Gao et al., "Scaling deep contrastive learning batch size under memory limited
+    setup", 2021), so that only the activations of one part are held. A part has every ``accumulate``-th image, so it is
+    spread over all devices as the batch is.
 
     Args:
-      setup: of the step.
-      trunk: parameters.
+      setup: set-up of the step.
+      trunk: parameters of the trunk.
       batch_stats: running statistics.
-      pictures: what ``prepare`` takes, arrays ``[n, ...]``.
-      prepare: makes normalised inputs of some of the pictures.
-      train_trunk: whether a gradient is wanted.
+      inputs: arguments of ``prepare``, arrays ``[n, ...]``.
+      prepare: makes the ``k`` normalised network inputs of each image, from some rows of ``inputs``.
+      train_trunk: whether the trunk gets a gradient.
 
     Returns:
       ``[n, k, f]`` features and the new statistics.
@@ -85,8 +85,8 @@ def pooled_features(
     count = setup.accumulate
     model = setup.model if count == 1 else setup.model.looped
 
-    def part(trunk: Any, batch_stats: Any, pictures: tuple[Array, ...]) -> tuple[Any, Array]:
-        images = prepare(*pictures)
+    def part(trunk: Any, batch_stats: Any, inputs: tuple[Array, ...]) -> tuple[Any, Array]:
+        images = prepare(*inputs)
         m, k = images.shape[:2]
         variables = {"params": {"trunk": trunk}, "batch_stats": batch_stats}
         features, updated = model.apply(
@@ -101,12 +101,12 @@ def pooled_features(
         return updated.get("batch_stats", batch_stats), features.reshape(m, k, -1)
 
     if count == 1:
-        batch_stats, features = part(trunk, batch_stats, pictures)
+        batch_stats, features = part(trunk, batch_stats, inputs)
         return features, batch_stats
     split = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
     again = jax.checkpoint(part, prevent_cse=False)
     batch_stats, features = jax.lax.scan(
-        lambda stats, some: again(trunk, stats, some), batch_stats, jax.tree.map(split, pictures)
+        lambda stats, some: again(trunk, stats, some), batch_stats, jax.tree.map(split, inputs)
     )
     features = jnp.moveaxis(features, 0, 1)
     return features.reshape(-1, *features.shape[2:]), batch_stats

@@ -20,6 +20,7 @@ from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoin
 from idml_jax.runtime.files import without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.writers import MetricWriter
+from idml_jax.training import data_record
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.loop import Speed, Trainer
@@ -83,7 +84,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
     pretrained = None
     if config.model.init_from and not finished.exists() and not has_checkpoints(workdir / "checkpoints"):
         pretrained = run.pretrained()
-    _prepare(workdir, config)
+    _prepare(workdir, run)
     if finished.exists():
         logger.info("this run is finished: %s; --mode=eval evaluates its best checkpoint again", finished)
         try:
@@ -105,13 +106,19 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
     return result
 
 
-def _prepare(workdir: Path, config: ConfigDict) -> None:
-    """Makes the workdir and writes the settings, or checks that they are those of the run in it; on the first host."""
+def _prepare(workdir: Path, run: Run) -> None:
+    """Makes the workdir and records settings and data there, or compares them with those of the run in it.
+
+    The first host does it; all hosts raise if it fails.
+    """
     problem = None
     try:
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
-            remember(config, workdir)
+            remember(run.config, workdir)
+            for line in data_record.check(run.splits, workdir):
+                logger.warning("warning: %s: %s", workdir, line)
+            data_record.remember(run.splits, workdir)
     except OSError as error:
         problem = UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})")
         problem.__cause__ = error
@@ -285,6 +292,8 @@ def _evaluate_checkpoint(
     if overrides is not None:
         remember(overrides, workdir)
     run = build(stored if overrides is None else overrides)
+    for line in data_record.check(run.splits, workdir):
+        logger.warning("warning: %s: %s", workdir, line)
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{folder}: no checkpoints")

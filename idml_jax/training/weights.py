@@ -22,6 +22,7 @@ import numpy as np
 from idml_jax.errors import UserError
 from idml_jax.models import MODELS, EmbeddingModel, create_model, naming
 from idml_jax.runtime import checkpoint
+from idml_jax.runtime.files import first_line, write_bytes
 from idml_jax.training import workdir as workdir_lib
 
 logger = logging.getLogger("idml_jax")
@@ -46,11 +47,13 @@ class Tensors(NamedTuple):
       values: tensors, classifiers and counters left out.
       left_out: names of the tensors left out.
       torch: whether names and axes are PyTorch's; otherwise they are this package's.
+      network: key of ``MODELS`` that the file's metadata or the run's settings name; empty where they name none.
     """
 
     values: dict[str, np.ndarray]
     left_out: tuple[str, ...]
     torch: bool
+    network: str = ""
 
 
 def read(source: str | Path) -> Tensors:
@@ -70,10 +73,11 @@ def read(source: str | Path) -> Tensors:
     path = Path(source).expanduser().absolute()
     if not path.exists():
         raise UserError(f"{path}: no such weights file (config.model.init_from)")
+    network = ""
     if path.is_dir():
-        return Tensors(_read_own(path), (), torch=False)
+        return _read_own(path)
     if path.suffix == ".safetensors":
-        named = _read_safetensors(path)
+        named, network = _read_safetensors(path)
     elif path.suffix in TORCH_SUFFIXES:
         named = _read_torch(path)
     else:
@@ -85,16 +89,20 @@ def read(source: str | Path) -> Tensors:
     values = {n: v for n, v in named.items() if n not in left_out}
     if not values:
         raise UserError(f"{path}: holds no weights of a network")
-    return Tensors(values, left_out, torch=True)
+    return Tensors(values, left_out, torch=True, network=network)
 
 
-def load(source: str | Path | Tensors, like: Mapping[str, Any], parts: str = "trunk") -> tuple[dict[str, Any], str]:
+def load(
+    source: str | Path | Tensors, like: Mapping[str, Any], parts: str = "trunk", network: str = ""
+) -> tuple[dict[str, Any], str]:
     """Variables for a model from a file.
 
     Args:
       source: see ``read``, or its result.
       like: the model's variables (``params`` and ``batch_stats``), arrays or their shapes.
       parts: ``trunk``, ``semantic`` (with the semantic head) or ``all`` (with both heads).
+      network: key of ``MODELS`` of the model; a file that names another network is refused, since networks that compute
+        something else may have the same shapes (ResNets v1 and v1.5).
 
     Returns:
       The variables of these parts as nested dictionaries of numpy arrays, for ``merge``; and a line that says what
@@ -108,6 +116,11 @@ def load(source: str | Path | Tensors, like: Mapping[str, Any], parts: str = "tr
         raise ValueError(f"unknown parts {parts!r}; known: {', '.join(PARTS)}")
     where = "the given tensors" if isinstance(source, Tensors) else str(source)
     tensors = source if isinstance(source, Tensors) else read(source)
+    if network and tensors.network in MODELS and tensors.network != network:
+        raise UserError(
+            f"{where} holds weights of {tensors.network}, and the network is {network}; "
+            f"config.model.name={tensors.network} is the network that fits"
+        )
     ours = naming.flatten(like)
     name_of = {path: naming.torch_name(path) if tensors.torch else path for path in ours}
     wanted = {path for path in ours if path.startswith(PARTS[parts])}
@@ -184,15 +197,19 @@ def _resize_positions(value: np.ndarray, expected: tuple[int, ...]) -> np.ndarra
     return np.concatenate([value[:, :1], grid.reshape(1, new * new, -1)], axis=1)
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The tensors, and the network that the metadata name."""
     import ml_dtypes  # noqa: F401  numpy then knows bfloat16
     from safetensors import numpy as safetensors
+    from safetensors import safe_open
 
     try:
         named = safetensors.load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            network = (file.metadata() or {}).get("network", "")
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({_first_line(error)})") from error
-    return {name: value.astype(np.float32) for name, value in named.items()}
+        raise UserError(f"{path}: cannot be read as safetensors ({first_line(error)})") from error
+    return {name: value.astype(np.float32) for name, value in named.items()}, network
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
@@ -208,7 +225,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{path}: is damaged, or holds more than tensors and is refused ({_first_line(error)}); "
+            f"{path}: is damaged, or holds more than tensors and is refused ({first_line(error)}); "
             "save the state_dict alone"
         ) from error
     for name in CONTAINERS:
@@ -217,7 +234,24 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             break
     if not isinstance(content, Mapping) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise UserError(f"{path}: holds no state_dict, alone or under {', '.join(CONTAINERS)}")
-    return {name: value.detach().float().numpy() for name, value in content.items()}
+    return {name: _dense(path, name, value) for name, value in content.items()}
+
+
+def _dense(path: Path, name: str, value: Any) -> np.ndarray:
+    """A tensor of PyTorch as float32, sparse and quantised ones included."""
+    try:
+        value = value.detach()
+        value = value.dequantize() if value.is_quantized else value
+        value = value.to_dense() if value.layout != _strided() else value
+        return value.float().numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{path}: {name} cannot be read as numbers ({first_line(error)})") from error
+
+
+def _strided() -> Any:
+    import torch
+
+    return torch.strided
 
 
 def _without_prefixes(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -228,15 +262,13 @@ def _without_prefixes(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         named = {name.removeprefix(prefix): value for name, value in named.items()}
 
 
-def _read_own(path: Path) -> dict[str, np.ndarray]:
-    run = next((folder for folder in (path, path.parent) if (folder / "config.json").is_file()), None)
-    metric = workdir_lib.read(run).eval.best_metric if run else ""
-    tree = checkpoint.read_variables(checkpoint.find_state(path, metric))
-    return naming.flatten(tree)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _read_own(path: Path) -> Tensors:
+    """Weights of a run, of one of its checkpoints, or of a folder that ``convert`` wrote."""
+    above = (path, *list(path.parents)[:3])  # a checkpoint is RUN/checkpoints/STEP/state
+    run = next((folder for folder in above if (folder / "config.json").is_file()), None)
+    config = workdir_lib.read(run) if run else None
+    tree = checkpoint.read_variables(checkpoint.find_state(path, config.eval.best_metric if config else ""))
+    return Tensors(naming.flatten(tree), (), torch=False, network=config.model.name if config else "")
 
 
 def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
@@ -284,9 +316,7 @@ def convert(source: str | Path, out: str | Path, *, model: str = "resnet50", siz
         named = tensors.values
         if not tensors.torch:
             named = {naming.torch_name(path): naming.to_torch(path, value) for path, value in named.items()}
-        temporary = out.with_name(out.name + ".tmp")
-        safetensors.save_file({prefix + n: np.ascontiguousarray(v) for n, v in named.items()}, temporary)
-        temporary.replace(out)
+        write_bytes(out, safetensors.save({prefix + n: np.ascontiguousarray(v) for n, v in named.items()}))
         return f"{len(named)} tensors written to {out} in PyTorch's naming"
     if not tensors.torch:
         raise UserError(f"{source} already is in this package's format; give a .safetensors file to write to")

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from idml_jax.errors import UserError
-from idml_jax.runtime.files import write_json
+from idml_jax.runtime.files import first_line, write_json
 from idml_jax.training.config import default_config
 
 # Fields that change how a run is carried out but not its result: a resumed run may differ in them.
@@ -64,17 +64,36 @@ def read(workdir: Path) -> ConfigDict:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{workdir} holds no run (no config.json)") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({first_line(error)})") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     # Settings that are newer than the run get their defaults.
     config = default_config()
     try:
+        _check_types(values, config.to_dict())
         with config.unlocked():
             config.update(_tuples(values))
-    except (TypeError, ValueError, AttributeError) as error:
-        told = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} does not hold the settings of a run ({told})") from error
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} does not hold the settings of a run ({first_line(error)})") from error
     return config
+
+
+def _check_types(value: object, default: object, name: str = "config") -> None:
+    """Raises ``TypeError`` where a stored value has another type than the default; ``ConfigDict`` lets some pass."""
+    if default is None:
+        return
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    if isinstance(default, list | tuple):
+        kinds = (list, tuple)
+    if not isinstance(value, kinds) or isinstance(value, bool) is not isinstance(default, bool):
+        raise TypeError(f"{name} = {value!r}, but a {type(default).__name__} is expected")
+    if isinstance(default, dict) and isinstance(value, dict):
+        for key in default.keys() & value.keys():
+            _check_types(value[key], default[key], f"{name}.{key}")
+    elif isinstance(default, list | tuple) and isinstance(value, list | tuple) and default:
+        for part in value:
+            _check_types(part, default[0], f"{name}, in part")
 
 
 def _tuples(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Golden outputs: what the code computed before it was reorganised, and must go on to compute.
 
+They were computed as the ordinary tests run, without LLVM's optimisations (``tests/conftest.py``).
 ``python tests/golden/golden.py`` writes the files beside this one anew: only to be done when the numbers are meant to
 change, and then said in the commit. ``runs/`` was written by the code of version 0.1.0 and is never made again: it
 stands for the run folders that users have. ``fields_0_1_0.json`` lists that version's settings and options.
@@ -35,6 +36,7 @@ def machine() -> str:
     known = {name.strip(): value.strip() for name, value in known.items()}
     features = [f for f in known.get("flags", "").split() if f.startswith(("avx", "amx", "fma"))]
     limit = re.findall("xla_cpu_max_isa=\\w+", os.environ["XLA_FLAGS"])
+    limit += ["quick"] if jax.config.read("jax_disable_most_optimizations") else []
     digest = hashlib.sha256(" ".join(features + limit).encode()).hexdigest()[:8]
     return f"{known.get('model name', platform.processor())}, features {digest}, jaxlib {jax.lib.__version__}"
 

@@ -3,12 +3,14 @@ set cannot be written to."""
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from idml_jax.errors import UserError
+from idml_jax.runtime.files import atomic
 
 Columns = dict[str, np.ndarray]
 FOLDER = "idml_jax_index"
@@ -55,18 +57,11 @@ def write(folder: Path, split: str, columns: Mapping[str, np.ndarray]) -> Path |
     content["fingerprint"] = np.asarray(fingerprint(folder, split))
     for path in _paths(folder, split):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        except OSError:
-            continue
-        try:
-            with os.fdopen(handle, "wb") as file:
+            with atomic(path) as file:
                 np.savez(file, allow_pickle=False, **content)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
             return path
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
+        except UserError:
+            continue
     return None
 
 

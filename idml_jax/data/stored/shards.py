@@ -26,7 +26,7 @@ from idml_jax.data.stored import label_index as index
 from idml_jax.data.stored.benchmarks import Count
 from idml_jax.data.stored.layouts import Plan, Record
 from idml_jax.errors import UserError
-from idml_jax.runtime.files import write_json
+from idml_jax.runtime.files import atomic, write_json
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -179,7 +179,7 @@ class _Split:
         size = temporary.stat().st_size
         temporary.replace(final)
         note = self._note(number)
-        with open(note.with_suffix(".tmp"), "wb") as file:
+        with atomic(note) as file:
             np.savez(
                 file,
                 labels=labels,
@@ -189,7 +189,6 @@ class _Split:
                 skipped=np.asarray(self._open_skipped, str),
                 names=np.asarray(self.names.hexdigest(), str),
             )
-        note.with_suffix(".tmp").replace(note)
         self.lengths.append(len(labels))
         self.labels.append(labels)
         self.bytes += self._open_bytes

@@ -6,7 +6,7 @@ what the files in ``configs/`` have in common.
                                       learning rate and no Mixup
     configs/cub200.py:contrastive     another loss; also with plain: configs/cub200.py:plain,contrastive
     configs/cub200.py:scratch         from random weights
-    configs/cub200.py:quick           a small network on small pictures for a few epochs, from random weights
+    configs/cub200.py:quick           a small network on small images for a few epochs, from random weights
 """
 
 from typing import NamedTuple

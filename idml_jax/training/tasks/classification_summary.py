@@ -25,7 +25,7 @@ MIXED = {"mixed": "mixup", "cutmix": "cutmix"}
 
 
 def _scores(out: dict[str, Array]) -> dict[str, Array]:
-    """Per picture, larger meaning less sure."""
+    """Scores per image; larger means less sure."""
     log_probability = jax.nn.log_softmax(out["logits"], axis=1)
     return {
         "u": jnp.linalg.norm(out["uncertainty"], axis=1),
@@ -46,13 +46,13 @@ def predict_step(
 
     Args:
       variables: of the model.
-      images: pictures.
+      images: the images.
       labels: their classes.
       mask: false for padding, which has no effect on the sums.
       network: model and normalisation.
 
     Returns:
-      ``metrics.classification.batch_sums``, and per picture, padding included, ``right`` and how unsure the network is:
+      ``metrics.classification.batch_sums``, and per image, padding included, ``right`` and how unsure the network is:
       ``u`` (length of the uncertainty), ``max_softmax`` (1 less the largest probability), ``entropy`` (nats).
     """
     out: dict[str, Array] = network.outputs(variables, network.normal(images))
@@ -68,17 +68,17 @@ def predict_mixed_step(
     network: Network,
     method: str,
 ) -> dict[str, Array]:
-    """How unsure the network is of pictures mixed with others in about equal parts, as ``predict_step``.
+    """Scores, as of ``predict_step``, of images mixed with others in about equal parts.
 
     Args:
       variables: of the model.
-      images: pictures.
+      images: the images.
       others: their partners.
       network: model and normalisation.
       method: ``mixup`` (equal weights) or ``cutmix`` (a central box of half the area).
 
     Returns:
-      Scores per picture.
+      Scores per image.
     """
     n, height, width, _ = images.shape
     if method == "mixup":

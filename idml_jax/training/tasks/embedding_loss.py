@@ -50,8 +50,8 @@ def embedding_loss(
     mixup_key, *draws = jax.random.split(jax.random.fold_in(jax.random.key(setup.seed), state.step), 4)
     normal = lambda x: normalize(x, setup.mean, setup.std)
 
-    def pooled(batch_stats: Any, pictures: tuple[Array, ...], prepare: Callable[..., Array]) -> tuple[Array, Any]:
-        return pooled_features(setup, params["trunk"], batch_stats, pictures, prepare, train_trunk)
+    def pooled(batch_stats: Any, inputs: tuple[Array, ...], prepare: Callable[..., Array]) -> tuple[Array, Any]:
+        return pooled_features(setup, params["trunk"], batch_stats, inputs, prepare, train_trunk)
 
     def embed(features: Array) -> Any:
         return setup.model.apply({"params": {"heads": params["heads"]}}, features, method=EmbeddingModel.embed)
@@ -76,7 +76,7 @@ def embedding_loss(
             loss += objective.ranking * metrics["loss_ranking"]
         return loss, (batch_stats, out, metrics | {"loss": loss})
 
-    # Who is mixed with whom and how; the pictures themselves are mixed where they are used.
+    # Partners and shares of the mixing; the images themselves are mixed where they are used.
     mixed = mixing.mixup(mixup_key, jnp.zeros((images.shape[0], 1, 1, 1)), setup.mixup_alpha)
     blend = lambda x, other: mixing.blend(normal(x), normal(other), mixed.lam)
     both = (images, jnp.take(images, mixed.partner, axis=0))
@@ -103,7 +103,7 @@ def embedding_loss(
     }
     loss = original + loss_mixed
     if objective.ranking:
-        # A mixed picture is right where its larger part is found.
+        # A mixed image is right where its larger part is found.
         larger = jnp.where(mixed.lam >= 0.5, labels, other)
         confusions = [confusion(out, labels), confusion(out_mixed, larger)]
         metrics["loss_ranking"] = order(jnp.concatenate([features, features_mixed]), jnp.concatenate(confusions))

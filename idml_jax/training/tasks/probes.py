@@ -1,4 +1,4 @@
-"""Which test images are changed, how strongly, and with whom they are mixed, to probe the uncertainty."""
+"""Which test images are changed, how strongly, and what they are mixed with, to probe the uncertainty."""
 
 import numpy as np
 from jaxtyping import Int

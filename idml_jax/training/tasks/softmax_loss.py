@@ -57,7 +57,7 @@ def classification_loss(
 ) -> tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]:
     """The loss, and (running statistics, outputs of the heads, metrics); see ``steps.train_step``.
 
-    The metrics are ``loss``, ``lam``, the mean share of the first pictures, and, where there is an uncertainty,
+    The metrics are ``loss``, ``lam``, the mean share of the first images, and, where there is an uncertainty,
     ``uncertainty``, the mean length of u, and ``weakening``, the mean of ``|z' - z|``.
     """
     params, objective = {**trained, **resting}, cast(Softmax, setup.objective)
@@ -76,11 +76,11 @@ def classification_loss(
     )
     normal = lambda x: normalize(x, setup.mean, setup.std)
     if objective.mixing == "none":
-        pictures, prepare = (images,), lambda x: normal(x)[:, None]
+        inputs, prepare = (images,), lambda x: normal(x)[:, None]
     else:
-        pictures = (images, jnp.take(images, plan.partner, axis=0), plan.outside, plan.box)
+        inputs = (images, jnp.take(images, plan.partner, axis=0), plan.outside, plan.box)
         prepare = lambda x, other, outside, box: mixing.mix(normal(x), normal(other), outside, box)[:, None]
-    features, batch_stats = pooled_features(setup, params["trunk"], state.batch_stats, pictures, prepare, train_trunk)
+    features, batch_stats = pooled_features(setup, params["trunk"], state.batch_stats, inputs, prepare, train_trunk)
     out: Any = setup.model.apply({"params": {"heads": params["heads"]}}, features[:, 0], method=EmbeddingModel.embed)
     targets = mixed_targets(
         labels, jnp.take(labels, plan.partner), plan.lam, objective.num_classes, objective.smoothing

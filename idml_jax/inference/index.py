@@ -1,0 +1,319 @@
+"""Embeddings with what is known about them, read from a file of anyone and checked.
+
+The arrays of a file: ``semantic`` (or ``embeddings``) [n, d]; perhaps ``uncertainty`` [n, k], ``semantic_norm`` [n],
+``ambiguity`` [n], ``labels`` [n] (numbers from 0, or names), ``class_names`` by label, ``files`` [n], and ``about``, a
+JSON text on where the embeddings come from.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from idml_jax.errors import UserError
+from idml_jax.inference import arrays as stored_arrays
+from idml_jax.ism import Metric
+from idml_jax.metrics.embedded import Embedded
+from idml_jax.models import naming
+from idml_jax.runtime.files import first_line, user_path
+
+SUFFIXES = (".npz", ".parquet")
+COLUMNS = ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity", "labels", "files")
+_WANTED = frozenset((*COLUMNS, "class_names", "about"))
+# What ``about`` may say, and of which type.
+_ABOUT: dict[str, type | tuple[type, ...]] = {
+    "workdir": str, "step": int, "images": str, "temperature": (int, float), "relative": bool, "form": str,
+    "weights": str,
+}  # fmt: skip
+# The metric needs squares and sums of four of them in float32.
+_LARGEST = math.sqrt(float(np.finfo(np.float32).max) / 16)
+
+
+class Numbered(Sequence[str]):
+    """Names of classes that have only numbers: the numbers, from 0 up to any size.
+
+    Args:
+      count: how many there are.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, label: Any) -> Any:
+        if not 0 <= label < self._count:
+            raise IndexError(label)
+        return str(label)
+
+
+class Index(NamedTuple):
+    """Embeddings with what is known about them.
+
+    Attributes:
+      embedded: vectors; its labels are 0 where none are known.
+      files: ``[n]`` paths or names.
+      class_names: by label; ``None`` where no labels are known.
+      about: where they come from: ``workdir``, ``step``, ``images``, ``weights``; and the metric's ``temperature`` and
+        ``relative``.
+      ambiguity: ``[n]`` true ambiguity of each image, if known.
+      path: of the file; ``None`` for embeddings made in memory.
+      named: whether ``files`` are the file's own; otherwise they were made up when it was read.
+    """
+
+    embedded: Embedded
+    files: np.ndarray
+    class_names: Sequence[str] | None
+    about: dict[str, Any]
+    ambiguity: Float[np.ndarray, "n"] | None = None
+    path: Path | None = None
+    named: bool = True
+
+    def class_of(self, row: int) -> str | None:
+        """Name of a row's class, if known."""
+        if self.class_names is None:
+            return None
+        label = int(self.embedded.labels[row])
+        if not 0 <= label < len(self.class_names):
+            raise UserError(f"{self.files[row]}: label {label}, but there are {len(self.class_names):,} class names")
+        return self.class_names[label]
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that the embeddings were trained with; the default where that is unknown."""
+        return Metric.from_about(self.about)
+
+
+def check_suffix(path: Path, option: str) -> None:
+    """Raises ``UserError`` unless a name ends as embeddings do."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{option}={path}: the name must end in {' or '.join(SUFFIXES)}")
+
+
+def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> Index:
+    """Reads embeddings that ``store.join`` wrote, or a file with such arrays from elsewhere.
+
+    Args:
+      path: ``.npz`` or ``.parquet``.
+      option: its name in messages.
+      labels: whether the file must have labels; its name may then end as it likes.
+
+    Returns:
+      The embeddings. Numbers are float32 or float64, labels int64.
+
+    Raises:
+      UserError: naming the file and what is wrong with it.
+    """
+    path = user_path(path)
+    if not labels:
+        check_suffix(path, option)
+    if not path.is_file():
+        raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'} ({option})")
+    arrays, names = stored_arrays.read(path, _WANTED)
+    semantic = arrays.get("semantic", arrays.get("embeddings"))
+    if semantic is None or (labels and "labels" not in arrays):
+        needed = " and labels [n]" if labels else ""
+        held = ", ".join(sorted(names)) or "nothing"
+        raise UserError(f"{path}: needs the arrays semantic (or embeddings) [n, d]{needed}; it holds {held}")
+    for name in COLUMNS:
+        if name in arrays:
+            wide = name in ("semantic", "embeddings", "uncertainty")
+            _check_shape(path, name, arrays[name], semantic.shape, 2 if wide else 1)
+    numbers = {name: _numbers(path, name, arrays[name]) for name in COLUMNS[:5] if name in arrays}
+    classes, class_names = _labels(path, arrays)
+    semantic = numbers.get("semantic", numbers.get("embeddings"))
+    assert semantic is not None
+    files = _text(arrays["files"]) if "files" in arrays else [f"row {row}" for row in range(len(semantic))]
+    embedded = Embedded(
+        semantic,
+        np.zeros(len(semantic), np.int32) if classes is None else classes,
+        numbers.get("uncertainty"),
+        numbers.get("semantic_norm"),
+    )
+    about = _about(path, arrays["about"]) if "about" in arrays else {}
+    return Index(
+        embedded, np.asarray(files), class_names, about, numbers.get("ambiguity"), path, named="files" in arrays
+    )
+
+
+def _check_shape(path: Path, name: str, value: np.ndarray, of: tuple[int, ...], dimensions: int) -> None:
+    if len(of) != 2 or value.ndim != dimensions or value.shape[0] != of[0]:
+        raise UserError(f"{path}: {name} has the shape {value.shape}, the embeddings {of}; they should be [n, d]")
+    if not of[0]:
+        raise UserError(f"{path}: no rows")
+    if value.ndim == 2 and not value.shape[1]:
+        raise UserError(f"{path}: {name} has the shape {value.shape}, so no dimensions")
+
+
+def _numbers(path: Path, name: str, value: np.ndarray) -> np.ndarray:
+    if value.dtype.kind not in "fiub":
+        raise UserError(f"{path}: {name} holds {value.dtype}, not numbers")
+    value = value.astype(np.float64 if value.dtype.itemsize >= 8 else np.float32, copy=False)
+    rows = value if value.ndim == 2 else value[:, None]
+    largest = max(-float(rows.min()), float(rows.max()))
+    if not np.isfinite(rows.min() + rows.max()):
+        bad = ~np.isfinite(rows).all(axis=1)
+        if bad.any():
+            raise UserError(f"{path}: {name} holds NaN or infinity, first in row {int(bad.argmax())}")
+    if largest > _LARGEST / math.sqrt(rows.shape[1]):
+        raise UserError(f"{path}: {name} holds numbers too large for float32 ({largest:.3g})")
+    return value
+
+
+def _text(value: np.ndarray) -> list[str]:
+    """Names, also those stored as bytes."""
+    if value.dtype.kind == "S":
+        return [name.decode("utf-8", "surrogateescape") for name in value.reshape(-1).tolist()]
+    return [str(name) for name in value.reshape(-1).tolist()]
+
+
+def _labels(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[Int[np.ndarray, "n"] | None, Sequence[str] | None]:
+    labels, names = arrays.get("labels"), arrays.get("class_names")
+    if labels is None:
+        return None, None
+    if labels.dtype.kind in "US":
+        found, numbers = np.unique(np.asarray(_text(labels)), return_inverse=True)
+        return numbers.astype(np.int64), found.tolist()
+    whole = labels.dtype.kind != "f" or bool(np.isfinite(labels).all() and (labels == np.floor(labels)).all())
+    if not whole or int(labels.min()) < 0 or int(labels.max()) >= 2**63 - 1:
+        wrong = next((x for x in labels.tolist() if not 0 <= x < 2**63 - 1 or x != int(x)), "")
+        raise UserError(f"{path}: labels are whole numbers from 0, or names; here is {wrong!r}")
+    labels = labels.astype(np.int64)
+    if names is None:
+        return labels, Numbered(int(labels.max()) + 1)
+    if names.ndim != 1 or int(labels.max()) >= names.size:
+        raise UserError(f"{path}: labels go up to {int(labels.max()):,}, but class_names has {names.size:,}")
+    return labels, _text(names)
+
+
+def _about(path: Path, value: np.ndarray) -> dict[str, Any]:
+    try:
+        about = json.loads(_text(value)[0])
+    except (ValueError, IndexError, RecursionError) as error:
+        raise UserError(f"{path}: about is not JSON ({first_line(error)})") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: about is {type(about).__name__}, not a JSON object")
+    for name, kinds in _ABOUT.items():
+        value = about.get(name)
+        if name in about and (not isinstance(value, kinds) or isinstance(value, bool) is not (kinds is bool)):
+            raise UserError(f"{path}: about says {name} = {value!r}, which cannot be")
+    if not check_temperature(about.get("temperature", 1.0)):
+        raise UserError(f"{path}: about says temperature = {about['temperature']!r}, which must be above 0 and finite")
+    try:
+        Metric.from_about(about)
+    except ValueError as error:
+        raise UserError(f"{path}: about: {error}") from error
+    return about
+
+
+def check_temperature(value: float) -> bool:
+    """Whether a number can be the temperature of the metric."""
+    return 0 < value < math.inf
+
+
+def check_comparable(
+    queries: Index, index: Index, named: str, other: str, settings: Collection[str] = ("temperature", "relative")
+) -> None:
+    """Checks that the vectors of two sets can be compared.
+
+    Args:
+      queries: one set.
+      index: the other.
+      named: what messages call the first.
+      other: what messages call the second.
+      settings: of the metric, in which the sets must agree where both tell them.
+
+    Raises:
+      UserError: if their widths differ, or if both are known to come from different weights or settings.
+    """
+    for name in ("semantic", "uncertainty"):
+        one, two = getattr(queries.embedded, name), getattr(index.embedded, name)
+        if one is not None and two is not None and one.shape[1] != two.shape[1]:
+            raise UserError(
+                f"{named} has {one.shape[1]} dimensions of {name}, {other} has {two.shape[1]}; they cannot be compared"
+            )
+    mine, theirs = queries.about.get("weights"), index.about.get("weights")
+    if mine is not None and theirs is not None and mine != theirs:
+        raise UserError(
+            f"{named} was embedded with the weights {mine} and {other} with {theirs}; vectors of two networks cannot "
+            "be compared"
+        )
+    for name in settings:
+        mine, theirs = queries.about.get(name), index.about.get(name)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise UserError(f"{named} was made with {name} = {mine} and {other} with {theirs}; they cannot be compared")
+
+
+def labels_in_common(queries: Index, gallery: Index) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"], bool]:
+    """Labels of two sets that are equal where the classes are.
+
+    Returns:
+      Labels of the first and of the second set; and whether they were compared by name. Where one set has no names,
+      its numbers are taken for those of the other.
+    """
+    one, two = queries.class_names, gallery.class_names
+    numbered = isinstance(one, Numbered), isinstance(two, Numbered)
+    if one is None or two is None or any(numbered):
+        return queries.embedded.labels, gallery.embedded.labels, all(numbered)
+    known = {name: number for number, name in enumerate(dict.fromkeys([*one, *two]))}
+    both = [
+        np.asarray([known[name] for name in names], np.int64)[index.embedded.labels]
+        for names, index in ((one, queries), (two, gallery))
+    ]
+    return both[0], both[1], True
+
+
+def _same_file(one: Path | None, two: Path | None) -> bool:
+    """Whether two files of embeddings are one, or one a copy of the other."""
+    if one is None or two is None:
+        return False
+    if os.path.samefile(one, two):
+        return True
+    return one.stat().st_size == two.stat().st_size and _file_digest(one) == _file_digest(two)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
+    """Rows of the index that are the query's own image, -1 where there is none; ``None`` if no query is in the index.
+
+    Its own is the same row of the same file of embeddings; the same image by its absolute path, which exists; or an
+    image of the same split of the same run. Names that merely look alike tell nothing: ``1.jpg`` is in many folders.
+    """
+    if _same_file(queries.path, index.path):
+        return np.arange(len(index.files))
+    if not (queries.named and index.named):
+        return None
+    origins = [(i.about.get("images"), i.about.get("weights", i.about.get("workdir"))) for i in (queries, index)]
+    if origins[0] == origins[1] and None not in origins[0] and str(origins[0][0]).startswith("split:"):
+        place = lambda name: name
+    else:
+        place = lambda name: os.path.realpath(name) if os.path.isabs(name) and os.path.exists(name) else None
+    known = {found: row for row, name in enumerate(index.files.tolist()) if (found := place(name)) is not None}
+    own = np.asarray([known.get(place(name), -1) for name in queries.files.tolist()])
+    return own if (own >= 0).any() else None
+
+
+def weights_digest(variables: Mapping[str, Any]) -> str:
+    """Identity of a network's weights: 16 hexadecimal digits that change whenever one of them does.
+
+    Args:
+      variables: ``params`` (of which ``trunk`` and ``heads`` count) and ``batch_stats``.
+    """
+    found = hashlib.sha256()
+    flat = naming.flatten(variables)
+    for name in sorted(n for n in flat if n.startswith(("params/trunk/", "params/heads/", "batch_stats/"))):
+        value = np.ascontiguousarray(flat[name])
+        found.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        found.update(value.tobytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,116 @@
+"""The data that a run was started with, so that it is not resumed with other labels."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from idml_jax.data.datasets import Splits
+from idml_jax.data.sources import Source, key_of
+from idml_jax.errors import UserError, printable
+from idml_jax.runtime.files import first_line, write_json
+
+FILE = "data.json"
+# Names of more classes are not stored, only their digest.
+MOST_NAMES = 20_000
+
+Record = dict[str, dict[str, object]]
+
+
+def record_of(splits: Splits) -> Record:
+    """What identifies the images of a run: per part the classes, their sizes and a digest of the images' names.
+
+    Args:
+      splits: images of the run.
+
+    Returns:
+      A JSON-able dictionary by part (``train``, ``test``, ...). Paths count from the folder that all images of a part
+      have in common, so data may be moved as a whole.
+    """
+    parts = {name: part for name, part in splits._asdict().items() if part is not None}
+    return {name: _record(part) for name, part in parts.items()}
+
+
+def _record(source: Source) -> dict[str, object]:
+    names = [key_of(source, i) for i in range(len(source))]
+    if len(names) > 1 and all(os.path.isabs(name) for name in names):
+        common = os.path.commonpath(names)
+        names = [os.path.relpath(name, common) for name in names]
+    classes = list(source.class_names)
+    return {
+        "images": len(source),
+        "classes": classes if len(classes) <= MOST_NAMES else len(classes),
+        "class_digest": _digest(classes),
+        "sizes": _digest(np.bincount(source.labels, minlength=len(classes)).astype(str).tolist()),
+        "files": _digest(names),
+    }
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def remember(splits: Splits, workdir: Path) -> None:
+    """Writes the record of a new run; that of an existing run stays."""
+    if not (workdir / FILE).exists():
+        write_json(workdir / FILE, record_of(splits))
+
+
+def check(splits: Splits, workdir: Path, parts: Sequence[str] = Splits._fields) -> list[str]:
+    """Compares the data of a run with the data that it was started with.
+
+    Args:
+      splits: images of the run as they are now.
+      workdir: folder of the run; one without a record, of an earlier version, passes.
+      parts: parts to compare.
+
+    Returns:
+      Warnings about images that were added, removed or renamed, one line each.
+
+    Raises:
+      UserError: if the training classes are others, so that every label would mean another class; if the record
+        cannot be read.
+    """
+    path = workdir / FILE
+    if not path.exists():
+        return []
+    try:
+        stored = json.loads(path.read_text())
+        known = {name: {str(k): v for k, v in part.items()} for name, part in stored.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); without it the data is not checked") from error
+    warnings = []
+    for name, now in record_of(splits).items():
+        before = known.get(name)
+        if before is None or name not in parts or before == now:
+            continue
+        if before.get("class_digest") != now["class_digest"]:
+            line = f"the classes of the {name} images are others than when the run was started ({_change(before, now)})"
+            if name == "train":
+                raise UserError(
+                    f"{workdir}: {line}, so its labels would mean other classes; bring the data back, or use another "
+                    "--workdir"
+                )
+            warnings.append(line)
+        else:
+            what = "images were added, removed or renamed" if before.get("files") != now["files"] else "labels changed"
+            numbers = f"{before.get('images')} then, {now['images']} now"
+            warnings.append(f"the {name} images are not those that the run was started with ({what}; {numbers})")
+    return warnings
+
+
+def _change(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """How two lists of classes differ, in a few words."""
+    old, new = before.get("classes"), now["classes"]
+    if not isinstance(old, list) or not isinstance(new, list):
+        return "their names differ"
+    gone, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+    changes = (("gone", gone), ("new", added))
+    parts = [f"{len(names)} {what}, such as {printable(names[0])}" for what, names in changes if names]
+    return "; ".join(parts) or "their order differs"

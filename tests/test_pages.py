@@ -1,0 +1,260 @@
+"""Pages, sheets and tables of names that somebody chose to harm whoever looks at them."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from markupsafe import Markup
+
+from idml_jax.data.sources import FolderSource
+from idml_jax.errors import UserError
+from idml_jax.inference import search
+from idml_jax.inference.store import Index
+from idml_jax.metrics import retrieval
+from idml_jax.metrics.embedded import Embedded, scores_of
+from idml_jax.metrics.summary import retrieval_report
+from idml_jax.reporting import answers, page, plots, sections
+from idml_jax.reporting import html as pages
+from idml_jax.reporting.record import read_record
+from idml_jax.training.config import default_config
+
+HOSTILE = [
+    "<span onmouseover=alert(1)>x",
+    "<script>document.title='run'</script>",
+    '"><img src=x onerror=document.title="run">',
+    "'><svg onload=alert(1)>",
+    "</title></style></td><script src=//x></script>",
+    "<td>cell</td>",
+    "$\\frac{$ $x^2$ ${",
+    "{0} {} {{x}} %s %(x)d",
+    "a\x1b[2J\x1b]0;owned\x07b",
+    "b\u202egnp.exe\u2066",
+    "two\nlines\x00",
+    "_hidden&amp;&lt;",
+    os.fsdecode(b"caf\xe9\xff"),
+]
+TAGS = {
+    "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "code", "b", "div", "span", "img",
+    "figure", "figcaption", "br", "wbr", "table", "thead", "tbody", "tr", "th", "td",
+}  # fmt: skip
+
+
+class Reader(HTMLParser):
+    """Collects what a page consists of."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.shown = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.shown.append(data)
+
+
+def check(text):
+    """The text that a page shows, once it is certain that nothing in it can act."""
+    text.encode()
+    assert not set(text) & set(map(chr, [*range(9), *range(11, 32), 127, 0x202E, 0x2066]))
+    found = Reader(text)
+    assert {tag for tag, _ in found.tags} <= TAGS
+    for _, attributes in found.tags:
+        assert set(attributes) <= {
+            "class",
+            "title",
+            "src",
+            "alt",
+            "lang",
+            "charset",
+            "content",
+            "name",
+            "loading",
+            "http-equiv",
+        }
+        assert attributes.get("src", "data:image/").startswith("data:image/")
+    metas = [a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(metas) == 1 and "default-src 'none'" in metas[0] and "script" not in metas[0]
+    return "".join(found.shown)
+
+
+def hostile_search():
+    """Ten queries whose files and classes have such names, against themselves."""
+    rng = np.random.default_rng(0)
+    n = len(HOSTILE)
+    embedded = Embedded(rng.normal(size=(2 * n, 4)).astype(np.float32), np.arange(2 * n) % n, rng.random((2 * n, 2)))
+    index = Index(embedded, np.asarray(HOSTILE * 2, dtype=object), HOSTILE, {})
+    own = np.arange(2 * n)
+    return answers.records(index, index, search.search(embedded, embedded, 3, own=own), own)
+
+
+def test_a_search_page(tmp_path):
+    rows = hostile_search()
+    pixels = lambda name: np.zeros((8, 8, 3), np.uint8)
+    shown = check(answers.as_html(rows, pixels, pixels, HOSTILE[0]))
+    assert "<script>document.title='run'</script>" in shown and "a\\x1b[2J" in shown and "caf\\xe9\\xff" in shown
+    assert answers.as_png(rows[: len(HOSTILE)], pixels, lambda name: None)[:4] == b"\x89PNG"
+
+
+def test_a_search_table():
+    shown = answers.as_table(hostile_search())
+    shown.encode()
+    assert all(c.isprintable() or c == "\n" for c in shown) and "a\\x1b[2J" in shown
+    assert len(shown.splitlines()) == 4 * 2 * len(HOSTILE)
+
+
+@pytest.fixture
+def seen(tmp_path):
+    """What a report is made from, with hostile names everywhere: classes, files, settings, metrics."""
+    rng = np.random.default_rng(0)
+    n = len(HOSTILE)
+    labels = np.repeat(np.arange(n), 3)
+    cv2.imwrite(str(tmp_path / "x.png"), rng.integers(0, 256, (8, 8, 3), np.uint8))
+    (tmp_path / "<img src=x onerror=alert(1)>.png").symlink_to(tmp_path / "x.png")
+    source = FolderSource([str(tmp_path / "<img src=x onerror=alert(1)>.png")] * len(labels), labels, HOSTILE)
+    embedded = Embedded(rng.normal(size=(len(labels), 4)).astype(np.float32), labels, rng.random((len(labels), 2)))
+    own = np.arange(len(labels))
+    found = retrieval.neighbours(embedded.semantic, embedded.semantic, 5, own=own)
+    config = default_config()
+    with config.unlocked():
+        config.data.name = config.model.name = config.loss.name = HOSTILE[1]
+    model = SimpleNamespace(config=config, introspective=True, step=3, workdir=tmp_path / HOSTILE[0])
+    (tmp_path / "other").mkdir()
+    best = {"R@1": 0.5, **{f"P(u_{name}>u)": 0.5 for name in HOSTILE}, **{name: 1.0 for name in HOSTILE}}
+    (tmp_path / "other" / "result.json").write_text(json.dumps({"best": best, "untrained": {"R@1": "<script>"}}))
+    (tmp_path / "other" / "config.json").write_text("{}")
+    rows = [json.dumps({"step": i, "train/loss": 1.0, "eval/R@1": "<script>"}) for i in range(3)]
+    (tmp_path / "other" / "metrics.jsonl").write_text("\n".join([*rows, "[]", "{", '{"step": "<script>"}']))
+    history, result = read_record(tmp_path / "other", warning=lambda line: None)
+    correct = labels[found.index[:, 0]] == labels
+    scores = scores_of(embedded)
+    figures = retrieval_report(embedded)
+    return sections.Seen(
+        model,
+        source,
+        source,
+        embedded,
+        embedded,
+        found.index,
+        found.distance,
+        correct,
+        scores,
+        history,
+        result,
+        figures,
+    )
+
+
+def hostile_report(seen, tmp_path):
+    """The page of a report, its parts drawn as the command draws them."""
+    picture = sections.Pictures(seen.queries)
+    other = tmp_path / "<script>"
+    shutil.copytree(tmp_path / "other", other)
+    body = [
+        sections.head(seen),
+        page.comparison(seen, other),
+        sections.training(seen),
+        sections.classified(seen),
+        sections.knowing(seen),
+        sections.ambiguity(seen),
+        sections.answers(seen, picture, picture),
+        sections.extremes(seen, picture),
+        sections.confusion(seen, picture, picture),
+    ]
+    assert all(isinstance(part, Markup) for part in body)
+    return pages.page(HOSTILE[4], body)
+
+
+def test_a_report(seen, tmp_path):
+    shown = check(hostile_report(seen, tmp_path))
+    for text in (
+        "</title></style></td><script src=//x></script>",
+        "<span onmouseover=alert(1)>x",
+        "{0} {} {{x}} %s %(x)d",
+    ):
+        assert text in shown
+    assert "|u| rises" in shown and "Beside" in shown
+
+
+def test_only_the_type_makes_html():
+    for value in HOSTILE:
+        assert "<" not in pages.text(value)
+        for made in (pages.table([value, value], [[value, 1.0]]), pages.cards([(value, value)]), pages.badge(value)):
+            check(pages.page(value, [made]))
+        check(pages.page("", [value, pages.html("<p>{} {x}</p>", value, x=value), pages.plot(b"\x89PNG", value)]))
+        check(pages.page("", [pages.tile(b"", [value, value], "", value)]))
+    assert pages.table(["a"], [[Markup("<b>x</b>")]]).count("<b>x</b>") == 1
+
+
+def test_the_policy_lets_the_style_of_the_page_in():
+    made = pages.page("x", [])
+    style = re.search(r"<style>(.*?)</style>", made, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in made and "max-width: 1080px" in style
+
+
+def test_plots_take_names_as_they_are():
+    curve = ([0.0, 1.0], [0.0, 1.0])
+    assert plots.matrix(np.eye(len(HOSTILE)), HOSTILE)[:4] == b"\x89PNG"
+    assert plots.lines([("$\\frac{$", "$\\x$", {name: curve for name in HOSTILE})], "$\\y{$")[:4] == b"\x89PNG"
+    assert plots.sheet([[(None, name, "#33658a") for name in HOSTILE]])[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ('{"best": {"R@1": 0.5', "is not valid JSON"),
+        ("", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[]", "holds list"),
+        ('{"best": [1]}', "best is list"),
+        ('{"untrained": 3}', "untrained is int"),
+        (b"\xff\xfe", "cannot be read as text"),
+    ],
+)
+def test_a_damaged_result_is_refused(tmp_path, content, message):
+    path = tmp_path / "result.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=f"result.json: {message}"):
+        read_record(tmp_path)
+
+
+def test_damaged_rows_are_counted(tmp_path):
+    told = []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1.5, "b": null}\n7\n{"a": 1}\n{"step": 2, "a"')
+    rows, result = read_record(tmp_path, told.append)
+    assert rows == [{"step": 1, "a": 1.5}] and result == {}
+    assert len(told) == 1 and "3 of 4 lines" in told[0]
+
+
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium is installed")
+def test_no_script_runs_in_a_browser(seen, tmp_path):
+    text = hostile_report(seen, tmp_path)
+    planted = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\"></body>"
+    (tmp_path / "as_it_is.html").write_text(text)
+    (tmp_path / "escaping_failed.html").write_text(text.replace("</body>", planted))  # the policy alone
+    (tmp_path / "without_policy.html").write_text(f"<title>x</title><body>{planted}")  # that the test can tell
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+    ]  # fmt: skip
+    for name, ran in (("as_it_is", False), ("escaping_failed", False), ("without_policy", True)):
+        address = (tmp_path / f"{name}.html").as_uri()
+        done = subprocess.run([browser(), *flags, address], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "</html>" in done.stdout, done.stderr[-500:]
+        assert ("<title>run</title>" in done.stdout) == ran, name
