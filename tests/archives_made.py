@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from scipy.io import savemat
 
+from idml_jax.data.stored import crc32c
 from idml_jax.data.stored.layouts_retrieval import official_car_names
 
 WNIDS = ("n01440764", "n01443537", "n01484850", "n02102040")
@@ -51,6 +52,15 @@ def zip_bytes(files: dict[str, bytes]) -> bytes:
         for name, data in files.items():
             archive.writestr(name, data)
     return buffer.getvalue()
+
+
+def tfrecord(records: list[bytes]) -> bytes:
+    """Records as a TFRecord file: length, its checksum, the record, its checksum."""
+    whole = b""
+    for record in records:
+        head = len(record).to_bytes(8, "little")
+        whole += head + crc32c.masked(head).to_bytes(4, "little") + record + crc32c.masked(record).to_bytes(4, "little")
+    return whole
 
 
 def cub(classes=(1, 2, 3, 99, 100, 101, 102, 103, 200), per_class: int = 4) -> dict[str, bytes]:

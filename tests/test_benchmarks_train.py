@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -251,8 +250,7 @@ class TestTfdsOwnSets:
                         writer.write(record)
                     writer.close()
                 else:
-                    # Length, checksum of it, record, checksum; nobody here looks at the sums.
-                    path.write_bytes(b"".join(struct.pack("<Q", len(r)) + b"\0" * 4 + r + b"\0" * 4 for r in raw))
+                    path.write_bytes(made.tfrecord(raw))
                 template = tfds.core.ShardedFileTemplate(
                     data_dir=folder, dataset_name="caltech_birds2011", split=split, filetype_suffix=kind
                 )

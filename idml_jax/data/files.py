@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO
 
 from idml_jax.errors import UserError
+from idml_jax.runtime.files import user_path
 
 MAX_FILE_BYTES = 2**29
 
@@ -15,8 +16,12 @@ class FileError(UserError):
 
 
 def expand(path: str | os.PathLike) -> Path:
-    """A path as typed, made absolute: ``~`` is the home folder, all else is relative to the current folder."""
-    return Path(os.path.expanduser(path)).absolute()
+    """A path as typed, made absolute: ``~`` is the home folder, all else is relative to the current folder.
+
+    Raises:
+      UserError: for an empty path, or the home folder of an unknown user.
+    """
+    return user_path(os.fspath(path))
 
 
 def shown(name: str | os.PathLike) -> str:
