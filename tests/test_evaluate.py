@@ -19,7 +19,7 @@ from idml_jax.models import EmbeddingModel
 from idml_jax.models.convnet import ConvNet
 from idml_jax.models.heads import Heads
 from idml_jax.runtime import sharding
-from idml_jax.training import steps
+from idml_jax.training import evaluation, steps
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.tasks.objective import Objective
 
@@ -86,7 +86,7 @@ class TestEmbed:
     def test_partners_are_of_other_classes(self):
         labels = np.repeat(np.arange(5), 4)
         chosen = np.asarray([0, 7, 19])
-        partners = evaluate.partners_of_other_classes(labels, chosen, 0)
+        partners = evaluation.partners_of_other_classes(labels, chosen, 0)
         assert partners.shape == (3,) and np.all(labels[partners] != labels[chosen])
 
 

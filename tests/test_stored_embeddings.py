@@ -20,6 +20,7 @@ from idml_jax.errors import UserError
 from idml_jax.inference import arrays, faiss_index, store
 from idml_jax.inference.index import Index, labels_in_common, own_rows, read, weights_digest
 from idml_jax.metrics.embedded import Embedded, Ism
+from idml_jax.metrics.summary import full_report
 from idml_jax.runtime.files import locked
 
 ROWS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
@@ -248,8 +249,7 @@ def test_evaluate_measures_with_the_settings_of_the_file(tmp_path, capsys):
     np.savez(tmp_path / "x.npz", **arrays)
     embedded = read(tmp_path / "x.npz").embedded
     expected = {
-        s: evaluate.full_report(embedded, settings=s, cluster=False)[0]["introspective/MAP@R"]
-        for s in (Ism(0.2, False), Ism())
+        s: full_report(embedded, settings=s, cluster=False)[0]["introspective/MAP@R"] for s in (Ism(0.2, False), Ism())
     }
     assert len(set(expected.values())) == 2
     name = "introspective/MAP@R"
