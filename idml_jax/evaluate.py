@@ -19,10 +19,9 @@ import numpy as np
 from jaxtyping import Float
 
 from idml_jax.errors import UserError, run_command, warn
-from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, read
-from idml_jax.ism import Metric
+from idml_jax.inference.index import read
+from idml_jax.inference.measure import Options, measure
 from idml_jax.metrics.embedded import Embedded
-from idml_jax.metrics.summary import full_report
 from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
 
 __all__ = ["load_embeddings", "main", "show"]
@@ -59,65 +58,20 @@ def _ks(given: str) -> tuple[int, ...]:
     return ks
 
 
-def _metric(given: dict[str, Any], index: Index) -> Metric:
-    """The file's metric, with the given settings instead."""
-    stored, temperature, absolute = index.metric, given["temperature"], given["absolute"]
-    if temperature is not None and not check_temperature(temperature):
-        raise UserError(f"--temperature={temperature}: must be above 0 and finite")
-    form = stored.form if absolute is None else "absolute" if absolute else "relative"
-    used = Metric(form, stored.temperature if temperature is None else temperature)
-    for name, value in used.about().items():
-        if name in index.about and value != index.about[name]:
-            warn(f"{name} = {value} is used; the embeddings were made with {index.about[name]}")
-    return used
-
-
-def _beside(given: dict[str, Any], option: str, index: Index) -> Index | None:
-    """Another file, whose vectors can be compared with those of the first."""
-    if not given[option]:
-        return None
-    other = read(given[option], f"--{option}", labels=True)
-    flags = {"temperature": "temperature", "relative": "absolute"}
-    stored = [name for name, flag in flags.items() if given[flag] is None]
-    check_comparable(index, other, given["embeddings"], given[option], stored)
-    return other
-
-
 def _evaluate_files(given: dict[str, Any]) -> None:
-    start, ks = time.monotonic(), _ks(given["ks"])
+    start = time.monotonic()
     out = user_path(given["out"]) if given["out"] else None
     if out is not None:
         check_target(out)  # before the work
-    index = read(given["embeddings"], "--embeddings", labels=True)
-    metric = _metric(given, index)
-    gallery, held_out = _beside(given, "gallery", index), _beside(given, "held_out", index)
-    embedded, searched = index.embedded, None
-    if gallery is not None:
-        queries_labels, gallery_labels, named = labels_in_common(index, gallery)
-        embedded = embedded._replace(labels=queries_labels)
-        searched = gallery.embedded._replace(labels=gallery_labels)
-        if not named:
-            warn(f"{given['embeddings']} or {given['gallery']} does not name its classes; their numbers are compared")
-    try:
-        report, warnings = full_report(
-            embedded,
-            searched,
-            ks=ks,
-            metric=metric,
-            ambiguity=index.ambiguity,
-            held_out=None if held_out is None else held_out.embedded,
-            precision=given["precision"],
-            cluster=not given["no_clustering"],
-            seed=given["seed"],
-        )
-    except ValueError as error:  # sets too small for a metric, and settings out of range
-        raise UserError(str(error)) from error
+    names = "temperature", "absolute", "precision", "seed"
+    options = Options(_ks(given["ks"]), cluster=not given["no_clustering"], **{name: given[name] for name in names})
+    found = measure(given["embeddings"], given["gallery"], given["held_out"], options, warn)
     if out is not None:
-        write_json(out, without_nan(report))
-    print(show(report))
-    for warning in warnings:
+        write_json(out, without_nan(found.report))
+    print(show(found.report))
+    for warning in found.warnings:
         print(f"warning: {warning}")
-    print(f"{len(embedded.labels)} queries in {time.monotonic() - start:.1f} s")
+    print(f"{found.queries} queries in {time.monotonic() - start:.1f} s")
 
 
 def main(argv: list[str] | None = None) -> None:

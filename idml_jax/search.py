@@ -16,13 +16,11 @@ others. ``--abstain=0.95`` leaves out answers below the threshold at which 95% o
 import argparse
 import functools
 import json
-from collections.abc import Callable, Collection
 from typing import Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
-from idml_jax.inference import model as trained
-from idml_jax.inference.index import Index, check_comparable, own_rows, read
-from idml_jax.inference.search import Answers, Confidence, calibrate, confidence_of, load_model, open_index, search
+from idml_jax.inference.index import check_comparable, own_rows, read
+from idml_jax.inference.search import Answers, calibrate, confidence_for, load_model, open_index, search
 from idml_jax.metrics.embedded import scores_of
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
 from idml_jax.runtime.files import check_target, user_path, write_bytes
@@ -52,7 +50,9 @@ def _search(given: dict[str, Any]) -> None:
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
     scores = scores_of(queries.embedded, index.embedded, index.metric, own)
-    calibrated, threshold, note = _confidence(given, index, model, scores)
+    calibrated, threshold, note = confidence_for(
+        given["held_out"], given["abstain"], index, given["index"], model, scores
+    )
     answers = search(
         queries.embedded,
         index.embedded,
@@ -80,23 +80,6 @@ def _search(given: dict[str, Any]) -> None:
     print(note)
     left = f" (the first {SHEET_ROWS})" if out.suffix == ".png" and len(rows) > SHEET_ROWS else ""
     print(f"{int(answers.answered.sum()):,} of {len(rows):,} answered{left}: {printable(out)}")
-
-
-def _confidence(
-    given: dict[str, Any], index: Index, model: Callable[[], trained.Trained], names: Collection[str]
-) -> Confidence:
-    held_out, what = index, "the index itself, each picture searching the others"
-    if given["held_out"]:
-        held_out, what = open_index(given["held_out"], "--held_out", model), given["held_out"]
-        check_comparable(held_out, index, what, given["index"])
-    if held_out.class_names is not None:
-        return confidence_of(held_out._replace(about=index.about), what, given["abstain"], names)
-    if given["abstain"] is not None or given["held_out"]:
-        raise UserError(
-            f"{given['held_out'] or given['index']}: its classes are unknown, so nothing tells how sure an answer "
-            "is; give --held_out, a file or a folder of class folders"
-        )
-    return Confidence(None, None, "how sure answers are is unknown: neither --held_out nor an index with classes")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,9 @@ from idml_jax import evaluate, export, search
 from idml_jax.errors import UserError
 from idml_jax.inference import arrays, faiss_index, store
 from idml_jax.inference.index import Index, labels_in_common, own_rows, read, weights_digest
-from idml_jax.metrics.embedded import Embedded, Ism
+from idml_jax.ism import Metric
+from idml_jax.metrics.embedded import Embedded
+from idml_jax.metrics.summary import full_report
 from idml_jax.runtime.files import locked
 
 ROWS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
@@ -248,20 +250,22 @@ def test_evaluate_measures_with_the_settings_of_the_file(tmp_path, capsys):
     np.savez(tmp_path / "x.npz", **arrays)
     embedded = read(tmp_path / "x.npz").embedded
     expected = {
-        s: evaluate.full_report(embedded, settings=s, cluster=False)[0]["introspective/MAP@R"]
-        for s in (Ism(0.2, False), Ism())
+        s: full_report(embedded, metric=s, cluster=False)[0]["introspective/MAP@R"]
+        for s in (Metric("absolute", 0.2), Metric())
     }
     assert len(set(expected.values())) == 2
     name = "introspective/MAP@R"
-    assert metrics(tmp_path)[name] == pytest.approx(expected[Ism(0.2, False)])
+    assert metrics(tmp_path)[name] == pytest.approx(expected[Metric("absolute", 0.2)])
     assert "warning" not in capsys.readouterr().err
-    flags = f"--temperature={Ism().temperature}", "--no-absolute"
-    assert metrics(tmp_path, *flags)[name] == pytest.approx(expected[Ism()])
+    flags = f"--temperature={Metric().temperature}", "--no-absolute"
+    assert metrics(tmp_path, *flags)[name] == pytest.approx(expected[Metric()])
     told = capsys.readouterr().err
     assert "the embeddings were made with 0.2" in told and "the embeddings were made with False" in told
     np.savez(tmp_path / "x.npz", **{**arrays, "about": np.asarray("{}")})
-    assert metrics(tmp_path)[name] == pytest.approx(expected[Ism()])
-    assert metrics(tmp_path, "--temperature=0.2", "--absolute")[name] == pytest.approx(expected[Ism(0.2, False)])
+    assert metrics(tmp_path)[name] == pytest.approx(expected[Metric()])
+    assert metrics(tmp_path, "--temperature=0.2", "--absolute")[name] == pytest.approx(
+        expected[Metric("absolute", 0.2)]
+    )
     for value in ("0", "-1", "nan", "inf"):
         assert "must be above 0" in refused(
             capsys, evaluate, [f"--embeddings={tmp_path}/x.npz", f"--temperature={value}"]

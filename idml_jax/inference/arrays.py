@@ -6,6 +6,7 @@ import sys
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ class _NotArrays(Exception):
     """Why a file cannot be read."""
 
 
-def arrow() -> Any:
+def arrow() -> ModuleType:
     """pyarrow with its Parquet module.
 
     Raises:
@@ -138,7 +139,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.nda
     return arrays, names
 
 
-def _column(pa: Any, column: Any, name: str) -> np.ndarray:
+def _column(pa: ModuleType, column: Any, name: str) -> np.ndarray:
     """A column of numbers, text or lists of numbers as an array of one or two dimensions."""
     if isinstance(column, pa.ChunkedArray):  # of a table without rows
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

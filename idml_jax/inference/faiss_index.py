@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 from jaxtyping import Float
@@ -14,7 +14,7 @@ _ROWS = 65536  # added at a time
 _MOST_LINKS = 512  # of a row in a graph
 
 
-def _faiss() -> Any:
+def _faiss() -> ModuleType:
     try:
         import faiss
     except ImportError as error:

@@ -48,7 +48,7 @@ class Numbered(Sequence[str]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, label: Any) -> Any:
+    def __getitem__(self, label: int) -> str:  # type: ignore[override]  # no slices
         if not 0 <= label < self._count:
             raise IndexError(label)
         return str(label)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.errors import UserError
 from idml_jax.inference import embed
 from idml_jax.inference import model as trained
-from idml_jax.inference.index import SUFFIXES, Index, read, weights_digest
+from idml_jax.inference.index import SUFFIXES, Index, check_comparable, read, weights_digest
 from idml_jax.inference.model import Trained
 from idml_jax.ism import Embedding, Metric
 from idml_jax.metrics import calibration, retrieval, uncertainty
@@ -216,3 +216,38 @@ def confidence_of(held_out: Index, what: str, wanted: float | None, names: Colle
         return Confidence(calibrated, threshold, told)
     share = f"{threshold.coverage:.0%} of them are answered, {threshold.precision:.1%} rightly"
     return Confidence(calibrated, threshold, f"{note}; {share}")
+
+
+def confidence_for(
+    held_out: str,
+    wanted: float | None,
+    index: Index,
+    named: str,
+    model: Callable[[], Trained],
+    names: Collection[str],
+) -> Confidence:
+    """How sure answers from an index are, by held-out images or by the index itself.
+
+    Args:
+      held_out: a file of embeddings, or images in class folders; empty: the index itself.
+      wanted: share of right answers to reach by leaving out the least sure.
+      index: what is searched; its settings of the metric are used.
+      named: what messages call the index.
+      model: gives the network, if images are to be embedded.
+      names: of the scores that queries will have.
+
+    Raises:
+      UserError: if classes are needed and unknown, or the two sets cannot be compared.
+    """
+    others, what = index, "the index itself, each picture searching the others"
+    if held_out:
+        others, what = open_index(held_out, "--held_out", model), held_out
+        check_comparable(others, index, what, named)
+    if others.class_names is not None:
+        return confidence_of(others._replace(about=index.about), what, wanted, names)
+    if wanted is not None or held_out:
+        raise UserError(
+            f"{held_out or named}: its classes are unknown, so nothing tells how sure an answer is; give --held_out, "
+            "a file or a folder of class folders"
+        )
+    return Confidence(None, None, "how sure answers are is unknown: neither --held_out nor an index with classes")

@@ -70,7 +70,7 @@ class Parts:
       identity: JSON-able; parts of another identity are thrown away.
     """
 
-    def __init__(self, out: Path, identity: Mapping[str, Any]):
+    def __init__(self, out: Path, identity: Mapping[str, object]):
         self.folder = out.with_name(out.name + ".parts")
         self._about = self.folder / "about.json"
         self.started_over = False
@@ -86,7 +86,7 @@ class Parts:
         if not self._about.exists():
             write_json(self._about, kept)
 
-    def _stored(self) -> Any:
+    def _stored(self) -> object:
         try:
             return json.loads(self._about.read_text())
         except (OSError, ValueError):
@@ -180,7 +180,7 @@ def _join_parquet(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | No
                     flat = pa.array(np.ascontiguousarray(value).reshape(-1))
                     columns[name] = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
                 else:
-                    columns[name] = _names(pa, value, binary) if value.dtype.kind == "U" else pa.array(value)
+                    columns[name] = pa.array(_names(value, binary)) if value.dtype.kind == "U" else pa.array(value)
             if class_names is not None:
                 columns["class_name"] = pa.array([named[label] for label in part["labels"]])
             known = {"idml_jax": about}
@@ -203,7 +203,6 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _names(pa: Any, values: np.ndarray, binary: bool) -> Any:
-    return pa.array(
-        [name.encode("utf-8", "surrogateescape") for name in values.tolist()] if binary else values.tolist()
-    )
+def _names(values: np.ndarray, binary: bool) -> list[bytes] | list[str]:
+    names: list[str] = values.tolist()
+    return [name.encode("utf-8", "surrogateescape") for name in names] if binary else names

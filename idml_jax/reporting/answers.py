@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -20,11 +20,22 @@ from idml_jax.runtime.files import without_nan
 
 SHEET_ROWS = 40
 Reader = Callable[[str], UInt8[np.ndarray, "h w 3"] | None]  # the small image of a named row
+Near = TypedDict("Near", {"file": str, "class": str | None, "distance": float, "introspective_distance": float | None})
+Row = TypedDict(
+    "Row",
+    {
+        "query": str,
+        "class": str | None,
+        "sure": float | None,
+        "uncertainty": float | None,
+        "margin": float | None,
+        "answered": bool,
+        "neighbours": list[Near],
+    },
+)
 
 
-def records(
-    queries: Index, index: Index, answers: Answers, own: Int[np.ndarray, "n"] | None = None
-) -> list[dict[str, Any]]:
+def records(queries: Index, index: Index, answers: Answers, own: Int[np.ndarray, "n"] | None = None) -> list[Row]:
     """A JSON-able dictionary per query; neighbours are left out where there is no answer.
 
     The class of a query is its own or, where that is unknown, that of its row ``own`` of the index.
@@ -61,7 +72,7 @@ def records(
     return without_nan(rows)
 
 
-def as_table(rows: list[dict[str, Any]]) -> str:
+def as_table(rows: list[Row]) -> str:
     """For a terminal."""
     lines = []
     for row in rows:
@@ -74,25 +85,23 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _facts(row: dict[str, Any]) -> list[str]:
+def _facts(row: Row) -> list[str]:
     facts = [] if row["answered"] else ["no answer"]
-    for name, form in (("sure", "sure {:.0%}"), ("uncertainty", "|u| {:.2f}"), ("margin", "margin {:.3f}")):
-        if row[name] is not None:
-            facts.append(form.format(row[name]))
-    return facts
+    values = ((row["sure"], "sure {:.0%}"), (row["uncertainty"], "|u| {:.2f}"), (row["margin"], "margin {:.3f}"))
+    return facts + [form.format(value) for value, form in values if value is not None]
 
 
 def picture_reader(index: Index, workdir: str) -> Reader:
-    """From the name of a row to its small picture; a run's own pictures are read from its data."""
-    origin = str(index.about.get("images", ""))
-    if not origin.startswith("split:"):
+    """A function from the name of a row to its small image; a run's own images are read from its data."""
+    split = str(index.about.get("images", "")).partition("split:")[2]
+    if split not in embed.SPLITS:  # which somebody's file may name as it likes
         return lambda file: thumbnail(Path(file).read_bytes()) if os.path.isfile(file) else None
-    source = embed.split_source(trained.load(workdir), origin.removeprefix("split:"))
+    source = embed.split_source(trained.load(workdir), split)
     known = {source.name(record): record for record in range(len(source))}
     return lambda file: thumbnail(source.read(known[file])) if file in known else None
 
 
-def as_html(rows: list[dict[str, Any]], read_query: Reader, read: Reader, note: str) -> str:
+def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str:
     """A page of pictures."""
     encode = lambda pixels: None if pixels is None else plots.encode(pixels)
     body = [pages.html('<h1>{:,} queries</h1><p class="muted">{}</p>', len(rows), note)]
@@ -106,19 +115,19 @@ def as_html(rows: list[dict[str, Any]], read_query: Reader, read: Reader, note: 
     return pages.page("Search", body)
 
 
-def _near(near: dict[str, Any]) -> list[str]:
+def _near(near: Near) -> list[str]:
     inner = near["introspective_distance"]
     lines = [f"distance {near['distance']:.3f}"] + ([] if inner is None else [f"D {inner:.3f}"])
     return [*lines, near["class"] or Path(near["file"]).name]
 
 
-def _kind(row: dict[str, Any], near: dict[str, Any]) -> str:
+def _kind(row: Row, near: Near) -> str:
     if row["class"] is None or near["class"] is None:
         return ""
     return "right" if row["class"] == near["class"] else "wrong"
 
 
-def as_png(rows: list[dict[str, Any]], read_query: Reader, read: Reader) -> bytes:
+def as_png(rows: list[Row], read_query: Reader, read: Reader) -> bytes:
     """A sheet of pictures, of the first ``SHEET_ROWS`` queries."""
     colours = {"": "#ccd2d8", "right": "#2f8f5b", "wrong": "#c8423b"}
     short = lambda lines: "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in map(printable, lines))

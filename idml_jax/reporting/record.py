@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ def _text(path: Path) -> str | None:
         raise UserError(f"{path}: cannot be read as text ({first_line(error)})") from error
 
 
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers by name; a metric that is undefined is stored as ``null`` and left out here."""
     return {name: value for name, value in values.items() if _is_number(value) and math.isfinite(value)}
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _row(line: str) -> dict[str, float] | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
