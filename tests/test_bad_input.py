@@ -222,7 +222,7 @@ for override, answer in (
     ("data.crop_scale=(0.9,0.2)", "config.data.crop_scale"),
     ("data.crop_scale=(0.9,)", "config.data.crop_scale"),
     ("data.crop_ratio=(0.9,0.2)", "config.data.crop_ratio"),
-    ("data.corrupt=1.5", "config.data.corrupt = 1.5 must be a share"),
+    ("data.corrupt=1.5", r"config.data.corrupt = 1.5 must be in \[0, 1\]"),
     ("data.corrupt_kinds=('fog',)", "config.data.corrupt_kinds .* must be some of crop, blur, noise, occlusion"),
     ("ism.ranking=-1.0", "config.ism.ranking"),
     ("ism.prior=-1.0", "config.ism.prior"),
@@ -243,7 +243,7 @@ for override, answer in (
     ("eval.best_metric=R@3", "known: R@1, R@2, R@4, R@8, RP, MAP@R"),
     ("eval.ks=(0,)", "config.eval.ks"),
     ("eval.split=validation", "needs config.data.validation_classes"),
-    ("debug=nan", "'nan' is no check; known: nans"),
+    ("debug=nan", "'nan' is not a check; known: nans"),
 ):
     setting(override, answer)
 

@@ -27,6 +27,8 @@ from idml_jax.runtime.files import locked
 ROWS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 GOOD = {"semantic": ROWS, "labels": np.arange(12) // 3, "files": np.asarray([f"{i}.png" for i in range(12)])}
 
+ABSOLUTE = Metric("absolute", 0.2)
+
 
 def npz(path, **changes):
     """A good file with some arrays changed; ``None`` leaves one out."""
@@ -250,12 +252,11 @@ def test_evaluate_measures_with_the_settings_of_the_file(tmp_path, capsys):
     np.savez(tmp_path / "x.npz", **arrays)
     embedded = read(tmp_path / "x.npz").embedded
     expected = {
-        s: full_report(embedded, metric=s, cluster=False)[0]["introspective/MAP@R"]
-        for s in (Metric("absolute", 0.2), Metric())
+        s: full_report(embedded, metric=s, cluster=False)[0]["introspective/MAP@R"] for s in (ABSOLUTE, Metric())
     }
     assert len(set(expected.values())) == 2
     name = "introspective/MAP@R"
-    assert metrics(tmp_path)[name] == pytest.approx(expected[Metric("absolute", 0.2)])
+    assert metrics(tmp_path)[name] == pytest.approx(expected[ABSOLUTE])
     assert "warning" not in capsys.readouterr().err
     flags = f"--temperature={Metric().temperature}", "--no-absolute"
     assert metrics(tmp_path, *flags)[name] == pytest.approx(expected[Metric()])
@@ -263,9 +264,7 @@ def test_evaluate_measures_with_the_settings_of_the_file(tmp_path, capsys):
     assert "the embeddings were made with 0.2" in told and "the embeddings were made with False" in told
     np.savez(tmp_path / "x.npz", **{**arrays, "about": np.asarray("{}")})
     assert metrics(tmp_path)[name] == pytest.approx(expected[Metric()])
-    assert metrics(tmp_path, "--temperature=0.2", "--absolute")[name] == pytest.approx(
-        expected[Metric("absolute", 0.2)]
-    )
+    assert metrics(tmp_path, "--temperature=0.2", "--absolute")[name] == pytest.approx(expected[ABSOLUTE])
     for value in ("0", "-1", "nan", "inf"):
         assert "must be above 0" in refused(
             capsys, evaluate, [f"--embeddings={tmp_path}/x.npz", f"--temperature={value}"]

@@ -286,7 +286,7 @@ def test_debug_checks_find_the_step(image_folder, finished, tmp_path):
     bad = small_config(image_folder, debug="nans", **{"data.std": (1e-38,)}, **quick)
     with pytest.raises(UserError, match=r"jax found: .*nan.* at step 1; its batch has .*png.*there is no checkpoint"):
         train.train_and_evaluate(bad, tmp_path / "bad")
-    with pytest.raises(UserError, match=r"config.debug = 'nan': 'nan' is no check; known: nans, infs, leaks"):
+    with pytest.raises(UserError, match=r"config.debug = 'nan': 'nan' is not a check; known: nans, infs, leaks"):
         train.build(small_config(image_folder, debug="nan"))
 
 

@@ -17,7 +17,7 @@ from idml_jax.errors import UserError
 from idml_jax.metrics.names import shown
 from idml_jax.runtime import hosts
 from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoints
-from idml_jax.runtime.files import without_nan, write_json
+from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.writers import MetricWriter
 from idml_jax.training import data_record
@@ -71,7 +71,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = b
       Stopped: on SIGTERM or SIGUSR1, after saving; the same call goes on, to the same result.
     """
     with StopRequest() as stop:
-        return _train_and_evaluate(config, Path(workdir).absolute(), stop, build)
+        return _train_and_evaluate(config, user_path(workdir), stop, build)
 
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, build: Build) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def evaluate_checkpoint(
     """
     with StopRequest() as stop:
         try:
-            return _evaluate_checkpoint(Path(workdir).absolute(), overrides, stop, build)
+            return _evaluate_checkpoint(user_path(workdir), overrides, stop, build)
         except Stopped as stopped:
             raise Stopped(f"stopped by {stopped}; nothing was written; the same command starts again") from None
 

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from idml_jax.errors import UserError
-from idml_jax.runtime.files import first_line, write_json
+from idml_jax.runtime.files import first_line, user_path, write_json
 from idml_jax.training.config import default_config
 
 # Fields that change how a run is carried out but not its result: a resumed run may differ in them.
@@ -50,7 +50,11 @@ def remember(config: ConfigDict, workdir: Path) -> None:
                 "Use the same settings or another --workdir"
             )
         return
-    write_json(path, config.to_dict())
+    values = config.to_dict()
+    for field in ("root", "data_dir"):  # so that the run finds its data from any folder
+        if values["data"][field]:
+            values["data"][field] = str(user_path(values["data"][field]))
+    write_json(path, values)
 
 
 def read(workdir: Path) -> ConfigDict:
