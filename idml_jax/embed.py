@@ -47,16 +47,7 @@ def _embed(given: dict[str, Any]) -> None:
     labelled = labelled and not given["no_labels"]
     classes = f" of {len(source.class_names):,} classes" if labelled else ", classes unknown"
     say(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}")
-    with embeddings.writing(out):
-        embed_to_file(
-            model,
-            source,
-            out,
-            labelled=labelled,
-            origin=origin,
-            overwrite=given["overwrite"],
-            say=say,
-        )
+    embed_to_file(model, source, out, labelled=labelled, origin=origin, overwrite=given["overwrite"], say=say)
 
 
 def main(argv: list[str] | None = None) -> None:

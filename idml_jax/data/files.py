@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 from typing import IO
 
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, printable
 from idml_jax.runtime.files import user_path
 
 MAX_FILE_BYTES = 2**29
@@ -25,9 +25,8 @@ def expand(path: str | os.PathLike) -> Path:
 
 
 def shown(name: str | os.PathLike) -> str:
-    """A name for messages and lists: bytes that are no UTF-8 and control characters are escaped."""
-    text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """The name of a file for messages and lists, see ``errors.printable``."""
+    return printable(os.fspath(name))
 
 
 def check_size(size: int, where: str, limit: int = MAX_FILE_BYTES) -> None:

@@ -14,7 +14,7 @@ from idml_jax.inference import store
 from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index
 from idml_jax.metrics.embedded import Embedded
-from idml_jax.runtime.files import write_text
+from idml_jax.runtime.files import user_path, write_text
 from idml_jax.runtime.writers import format_seconds
 from idml_jax.training.build import data_of
 from idml_jax.training.embedder import Rows
@@ -87,72 +87,106 @@ def embed_to_file(
     Raises:
       UserError: if no image can be read, the file is there already, or it cannot be written.
     """
-    out = Path(out).expanduser().absolute()
+    out = user_path(out)
     store.check_suffix(out, "--out")
     if out.exists() and not overwrite:
         raise UserError(f"{out} is already there; --overwrite replaces it")
-    per_part = model.embedder.batch_size * part_batches
-    total = len(source)
-    names = [source.name(record) for record in range(total)]
-    about = {
-        "workdir": str(model.workdir),
-        "step": model.step,
-        "weights": store.weights_digest(model.variables),
-        "images": origin,
-        **model.metric.about(),
-    }
-    identity = {
-        **about,
-        "names": store.digest(names),
-        "per_part": per_part,
-        "labelled": labelled,
-        "labels": store.digest([str(label) for label in source.labels]),
-    }
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        parts = store.Parts(out, identity)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
-    if parts.started_over:
-        say("images, run or settings are not those of the stopped command; starting over")
-    count = -(-total // per_part)
-    known = [number for number in range(count) if parts.has(number)]
-    if known:
-        say(f"going on: {min(len(known) * per_part, total):,} of {total:,} images are done")
-    progress = _Progress(total, min(len(known) * per_part, total), say)
-    for number in range(count):
-        if number not in known:
-            records = np.arange(number * per_part, min((number + 1) * per_part, total))
-            parts.write(number, _part(model, source, records, progress))
-    skipped = [
-        (int(record), str(reason))
-        for number in range(count)
-        for part in [parts.read(number)]
-        for record, reason in zip(part["skipped"], part["reasons"], strict=True)
-    ]
-    _list_skipped(out, [(names[record], reason) for record, reason in skipped], total, say)
-    if len(skipped) == total:
-        parts.remove()
-        raise UserError(f"none of {total} images can be read; the first: {names[0]}: {skipped[0][1]}")
+    with store.writing(out):
+        job = _Job(model, source, out, labelled, origin, model.embedder.batch_size * part_batches, say)
+        job.embed_missing_parts()
+        skipped = job.skipped()
+        _list_skipped(out, skipped, len(source), say)
+        if len(skipped) == len(source):
+            job.parts.remove()
+            raise UserError(f"none of {len(source)} images can be read; the first: {skipped[0][0]}: {skipped[0][1]}")
+        store.join(out, job.columns, source.class_names if labelled else None, job.about)
+        job.parts.remove()
+    say(f"{len(source) - len(skipped):,} images embedded in {out}")
+    return out
 
-    def columns() -> Iterator[dict[str, np.ndarray]]:
-        for number in range(count):
-            part = parts.read(number)
+
+class _Job:
+    """A file of embeddings that is being made, part by part.
+
+    Attributes:
+      about: where the embeddings come from, for the file.
+      parts: the parts that are done.
+    """
+
+    def __init__(
+        self,
+        model: Trained,
+        source: Source,
+        out: Path,
+        labelled: bool,
+        origin: str,
+        per_part: int,
+        say: Callable[[str], None],
+    ):
+        self._model, self._source, self._labelled, self._per_part, self._say = model, source, labelled, per_part, say
+        self._names = [source.name(record) for record in range(len(source))]
+        self.about = {
+            "workdir": str(model.workdir),
+            "step": model.step,
+            "weights": store.weights_digest(model.variables),
+            "images": origin,
+            **model.metric.about(),
+        }
+        identity = {
+            **self.about,
+            "names": store.digest(self._names),
+            "per_part": per_part,
+            "labelled": labelled,
+            "labels": store.digest([str(label) for label in source.labels]),
+        }
+        try:
+            self.parts = store.Parts(out, identity)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+        if self.parts.started_over:
+            say("images, run or settings are not those of the stopped command; starting over")
+        self._count = -(-len(source) // per_part)
+
+    def embed_missing_parts(self) -> None:
+        """Embeds what an earlier command has not."""
+        total = len(self._source)
+        known = [number for number in range(self._count) if self.parts.has(number)]
+        done = min(len(known) * self._per_part, total)
+        if known:
+            self._say(f"going on: {done:,} of {total:,} images are done")
+        progress = _Progress(total, done, self._say)
+        for number in range(self._count):
+            if number not in known:
+                records = np.arange(number * self._per_part, min((number + 1) * self._per_part, total))
+                self.parts.write(number, _part(self._model, self._source, records, progress))
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """Name of every image that cannot be read, and why."""
+        return [
+            (self._names[int(record)], str(reason))
+            for number in range(self._count)
+            for part in [self.parts.read(number)]
+            for record, reason in zip(part["skipped"], part["reasons"], strict=True)
+        ]
+
+    def columns(self) -> Iterator[dict[str, np.ndarray]]:
+        """The columns of the file, part by part."""
+        for number in range(self._count):
+            part = self.parts.read(number)
             records = part.pop("records")
             del part["skipped"], part["reasons"]
             if not len(records):
                 continue
-            part["files"] = np.asarray([names[record] for record in records])
-            if labelled:
-                part["labels"] = source.labels[records].astype(np.int32)
+            part["files"] = np.asarray([self._names[record] for record in records])
+            if self._labelled:
+                part["labels"] = self._source.labels[records].astype(np.int32)
             if "uncertainty" in part:
                 part["uncertainty_norm"] = np.linalg.norm(part["uncertainty"], axis=1)
             yield part
-
-    store.join(out, columns, source.class_names if labelled else None, about)
-    parts.remove()
-    say(f"{total - len(skipped):,} images embedded in {out}")
-    return out
 
 
 def _part(model: Trained, source: Source, records: np.ndarray, progress: "_Progress") -> dict[str, np.ndarray]:

@@ -53,7 +53,7 @@ def version_folder(home: Path) -> Path | None:
     for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
         for path in home.glob(pattern):
             numbers = path.parent.name.split(".")
-            if len(numbers) == 3 and all(n.isdigit() for n in numbers):
+            if len(numbers) == 3 and all(n.isascii() and n.isdigit() for n in numbers):
                 found.append((tuple(map(int, numbers)), path.parent))
     return max(found, default=(None, None))[1]
 
