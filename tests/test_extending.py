@@ -4,6 +4,7 @@ The run of the fixture has a data set, a trunk and a pair loss that are defined 
 """
 
 import json
+from dataclasses import replace
 
 import cv2
 import jax
@@ -13,11 +14,13 @@ import pytest
 from flax import linen as nn
 from runs_made import rows, small_config
 
-from idml_jax import ism, losses, models, train_and_evaluate
+from idml_jax import ism, losses, models, report, train_and_evaluate
 from idml_jax.data import datasets
 from idml_jax.losses import LossSpec
 from idml_jax.metrics import names, retrieval
+from idml_jax.reporting import html, sections
 from idml_jax.training.build import build
+from idml_jax.training.tasks import TASKS
 
 PIXELS, CLASSES, EACH = 16, 4, 8
 
@@ -221,3 +224,17 @@ def test_form_of_the_metric(monkeypatch):
     # By the semantic distance the first image's nearest would be the third, of another class.
     ranks = retrieval.ranks_by_distance(metric, embedding, labels)
     assert ranks.nearest_correct.tolist() == [True, False, False]
+
+
+def test_report_section(run, registered, monkeypatch, tmp_path):
+    """A function in SECTIONS, and its name in the sections of a task."""
+
+    def lengths(seen, images):
+        norms = np.linalg.norm(seen.embedded.semantic, axis=1)
+        return html.html("<h2>Lengths</h2><p>{} lengths, the longest {:.2f}</p>", len(norms), float(norms.max()))
+
+    monkeypatch.setitem(sections.SECTIONS, "lengths", lengths)
+    monkeypatch.setitem(TASKS, "retrieval", replace(TASKS["retrieval"], sections=("training", "lengths")))
+    page = report.make(run[0], tmp_path / "page.html").read_text()
+    assert f"<h2>Lengths</h2><p>{CLASSES * EACH} lengths, the longest 1.00</p>" in page
+    assert "<h2>Answers</h2>" not in page

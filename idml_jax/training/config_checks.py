@@ -25,7 +25,6 @@ AT_LEAST_ZERO = (
 )  # fmt: skip
 SHARES = ("data.corrupt", "data.color_jitter", "data.lighting")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "loss.name": tuple(sorted(LOSSES)),
     "model.batchnorm": ("frozen", "frozen_statistics", "live"),
     "model.dtype": ("float32", "bfloat16"),
     "model.uncertainty_head": ("mlp", "linear", "none"),
@@ -35,7 +34,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("test", "validation"),
     "data.transform": TRANSFORMS,
     "data.resample": METHODS,
-    "task": tuple(TASKS),
 }
 
 
@@ -53,7 +51,8 @@ def validate(config: ConfigDict) -> None:
         if not 0 <= value_of(config, field) <= 1:
             raise UserError(f"config.{field} = {value_of(config, field)} must be in [0, 1]")
     watch.debug_checks(config.debug)
-    for field, known in CHOICES.items():
+    # Tables that may get entries from outside are read when they are needed.
+    for field, known in {"loss.name": tuple(sorted(LOSSES)), "task": tuple(TASKS), **CHOICES}.items():
         choice(config, field, known)
     _check_data(config.data)
     _check_learning(config)

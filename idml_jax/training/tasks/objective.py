@@ -18,8 +18,6 @@ from idml_jax.runtime import sharding
 from idml_jax.training.criterion import Criterion
 from idml_jax.training.tasks.embedding_loss import embedding_loss
 
-# Values of config.ism.variant; the plain form is what config.ism.enabled = False stands for.
-ISM_VARIANTS = tuple(name for name, form in ism.FORMS.items() if form.introspective)
 LEARNED = ("none", "shared", "per_class")
 
 
@@ -30,8 +28,10 @@ def training_metric(config: ConfigDict) -> Metric:
       UserError: for an unknown ``config.ism.variant`` or a ``config.ism.temperature`` that is not above 0.
     """
     settings = config.ism
-    if settings.variant not in ISM_VARIANTS:
-        raise UserError(f"config.ism.variant = {settings.variant!r}; known: {', '.join(ISM_VARIANTS)}")
+    # The plain form is what config.ism.enabled = False stands for.
+    known = [name for name, form in ism.FORMS.items() if form.introspective]
+    if settings.variant not in known:
+        raise UserError(f"config.ism.variant = {settings.variant!r}; known: {', '.join(known)}")
     if not 0 < settings.temperature < float("inf"):
         raise UserError(f"config.ism.temperature = {settings.temperature} must be above 0 and finite")
     return Metric(settings.variant if settings.enabled else "plain", settings.temperature)
