@@ -43,8 +43,12 @@ def test_best_is_the_best_of_the_history(finished):
     assert next(r for r in result["history"] if r["step"] == result["best"]["step"])["R@1"] == pytest.approx(best)
 
 
+# Without the probes of the last evaluation, which other tests read.
+QUICK = {"eval.ambiguity_images": 0, "eval.cluster": False}
+
+
 def test_training_helps(image_folder, tmp_path):
-    config = small_config(image_folder, **{"epochs": 15, "eval.every_epochs": 15, "optim.warmup_epochs": 0})
+    config = small_config(image_folder, **{"epochs": 15, "eval.every_epochs": 15, "optim.warmup_epochs": 0}, **QUICK)
     result = train.train_and_evaluate(config, tmp_path)
     assert result["final"]["MAP@R"] > result["untrained"]["MAP@R"] + 0.1
 
@@ -77,7 +81,7 @@ def test_stopped_and_resumed_equals_uninterrupted(image_folder, finished, tmp_pa
 
 def test_memory_and_learned_boundary_survive_a_stop(image_folder, tmp_path, monkeypatch):
     changes = {"loss.name": "margin_distance_weighted", "loss.learned": "per_class", "memory.size": 64, "epochs": 2}
-    config = small_config(image_folder, **changes, **{"eval.untrained": False, "optim.warmup_epochs": 0})
+    config = small_config(image_folder, **changes, **{"eval.untrained": False, "optim.warmup_epochs": 0}, **QUICK)
     train.train_and_evaluate(config, tmp_path / "whole")
     train_killed_at(config, tmp_path / "stopped", 5, monkeypatch)
     state = assert_same_run(config, tmp_path / "whole", tmp_path / "stopped")
@@ -158,6 +162,7 @@ def test_the_command_trains_evaluates_and_writes_tensorboard(image_folder, tmp_p
         "--config.epochs=1",
         "--config.batch_size=32",
         "--config.eval.batch_size=32",
+        "--config.eval.ambiguity_images=0",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
