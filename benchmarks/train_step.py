@@ -6,7 +6,7 @@
 
 Every row is a process of its own with the same work on one device, so that its memory is its own:
 
-    jax               this package's step: float32, originals and mixed pictures in one pass, donated state
+    jax               this package's step: float32, originals and mixed images in one pass, donated state
     jax-bf16          the same with a bfloat16 trunk
     jax-remat         jax, what is inside a block computed again
     jax-accumulate    jax, the batch in --parts parts, loss over all of it
@@ -14,7 +14,7 @@ Every row is a process of its own with the same work on one device, so that its 
     torch             a plain PyTorch step: float32, channels_last, one pass
     torch-bf16        torch under bfloat16 autocast, compiled on a GPU
 
-BatchNorm is frozen, as in the protocol. A picture counts once, though the trunk sees it and its mixture. MFU is three
+BatchNorm is frozen, as in the protocol. An image counts once, though the trunk sees it and its mixture. MFU is three
 times the forward pass's arithmetic over the time, as a share of the device's peak in bfloat16, where that is known.
 Memory is the device's peak; on a CPU the process's peak resident set less what it held before weights and data, with
 compilation in it. PyTorch rows need the extra 'parity'. Times are medians over --steps steps after one.

@@ -4,7 +4,7 @@
 
 ``PATH/train/<class>/`` and ``PATH/test/<class>/`` (or ``val``; or ``query`` and ``gallery``, the former searching the
 latter) are used as they are; ``PATH/<class>/`` alone is split by class, the first half in the order of the names for
-training (``--config.data.train_classes=``). The network is a ResNet-18 for pictures of 64 pixels that trains from
+training (``--config.data.train_classes=``). The network is a ResNet-18 for images of 64 pixels that trains from
 scratch; ``configs/folder.py:large`` is the protocol's ResNet-50 at 224 pixels, meant for a GPU or TPU. A cut-short or
 foreign file stops the run with its name; ``--config.data.on_corrupt=skip`` leaves such files out and counts them.
 """

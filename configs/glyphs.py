@@ -1,4 +1,4 @@
-"""Glyphs, the built-in characters: a small network on pictures of 32 pixels, training and test classes disjoint.
+"""Glyphs, the built-in characters: a small network on images of 32 pixels, training and test classes disjoint.
 
     python -m idml_jax.main --config=configs/glyphs.py --workdir=runs/glyphs
     python -m idml_jax.main --config=configs/glyphs.py:quick --workdir=runs/glyphs_quick   (launch/quickstart.sh)

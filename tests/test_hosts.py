@@ -248,7 +248,7 @@ def test_a_signal_while_evaluating_stops_both_at_the_same_batch(image_folder, tm
     told = [re.search(r"^(\d+) stopped by SIG(TERM|USR1); nothing is saved yet", out, re.M) for out, *_ in ends]
     assert all(told), ends
     batches = {int(match.group(1)) for match in told}
-    assert len(batches) == 1 and 2 <= batches.pop() < 24  # of the first evaluation, of 96 pictures
+    assert len(batches) == 1 and 2 <= batches.pop() < 24  # of the first evaluation, of 96 images
 
 
 @pytest.mark.slow

@@ -59,9 +59,9 @@ class TestLists:
     @pytest.mark.parametrize(
         "content,message",
         [
-            (b"", "lists no pictures"),
-            (b"\n \n", "lists no pictures"),
-            (b"path,label\n", "lists no pictures|none of its 1 files"),
+            (b"", "lists no images"),
+            (b"\n \n", "lists no images"),
+            (b"path,label\n", "lists no images|none of its 1 files"),
             (b"a/1.jpg\tx\nb/2.jpg\n", r"x\.txt, line 2: no class \(b/2\.jpg\), while other lines have one"),
             (b"a/1.jpg\t\nb/2.jpg\tx\n", r"x\.txt, line 1: no class \(a/1\.jpg\)"),
             (b"a/1.jpg\tx\n\ty\n", r"x\.txt, line 2: no path"),

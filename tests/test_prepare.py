@@ -38,7 +38,7 @@ def load(dataset, data_dir, **options):
 
 
 def colours(source):
-    """Mean colour of every image, to tell pictures apart."""
+    """Mean colour of every image, to tell images apart."""
     return np.stack([transforms.decode(source.read(i)).mean((0, 1)) for i in range(len(source))])
 
 
@@ -123,7 +123,7 @@ class TestCub:
             ({"CUB_200_2011/image_class_labels.txt": b"1 x\n"}, "'x' stands where a number should"),
             ({"CUB_200_2011/image_class_labels.txt": b"1\n"}, "line 1: '1' has 1 columns; expected 2"),
             ({"CUB_200_2011/image_class_labels.txt": b"999 1\n"}, "image 999 of class 1 is not in"),
-            ({"CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg": b"no picture"}, "Bird_1_0000.jpg: not a picture"),
+            ({"CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg": b"no picture"}, "Bird_1_0000.jpg: not an image"),
         ],
     )
     def test_damage_is_named(self, tmp_path, change, match):
@@ -430,7 +430,7 @@ class TestFolder:
         with pytest.raises(UserError, match=r"c1/1\.jpg: .*--on_corrupt=skip"):
             prepare("folder", source, tmp_path)
         folder, said = prepare("folder", source, tmp_path, on_corrupt="skip")
-        assert any("1 files are no whole pictures, the first c1/1.jpg" in line for line in said)
+        assert any("1 files are no whole images, the first c1/1.jpg" in line for line in said)
         assert json.loads((folder / "idml_jax.json").read_text())["skipped"] == ["c1/1.jpg"]
         splits, _ = load("folder", tmp_path, variant="x")
         assert len(splits.train) + len(splits.test) == 11

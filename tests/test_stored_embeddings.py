@@ -402,7 +402,7 @@ class TestParts:
 
     def test_numbers_that_are_none_are_refused_by_name(self):
         arrays = {"semantic": np.where(np.arange(12)[:, None] == 7, np.nan, ROWS)}
-        with pytest.raises(UserError, match=r"run gives NaN .* semantic for 1 of 12 pictures, the first 7.png"):
+        with pytest.raises(UserError, match=r"run gives NaN .* semantic for 1 of 12 images, the first 7.png"):
             store.check_finite(arrays, GOOD["files"].tolist(), "run")
         store.check_finite({"semantic": ROWS, "u": ROWS[:0]}, GOOD["files"].tolist(), "run")
 

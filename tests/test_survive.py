@@ -62,7 +62,7 @@ def test_a_signal_saves_and_stops_and_nothing_is_lost(image_folder, finished, tm
     before = signal.getsignal(number)
     restore = calls_at(monkeypatch, module, name, call, lambda: terminate(number))
     told = "nothing is saved yet" if step is None else f"saved at step {step}"
-    with pytest.raises(interrupt.Stopped, match=f"stopped by {number.name}; {told} .*the same command goes on|{told}"):
+    with pytest.raises(interrupt.Stopped, match=f"stopped by {number.name}; {told} .*rerun the same command to|{told}"):
         train.train_and_evaluate(config, tmp_path)
     restore()
     assert signal.getsignal(number) is before

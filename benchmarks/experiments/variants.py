@@ -67,7 +67,7 @@ class RankingReachesTrunk(Objective):
 
 
 class SoftplusHeads(Heads):
-    """No coordinate of ``u`` is below 0, so two uncertain pictures never cancel each other in ``u + u'``."""
+    """No coordinate of ``u`` is below 0, so two uncertain images never cancel each other in ``u + u'``."""
 
     def __call__(self, features):
         out = super().__call__(features)

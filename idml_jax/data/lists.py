@@ -82,7 +82,7 @@ def _of_folder(root: Path, option: str, warn: Callable[[str], None]) -> tuple[Fo
     found = folders.images(root)
     if not found.names:
         endings = ", ".join(ending[1:] for ending in ENDINGS)
-        raise UserError(f"{files.shown(root)}: holds no pictures ({option}; {endings})")
+        raise UserError(f"{files.shown(root)}: holds no images ({option}; {endings})")
     arrangement = folders.arrange(found.names, root, found.passed.folders)
     if arrangement.depth:  # all images are wanted, those beside the splits too
         tops = {name.removeprefix(arrangement.prefix).split("/")[0] for name in found.names}
@@ -127,7 +127,7 @@ def _read_list(where: Path, option: str) -> list[_Row]:
     lines = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     numbered = [(i, line.decode("utf-8", "surrogateescape")) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise UserError(f"{shown}: lists no pictures ({option})")
+        raise UserError(f"{shown}: lists no images ({option})")
     separator = _separator(where, [line for _, line in numbered[:100]])
     cells = [(number, _cells(line, separator, f"{shown}, line {number}")) for number, line in numbered]
     path_column, class_column = 0, 1
@@ -137,7 +137,7 @@ def _read_list(where: Path, option: str) -> list[_Row]:
         class_column = next((i for i, cell in enumerate(header) if cell in _CLASS_NAMES), -1)
         cells = cells[1:]
         if not cells:
-            raise UserError(f"{shown}: lists no pictures ({option})")
+            raise UserError(f"{shown}: lists no images ({option})")
     rows = []
     for number, row in cells:
         if len(row) <= path_column or not row[path_column]:

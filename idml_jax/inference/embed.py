@@ -90,7 +90,7 @@ def embed_to_file(
     out = user_path(out)
     store.check_suffix(out, "--out")
     if out.exists() and not overwrite:
-        raise UserError(f"{out} is already there; --overwrite replaces it")
+        raise UserError(f"{out} already exists; --overwrite replaces it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -224,7 +224,7 @@ def _check_finite(model: Trained, source: Source, rows: Rows) -> None:
 
 
 class _Progress:
-    """Pictures done, speed and time to go, every few seconds."""
+    """Images done, speed and time to go, every few seconds."""
 
     def __init__(self, total: int, done: int, say: Callable[[str], None], seconds: float = 5.0):
         self._total, self._done, self._say, self._seconds = total, done, say, seconds

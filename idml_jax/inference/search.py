@@ -48,7 +48,7 @@ def calibrate(
     metric: Metric = Metric(),  # noqa: B008 (immutable)
     names: Collection[str] | None = None,
 ) -> Calibration:
-    """Fits how sure answers are, each held-out picture searching all the others.
+    """Fits how sure answers are, each held-out image searching all the others.
 
     Args:
       held_out: embeddings with labels, of classes that the network was not trained on.
@@ -59,10 +59,10 @@ def calibrate(
       The fitted model with what it says of these queries.
 
     Raises:
-      UserError: for fewer than two classes or pictures.
+      UserError: for fewer than two classes or images.
     """
     if len(np.unique(held_out.labels)) < 2:
-        raise UserError("the held-out pictures are of one class; at least 2 are needed to tell right from wrong")
+        raise UserError("the held-out images are of one class; at least 2 are needed to tell right from wrong")
     return calibration.calibrate(HeldOut(held_out), metric, names)
 
 
@@ -167,12 +167,12 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
 
 
 def open_index(where: str, option: str, model: Callable[[], Trained]) -> Index:
-    """Embeddings from a file, or made of pictures.
+    """Embeddings from a file, or made of images.
 
     Args:
       where: a file of embeddings, or what ``embed.list_images`` takes.
       option: its name in messages.
-      model: gives the network, if pictures are to be embedded.
+      model: gives the network, if images are to be embedded.
     """
     if Path(where).suffix in SUFFIXES:
         return read(where, option)
@@ -239,7 +239,7 @@ def confidence_for(
     Raises:
       UserError: if classes are needed and unknown, or the two sets cannot be compared.
     """
-    others, what = index, "the index itself, each picture searching the others"
+    others, what = index, "the index itself, each image searching the others"
     if held_out:
         others, what = open_index(held_out, "--held_out", model), held_out
         check_comparable(others, index, what, named)

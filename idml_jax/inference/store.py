@@ -57,7 +57,7 @@ def check_finite(arrays: Mapping[str, np.ndarray], names: Sequence[str], network
         bad = ~np.isfinite(value.reshape(len(value), -1)).all(axis=1) if len(value) else np.zeros(0, bool)
         if bad.any():
             raise UserError(
-                f"{network} gives NaN or infinity in {name} for {int(bad.sum()):,} of {len(bad):,} pictures, the first "
+                f"{network} gives NaN or infinity in {name} for {int(bad.sum()):,} of {len(bad):,} images, the first "
                 f"{names[int(bad.argmax())]}; its weights are damaged or the training has diverged"
             )
 

@@ -1,1 +1,1 @@
-"""What a person looks at: pages, plots, sheets of pictures."""
+"""What a person looks at: pages, plots, sheets of images."""

@@ -1,4 +1,4 @@
-"""Answers of a search as a table, records, a page or a sheet of pictures."""
+"""Answers of a search as a table, records, a page or a sheet of images."""
 
 import os
 from collections.abc import Callable
@@ -102,7 +102,7 @@ def picture_reader(index: Index, workdir: str) -> Reader:
 
 
 def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str:
-    """A page of pictures."""
+    """A page of images."""
     encode = lambda pixels: None if pixels is None else plots.encode(pixels)
     body = [pages.html('<h1>{:,} queries</h1><p class="muted">{}</p>', len(rows), note)]
     for row in rows:
@@ -128,7 +128,7 @@ def _kind(row: Row, near: Near) -> str:
 
 
 def as_png(rows: list[Row], read_query: Reader, read: Reader) -> bytes:
-    """A sheet of pictures, of the first ``SHEET_ROWS`` queries."""
+    """A sheet of images, of the first ``SHEET_ROWS`` queries."""
     colours = {"": "#ccd2d8", "right": "#2f8f5b", "wrong": "#c8423b"}
     short = lambda lines: "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in map(printable, lines))
     cells = []

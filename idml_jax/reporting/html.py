@@ -97,7 +97,7 @@ def plot(png: bytes, description: str) -> Markup:
 
 def tile(picture: bytes | None, caption: Sequence[str], kind: str = "", title: str = "") -> Markup:
     """A small image with lines beneath it; kind: ``right``, ``wrong``, ``query`` or empty."""
-    shown = Markup('<div class="muted">(no picture)</div>')
+    shown = Markup('<div class="muted">(no image)</div>')
     if picture is not None:
         shown = html('<img src="{}" alt="{}" loading="lazy">', data_url(picture), title or " ".join(caption))
     lines = join(map(_breakable, caption), "<br>")

@@ -27,7 +27,7 @@ NEIGHBOURS = 9
 
 
 def look(workdir: str | Path, threads: int = 4) -> Seen:
-    """Embeds the test pictures of a run and searches them.
+    """Embeds the test images of a run and searches them.
 
     Raises:
       UserError: if there is no run or checkpoint, or its data is gone or damaged.
@@ -39,7 +39,7 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     def embedded_of(source: Source) -> Embedded:
         embedded, kept = embed_all(model, source)
         if len(kept) < len(source):
-            raise UserError(f"{len(source) - len(kept)} of the run's {len(source)} pictures cannot be read")
+            raise UserError(f"{len(source) - len(kept)} of the run's {len(source)} images cannot be read")
         return embedded
 
     embedded = embedded_of(queries)
@@ -93,7 +93,7 @@ def comparison(seen: Seen, other: Path) -> Markup:
     table = [(n, value_of(ours.get(n)), value_of(theirs.get(n))) for n in compared() if n in ours or n in theirs]
     body = pages.html("<h2>Beside {}</h2>{}", other, pages.table(("metric", *names), table))
     if curves:
-        body += pages.plot(plots.lines([(f"{shown} on test pictures, %", "", curves)], "step"), f"{shown} of both runs")
+        body += pages.plot(plots.lines([(f"{shown} on test images, %", "", curves)], "step"), f"{shown} of both runs")
     return body
 
 

@@ -20,7 +20,7 @@ Curve = tuple[Values, Values]
 
 
 def encode(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """A picture as a file: PNG where it is small, JPEG where that would be large."""
+    """An image as a file: PNG where it is small, JPEG where that would be large."""
     out = io.BytesIO()
     if max(pixels.shape[:2]) <= 64:
         mpl_image.imsave(out, pixels, format="png")
@@ -126,7 +126,7 @@ def histograms(panels: Sequence[tuple[str, str, Mapping[str, Float[np.ndarray, "
 def against_truth(
     truth: Float[np.ndarray, "n"], scores: Float[np.ndarray, "n"], correct: np.ndarray, rank_correlation: float
 ) -> bytes:
-    """Uncertainty over the known ambiguity, picture by picture with its median, beside the recall."""
+    """Uncertainty over the known ambiguity, image by image with its median, beside the recall."""
     figure, (left, right) = _axes(2, 3.6)
     left.scatter(truth, scores, s=5, alpha=0.25, color=COLOURS[0], linewidths=0, rasterized=True)
     edges = np.concatenate([[-1e-9, 1e-9], np.linspace(0.1, 1.0, 10)])
@@ -140,7 +140,7 @@ def against_truth(
     right.plot(middle, [100 * correct[g].mean() for g in groups], "o-", color=COLOURS[0], linewidth=1.8)
     right.set_title("Right answers, %", fontsize=11, loc="left")
     for axis in (left, right):
-        axis.set_xlabel("true ambiguity of the picture", fontsize=9)
+        axis.set_xlabel("true ambiguity of the image", fontsize=9)
     return _png(figure)
 
 
@@ -172,7 +172,7 @@ def plane(
     scores: Float[np.ndarray, "n"] | None,
     score_name: str,
 ) -> bytes:
-    """A map of embeddings: coloured by class (those of most pictures, the rest grey), and by a score."""
+    """A map of embeddings: coloured by class (those of most images, the rest grey), and by a score."""
     figure, axes = _axes(1 if scores is None else 2, 4.9)
     for axis in axes:
         axis.set_xticks([])
@@ -210,14 +210,14 @@ def matrix(values: Float[np.ndarray, "k k"], names: Sequence[str]) -> bytes:
     short = [name if len(name) <= 26 else name[:8] + "…" + name[-17:] for name in map(printable, names)]
     axis.set_xticks(range(len(names)), short, rotation=90, fontsize=8, parse_math=False)
     axis.set_yticks(range(len(names)), short, fontsize=8, parse_math=False)
-    axis.set_xlabel("class of the nearest picture", fontsize=9)
+    axis.set_xlabel("class of the nearest image", fontsize=9)
     axis.set_ylabel("class of the query", fontsize=9)
     figure.colorbar(drawn, ax=axis, shrink=0.6, label="share of the class's queries")
     return _png(figure)
 
 
 def sheet(rows: Sequence[Sequence[tuple[UInt8[np.ndarray, "h w 3"] | None, str, str]]]) -> bytes:
-    """Pictures in rows, each with lines beneath it and a frame's colour."""
+    """Images in rows, each with lines beneath it and a frame's colour."""
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(1.35 * columns + 0.2, 1.95 * len(rows) + 0.1), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)

@@ -36,8 +36,8 @@ class Seen(NamedTuple):
 
     Attributes:
       model: trained embedding.
-      queries: pictures that search.
-      gallery: pictures that are searched, the same where there is no gallery.
+      queries: images that search.
+      gallery: images that are searched, the same where there is no gallery.
       embedded: of the queries, ``n`` of them.
       searched: of the gallery.
       index: ``[n, k]`` nearest rows of the gallery.
@@ -69,7 +69,7 @@ class Seen(NamedTuple):
 
     @property
     def doubt(self) -> tuple[str, Float[np.ndarray, "n"]]:
-        """Name and value of the score that pictures are sorted by: the learned one where there is one."""
+        """Name and value of the score that images are sorted by: the learned one where there is one."""
         name = next(n for n in ("uncertainty", "margin_10", "margin_2", "nearest_distance") if n in self.scores)
         return name, self.scores[name]
 
@@ -83,7 +83,7 @@ class Seen(NamedTuple):
 
 
 class _Encoded:
-    """Small pictures of a source, encoded, each read once."""
+    """Small images of a source, encoded, each read once."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -140,7 +140,7 @@ def head(seen: Seen, images: Thumbnails) -> Markup:
     name = config.data.name if config.data.name != "folder" else Path(config.data.root or config.data.variant).name
     searched = "each other" if seen.gallery is seen.queries else f"{len(seen.gallery):,} others"
     return pages.html("<h1>{}: {} {}</h1>", name, kind, seen.task.loss_text(config)) + pages.html(
-        '<p class="muted">{}, {} pixels; step {} of <code>{}</code>; {:,} pictures of {:,} classes search {}.</p>{}',
+        '<p class="muted">{}, {} pixels; step {} of <code>{}</code>; {:,} images of {:,} classes search {}.</p>{}',
         config.model.name,
         config.data.image_size,
         seen.model.step,
@@ -155,11 +155,11 @@ def head(seen: Seen, images: Thumbnails) -> Markup:
 def training(seen: Seen, images: Thumbnails) -> Markup:
     """Loss, recall and length of the uncertainty over the steps."""
     rows, panels = seen.history, []
-    losses = {"train/loss": "sum", "train/loss_original": "original pictures", "train/loss_mixed": "mixed pictures"}
+    losses = {"train/loss": "sum", "train/loss_original": "original images", "train/loss_mixed": "mixed images"}
     loss = curves(rows, losses)
     shown = seen.task.followed(seen.model.config)
     recall = curves(rows, {f"eval/{name}": shown for name, shown in shown.items()}, 100)
-    length = curves(rows, {"train/uncertainty": "original pictures", "train/uncertainty_mixed": "mixed pictures"})
+    length = curves(rows, {"train/uncertainty": "original images", "train/uncertainty_mixed": "mixed images"})
     if loss:
         panels.append(("Loss", "", loss))
     if recall:
@@ -187,8 +187,8 @@ def predictions(seen: Seen, images: Thumbnails) -> Markup:
         return Markup()
     head = ("score", "AUROC (0.5: chance)", "AURC (0: perfect)")
     return pages.html(
-        "<h2>Does it know which predictions are wrong?</h2>{}<p>Below, the test pictures search each other by the "
-        "classifier's feature: an answer is the nearest other picture.</p>",
+        "<h2>Does it know which predictions are wrong?</h2>{}<p>Below, the test images search each other by the "
+        "classifier's feature: an answer is the nearest other image.</p>",
         pages.table(head, rows),
     )
 
@@ -237,7 +237,7 @@ def knowing(seen: Seen, images: Thumbnails) -> Markup:
 
 
 def ambiguity(seen: Seen, images: Thumbnails) -> Markup:
-    """Uncertainty beside the known ambiguity, and where pictures were changed."""
+    """Uncertainty beside the known ambiguity, and where images were changed."""
     parts, best = [], seen.result.get("best", {})
     truth = seen.queries.fields.get("ambiguity")
     if truth is not None and "uncertainty" in seen.scores:
@@ -252,10 +252,10 @@ def ambiguity(seen: Seen, images: Thumbnails) -> Markup:
                 (k, int((names == k).sum()), float(score[names == k].mean()), float(seen.correct[names == k].mean()))
                 for k in sorted(set(names.tolist()))
             ]
-            parts.append(pages.table(("kind of picture", "pictures", "mean |u|", "R@1"), rows))
+            parts.append(pages.table(("kind of image", "images", "mean |u|", "R@1"), rows))
     rows = [(n[4:-3], float(v)) for n, v in best.items() if n.startswith("P(u_") and v is not None]
     if rows:
-        parts.append(Markup("<h3>How often |u| rises when a picture is changed</h3>"))
+        parts.append(Markup("<h3>How often |u| rises when an image is changed</h3>"))
         parts.append(pages.table(("change", "P(|u| changed > |u| original); 0.5: chance"), rows))
     return Markup("<h2>Does the uncertainty see ambiguity?</h2>") + pages.join(parts) if parts else Markup()
 
@@ -265,7 +265,7 @@ def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> Markup:
     name, score = seen.doubt
     parts = [
         pages.html(
-            "<h2>Answers</h2><p>The query, framed blue, and its nearest pictures, the nearest first: green of its "
+            "<h2>Answers</h2><p>The query, framed blue, and its nearest images, the nearest first: green of its "
             "class, red of another. Sorted by {}.</p>",
             SCORE_NAMES[name],
         )
@@ -299,14 +299,14 @@ def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> Markup:
 
 
 def extremes(seen: Seen, images: Thumbnails, count: int = 20) -> Markup:
-    """The most and the least uncertain pictures."""
+    """The most and the least uncertain images."""
     if "uncertainty" not in seen.scores:
         return Markup()
     score, truth = seen.scores["uncertainty"], seen.queries.fields.get("ambiguity")
     order = np.argsort(score, kind="stable")
     parts = [
         Markup(
-            "<h2>The most and the least uncertain pictures</h2><p>Framed green where the nearest picture is of the "
+            "<h2>The most and the least uncertain images</h2><p>Framed green where the nearest image is of the "
             "same class, red where it is not.</p>"
         )
     ]
@@ -326,7 +326,7 @@ def plane(seen: Seen, images: Thumbnails) -> Markup:
     places, how = plots.flatten_to_plane(seen.embedded.semantic[some], seen.model.config.seed)
     learned = seen.scores.get("uncertainty")
     drawn = plots.plane(places, seen.embedded.labels[some], None if learned is None else learned[some], "|u|")
-    note = f"{len(some):,} of {len(seen.queries):,} test pictures by {how}."
+    note = f"{len(some):,} of {len(seen.queries):,} test images by {how}."
     if how != "t-SNE":
         note += " With scikit-learn (pip install scikit-learn) the map is made by t-SNE, which shows clusters better."
     plot = pages.plot(drawn, "embeddings in a plane")
@@ -338,7 +338,7 @@ def confusion(seen: Seen, images: Thumbnails, pairs: int = 10, classes: int = 20
     asked, said = seen.embedded.labels, seen.searched.labels[seen.index[:, 0]]
     wrong = np.flatnonzero(asked != said)
     if not len(wrong):
-        return Markup("<h2>Confused classes</h2><p>None: every nearest picture is of the query's class.</p>")
+        return Markup("<h2>Confused classes</h2><p>None: every nearest image is of the query's class.</p>")
     both = np.sort(np.column_stack([asked[wrong], said[wrong]]), axis=1)
     kinds, first, counts = np.unique(both, axis=0, return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")

@@ -258,7 +258,7 @@ def _told(stopped: Stopped, workdir: Path, checkpoints: Checkpoints) -> Stopped:
     checkpoints.wait()
     newest = checkpoints.newest
     kept = "nothing is saved yet" if newest is None else f"saved at step {newest} in {workdir}"
-    return Stopped(f"stopped by {stopped}; {kept}; the same command goes on from there")
+    return Stopped(f"stopped by {stopped}; {kept}; rerun the same command to resume from there")
 
 
 def evaluate_checkpoint(

@@ -301,11 +301,11 @@ def convert(source: str | Path, out: str | Path, *, model: str = "resnet50", siz
       A line that says what was written.
 
     Raises:
-      UserError: if the source does not fit, or ``out`` is already there.
+      UserError: if the source does not fit, or ``out`` already exists.
     """
     out = Path(out).expanduser().absolute()
     if out.exists():
-        raise UserError(f"{out} is already there")
+        raise UserError(f"{out} already exists")
     if model not in MODELS:
         raise UserError(f"--model={model}; known: {', '.join(sorted(MODELS))}")
     tensors = read(source)

@@ -99,10 +99,10 @@ def one_image_fails() -> Iterator[None]:
     except (DecodeError, UserError):
         raise
     except MemoryError as error:
-        raise DecodeError("not a readable picture (not enough memory)") from error
+        raise DecodeError("not a readable image (not enough memory)") from error
     except Exception as error:
         reason = getattr(error, "err", None) or str(error) or type(error).__name__
-        raise DecodeError(f"not a readable picture ({' '.join(str(reason).split())})") from error
+        raise DecodeError(f"not a readable image ({' '.join(str(reason).split())})") from error
 
 
 class _Jpeg(NamedTuple):
@@ -156,7 +156,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DecodeError(f"it has more pixels than the limit of {MAX_PIXELS}") from error
     except Exception as error:
-        raise DecodeError("not a picture in a known format") from error
+        raise DecodeError("not an image in a known format") from error
     _check_size(image.size[1], image.size[0])
     return image
 
@@ -228,9 +228,9 @@ def _decode_fast(data: bytes, channels: int, reduce: int = 1) -> UInt8[np.ndarra
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
-        raise DecodeError(f"not a readable picture ({error.err})") from error
+        raise DecodeError(f"not a readable image ({error.err})") from error
     if image is None:
-        raise DecodeError("not a readable picture")
+        raise DecodeError("not a readable image")
     if channels == 1:
         return image[:, :, None]
     return image if reduce == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -241,7 +241,7 @@ def _decode_carefully(image: Image.Image, channels: int) -> UInt8[np.ndarray, "h
     try:
         image.load()  # raises for a truncated file
     except Exception as error:
-        raise DecodeError(f"not a readable picture ({error})".replace("\n", " ")) from error
+        raise DecodeError(f"not a readable image ({error})".replace("\n", " ")) from error
     # 16-bit grey; of a PGM file Pillow makes 32 bits with the range of 16.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         values = np.asarray(image).astype(np.float32)

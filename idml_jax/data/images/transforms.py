@@ -171,7 +171,7 @@ class AsIs:
         image = _pixels(image)
         if image.shape[:2] != (self.size, self.size):
             raise DecodeError(
-                f"{image.shape[1]} x {image.shape[0]} pixels, but config.data.transform = 'cifar' takes pictures of "
+                f"{image.shape[1]} x {image.shape[0]} pixels, but config.data.transform = 'cifar' takes images of "
                 f"config.data.image_size = {self.size} as they are"
             )
         return image

@@ -92,7 +92,9 @@ def prepare(
             return _store(job, plan, tell)
     except OSError as error:
         where = error.filename or home
-        raise UserError(f"{where}: cannot be written ({error.strerror or error}); the same command goes on") from error
+        raise UserError(
+            f"{where}: cannot be written ({error.strerror or error}); rerun the same command to resume"
+        ) from error
 
 
 class _Job(NamedTuple):
@@ -143,8 +145,8 @@ def _store(job: _Job, plan: Plan, say: Callable[[str], None]) -> Path:
     wrong = _shortcomings(job.dataset, plan, stored)
     if wrong and not job.allow_incomplete:
         raise UserError(
-            f"{job.source} is not the complete {job.title}: {'; '.join(wrong)}. Nothing is published; with what is "
-            "missing, or with --allow_incomplete, the same command goes on"
+            f"{job.source} is not the complete {job.title}: {'; '.join(wrong)}. Nothing is published; rerun "
+            "the same command to resume once the missing files are there, or with --allow_incomplete"
         )
     empty = [s for s in plan.splits if not stored.counts[s].images]
     if empty:
@@ -180,7 +182,7 @@ def _shortcomings(dataset: str, plan: Plan, stored: shards.Stored) -> list[str]:
         missing = plan.records.missing
         wrong.append(f"{len(missing):,} listed images are not there, the first {missing[0]}")
     if stored.skipped:
-        wrong.append(f"{len(stored.skipped):,} files are no whole pictures, the first {stored.skipped[0]}")
+        wrong.append(f"{len(stored.skipped):,} files are no whole images, the first {stored.skipped[0]}")
     return wrong
 
 

@@ -315,8 +315,8 @@ class SetWriter:
             where = getattr(error, "filename", None) or self._folder
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
-                f"{where}: cannot be written ({reason}); is the disk full? {kept:,} images are stored, and the same "
-                "command goes on behind them"
+                f"{where}: cannot be written ({reason}); is the disk full? {kept:,} images are stored; rerun the "
+                "same command to resume after them"
             ) from error
 
     def publish(self, description: str, about: Mapping[str, object]) -> Path:
