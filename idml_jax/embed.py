@@ -35,7 +35,7 @@ def _embed(given: dict[str, Any]) -> None:
         raise UserError("give either --images or --split")
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
     embeddings.check_suffix(out, "--out")
-    check_target(out)  # before the work
+    check_target(out)  # fails before the work starts
     for name in ("batch_size", "threads"):
         if given[name] < (name == "threads"):
             raise UserError(f"--{name}={given[name]} must be at least {int(name == 'threads')}")

@@ -407,7 +407,7 @@ for path in ("../out/1.jpg", "/etc/1.jpg", "a/../../1.jpg", "C:\\a\\1.jpg"):
         storing(
             f"{path} in {kind}",
             kind,
-            "leads out of the archive; refused",
+            "points outside the archive; refused",
             lambda tmp, path=path, kind=kind: archive(tmp, kind, {path: made.jpeg(0, 0), **one}),
         )
 for title, kind in (

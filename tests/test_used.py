@@ -118,7 +118,7 @@ class TestEmbed:
         assert not out.exists()
         run()
         assert len(calls) == 3 + 4  # two parts of six were done, the third was begun
-        assert "going on: 32 of 96 images are done" in said
+        assert "resuming: 32 of 96 images are done" in said
         assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npz"]
         np.testing.assert_allclose(
             embeddings.read(out).embedded.semantic, embeddings.read(index).embedded.semantic, rtol=1e-4, atol=1e-5

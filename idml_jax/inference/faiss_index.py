@@ -51,7 +51,7 @@ def write(semantic: Float[np.ndarray, "n d"], path: str | Path, kind: str = "Fla
     faiss = _faiss()
     _check_kind(kind)
     path = user_path(path)
-    check_target(path)  # before the work
+    check_target(path)  # fails before the work starts
     rows = np.ascontiguousarray(semantic, np.float32)
     if not np.isfinite(rows).all():
         raise UserError("the embeddings hold values that are no numbers; faiss cannot compare them")

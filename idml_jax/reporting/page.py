@@ -113,7 +113,7 @@ def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: 
       UserError: see ``look``.
     """
     out = user_path(out) if out else user_path(workdir) / "report.html"
-    check_target(out)  # before the work
+    check_target(out)  # fails before the work starts
     seen = look(workdir, threads)
     beside = comparison(seen, user_path(compare)) if compare else Markup()
     images = Thumbnails(seen)
