@@ -201,7 +201,7 @@ def test_what_cannot_work_is_refused(folder, changes, words):
 
 
 def test_other_classes_at_test_are_refused(image_folder):
-    with pytest.raises(UserError, match="same classes in training and test; 8 are in one of them alone, the first: cl"):
+    with pytest.raises(UserError, match="same classes in training and test; 8 are in only one of them, the first: cl"):
         train.build(cls_config(image_folder))
 
 

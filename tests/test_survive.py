@@ -271,7 +271,7 @@ def test_a_loss_that_is_no_number_names_step_images_and_checkpoint(image_folder,
     assert told["images"] == [run.splits.train.name(int(i)) for i in run.sampler.batch(4)]
     message = str(caught.value)
     assert message.startswith(f"the loss is nan at step 5; its batch has {told['images'][0]}, ") and "\n" not in message
-    assert "29 more images" in message and "the last good checkpoint is of step 3" in message
+    assert "29 more images" in message and "the last good checkpoint is at step 3" in message
     # And the run goes on from there once the reason is gone.
     monkeypatch.setattr(loop.steps, "jit_train_step", real)
     assert train.train_and_evaluate(config, tmp_path)["history"][-1]["step"] == 9

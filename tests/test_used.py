@@ -273,7 +273,7 @@ class TestSearch:
     def test_what_cannot_be_promised_is_not_answered(self, index, image_folder, capsys):
         search.main([f"--index={index}", f"--query={image_folder / 'test' / 'class_05'}", "--abstain=0.999"])
         shown = capsys.readouterr().out
-        assert shown.count("no answer") == 12 and "cannot be had there: nothing is answered" in shown
+        assert shown.count("no answer") == 12 and "cannot be reached on them: nothing is answered" in shown
 
     def test_refusals(self, index, workdir, image_folder, tmp_path, capsys):
         query = f"--query={image_folder / 'test' / 'class_05'}"

@@ -1,4 +1,4 @@
-"""The page of a run: what it has learned, in one self-contained HTML file."""
+"""The report of a run as one self-contained HTML file."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     """Embeds the test images of a run and searches them.
 
     Raises:
-      UserError: if there is no run or checkpoint, or its data is gone or damaged.
+      UserError: if there is no run or checkpoint, or its data are missing or damaged.
     """
     model = load(workdir).using(threads=threads)
     evaluation = Evaluation(model.config, model.embedder, data_of(model.config))
@@ -72,7 +72,7 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
 
 
 def comparison(seen: Seen, other: Path) -> Markup:
-    """Another run's metrics beside this one's."""
+    """Compares another run's metrics with this run's."""
     config = workdir_lib.read(other)
     rows, result = read_record(other)
     if not result:
@@ -102,9 +102,9 @@ def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: 
 
     Args:
       workdir: folder of the run.
-      out: file; by default ``report.html`` in that folder.
-      compare: folder of another run.
-      threads: that read and decode.
+      out: HTML file to write; by default ``report.html`` in that folder.
+      compare: folder of another run to compare with; empty: none.
+      threads: number of reader and decoder threads.
 
     Returns:
       The file.

@@ -91,7 +91,7 @@ def check(splits: Splits, workdir: Path, parts: Sequence[str] = Splits._fields) 
         if before is None or name not in parts or before == now:
             continue
         if before.get("class_digest") != now["class_digest"]:
-            line = f"the classes of the {name} images differ from those that the run was started with ({_change(before, now)})"
+            line = f"the classes of the {name} images are not those that the run started with ({_change(before, now)})"
             if name == "train":
                 raise UserError(
                     f"{workdir}: {line}, so its labels would mean other classes; restore the data, or use another "

@@ -59,8 +59,8 @@ class Schedule:
 class GroupOptimizer:
     """One update rule for all groups of parameters (the top-level entries), each with its own factor on the rate.
 
-    Every group has a separate optimizer state and is updated only if it has gradients. A frozen group, such as the trunk
-    during warm-up, keeps its moments, its step count and its exact values.
+    Every group has a separate optimizer state and is updated only if it has gradients. A frozen group, such as the
+    trunk during warm-up, keeps its moments, its step count and its exact values.
 
     Attributes:
       name: ``adamw`` (decoupled weight decay, as PyTorch's) or ``sgd`` (Nesterov momentum, weight decay in the
