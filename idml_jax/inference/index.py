@@ -288,8 +288,8 @@ def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
     """Row of the index with each query's own image, -1 if there is none; ``None`` if no query is in the index.
 
     A query's own image is the same row of the same file of embeddings, the image with the same existing absolute path,
-    or the same image of the same split of the same run.
-    Equal relative names are not enough: ``1.jpg`` is in many folders.
+    or the same image of the same split of the same run. Equal relative names are not enough, since ``1.jpg`` is in many
+    folders.
     """
     if _same_file(queries.path, index.path):
         return np.arange(len(index.files))
