@@ -74,8 +74,8 @@ def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]
 def length_prior(uncertainty: Float[Array, "n k"]) -> Float[Array, ""]:
     """Distance of the lengths of the uncertainty embeddings from 1 on a log scale: the mean of ``log(|u|)^2``.
 
-    With some losses on pairs (multi-similarity, margin, FastAP) ``u`` shrinks to 0, which makes the metric plain. A
-    small weight of this prior prevents that.
+    With some losses on pairs (multi-similarity, margin, FastAP) ``u`` was observed to shrink to 0, which makes the
+    metric plain. A small weight of this prior prevents that.
 
     Args:
       uncertainty: ``[n, k]``; a length below 1e-6 counts as 1e-6.

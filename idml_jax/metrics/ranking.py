@@ -1,4 +1,4 @@
-"""Two exact ways to rank what a query should find.
+"""Two exact ways to rank the positives of a query.
 
 Counting: the rank of a positive is 1 + the number of gallery rows that come before it, so no list of neighbours is
 needed: one tile of distances at a time, compared with the distance of every positive. Within one set the tile (I, J)
@@ -44,7 +44,7 @@ class Task(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of each query: rank of the first hit, R-precision, average precision, squared distance to the nearest row."""
+    """For each query: rank of the first hit, R-precision, average precision, squared distance to the nearest row."""
 
     first_hit: Int[np.ndarray, "n"]
     r_precision: Float[np.ndarray, "n"]
@@ -71,7 +71,7 @@ def make_task(
 
 
 def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Device]) -> Found:
-    """Results for the chosen queries, none with more than `COUNTING_LIMIT` positives; undefined where it has none."""
+    """Results for the chosen queries, each with at most `COUNTING_LIMIT` positives; undefined without positives."""
     tile = _tile(len(task.gallery))
     starts = _class_starts(task.sizes, tile)
     order = np.argsort(task.gallery_labels, kind="stable")
@@ -86,7 +86,7 @@ def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Devi
         slots = np.empty(len(chosen), np.int64)
         slots[np.argsort(task.labels[chosen], kind="stable")] = np.arange(len(chosen))
         ids = chosen if task.same_set else np.full(len(chosen), -2)
-        assert task.query_norms is not None  # of the Euclidean distance they are there
+        assert task.query_norms is not None  # always set for the Euclidean distance
         queries = _blocks(task.queries[chosen], task.query_norms[chosen], ids, slots, _tile(len(chosen)))
 
     blocks, height = queries.ids.shape
@@ -150,7 +150,7 @@ def by_top_k(
         listed = listed[:count, :most] if _device_k(most, columns) else tiles.smallest(listed[:count], most)
         hits = labels[listed] == task.labels[chosen[rows], None]
         row, place = np.nonzero(hits & (np.arange(most) < r))
-        # Added up one by one, so that the sum does not depend on how long the lists of this block are.
+        # Added one by one, so that the sum does not depend on the length of the lists in this block.
         precision = np.cumsum(hits, axis=1)[row, place] / (place + 1)
         share = np.maximum(r[:, 0], 1)
         average = np.bincount(row, precision, minlength=count) / share
@@ -199,7 +199,7 @@ def all_distances(
     norms: Float[np.ndarray, "m"],
     devices: list[jax.Device],
 ) -> Iterator[tuple[int, Float[np.ndarray, "h m"]]]:
-    """Squared distances of some queries after the other: the first of them, and their rows."""
+    """Yields squared distances block by block: the index of the block's first query, and its rows."""
     size = len(gallery)
     mesh, gallery, columns = _shared_gallery((gallery, norms), devices)
     height = _height(len(queries), columns, len(devices))
@@ -251,7 +251,7 @@ def _class_starts(sizes: Int[np.ndarray, "classes"], tile: int) -> Int[np.ndarra
 
 
 def _shared_gallery(gallery, devices):
-    """The arrays of the gallery on every device, filled up to a round number of rows."""
+    """The arrays of the gallery on every device, padded to a round number of rows."""
     size = len(jax.tree.leaves(gallery)[0])
     columns = -(-size // 1024) * 1024 if size > 1024 else _power_of_two(size, least=64)
     mesh = tiles.mesh_of(devices)
@@ -265,7 +265,7 @@ def _tile(rows: int) -> int:
 
 
 def _height(rows: int, columns: int, devices: int) -> int:
-    """Rows per block: as many as keep the distances within bounds, and no more than there are."""
+    """Rows per block: as many as memory allows for the distances, and at most all rows."""
     fitting = max(8, 1 << (_BLOCK_BYTES // (4 * columns)).bit_length() - 1)
     return devices * min(256, fitting, _power_of_two(-(-rows // devices), least=8))
 
