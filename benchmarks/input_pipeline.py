@@ -4,12 +4,12 @@
     python benchmarks/input_pipeline.py --images=FOLDER        # your JPEG files as they are
     python benchmarks/input_pipeline.py --only=idml,tf --rounds=5
 
-Needs tensorflow, torch, Pillow, psutil and scikit-learn (its two sample photographs, of which windows are cut and
-encoded at quality 90) beside the package; what is missing is left out. All contestants read the same encoded pictures
-from memory and give uint8 batches of 100. Each runs in a process of its own, in turn within each round, so that a busy
-machine is busy for all of them; the first batches are not counted. The table gives the best round: pictures per second
-of wall clock, CPU milliseconds per picture (worker processes included), peak memory of the process (and its workers at
-the end), how much of it came after the imports, and the CPU time relative to ours.
+Needs tensorflow, torch, Pillow, psutil and scikit-learn (windows of its two sample photographs are encoded at quality
+90) in addition to the package; contestants whose library is missing are left out. All contestants read the same encoded
+images from memory and yield uint8 batches of 100. Each runs in a separate process, in turn within each round, so that
+load on the machine affects all of them; the first batches are not counted. The table gives the best round: images per
+second of wall time, CPU milliseconds per image (worker processes included), peak memory of the process (and its workers
+at the end), its growth after the imports, and the CPU time relative to this package.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def photographs(name, count=200):
 
 
 class Memory:
-    """Encoded pictures as a source."""
+    """Encoded images as a source."""
 
     def __init__(self, encoded):
         self.encoded = encoded
@@ -158,7 +158,7 @@ def cpu_seconds():
 
 
 def measure(name, kind, threads, images):
-    """Runs in a process of its own."""
+    """Measures one contestant; runs in a separate process."""
     import resource
 
     import psutil
@@ -191,7 +191,7 @@ def main():
     parser.add_argument("--set", default="")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--count", type=int, default=2000, help="pictures per contestant and round")
+    parser.add_argument("--count", type=int, default=2000, help="images per contestant and round")
     parser.add_argument("--only", default="", help="parts of names, comma-separated")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

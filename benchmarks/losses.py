@@ -1,13 +1,13 @@
 """Time and memory of every loss, value and gradient, against pytorch-metric-learning on the same CPU in the same run.
 
-    python benchmarks/losses.py                       # all of the table in docs/losses.md, some minutes
+    python benchmarks/losses.py                       # the whole table in docs/losses.md, some minutes
     python benchmarks/losses.py --sizes 256 --losses contrastive fast_ap --rounds 20
     python benchmarks/losses.py --introspective       # ours on the introspective metric, theirs as it is
 
-Needs the extra 'parity'. A loss, a size and a library make one process, so that its peak memory is its own. The two
-processes of a loss and size take turns of several evaluations, so that whatever else the machine does falls on both.
-Times are minima over the rounds; a ratio above 1 says that we are faster, or need less. Memory is the peak of the
-resident set above what it was before the first evaluation: compilation is in it, libraries and inputs are not.
+Needs the extra 'parity'. Each combination of loss, size and library runs in a separate process, so that peak memory is
+measured separately. The two processes of a loss and size alternate, so that other load on the machine affects both.
+Times are minima over the rounds; a ratio above 1 means that this package is faster or needs less memory. Memory is the
+peak resident set minus its size before the first evaluation: it includes compilation, but not libraries and inputs.
 """
 
 import argparse

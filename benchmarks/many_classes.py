@@ -5,18 +5,17 @@
     python benchmarks/many_classes.py --losses proxy_nca --plain
     python benchmarks/many_classes.py --processes 8 --only split --losses proxy_anchor --batch 8 --steps 2
 
-On a CPU the devices are --devices forced ones, of which each has the program and the arrays that a real one would have;
-on GPUs or TPUs they are what is there. With --processes they are shared out to so many processes of this machine, which
-find each other and sum over sockets as hosts do. The step is the real one (``steps.train_step``: Mixup, AdamW,
+On a CPU, --devices simulated devices are used, each with the program and arrays of a real one; on GPUs or TPUs, all
+existing devices. With --processes the devices are divided among that many processes on this machine, which communicate
+over sockets as hosts do. The step is the real one (``steps.train_step``: Mixup, AdamW,
 clipping) behind a tiny trunk, so nearly all of it is proxies, their moments and gradient, and the pair matrices of
 batch and classes.
 
-A row a program, in MB (1e6 bytes) of one device: ``state`` is what lies there between two steps, and the batch;
-``work`` what XLA plans beside it during the step, and ``sum`` both, new state in the place of the old. ``whole``
-says whether an array with all rows occurs anywhere in the program of a device. With --steps: ``held``, bytes of the
-live arrays on the fullest device after the steps, seconds a step (the fastest), and the peak resident set of the
-fullest process, which on a CPU is that of all its devices together. Exit code 1 if a split program knows an array with
-all rows.
+One row per program, in MB (1e6 bytes) per device: ``state`` is the state between two steps plus the batch; ``work`` is
+the temporary memory that XLA plans for the step; ``sum`` is both, with the new state replacing the old. ``whole`` says
+whether an array with all rows occurs anywhere in the program of a device. With --steps: ``held``, bytes of the live
+arrays on the fullest device after the steps, seconds per step (the fastest), and the peak resident set of the largest
+process, which on a CPU covers all its devices. Exit code 1 if a split program contains an array with all rows.
 """
 
 import argparse

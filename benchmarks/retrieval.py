@@ -5,10 +5,11 @@
     python benchmarks/retrieval.py --shape sop                   # 60,502 x 512, 11,316 classes
     python benchmarks/retrieval.py --shape 20000x512x20          # any other: rows x width x classes
 
-Needs faiss-cpu, pytorch-metric-learning, torch and scikit-learn beside the package; what is missing is left out. All
-contestants run in turn within each round, so that a busy machine is busy for all of them; the table gives the least
-wall-clock and the least CPU time of all rounds, and ratios of them. The data are points around random class centres in
-48 dimensions, rotated into all of them, with noise, then normalised: R@1 is about 0.8 to 1, like a trained embedding.
+Needs faiss-cpu, pytorch-metric-learning, torch and scikit-learn in addition to the package; contestants whose library
+is missing are left out. All contestants run in turn within each round, so that load on the machine affects all of them;
+the table gives the minimum wall time and CPU time over all rounds, and their ratios. The data are points around random
+class centres in 48 dimensions, rotated into all dimensions, with noise, then normalised: R@1 is about 0.8 to 1, like a
+trained embedding.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def make_data(rows, width, classes, seed=0):
 
 
 def bare_product(x, tile=2048):
-    """The whole matrix of inner products, tile by tile, of which nothing is kept."""
+    """Computes the complete matrix of inner products tile by tile and discards it."""
     blocks = jnp.asarray(np.pad(x, ((0, -len(x) % tile), (0, 0)))).reshape(-1, tile, x.shape[1])
 
     @jax.jit
@@ -52,7 +53,7 @@ def bare_product(x, tile=2048):
 
 
 def faiss_and_calculator(x, labels):
-    """AccuracyCalculator over faiss, extended by R@K as its documentation tells to."""
+    """AccuracyCalculator over faiss, extended by R@K as its documentation describes."""
     import torch
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
@@ -83,7 +84,7 @@ def faiss_search(x, k):
 
 
 def compare(contestants, rounds):
-    """Least wall and CPU seconds of each, and its last result, after one unmeasured turn for the compilers."""
+    """Minimum wall and CPU seconds of each, and its last result, after one unmeasured round for compilation."""
     best, results = {}, {}
     for turn in range(rounds + 1):
         for name, run in contestants.items():
@@ -162,7 +163,7 @@ def clustering(x, labels, rounds, iterations, without):
 
 
 def peak():
-    """Most memory that this process has held, in MiB (Linux: ru_maxrss would count its parent's as well)."""
+    """Peak memory of this process in MiB (on Linux ru_maxrss would include the parent's)."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM"))
 

@@ -1,14 +1,14 @@
-"""A long training of a tiny network: does memory stay flat, and does a step take as long at the end as at the start?
+"""Soak test: trains a tiny network for a long time to check that memory and step time do not grow.
 
     python benchmarks/soak.py                    # 20,000 steps on the glyphs, some minutes
     python benchmarks/soak.py --steps 2000
 
-It is a run as any other (``train.train_and_evaluate``: evaluations, checkpoints, log rows), watched at its log rows:
-resident memory of the process, bytes and number of live arrays on the devices, time and processor time per step since
-the row before. A run first fills its caches, so the second quarter of the rows is compared with the last one. Exit
-code 1 if the median resident memory grew by more than ``--tolerance``, or the bytes or the number of the arrays grew
-at all; 75 if it was stopped by a signal, after the same table. Times are told and not judged, since they depend on what
-else the machine does.
+It is an ordinary run (``train.train_and_evaluate``: evaluations, checkpoints, log rows), sampled at its log rows:
+resident memory of the process, bytes and number of live arrays on the devices, wall and CPU time per step since the
+previous row. A run first fills its caches, so the second quarter of the rows is compared with the last one. Exit code 1
+if the median resident memory grew by more than ``--tolerance``, or the bytes or the number of the arrays grew at all;
+75 if it was stopped by a signal, after the same table. Times are reported but not checked, since they depend on other
+load on the machine.
 """
 
 import argparse
@@ -47,12 +47,12 @@ def tiny_config(steps, batch_size):
 
 
 def resident_bytes():
-    """Of this process, now (Linux)."""
+    """Current resident memory of this process in bytes (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Watch(logging.Handler):
-    """Takes a row of figures whenever the run tells of its steps."""
+    """Records a row of measurements whenever the run logs its steps."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ def quarters(rows, key):
 
 
 def judge(rows, tolerance):
-    """What grew, in words; empty if nothing did."""
+    """A description of everything that grew; empty if nothing did."""
     grown = []
     before, after = quarters(rows, "rss")
     if after - before > tolerance:
@@ -122,7 +122,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--tolerance", type=float, default=20e6, help="bytes of resident memory, default 20 MB")
-    parser.add_argument("--workdir", help="a new folder; by default one that is removed at the end")
+    parser.add_argument("--workdir", help="new folder for the run; default: a temporary one")
     arguments = parser.parse_args()
     if arguments.steps < 100:
         parser.error("--steps: at least 100")

@@ -4,20 +4,20 @@
     python benchmarks/train_step.py --batch 16 --steps 2             # a CPU
     python benchmarks/train_step.py --rows jax-bf16 torch-bf16       # some rows alone
 
-Every row is a process of its own with the same work on one device, so that its memory is its own:
+Every row runs the same work on one device in a separate process, so that its memory is measured separately:
 
-    jax               this package's step: float32, originals and mixed pictures in one pass, donated state
+    jax               this package's step: float32, originals and mixed images in one pass, donated state
     jax-bf16          the same with a bfloat16 trunk
-    jax-remat         jax, what is inside a block computed again
-    jax-accumulate    jax, the batch in --parts parts, loss over all of it
+    jax-remat         jax, activations inside a block recomputed
+    jax-accumulate    jax, the batch in --parts parts, loss over the whole batch
     torch-published   the published training loop: float32, one pass for the originals and one for the mixed
     torch             a plain PyTorch step: float32, channels_last, one pass
     torch-bf16        torch under bfloat16 autocast, compiled on a GPU
 
-BatchNorm is frozen, as in the protocol. A picture counts once, though the trunk sees it and its mixture. MFU is three
-times the forward pass's arithmetic over the time, as a share of the device's peak in bfloat16, where that is known.
-Memory is the device's peak; on a CPU the process's peak resident set less what it held before weights and data, with
-compilation in it. PyTorch rows need the extra 'parity'. Times are medians over --steps steps after one.
+BatchNorm is frozen, as in the protocol. An image counts once, although the trunk sees it and its mixture. MFU is
+three times the arithmetic of the forward pass divided by the time, as a share of the device's bfloat16 peak, if known.
+Memory is the device's peak; on a CPU the process's peak resident set minus its size before weights and data, including
+compilation. PyTorch rows need the extra 'parity'. Times are medians over --steps steps after one.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("jax", "jax-bf16", "jax-remat", "jax-accumulate", "torch-published", "torch", "torch-bf16")
 CLASSES, DIM, TAU = 100, 512, 5.0
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Dense bfloat16 (T4, V100: float16) peak of one device in TFLOP/s, from the makers' data sheets, by a part of its name.
+# Dense bfloat16 (T4, V100: float16) peak of one device in TFLOP/s, from the data sheets, by a part of its name.
 PEAKS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
     "A10": 125, "RTX 4090": 165, "V100": 125, "T4": 65,

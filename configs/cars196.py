@@ -8,8 +8,9 @@ FOLDER holds car_ims.tgz and cars_annos.mat, or another layout of docs/data.md. 
 start from a ResNet-50 trained on ImageNet (torchvision's or timm's file, see docs/networks.md); from random weights use
 ``configs/cars196.py:scratch``. Published, R@1: 90.6 (introspective), 87.3 (``:plain``). Meant for a GPU or TPU;
 ``configs/cars196.py:quick`` is for a laptop.
-The words after a colon (``plain``, a loss, ``scratch``, ``quick``) are in ``idml_jax/protocols.py``. To choose settings
-without looking at test classes: ``--config.data.validation_classes=0.2 --config.eval.split=validation``.
+The words after a colon (``plain``, a loss, ``scratch``, ``quick``) are explained in
+``idml_jax/training/protocols/retrieval.py``. To choose settings
+without using test classes: ``--config.data.validation_classes=0.2 --config.eval.split=validation``.
 """
 
 from idml_jax.training.protocols.retrieval import retrieval_config

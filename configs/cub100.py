@@ -1,12 +1,12 @@
-"""CUB at 227 pixels with a ResNet-50: the 100-class subset of birds, or any folder of photographs laid out alike.
+"""CUB at 227 pixels with a ResNet-50: the 100-class subset of birds, or any folder with the same layout.
 
     python -m idml_jax.main --config=configs/cub100.py --config.data.root=data/cub100 --workdir=runs/cub100
 
 The first half of the classes trains, the second half tests. The settings are the protocol's for IDML-ProxyAnchor on
-CUB-200-2011, from random weights (the paper starts from ImageNet's, so expect less). Made for a GPU or TPU;
-``configs/cub100.py:cpu`` is sixteen steps on small batches and one evaluation, to see it work on a laptop:
-on two busy cores the first step came after 67 s, then about one image per second; the loss was 11.8, 9.9, 9.7, 9.5, 9.7
-and 10.1 over the first twelve steps in pairs, and embedding the 2,953 test images took seven minutes.
+CUB-200-2011, from random weights (the paper starts from ImageNet's, so expect less). Meant for a GPU or TPU;
+``configs/cub100.py:cpu`` runs sixteen steps on small batches and one evaluation, to try it on a laptop. On two busy
+cores the first step finished after 67 s, then about one image per second; the loss, averaged over pairs of steps, was
+11.8, 9.9, 9.7, 9.5, 9.7 and 10.1 in the first twelve steps; embedding the 2,953 test images took seven minutes.
 """
 
 from idml_jax.training.config import default_config

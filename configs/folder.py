@@ -2,11 +2,11 @@
 
     python -m idml_jax.main --config=configs/folder.py --config.data.root=PATH --workdir=runs/mine
 
-``PATH/train/<class>/`` and ``PATH/test/<class>/`` (or ``val``; or ``query`` and ``gallery``, the former searching the
-latter) are used as they are; ``PATH/<class>/`` alone is split by class, the first half in the order of the names for
-training (``--config.data.train_classes=``). The network is a ResNet-18 for pictures of 64 pixels that trains from
-scratch; ``configs/folder.py:large`` is the protocol's ResNet-50 at 224 pixels, meant for a GPU or TPU. A cut-short or
-foreign file stops the run with its name; ``--config.data.on_corrupt=skip`` leaves such files out and counts them.
+``PATH/train/<class>/`` and ``PATH/test/<class>/`` (or ``val``; or ``query`` and ``gallery``, where queries search
+the gallery) are used as they are; ``PATH/<class>/`` alone is split by class, the first half in the order of names for
+training (``--config.data.train_classes=``). The network is a ResNet-18 for images of 64 pixels that trains from
+scratch; ``configs/folder.py:large`` is the protocol's ResNet-50 at 224 pixels, meant for a GPU or TPU. A truncated file
+or one that is not an image stops the run with its name; ``--config.data.on_corrupt=skip`` skips and counts such files.
 """
 
 from idml_jax.training.config import default_config

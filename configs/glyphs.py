@@ -1,9 +1,9 @@
-"""Glyphs, the built-in characters: a small network on pictures of 32 pixels, training and test classes disjoint.
+"""Glyphs, the built-in characters: a small network on images of 32 pixels, training and test classes disjoint.
 
     python -m idml_jax.main --config=configs/glyphs.py --workdir=runs/glyphs
     python -m idml_jax.main --config=configs/glyphs.py:quick --workdir=runs/glyphs_quick   (launch/quickstart.sh)
 
-The data is made on first use. Seen with ``quick`` on two cores: 3 min 12 s in all, R@1 5.9 % before and 62.7 %
+The data is drawn on first use. Measured with ``quick`` on two cores: 3 min 12 s in total, R@1 5.9 % before and 62.7 %
 after (plain: 62.8 %), rank correlation of the uncertainty with the true ambiguity 0.56.
 
 Plain instead of introspective: ``--config.ism.enabled=False``.

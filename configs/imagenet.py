@@ -5,8 +5,9 @@
 
 Rows: ``baseline``, ``mixup`` or ``cutmix``, each alone (plain) or with ``,ism`` (introspective).
 Published, top-1: baseline 76.32, Mixup 77.42, CutMix 78.60; introspective 76.94, 77.95, 79.04.
-Meant for a GPU or TPU; ``,quick`` is for a laptop. A folder with ``train/<class>/`` and ``test/<class>/`` will do
-too: ``--config.data.name=folder --config.data.root=PATH``. The words are in ``idml_jax/protocols_classification.py``.
+Meant for a GPU or TPU; ``,quick`` is for a laptop. A folder with ``train/<class>/`` and ``test/<class>/`` works
+too: ``--config.data.name=folder --config.data.root=PATH``. The words after the colon are explained in
+``idml_jax/training/protocols/classification.py``.
 """
 
 from idml_jax.training.protocols.classification import classification_config

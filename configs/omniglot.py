@@ -2,7 +2,7 @@
 
     python -m idml_jax.main --config=configs/omniglot.py --config.data.root=data/omniglot_small --workdir=runs/omniglot
 
-Seen on two busy cores: six and a half minutes, R@1 18.8 % before and 80 % after, MAP@R 42 % (see docs/results.md).
+Measured on two busy cores: six and a half minutes, R@1 18.8 % before and 80 % after, MAP@R 42 % (see docs/results.md).
 The folder holds ``train/<Alphabet>.<character>/`` and ``test/...``. Plain instead of introspective:
 ``--config.ism.enabled=False``; another seed: ``--config.seed=1``.
 """

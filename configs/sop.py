@@ -8,8 +8,9 @@ The settings are the paper's, which start from a ResNet-50 trained on ImageNet (
 docs/networks.md); from random weights use ``configs/sop.py:scratch``. Published, R@1:
 81.5 (introspective), 79.5 (``:plain``). Meant for a GPU or TPU;
 ``configs/sop.py:quick`` is for a laptop with patience.
-The words after a colon (``plain``, a loss, ``scratch``, ``quick``) are in ``idml_jax/protocols.py``. To choose settings
-without looking at test classes: ``--config.data.validation_classes=0.2 --config.eval.split=validation``.
+The words after a colon (``plain``, a loss, ``scratch``, ``quick``) are explained in
+``idml_jax/training/protocols/retrieval.py``. To choose settings
+without using test classes: ``--config.data.validation_classes=0.2 --config.eval.split=validation``.
 """
 
 from idml_jax.training.protocols.retrieval import retrieval_config

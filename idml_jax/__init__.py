@@ -12,8 +12,8 @@ and a run takes a few lines::
     idml_jax.train_and_evaluate(config, "runs/mine")
     model = idml_jax.load("runs/mine")
 
-What ``__all__`` lists is public: modules, and the functions one starts from. They are imported when they are first
-used, so that ``import idml_jax`` takes no time and the pure parts never load what training needs.
+``__all__`` lists the public names: modules, and the main entry functions. They are imported on first use, so
+``import idml_jax`` is fast and the pure modules never load the dependencies of training.
 """
 
 import importlib
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from idml_jax.training.recipes import get_config
     from idml_jax.training.train import evaluate_checkpoint, train_and_evaluate
 
-# Where a public name comes from: a module, or a module and what of it.
+# Origin of each public name: a module, or a module and the attribute in it.
 _HOMES = {
     "Embedding": "ism:Embedding",
     "UserError": "errors:UserError",

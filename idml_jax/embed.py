@@ -1,11 +1,11 @@
-"""Embeds pictures with a trained run.
+"""Embeds images with a trained run.
 
     python -m idml_jax.embed --workdir=RUN --images=PHOTOS --out=photos.npz        # or photos.parquet
-    python -m idml_jax.embed --workdir=RUN --split=test --out=test.npz             # the run's own pictures
+    python -m idml_jax.embed --workdir=RUN --split=test --out=test.npz             # the run's own images
 
-``--images`` is a picture, a folder, or a list: a text file with a path per line and perhaps, after a tab, its class. In
-a folder whose pictures all lie in folders of their own, those are the classes. Pictures that cannot be read are left
-out and listed in ``<out>.skipped.txt``. A stopped command goes on where it was. ``python -m idml_jax.evaluate
+``--images`` is an image, a folder, or a list: a text file with one path per line, optionally followed by a tab and the
+class. If all images of a folder lie in subfolders, the subfolders are the classes. Unreadable images are skipped and
+listed in ``<out>.skipped.txt``. A stopped command resumes when it is run again. ``python -m idml_jax.evaluate
 --embeddings=photos.npz`` measures them, ``python -m idml_jax.search`` searches them.
 """
 
@@ -35,7 +35,7 @@ def _embed(given: dict[str, Any]) -> None:
         raise UserError("give either --images or --split")
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
     embeddings.check_suffix(out, "--out")
-    check_target(out)  # before the work
+    check_target(out)  # fails before the work starts
     for name in ("batch_size", "threads"):
         if given[name] < (name == "threads"):
             raise UserError(f"--{name}={given[name]} must be at least {int(name == 'threads')}")
@@ -54,15 +54,19 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="folder of a run")
-    parser.add_argument("--images", default="", help="picture, folder or list")
-    parser.add_argument("--split", default="", choices=SPLITS, help="instead: pictures of the run's own data")
-    parser.add_argument("--out", required=True, help=".npz or .parquet")
-    parser.add_argument("--no_labels", action="store_true", help="folders are no classes")
-    parser.add_argument("--batch_size", type=int, default=0, help="default: the run's of evaluation")
-    parser.add_argument("--threads", type=int, default=4, help="that read and decode")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--images", default="", help="image, folder of images, or list of images")
+    parser.add_argument(
+        "--split", default="", choices=SPLITS, help="instead of --images: a split of the run's own data"
+    )
+    parser.add_argument("--out", required=True, help="file to write, .npz or .parquet")
+    parser.add_argument("--no_labels", action="store_true", help="do not take folder names as classes")
+    parser.add_argument(
+        "--batch_size", type=int, default=0, help="images per batch; default: the run's evaluation batch size"
+    )
+    parser.add_argument("--threads", type=int, default=4, help="number of reader and decoder threads")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     given = vars(parser.parse_args(argv))
-    run_command(lambda: _embed(given), "stopped; the same command goes on")
+    run_command(lambda: _embed(given), "stopped; rerun the same command to resume")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Errors as single lines, text that is safe to show, and the end of a command."""
+"""One-line errors, text that is safe to display, and the way a command exits."""
 
 import contextlib
 import io
@@ -14,10 +14,10 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """A file, a setting or a value that the user can mend. The message names it and says what would be right."""
+    """An error that the user can fix. The message names the file, setting or value and says what would be right."""
 
 
-# Joiners within words and pictographs; they show nothing of their own and change no order.
+# Joiners within words and pictographs; they are invisible and do not change the text direction.
 _HARMLESS = "\u200c\u200d"
 
 
@@ -31,17 +31,17 @@ def _shown(character: str) -> str:
 
 
 def printable(text: object) -> str:
-    """Text from elsewhere, safe for a terminal, a table or a page: one line that steers nothing.
+    """External text made safe for a terminal, a table or a page: one line without control characters.
 
-    Control characters (a terminal obeys some of them), marks that turn the direction of writing, line breaks and bytes
-    of file names that are not UTF-8 are shown as escapes such as ``\\x1b``; all else stays.
+    Control characters (a terminal obeys some of them), marks that change the text direction, line breaks and bytes
+    of file names that are not UTF-8 are shown as escapes such as ``\\x1b``; everything else is unchanged.
     """
     text = str(text)
     return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
 
 
 def warn(line: str) -> None:
-    """Shows a warning as one line of standard error."""
+    """Prints a warning as one line on standard error."""
     print(f"warning: {printable(line)}", file=sys.stderr)
 
 
@@ -58,7 +58,7 @@ def show_progress() -> None:
 
 
 class _Lines(logging.Formatter):
-    """Log messages, of which each line is safe for a terminal."""
+    """Formats log records so that every line is safe for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
@@ -70,9 +70,9 @@ def _wants_traceback() -> bool:
 
 
 def stop(error: Exception) -> NoReturn:
-    """Ends a command with the error as one line and exit code 1, or with its traceback where that is asked for.
+    """Ends a command with the error as one line and exit code 1, or with its traceback if requested.
 
-    It is asked for by the flag ``--traceback`` of ``idml_jax.main``, and everywhere by ``IDML_JAX_TRACEBACK=1``.
+    ``idml_jax.main --traceback``, or ``IDML_JAX_TRACEBACK=1`` with any command, requests the traceback.
     """
     if _wants_traceback():
         raise error
@@ -84,15 +84,15 @@ def stop(error: Exception) -> NoReturn:
 
 
 def end_now(code: int, message: str = "") -> NoReturn:
-    """Ends this process at once, without the clean-up of Python, during which threads of XLA that still run may crash.
+    """Ends this process at once, without Python's clean-up, during which running XLA threads may crash.
 
-    Args:
-      code: exit code.
-      message: for standard error.
+        Args:
+          code: exit code.
+    message: text for standard error; empty: none.
     """
     if message:
         print(printable(message), file=sys.stderr)
-    for child in multiprocessing.active_children():  # the data loader's, which nobody else would end
+    for child in multiprocessing.active_children():  # those of the data loader, which nothing else would end
         child.terminate()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -133,23 +133,23 @@ def hide_consequences() -> None:
 
 
 def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
-    """Runs what a command line asks for.
+    """Runs a command and turns its errors into exit codes.
 
-    An error of the user becomes one line and exit code 1, Ctrl-C one line and exit code 130.
+        A ``UserError`` ends in one line and exit code 1, Ctrl-C in one line and exit code 130.
 
-    Args:
-      action: the command.
-      stopped: what to say after Ctrl-C.
+        Args:
+          action: the command.
+    stopped: message after Ctrl-C.
     """
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
     hide_consequences()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without the characters of a name shows their codes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its code
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         action()
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed the pipe
         sys.stderr.close()
         sys.exit(1)
     except (UserError, OSError) as error:

@@ -1,6 +1,6 @@
-"""Evaluation: embed every image once, tail included, then all metrics of the whole set.
+"""Computes all metrics of embeddings that are stored in a file.
 
-Embeddings saved by anyone are evaluated from the shell::
+The file may come from ``idml_jax.embed`` or from other software::
 
     python -m idml_jax.evaluate --embeddings=x.npz [--gallery=y.npz] [--held_out=z.npz --precision=0.9] [--out=m.json]
 
@@ -31,7 +31,7 @@ def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] 
     """Reads embeddings with labels; pickled content is refused.
 
     Args:
-      path: of the file, see the module's docstring for its names.
+      path: file of embeddings; see the module's docstring for the names of its arrays.
 
     Returns:
       The embeddings, and the true ambiguity if the file holds one.
@@ -44,7 +44,7 @@ def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] 
 
 
 def show(report: dict[str, float]) -> str:
-    """A line per metric."""
+    """Metrics as text, one line each."""
     return "\n".join(f"{name:32s} {value:.4f}" for name, value in report.items())
 
 
@@ -62,7 +62,7 @@ def _evaluate_files(given: dict[str, Any]) -> None:
     start = time.monotonic()
     out = user_path(given["out"]) if given["out"] else None
     if out is not None:
-        check_target(out)  # before the work
+        check_target(out)  # fails before the work starts
     names = "temperature", "absolute", "precision", "seed"
     options = Options(_ks(given["ks"]), cluster=not given["no_clustering"], **{name: given[name] for name in names})
     found = measure(given["embeddings"], given["gallery"], given["held_out"], options, warn)
@@ -77,18 +77,20 @@ def _evaluate_files(given: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line for saved embeddings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embeddings", required=True, help="queries, and gallery too if none is given")
-    parser.add_argument("--gallery", default="", help="what is searched")
-    parser.add_argument("--held_out", default="", help="embeddings of held-out classes, for the threshold of answers")
-    parser.add_argument("--precision", type=float, default=0.9, help="wanted share of right answers")
+    parser.add_argument(
+        "--embeddings", required=True, help="file of query embeddings, also the gallery if none is given"
+    )
+    parser.add_argument("--gallery", default="", help="file of the embeddings to search")
+    parser.add_argument("--held_out", default="", help="embeddings of held-out classes, to choose the answer threshold")
+    parser.add_argument("--precision", type=float, default=0.9, help="required share of correct answers")
     parser.add_argument("--ks", default="1,2,4,8", help="K of R@K")
-    parser.add_argument("--temperature", type=float, help="of the metric; default: the file's, else that of the paper")
+    parser.add_argument("--temperature", type=float, help="tau of the metric; default: the file's, or the paper's")
     parser.add_argument(
         "--absolute", action=argparse.BooleanOptionalAction, help="the absolute form of the metric; default: the file's"
     )
-    parser.add_argument("--no_clustering", action="store_true", help="leave out NMI, AMI and F1")
-    parser.add_argument("--seed", type=int, default=0, help="of clustering and bootstrap")
-    parser.add_argument("--out", default="", help="JSON file for the metrics")
+    parser.add_argument("--no_clustering", action="store_true", help="skip NMI, AMI and F1")
+    parser.add_argument("--seed", type=int, default=0, help="seed of clustering and bootstrap")
+    parser.add_argument("--out", default="", help="JSON file to write the metrics to")
     given = vars(parser.parse_args(argv))
     run_command(lambda: _evaluate_files(given))
 

@@ -1,15 +1,15 @@
-"""Writes a trained run as one program that JAX loads without this package, or embeddings as an index of faiss.
+"""Exports a trained run as a program that JAX loads without this package, or embeddings as a faiss index.
 
     python -m idml_jax.export --workdir=RUN --out=model/
 
-The folder holds ``model.stablehlo`` (weights included, for any batch size, by ``jax.export``), ``about.json`` (what
-goes in and comes out) and ``example.py``, which loads it. Into the program go pictures cut to size, as uint8; it
-normalises them itself. JAX promises to load such programs with its versions of at least the six months that follow.
+The folder holds ``model.stablehlo`` (by ``jax.export``, weights included, for any batch size), ``about.json`` (inputs
+and outputs) and ``example.py``, which loads the program. The program takes uint8 images of the run's size and
+normalises them itself. JAX guarantees that such a program loads with all its versions of at least the next six months.
 
     python -m idml_jax.export --index=photos.npz --faiss=photos.faiss [--faiss_kind=HNSW32]
 
-writes embeddings of ``idml_jax.embed`` as an index of faiss (squared distances of the semantic embeddings; its row i is
-row i of the file).
+writes embeddings of ``idml_jax.embed`` as a faiss index over squared distances of the semantic embeddings. Row i of the
+index is row i of the file.
 """
 
 import argparse
@@ -47,10 +47,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="", help="folder of a run")
     parser.add_argument("--out", default="", help="new folder")
-    parser.add_argument("--platforms", default="cpu,cuda,tpu", help=f"of {', '.join(PLATFORMS)}")
-    parser.add_argument("--index", default="", help="instead of a run: .npz or .parquet of idml_jax.embed")
-    parser.add_argument("--faiss", default="", help="file of the index for faiss")
-    parser.add_argument("--faiss_kind", default="Flat", help="for faiss's index_factory; Flat: exact")
+    parser.add_argument(
+        "--platforms", default="cpu,cuda,tpu", help=f"comma-separated platforms, of {', '.join(PLATFORMS)}"
+    )
+    parser.add_argument("--index", default="", help="instead of --workdir: .npz or .parquet of idml_jax.embed")
+    parser.add_argument("--faiss", default="", help="faiss index file to write")
+    parser.add_argument("--faiss_kind", default="Flat", help="argument of faiss's index_factory; Flat: exact search")
     given = vars(parser.parse_args(argv))
     run_command(lambda: _export(given))
 

@@ -1,11 +1,11 @@
-"""Distances, cosines and weakenings of all pairs of rows: the numerics below the metric (``idml_jax.ism``).
+"""Distances, cosines and weakening factors of all pairs of rows: the numerics beneath the metric (``idml_jax.ism``).
 
-Values and gradients are finite, also where the textbook formula has ``sqrt(0)`` or ``x / 0``; there the gradient is 0.
+Values and gradients are finite even where the textbook formula has ``sqrt(0)`` or ``x / 0``; there the gradient is 0.
 Everything is computed in float32 (float64 stays float64; lower precisions are promoted).
 
-Range, in float32: rows whose lengths are 0 or between 1e-12 and 1e12, in any mixture, have finite gradients. Rows that
-are all much longer or shorter are scaled as one; of a mixture of 1e-20 and 1e20 the values are finite and some
-gradients of the uncertainty are not.
+Range in float32: gradients are finite for any mixture of rows whose lengths are 0 or between 1e-12 and 1e12. Rows that
+are all much longer or shorter are scaled by one common factor. For a mixture of lengths 1e-20 and 1e20 the values are
+finite, but some gradients of the uncertainty are not.
 """
 
 import jax
@@ -16,7 +16,7 @@ __all__ = ["cosine_similarity", "l2_normalize", "pair_uncertainty", "relative_we
 
 
 def promote(*arrays: Array) -> tuple[Array, ...]:
-    """Everything to one floating type, float32 at least."""
+    """Promotes all arrays to one floating type, at least float32."""
     dtype = jnp.result_type(jnp.float32, *arrays)
     return tuple(jnp.asarray(a).astype(dtype) for a in arrays)
 
@@ -27,7 +27,7 @@ def _check_matrices(a: Array, b: Array, name: str) -> None:
 
 
 def _promote_pair(a: Array, b: Array | None, name: str) -> tuple[Array, Array | None]:
-    """Both sides checked and of one floating type; a side that is missing stays missing."""
+    """Checks both sides and promotes them to one floating type; a missing side stays ``None``."""
     if b is None:
         (a,) = promote(a)
         _check_matrices(a, a, name)
@@ -38,15 +38,15 @@ def _promote_pair(a: Array, b: Array | None, name: str) -> tuple[Array, Array | 
 
 
 def safe_sqrt(x: Array, rounding: Array | float = 0.0) -> Array:
-    """sqrt, 0 with gradient 0 up to ``rounding`` (two ``where``: an infinity times 0 would be NaN); NaN stays."""
+    """Square root that is 0 with gradient 0 for ``x <= rounding``; NaN is passed on. (Two ``where`` avoid inf * 0.)"""
     zero = x <= rounding
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 
 
 def _common_scale(*arrays: Array) -> Array:
-    """A divisor for magnitudes whose squares would leave the float range; 1 for ordinary ones.
+    """A common divisor for values whose squares would overflow or underflow; 1 for ordinary values.
 
-    One for all rows: beside rows of length 1e20 the distances between rows of length 1 vanish.
+    It is the same for all rows: next to rows of length 1e20 the distances between rows of length 1 vanish.
     """
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0.0) for a in arrays]))
     largest = jax.lax.stop_gradient(largest)
@@ -61,10 +61,10 @@ def _products(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n
 
 @jax.custom_jvp
 def _gram(a: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    """``a a^T``; with its tangent written as ``M + M^T`` the gradient takes one matrix product instead of two.
+    """``a a^T``, with its tangent written as ``M + M^T`` so that the gradient needs one matrix product instead of two.
 
-    For distances alone: after the similarities' losses XLA computes ``M`` twice on a CPU, once across the rows, which
-    takes longer than a product.
+    Used for distances only: for losses on similarities, XLA on a CPU computes ``M`` twice, once across the rows, which
+    takes longer than a matrix product.
     """
     return _products(a, a)
 
@@ -81,8 +81,8 @@ def _gram_jvp(
 def _norm_of_sums(a: Float[Array, "n d"], b: Float[Array, "m d"] | None, sign: float) -> Float[Array, "n m"]:
     """``|| a_i + sign * b_j ||`` for all pairs through one matrix product; ``b=None`` stands for ``a``.
 
-    The expanded square cancels: where nothing but rounding is left of it the result is exactly 0, so that duplicates
-    are at distance 0 and receive no noise for a gradient.
+    The expanded square suffers from cancellation: where only rounding error remains, the result is exactly 0, so that
+    duplicates have distance 0 and a gradient of 0 instead of noise.
     """
     scale = _common_scale(a, *([] if b is None else [b]))
     a, b = a / scale, None if b is None else b / scale
@@ -95,7 +95,7 @@ def _norm_of_sums(a: Float[Array, "n d"], b: Float[Array, "m d"] | None, sign: f
 
 
 def l2_normalize(x: Float[Array, "*batch d"], epsilon: float = 1e-12) -> Float[Array, "*batch d"]:
-    """Rows of length 1; a zero row stays zero with a zero gradient instead of NaN.
+    """Scales rows to length 1; a zero row stays zero, with gradient zero instead of NaN.
 
     Args:
       x: ``[..., d]``.
@@ -108,9 +108,9 @@ def l2_normalize(x: Float[Array, "*batch d"], epsilon: float = 1e-12) -> Float[A
     [[0.6, 0.8], [0.0, 0.0]]
     """
     (x,) = promote(x)
-    # Two steps, so that neither huge nor tiny rows overflow or vanish when squared.
+    # In two steps, so that squares of huge or tiny rows neither overflow nor underflow.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    zero = largest <= epsilon  # false for NaN, which is passed on: a broken network must not look like a black image
+    zero = largest <= epsilon  # false for NaN, which must be passed on to show a broken network
     scaled = jnp.where(zero, 0.0, x) / jnp.where(zero, 1.0, largest)
     square = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
     return scaled * jnp.where(zero, 0.0, jax.lax.rsqrt(jnp.where(zero, 1.0, square)))
@@ -124,8 +124,8 @@ def semantic_distance(a: Float[Array, "n d"], b: Float[Array, "m d"] | None = No
       b: ``[m, d]``; ``None`` compares ``a`` with itself.
 
     Returns:
-      ``[n, m]``, 0 at exact duplicates. Distances below some 1e-3 of the vectors' length lose digits, as in every
-      implementation by one matrix product.
+      ``[n, m]``, 0 for exact duplicates. Distances below about 1e-3 of the vectors' length lose digits, as in every
+      implementation that uses one matrix product.
 
     Raises:
       ValueError: if the shapes do not fit.
@@ -140,8 +140,8 @@ def semantic_distance(a: Float[Array, "n d"], b: Float[Array, "m d"] | None = No
 def pair_uncertainty(ua: Float[Array, "n k"], ub: Float[Array, "m k"] | None) -> Float[Array, "n m"]:
     """Uncertainty of the pair ``beta = || ua_i + ub_j ||_2`` (paper, eq. 5).
 
-    The vectors are added before the norm, so it depends on both images together. Unlike in ``semantic_distance``,
-    ``ub=None`` means that the second side is certain (``u = 0``: proxies, prototypes).
+    The vectors are added before the norm is taken, so it depends on both images jointly. Unlike in
+    ``semantic_distance``, ``ub=None`` means that the second side is certain (``u = 0``: proxies, prototypes).
 
     Args:
       ua: ``[n, k]`` uncertainty embeddings.
@@ -193,12 +193,12 @@ def cosine_similarity(a: Float[Array, "n d"], b: Float[Array, "m d"] | None = No
 def relative_weakening(
     alpha: Float[Array, "*shape"], beta: Float[Array, "*shape"], temperature: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """``exp(-beta / (temperature alpha))`` for ``alpha, beta >= 0`` of one shape; 1 where beta is 0, finite slopes.
+    """``exp(-beta / (temperature alpha))`` for ``alpha, beta >= 0``, with finite derivatives; 1 where beta is 0.
 
     Args:
       alpha: discrepancies, at least 0.
       beta: uncertainties, at least 0, of the same shape and type.
-      temperature: tau > 0, likewise.
+      temperature: tau > 0, of the same shape and type.
 
     Returns:
       The factor, in [0, 1]; 0 where alpha is 0 and beta is not.
@@ -211,7 +211,7 @@ def relative_weakening(
 
 
 def _relative_weakening_parts(alpha: Array, beta: Array, temperature: Array) -> tuple[Array, Array, Array]:
-    # Beyond the limit the factor is 0 in this float type, and so are its derivatives.
+    # Beyond the limit the factor and its derivatives underflow to 0 in this float type.
     limit = 80.0 if alpha.dtype == jnp.float32 else 700.0
     regular = (alpha > 0) & (beta <= limit * temperature * alpha)
     divisor = jnp.where(regular, temperature * alpha, 1.0)

@@ -1,20 +1,20 @@
 """The introspective similarity metric (ISM) of IDML, Wang et al., arXiv 2309.09982, section 3.
 
-An image is a semantic embedding ``s`` and an uncertainty embedding ``u``. For a pair,
+An image is represented by a semantic embedding ``s`` and an uncertainty embedding ``u``. For a pair,
 
     alpha = || s1 - s2 ||             semantic discrepancy
     beta  = || u1 + u2 ||             uncertainty of the pair (vectors are added before the norm)
     D     = alpha * exp(-beta~ / tau) introspective distance
 
 with ``beta~ = beta / alpha`` (relative, the default) or ``beta~ = beta`` (absolute). The same factor weakens the
-discrepancy ``1 - c`` of losses written on the cosine similarity ``c``: ``S = 1 - (1 - c) exp(-beta~ / tau)``.
+discrepancy ``1 - c`` of losses that use the cosine similarity ``c``: ``S = 1 - (1 - c) exp(-beta~ / tau)``.
 
-``Metric`` holds form and temperature, and is what losses, retrieval and search are given; the functions of this module
-are the same without the object. A new form is a subclass of ``Form`` and its entry in ``FORMS``.
+``Metric`` holds form and temperature and is passed to losses, retrieval and search; the functions of this module do the
+same without the object. To add a form, subclass ``Form`` and add it to ``FORMS``.
 
-Everything is pure, works on whole matrices of pairs in float32 or, given float64, in that, and has finite values and
-gradients (see ``idml_jax.geometry``), also where the textbook formula has ``sqrt(0)`` or ``x / 0``. There the gradient
-is the limit along the plain metric: 0 for a distance, and for ``S`` that of ``c`` where the pair is certain.
+Everything is pure, works on whole matrices of pairs in float32 (float64 for float64 inputs), and has finite values and
+gradients (see ``idml_jax.geometry``), even where the textbook formula has ``sqrt(0)`` or ``x / 0``. There the gradient
+is that of the plain metric in the limit: 0 for a distance, and for ``S`` that of ``c`` where the pair is certain.
 """
 
 from collections.abc import Mapping
@@ -71,7 +71,7 @@ class Embedding(NamedTuple):
 
 
 def _beta(a: Embedding, b: Embedding) -> Float[Array, "n #m"]:
-    """Uncertainty of pairs with an uncertainty on at least one side."""
+    """Uncertainty of all pairs; at least one side must have an uncertainty."""
     if a.uncertainty is None:
         assert b.uncertainty is not None
         return pair_uncertainty(b.uncertainty, None).T
@@ -79,12 +79,12 @@ def _beta(a: Embedding, b: Embedding) -> Float[Array, "n #m"]:
 
 
 class Form:
-    """How the uncertainty of a pair weakens its discrepancy: a subclass has ``weakening`` and its ``slope``.
+    """How the uncertainty of a pair weakens its discrepancy; subclasses define ``weakening`` and ``slope``.
 
     Attributes:
       introspective: whether it reads the uncertainty.
-      raw_proxies: whether it is a similarity to proxies as stored, not normalised, and nothing else.
-      ranks_as: the form that ranks embeddings trained with this one; empty: itself.
+      raw_proxies: whether it is only a similarity to proxies as stored, not normalised.
+      ranks_as: name of the form that ranks embeddings trained with this one; empty: this form.
     """
 
     introspective = True
@@ -93,7 +93,7 @@ class Form:
     _LACKS = "the released form of the metric is a similarity to raw proxies alone; the form that ranks is 'relative'"
 
     def weakening(self, alpha: Array, beta: Array, temperature: Array) -> Array:
-        """``exp(-beta~ / tau)`` in [0, 1], 1 where beta is 0; all three of one floating type."""
+        """``exp(-beta~ / tau)`` in [0, 1], 1 where beta is 0; all arguments have one floating type."""
         raise ValueError(self._LACKS)
 
     def slope(self, alpha: Array, beta: Array, temperature: Temperature) -> Array:
@@ -101,7 +101,7 @@ class Form:
         raise ValueError(self._LACKS)
 
     def distance(self, a: Embedding, b: Embedding, temperature: Temperature) -> Float[Array, "n m"]:
-        """``D`` of all pairs, by differences of ``s``; ``b is a`` compares a set with itself."""
+        """``D`` of all pairs, from differences of ``s``; ``b is a`` compares a set with itself."""
         alpha = semantic_distance(a.semantic, None if b.semantic is a.semantic else b.semantic)
         if not self.introspective or (a.uncertainty is None and b.uncertainty is None):
             return alpha
@@ -117,7 +117,7 @@ class Form:
         beta = _beta(a, b).astype(cosine.dtype)
         rounding = 4.0 * float(jnp.finfo(cosine.dtype).eps)
         alpha = safe_sqrt(2.0 * discrepancy, 2.0 * rounding)
-        # 1 - (1 - c) w, written so that w = 1 gives c to the bit.
+        # 1 - (1 - c) w, written so that w = 1 gives exactly c.
         return cosine + discrepancy * (1.0 - self.weakening(alpha, beta, jnp.asarray(temperature, cosine.dtype)))
 
 
@@ -177,13 +177,13 @@ FORMS = {"relative": _Relative(), "absolute": _Absolute(), "released": _Released
 
 @dataclass(frozen=True)
 class Metric:
-    """The metric with its settings; called, it is ``distance``. Equal metrics share one compiled program.
+    """The metric with its settings; calling it computes ``distance``. Equal metrics share one compiled program.
 
     Attributes:
       form: key of ``FORMS``: ``relative`` (``beta~ = beta / alpha``), ``absolute`` (``beta~ = beta``), ``plain``
         (the uncertainty is ignored), or ``released`` (the published code's similarity to raw proxies).
       temperature: tau, finite and above 0; the larger, the weaker the effect of the uncertainty. A traced scalar is
-        taken as it is.
+        not checked.
 
     Raises:
       ValueError: for an unknown form, or a temperature that is not a finite number above 0.
@@ -219,11 +219,11 @@ class Metric:
 
     @property
     def raw_proxies(self) -> bool:
-        """Whether it is a similarity to proxies as they are stored, and nothing else."""
+        """Whether it is only a similarity to proxies as stored, not normalised."""
         return FORMS[self.form].raw_proxies
 
     def for_ranking(self) -> "Metric":
-        """The metric that ranks embeddings which were trained with this one: itself, ``relative`` for ``released``."""
+        """The metric that ranks embeddings trained with this one: itself, but ``relative`` for ``released``."""
         return Metric(FORMS[self.form].ranks_as or self.form, self.temperature)
 
     def distance(self, a: Embedding, b: Embedding | None = None) -> Float[Array, "n m"]:
@@ -247,8 +247,8 @@ class Metric:
     def weakening(self, alpha: Float[Array, "..."], beta: Float[Array, "..."]) -> Float[Array, "..."]:
         """The factor ``exp(-beta~ / tau)`` by which uncertainty shortens a discrepancy.
 
-        In [0, 1], 1 for certain pairs; ``alpha`` and ``beta`` of any two shapes that broadcast. Raises ValueError for
-        the released form, which has none.
+        In [0, 1], 1 for certain pairs; the shapes of ``alpha`` and ``beta`` must broadcast. Raises ValueError for the
+        released form, which has no such factor.
 
         >>> Metric().weakening(jnp.array([1.0, 2.0]), jnp.array([5.0, 5.0])).round(3).tolist()
         [0.368, 0.607]
@@ -257,7 +257,7 @@ class Metric:
         return FORMS[self.form].weakening(alpha, beta, jnp.asarray(self.temperature, alpha.dtype))
 
     def about(self) -> dict[str, object]:
-        """As files remember it: ``temperature``, ``relative`` and, where that does not tell the form, ``form``.
+        """The metric as files store it: ``temperature``, ``relative`` and, where that does not determine it, ``form``.
 
         >>> Metric("absolute", 2.0).about()
         {'temperature': 2.0, 'relative': False}
@@ -267,7 +267,7 @@ class Metric:
 
     @classmethod
     def from_about(cls, about: Mapping[str, object]) -> "Metric":
-        """The metric that a file remembers; what is missing has its default. Raises ValueError as the constructor."""
+        """The metric stored in a file; missing entries take their defaults. Raises ValueError as the constructor."""
         form: Any = about.get("form", "relative" if about.get("relative", True) else "absolute")
         temperature: Any = about.get("temperature", DEFAULT_TEMPERATURE)
         return cls(form, temperature)
@@ -316,7 +316,7 @@ def introspective_similarity(
 ) -> Float[Array, "n m"]:
     """Introspective similarity ``S = 1 - (1 - c) exp(-beta~ / tau)`` with ``alpha = sqrt(2 - 2c)``.
 
-    The form of ISM for losses that are written on the cosine similarity ``c``.
+    The form of ISM for losses that use the cosine similarity ``c``.
 
     Args:
       a: ``n`` embeddings; semantic rows are compared by their direction.
@@ -353,7 +353,7 @@ def gradient_factor(
       alpha: semantic discrepancies, any shape.
       beta: pair uncertainties, broadcastable to ``alpha``.
       temperature: tau > 0.
-      relative: which reading of beta~.
+      relative: ``beta~ = beta / alpha`` if true, ``beta`` if false.
 
     Returns:
       The factor, of the broadcast shape.

@@ -1,12 +1,12 @@
 """Trains and evaluates: ``python -m idml_jax.main --config=configs/glyphs.py --workdir=runs/glyphs``.
 
-``--config`` is a file with ``get_config()``, or one of those that come with the package: those are found from any
-folder, as ``configs/glyphs.py:quick`` or ``glyphs:quick`` (``idml_jax.recipes``).
-Settings are overridden one by one: ``--config.optim.learning_rate=1e-4``. ``--mode=eval`` evaluates the best
+``--config`` is a file with a function ``get_config()``. The files of this package are found from any folder, as
+``configs/glyphs.py:quick`` or ``glyphs:quick`` (``idml_jax.recipes``). Flags such as
+``--config.optim.learning_rate=1e-4`` override single settings. ``--mode=eval`` evaluates the best
 checkpoint of a workdir; it needs no ``--config``.
 
-Exit codes: 0, finished; 1, an error, told in one line; 75, stopped by SIGTERM or SIGUSR1 after saving, and 130, stopped
-by Ctrl-C: the same command goes on.
+Exit codes: 0, finished; 1, an error, reported in one line; 75, stopped by SIGTERM or SIGUSR1 after saving; 130, stopped
+by Ctrl-C. After 75 and 130, rerun the same command to resume.
 """
 
 from idml_jax.runtime import interrupt
@@ -26,13 +26,15 @@ from idml_jax.errors import UserError, end_now, hide_consequences, show_progress
 from idml_jax.runtime.files import user_path
 from idml_jax.training import recipes
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: a file with get_config().", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Settings file with a function get_config().", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or go on training), or evaluate a checkpoint.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "Several processes: host:port of the first, or auto.")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "How many there are.")
-_INDEX = flags.DEFINE_integer("process_index", 0, "Which of them this is.")
-_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the whole traceback of an error.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or resume training), or evaluate a checkpoint.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "With several processes: host:port of process 0, or auto.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "Number of processes.")
+_INDEX = flags.DEFINE_integer("process_index", 0, "Index of this process.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the full traceback of an error.")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -40,7 +42,7 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(_with_path(argv))
     except SystemExit:
         raise
-    except Exception as error:  # whatever a config file or an override of a wrong name or type raises
+    except Exception as error:  # anything that a config file or a wrong override raises
         stop(error)
     if len(rest) > 1:
         stop(UserError(f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"))
@@ -48,7 +50,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _with_path(argv: list[str]) -> list[str]:
-    """The arguments with the whole path of settings that come with the package."""
+    """The arguments, with full paths for settings files of this package."""
     argv = list(argv)
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
@@ -78,18 +80,18 @@ def _main(_: list[str]) -> None:
             hosts.leave(str(error))
         stop(error)
     except KeyboardInterrupt:
-        end_now(130, "stopped by Ctrl-C; the same command goes on from the last checkpoint")
+        end_now(130, "stopped by Ctrl-C; rerun the same command to resume from the last checkpoint")
 
 
 def _check_config(config: Any) -> None:
     if config is None or isinstance(config, ConfigDict):
         return
-    getattr(config, "batch_size", None)  # of a file that could not be read, anything raises the reason
+    getattr(config, "batch_size", None)  # raises the reason if the file could not be read
     raise UserError(f"--config: its get_config() gave {config!r}, not settings (a ConfigDict)")
 
 
 def _run() -> None:
-    from idml_jax.runtime import hosts  # late, so that a wrong flag is answered at once
+    from idml_jax.runtime import hosts  # imported late, so that wrong flags fail fast
     from idml_jax.training import train
 
     interrupt.as_exception()

@@ -1,6 +1,6 @@
-"""Mixup and CutMix, inside the jitted step: (key, batch) to batch for retrieval, a plan and its use for classification.
+"""Mixup and CutMix inside the jitted step: retrieval mixes a batch at once, classification draws a plan and applies it.
 
-A plan says of every row with whom, how much and where it is mixed, so that images are mixed where they are used.
+A plan holds the partner, the share and the box of every row, so that images are mixed only where they are used.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Mixed(NamedTuple):
 
     Attributes:
       images: ``[n, h, w, c]``, ``lam * images + (1 - lam) * images[partner]``.
-      partner: ``[n]`` the other image of each.
+      partner: ``[n]`` index of each image's partner.
       lam: share of the first image, scalar.
     """
 
@@ -36,7 +36,7 @@ def blend(
 def mixup(key: PRNGKeyArray, images: Float[Array, "n h w c"], alpha: float = 1.0) -> Mixed:
     """Mixup (Zhang et al., ICLR 2018) with one ``lam ~ Beta(alpha, alpha)`` and one permutation per batch.
 
-    The loss of metric learning is then ``L(x', y) lam + L(x', y[partner]) (1 - lam)``, beside ``L(x, y)``.
+    The metric-learning loss of the mixed batch is ``lam L(x', y) + (1 - lam) L(x', y[partner])``, added to ``L(x, y)``.
 
     Args:
       key: PRNG key.
@@ -56,10 +56,10 @@ class Plan(NamedTuple):
     """How ``n`` rows are mixed.
 
     Attributes:
-      partner: ``[n]`` the other image of each.
+      partner: ``[n]`` index of each image's partner.
       lam: ``[n]`` exact share of the first image's pixels, or of their values.
-      outside: ``[n]`` share of the first image outside the box: lam of Mixup, 1 of CutMix.
-      box: ``[n, 4]`` top, left, bottom, right (the latter two excluded) of what is the partner's alone.
+      outside: ``[n]`` share of the first image outside the box: lam for Mixup, 1 for CutMix.
+      box: ``[n, 4]`` top, left, bottom, right (the latter two exclusive) of the area taken from the partner.
     """
 
     partner: Int[Array, "n"]
@@ -75,9 +75,9 @@ def plan_mixup(
 
     Args:
       key: PRNG key.
-      n: rows.
+      n: number of rows.
       alpha: parameter of the Beta distribution, > 0.
-      probability: of being mixed at all.
+      probability: probability that a row is mixed.
       per_sample: draw lam and whether to mix for every row instead of once for the batch.
 
     Returns:
@@ -100,15 +100,15 @@ def plan_cutmix(
     """CutMix (Yun et al., ICCV 2019): a box of the partner's pixels at the same place.
 
     The box has about the share ``1 - lam`` of the area, ``lam ~ Beta(alpha, alpha)``, and its centre lies anywhere in
-    the image; it is clipped, and the plan's lam is what is then really left of the first image.
+    the image; it is clipped, and the plan's lam is the share of the first image that remains after clipping.
 
     Args:
       key: PRNG key.
-      n: rows.
-      height: of the images in pixels.
-      width: likewise.
+      n: number of rows.
+      height: height of the images in pixels.
+      width: width of the images in pixels.
       alpha: parameter of the Beta distribution, > 0.
-      probability: of being mixed at all.
+      probability: probability that a row is mixed.
       per_sample: draw box and whether to mix for every row instead of once for the batch.
 
     Returns:
@@ -152,7 +152,7 @@ def plan(
     probability: float = 1.0,
     per_sample: bool = False,
 ) -> Plan:
-    """The plan of a method of ``METHODS``; ``none`` leaves every row alone. Arguments as ``plan_cutmix``."""
+    """The plan of a method in ``METHODS``; ``none`` mixes no row. Arguments as for ``plan_cutmix``."""
     if method == "none":
         return plan_mixup(key, n, probability=0.0)
     if method == "mixup":
@@ -166,13 +166,13 @@ def mix(
     outside: Float[Array, "n"],
     box: Int[Array, "n 4"],
 ) -> Float[Array, "n h w c"]:
-    """Images mixed by a plan.
+    """Mixes images as a plan says.
 
     Args:
       images: the first images.
       others: their partners, in the same order.
-      outside: of the plan.
-      box: of the plan.
+      outside: ``outside`` of the plan.
+      box: ``box`` of the plan.
 
     Returns:
       ``[n, h, w, c]``.

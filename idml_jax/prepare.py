@@ -1,11 +1,11 @@
-"""Turns a data set as it was downloaded into a tfds set of array_record files, which training reads at random.
+"""Converts a downloaded data set into a tfds set of array_record files, which allow random access in training.
 
     python -m idml_jax.prepare --dataset=cub --source=~/Downloads/CUB_200_2011.tgz
     python -m idml_jax.prepare --dataset=folder --source=PATH --name=mine
 
-The source is an archive, a folder with archives, or what came out of them; archives are read as streams, never
-unpacked. A stopped run goes on with the same command. Counts are held against the benchmark's: an incomplete set is
-refused, with what is missing, unless --allow_incomplete is given. No TensorFlow is needed.
+The source is an archive, a folder of archives, or their unpacked content; archives are read as streams, never unpacked.
+To resume a stopped run, repeat the command. Image and class counts are compared with the benchmark's: an incomplete set
+is refused, naming what is missing, unless --allow_incomplete is given. TensorFlow is not needed.
 """
 
 import argparse
@@ -20,19 +20,25 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, choices=list(LAYOUTS), metavar="|".join(LAYOUTS))
-    parser.add_argument("--source", required=True, help="archive, or folder of archives or of unpacked files")
-    parser.add_argument("--data_dir", default="", help="of sets; default: $TFDS_DATA_DIR or ~/tensorflow_datasets")
-    parser.add_argument("--name", default="", help="of an image folder's set, for --config.data.variant=")
-    parser.add_argument("--allow_incomplete", action="store_true", help="store a set with other counts too")
+    parser.add_argument("--source", required=True, help="archive, folder of archives, or folder of unpacked files")
+    parser.add_argument(
+        "--data_dir", default="", help="folder of data sets; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"
+    )
+    parser.add_argument("--name", default="", help="name for a prepared image folder, for --config.data.variant=")
+    parser.add_argument(
+        "--allow_incomplete", action="store_true", help="store the set even if its counts are not the benchmark's"
+    )
     parser.add_argument(
         "--on_corrupt",
         default="refuse",
         choices=["refuse", "skip"],
-        help="refuse or skip files that are no whole images",
+        help="refuse or skip files that are not complete images",
     )
-    parser.add_argument("--shard_megabytes", type=int, default=256, help="size of the files of records")
+    parser.add_argument("--shard_megabytes", type=int, default=256, help="size of each record file in MB")
     given = vars(parser.parse_args(argv))
-    run_command(lambda: prepare(**given, say=lambda line: print(line, flush=True)), "stopped; the same command goes on")
+    run_command(
+        lambda: prepare(**given, say=lambda line: print(line, flush=True)), "stopped; rerun the same command to resume"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Weights to start from: torchvision and timm files, published metric-learning checkpoints, and this package's own.
 
-``config.model.init_from`` names the file; ``config.model.init_parts`` says what of it to use. From the command line::
+``config.model.init_from`` names the file; ``config.model.init_parts`` says which parts to use. From the command line::
 
     python -m idml_jax.pretrained convert resnet50.safetensors runs/imagenet        # to this package's format
     python -m idml_jax.pretrained convert runs/cub model.safetensors                # a trained run, for PyTorch
 
-Reading is strict: every tensor of the network has to be there with its shape, and nothing else may be. Left out without
-a complaint are only classifiers, BatchNorm's counter of batches, and the heads where they are not asked for.
+Reading is strict: the file must hold every tensor of the network with its shape, and no others. Only classifiers,
+BatchNorm's batch counters and heads that are not requested are left out silently.
 """
 
 import argparse
@@ -21,13 +21,17 @@ __all__ = ["convert", "load", "main", "merge", "read"]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m idml_jax.pretrained", description="Weights in other formats.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("convert", help="write another format")
-    command.add_argument("source", help=".safetensors, .pth, a folder written by this command, or of a run")
-    command.add_argument("out", help="a .safetensors file (PyTorch's naming) or a folder (this package's)")
+    parser = argparse.ArgumentParser(
+        prog="python -m idml_jax.pretrained", description="Converts weights between formats."
+    )
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "convert", help="write weights in another format"
+    )
+    command.add_argument("source", help=".safetensors, .pth, a folder written by this command, or a run's folder")
+    command.add_argument("out", help=".safetensors file (PyTorch's naming) or folder (this package's format)")
     command.add_argument("--model", default="resnet50", help=f"one of: {', '.join(sorted(MODELS))}")
-    command.add_argument("--size", type=int, default=224, help="of the pictures, for a vision transformer")
-    command.add_argument("--prefix", default="", help="before every PyTorch name, e.g. model.")
+    command.add_argument("--size", type=int, default=224, help="image size in pixels, for a vision transformer")
+    command.add_argument("--prefix", default="", help="prefix of every PyTorch name, e.g. model.")
     given = parser.parse_args(arguments)
     options = {"model": given.model, "size": given.size, "prefix": given.prefix}
     run_command(lambda: print(convert(given.source, given.out, **options)))

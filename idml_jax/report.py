@@ -1,10 +1,10 @@
-"""What a run has learnt, on one self-contained HTML page.
+"""Writes a report of a run as one self-contained HTML page.
 
     python -m idml_jax.report --workdir=RUN [--compare=OTHER_RUN] [--out=page.html]
 
-Training curves, right and wrong answers, the most and least uncertain pictures, risk over coverage beside the free
-baselines, uncertainty against the true ambiguity where that is known, a map of the embeddings, confused classes, and a
-second run beside the first. The pictures are the run's test pictures; its best checkpoint embeds them.
+The page shows training curves, right and wrong answers, the most and least uncertain images, risk over coverage of the
+uncertainty and of the baseline scores, uncertainty against the true ambiguity where that is known, a map of the
+embeddings, confused classes and, with ``--compare``, a second run. The best checkpoint embeds the run's test images.
 """
 
 import argparse
@@ -19,9 +19,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", required=True, help="folder of a run")
-    parser.add_argument("--compare", default="", help="folder of a finished run, e.g. the plain one")
-    parser.add_argument("--out", default="", help="default: report.html in the run's folder")
-    parser.add_argument("--threads", type=int, default=4, help="that read and decode")
+    parser.add_argument("--compare", default="", help="folder of a finished run to compare with, e.g. a plain one")
+    parser.add_argument("--out", default="", help="HTML file to write; default: report.html in the run's folder")
+    parser.add_argument("--threads", type=int, default=4, help="number of reader and decoder threads")
     given = vars(parser.parse_args(argv))
     run_command(lambda: print(f"report           {make(**given)}"))
 

@@ -1,16 +1,17 @@
-"""Finds the pictures most like a query, and says how sure the answer is.
+"""Finds the images nearest to a query and estimates how likely the answer is correct.
 
     python -m idml_jax.search --index=photos.npz --query=bird.jpg -k 10
     python -m idml_jax.search --index=photos.npz --query=FOLDER --abstain=0.95 --held_out=other.npz --out=answers.html
 
-The index is what ``python -m idml_jax.embed`` wrote; queries are a picture, a folder, a list, or another such file. The
-search is exact, by the semantic distance; a picture does not find itself. ``--out`` ends in ``.jsonl``, ``.html`` or
+The index is a file of ``python -m idml_jax.embed``; queries are an image, a folder, a list, or another such file. The
+search is exact, by the semantic distance; an image does not find itself. ``--out`` ends in ``.jsonl``, ``.html`` or
 ``.png``; without it a table is printed.
 
-How sure: the probability that the nearest picture is of the query's class, from the uncertainty and the free scores
-(nearest distance, margins, norm), by a logistic model fitted on pictures of known classes that the network was not
-trained on: ``--held_out`` (a file or a folder of class folders), else the index itself, each picture searching the
-others. ``--abstain=0.95`` leaves out answers below the threshold at which 95% of those pictures' answers are right.
+The confidence of an answer is the probability that the nearest image has the query's class. A logistic model computes
+it from the uncertainty and the baseline scores (nearest distance, margins, norm). The model is fitted on images of
+known classes that the network was not trained on: ``--held_out`` (a file or a folder of class folders), or else the
+index itself, each image searching the others. ``--abstain=0.95`` leaves out answers below the threshold at which 95% of
+the answers for those images are correct.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def _search(given: dict[str, Any]) -> None:
     if given["abstain"] is not None and not 0 < given["abstain"] < 1:
         raise UserError(f"--abstain={given['abstain']}: a share of right answers, above 0 and below 1")
     if out is not None:
-        check_target(out)  # before the work
+        check_target(out)  # fails before the work starts
     index = read(given["index"])
     model = functools.cache(lambda: load_model(index, given["workdir"], warn))
     queries = open_index(given["query"], "--query", model)
@@ -65,7 +66,7 @@ def _search(given: dict[str, Any]) -> None:
     )
     rows = records(queries, index, answers, own)
     note = printable(note)
-    note = f"{len(index.files):,} pictures searched for {len(rows):,}; {note}"
+    note = f"{len(index.files):,} images searched for {len(rows):,}; {note}"
     if out is None:
         print(as_table(rows))
         print(note)
@@ -85,14 +86,16 @@ def _search(given: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--index", required=True, help=".npz or .parquet of idml_jax.embed")
-    parser.add_argument("--query", required=True, help="picture, folder, list, or embeddings")
-    parser.add_argument("-k", type=int, default=10, help="neighbours of each query")
-    parser.add_argument("--workdir", default="", help="run that embeds queries; default: the one the index names")
-    parser.add_argument("--held_out", default="", help="embeddings or class folders that tell how sure answers are")
-    parser.add_argument("--abstain", type=float, help="wanted share of right answers, e.g. 0.95")
-    parser.add_argument("--keep_same", action="store_true", help="let a picture find itself")
-    parser.add_argument("--out", default="", help=".jsonl, .html or .png; default: a table")
+    parser.add_argument("--index", required=True, help="file to search, .npz or .parquet of idml_jax.embed")
+    parser.add_argument("--query", required=True, help="image, folder, list, or file of embeddings")
+    parser.add_argument("-k", type=int, default=10, help="number of neighbours per query")
+    parser.add_argument(
+        "--workdir", default="", help="run folder that embeds queries; default: the one the index names"
+    )
+    parser.add_argument("--held_out", default="", help="embeddings or class folders to fit the confidence on")
+    parser.add_argument("--abstain", type=float, help="required share of correct answers, e.g. 0.95")
+    parser.add_argument("--keep_same", action="store_true", help="let an image find itself")
+    parser.add_argument("--out", default="", help="file to write, .jsonl, .html or .png; default: print a table")
     given = vars(parser.parse_args(argv))
     run_command(lambda: _search(given))
 

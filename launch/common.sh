@@ -1,5 +1,5 @@
 # Shared by quickstart.sh and test.sh: finds a Python, makes .venv and installs the pinned requirements into it.
-# To be sourced. Sets ROOT (of the checkout) and VENV_PYTHON.
+# To be sourced. Sets ROOT (folder of the checkout) and VENV_PYTHON.
 
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,7 +14,7 @@ find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3 python3.12 python3.13 python3.11 python; do
     [ -n "$candidate" ] || continue
-    # A name that exists may still be a stub that fails, so it has to run.
+    # A command that exists may be a stub that fails, so it is run.
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
       echo "$candidate"
       return
@@ -23,7 +23,7 @@ find_python() {
   fail "no Python 3.11, 3.12 or 3.13 found (looked for python3, python3.11, python3.12, python3.13; set PYTHON=/path/to/python to name one)"
 }
 
-# install_into_venv STAMP PIP_ARGUMENTS...: once per content of the files that say what to install.
+# install_into_venv STAMP PIP_ARGUMENTS...: installs once per content of the requirement files.
 install_into_venv() {
   local name="$1" stamp log
   shift
@@ -58,7 +58,7 @@ make_venv() {
   fi
   install_into_venv base -r "$ROOT/requirements.txt"
   install_into_venv package --no-deps -e "$ROOT"
-  # Compiled programs are kept, so that a second start is quick.
+  # Compiled programs are cached, so that a second start is fast.
   export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
   export PYTHONUNBUFFERED=1
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains an introspective embedding on the built-in data and shows what came out. Needs Python 3.11 to 3.13 and a
-# network for the packages, nothing else. Can be run again; arguments go on to the training command.
+# Trains an introspective embedding on the built-in data and writes a report. Needs only Python 3.11 to 3.13 and network
+# access for the packages. Can be run again; arguments are passed to the training command.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 make_venv
 
@@ -10,5 +10,5 @@ if [ -f "$WORKDIR/result.json" ]; then
   rm -rf "$WORKDIR"
 fi
 "$VENV_PYTHON" -m idml_jax.main --config="$ROOT/configs/glyphs.py:quick" --workdir="$WORKDIR" "$@"
-# A page of what it has learnt; the last line says where it lies.
+# Writes the report; the last line of output is its path.
 exec "$VENV_PYTHON" -m idml_jax.report --workdir="$WORKDIR"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up as quickstart.sh does and runs the whole test suite. --parity installs PyTorch and pytorch-metric-learning
 # too, for the tests that compare with them (on Linux plain PyPI serves PyTorch with several GB of CUDA packages; give
-# PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS for a CPU build). Other arguments go on to pytest.
+# PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS for a CPU build). Other arguments are passed to pytest.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 EXTRAS=test
@@ -14,5 +14,5 @@ install_into_venv "$EXTRAS" -e "$ROOT[$EXTRAS]" -c "$ROOT/requirements.txt"
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m mypy
-# JAX compiles on one core, so a process per core is what makes the suite quick.
+# JAX compiles on one core, so one process per core makes the suite fast.
 exec "$VENV_PYTHON" -m pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile "$@"

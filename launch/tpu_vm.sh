@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A run on a TPU VM or a pod slice: create it, install, start on all workers, watch, and go on after a preemption.
+# A run on a TPU VM or a pod slice: create it, install, start on all workers, watch, and resume after a preemption.
 #
 #   launch/tpu_vm.sh create|install|run|logs|resume|delete [--dry-run] [-- SETTINGS OF idml_jax.main]
 #
 #   NAME=idml ZONE=us-central2-b TYPE=v4-8 launch/tpu_vm.sh create --dry-run
 #
-# WORKDIR must be a place that all workers see and that outlives the slice, e.g. a bucket mounted on every worker.
+# WORKDIR must be visible to all workers and outlive the slice, e.g. a bucket mounted on every worker.
 set -euo pipefail
 
 NAME="${NAME:-idml}"
@@ -32,7 +32,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-# Carries a command out, or says what it would be.
+# Runs a command, or prints it with --dry-run.
 do_it() {
   if [ "$dry" = 1 ]; then printf '+'; printf ' %q' "$@"; printf '\n'; else "$@"; fi
 }
@@ -57,7 +57,7 @@ logs() { do_it gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=0 
 delete() { do_it gcloud compute tpus tpu-vm delete "$NAME" --zone "$ZONE" --quiet; }
 state() { gcloud compute tpus tpu-vm describe "$NAME" --zone "$ZONE" --format 'value(state)' 2>/dev/null || echo GONE; }
 
-# Starts the slice again each time it was taken away; the run goes on from its last checkpoint.
+# Starts the slice again after each preemption; the run resumes from its last checkpoint.
 resume() {
   if [ "$dry" = 1 ]; then
     echo "# every $SECONDS_BETWEEN s: while $WORKDIR/result.json is missing and the slice is PREEMPTED or GONE:"

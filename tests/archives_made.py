@@ -17,7 +17,7 @@ WNIDS = ("n01440764", "n01443537", "n01484850", "n02102040")
 
 
 def jpeg(label: int, seed: int, size: int = 24) -> bytes:
-    """A colour picture whose stripes tell the class."""
+    """A colour image whose stripes tell the class."""
     rng = np.random.default_rng([label, seed])
     y, x = np.mgrid[:size, :size]
     angle = label * 0.7

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def shapes_picture(label: int, rng: np.random.Generator, size: int = 24) -> np.ndarray:
-    """A grey picture whose stripes' direction and width tell the class."""
+    """A grey image whose stripes' direction and width tell the class."""
     angle, width = (label % 4) * np.pi / 4, 3 + 2 * (label // 4)
     y, x = np.mgrid[:size, :size]
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) / width * 2 * np.pi + rng.uniform(0, 6.28))
@@ -43,7 +43,7 @@ def shapes_picture(label: int, rng: np.random.Generator, size: int = 24) -> np.n
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """A folder with train/ and test/ of eight classes of striped pictures each, twelve a class."""
+    """A folder with train/ and test/ of eight classes of striped images each, twelve a class."""
     import cv2
 
     root = tmp_path_factory.mktemp("stripes")

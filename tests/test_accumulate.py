@@ -71,7 +71,7 @@ def test_a_loss_per_part_would_be_another():
 
 
 def test_live_statistics_are_those_of_every_part():
-    """Against the parts one by one: every other picture normalised by itself, running statistics moved in turn."""
+    """Against the parts one by one: every other image normalised by itself, running statistics moved in turn."""
     s = setup(tiny(), objective=objective(), mixup_alpha=0.0, accumulate=2, optimizer=GRADIENT)
     state, data = fresh(s), batch()
     images = steps.normalize(data["image"], s.mean, s.std)

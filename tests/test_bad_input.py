@@ -67,7 +67,7 @@ def huge_png(side=100_000):
 
 
 def images(tmp, bad=None, name="bad.png"):
-    """A folder of four classes of two pictures in each of train and test, one of them bad."""
+    """A folder of four classes of two images in each of train and test, one of them bad."""
     for split in ("train", "test"):
         for label in range(4):
             for i in range(8):
@@ -253,7 +253,7 @@ case(
     "config.ism.prior only keeps u alive",
 )
 
-# Folders and pictures.
+# Folders and images.
 case("no such folder", (*SMALL, "--config.data.root={tmp}/x"), "no such folder")
 training("a file for a folder", "images", lambda tmp: save(tmp / "images", "x"))
 training("no images", "holds no images", lambda tmp: (tmp / "images").mkdir())
@@ -267,15 +267,15 @@ training(
 training("a link to nowhere", r"c1/link\.png", lambda tmp: (images(tmp) / "train/c1/link.png").symlink_to("/no/such"))
 for title, data, answer in (
     ("empty", b"", "the file is empty"),
-    ("text", b"hello", "not a picture"),
-    ("html", b"<html>sign in</html>", "not a picture"),
+    ("text", b"hello", "not an image"),
+    ("html", b"<html>sign in</html>", "not an image"),
     ("cut short", made.jpeg(0, 0, 64)[:-300], "not a"),
     ("of 100,000 x 100,000 pixels", huge_png(), "100000 x 100000 pixels are more than the limit"),
     ("of floating point", png(mode="F", fmt="TIFF"), "floating point"),
-    ("a pickle", pickle.dumps([1]), "not a picture"),
+    ("a pickle", pickle.dumps([1]), "not an image"),
 ):
     training(
-        f"picture: {title}",
+        f"image: {title}",
         rf"c1/bad\.png: .*{answer}.*on_corrupt=skip|c1/bad\.png: .*{answer}",
         lambda tmp, data=data: images(tmp, data),
     )
@@ -342,7 +342,7 @@ case(
 case(
     "convert: the target is there",
     ("convert", "{tmp}/a", "{tmp}/out"),
-    "already there",
+    "already exists",
     lambda tmp: save(tmp / "out", "precious"),
     "pretrained",
 )
@@ -407,7 +407,7 @@ for path in ("../out/1.jpg", "/etc/1.jpg", "a/../../1.jpg", "C:\\a\\1.jpg"):
         storing(
             f"{path} in {kind}",
             kind,
-            "leads out of the archive; refused",
+            "points outside the archive; refused",
             lambda tmp, path=path, kind=kind: archive(tmp, kind, {path: made.jpeg(0, 0), **one}),
         )
 for title, kind in (
@@ -427,7 +427,7 @@ for kind in ("x.tar", "x.zip"):
         lambda tmp, kind=kind: save(tmp / kind, b"<html>Please sign in</html>" * 40),
     )
 storing(
-    "a picture of 100,000 x 100,000 pixels",
+    "an image of 100,000 x 100,000 pixels",
     "x",
     "100000 x 100000 pixels|1.png",
     lambda tmp: made.write_files(tmp / "x", {"a/1.png": huge_png(), "b/1.png": png()}),

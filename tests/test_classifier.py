@@ -192,7 +192,7 @@ def test_the_box_has_its_share_of_the_area_where_it_is_not_clipped():
     plan = mixing.plan_cutmix(jax.random.key(0), 2000, 100, 60, per_sample=True)
     top, left, bottom, right = np.asarray(plan.box).T
     free = (top > 0) & (left > 0) & (bottom < 100) & (right < 60) & (bottom > top)
-    # Of the same shape as the picture, up to the pixels that are lost in rounding.
+    # Of the same shape as the image, up to the pixels that are lost in rounding.
     assert free.sum() > 300 and np.abs((bottom - top) / 100 - (right - left) / 60)[free].max() < 2 / 60
     # Were no box clipped, the mean share would be 1/2; of the free ones, the small, it is less.
     assert np.mean(1 - plan.lam) < 0.45 and np.mean(1 - plan.lam[free]) < np.mean(1 - plan.lam)

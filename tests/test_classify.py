@@ -41,7 +41,7 @@ def cls_config(folder, **changes):
 
 @pytest.fixture(scope="module")
 def folder(image_folder, tmp_path_factory):
-    """Eight classes of nine pictures to train and three to test, and a fourth of the first class."""
+    """Eight classes of nine images to train and three to test, and a fourth of the first class."""
     root = tmp_path_factory.mktemp("shared_classes")
     for source in sorted((image_folder / "train").iterdir()):
         for i, path in enumerate(sorted(source.iterdir())):
@@ -96,7 +96,7 @@ def test_a_run_reports_the_last_and_the_best_epoch(finished):
 
 
 def test_the_figures_are_those_of_every_picture_once(folder, finished):
-    """Batches of 40 with 15 of padding against the network's outputs picture by picture."""
+    """Batches of 40 with 15 of padding against the network's outputs image by image."""
     workdir, result = finished
     run = train.build(cls_config(folder))
     checkpoints = train.Checkpoints(workdir / "checkpoints", "top1", read_only=True)
@@ -202,7 +202,7 @@ def test_what_cannot_work_is_refused(folder, changes, words):
 
 
 def test_other_classes_at_test_are_refused(image_folder):
-    with pytest.raises(UserError, match="same classes in training and test; 8 are in one of them alone, the first: cl"):
+    with pytest.raises(UserError, match="same classes in training and test; 8 are in only one of them, the first: cl"):
         train.build(cls_config(image_folder))
 
 

@@ -72,9 +72,9 @@ class TestDecode:
         "data,message",
         [
             (b"", "empty"),
-            (b"hello, I am no picture", "not a picture"),
-            (encoded(photo())[:200], "not a readable picture"),
-            (encoded(photo(), "JPEG")[:-300], "not a readable picture"),
+            (b"hello, I am no picture", "not an image"),
+            (encoded(photo())[:200], "not a readable image"),
+            (encoded(photo(), "JPEG")[:-300], "not a readable image"),
             (encoded(photo(), "JPEG")[:400], "not a"),
         ],
     )
@@ -89,7 +89,7 @@ class TestDecode:
         import zlib
 
         data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
-        with pytest.raises(DecodeError, match="pixels|not a picture"):
+        with pytest.raises(DecodeError, match="pixels|not an image"):
             decode(bytes(data))
 
 
@@ -250,7 +250,7 @@ class TestPipeline:
         bad = tmp_path / "bad.png"
         bad.write_bytes(b"nonsense")
         source.paths[7] = str(bad)
-        with pytest.raises(UserError, match=r"bad\.png: not a picture"):
+        with pytest.raises(UserError, match=r"bad\.png: not an image"):
             list(pipeline.eval_batches(source, pipeline.Reading(ResizeCenterCrop(16, 16)), batch_size=16))
 
 

@@ -65,7 +65,7 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices(name, introspective):
 
 
 def test_an_evaluation_is_the_same_on_one_and_on_eight_devices(image_folder):
-    source = datasets.load_dataset("folder", root=str(image_folder)).test  # 96 pictures: a tail in batches of 40
+    source = datasets.load_dataset("folder", root=str(image_folder)).test  # 96 images: a tail in batches of 40
     _, transform = transforms.create("retrieval", size=8, resize=8)
     s, found = setup(tiny()), []
     for devices in (1, 8):

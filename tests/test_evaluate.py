@@ -157,7 +157,7 @@ class TestReport:
         data = clusters()
         own = rng.permutation(len(data.labels))[:30]
         clean = Embedded(*(None if x is None else x[own] for x in data))
-        blind = clean._replace(  # whatever the class, pictures of noise, and known to be
+        blind = clean._replace(  # whatever the class, images of noise, and known to be
             semantic=rng.normal(size=clean.semantic.shape).astype(np.float32), uncertainty=clean.uncertainty + 100
         )
         report = corrupted_report(clean, [blind], data, own, Metric())

@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, there):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        kept = "the file that is there is kept" if there else "nothing is left behind"
+        kept = "the existing file is kept" if there else "nothing is left behind"
         with pytest.raises(UserError, match=rf"x: cannot be written \(File too large\); {kept}"):
             files.write_bytes(path, bytes(100_000))
         with pytest.raises(UserError, match="cannot be written"), files.replace_folder(tmp_path / "f") as folder:
@@ -123,7 +123,7 @@ def test_places_that_cannot_be(tmp_path):
     for path in (tmp_path / "file" / "x", tmp_path / ("n" * 300)):
         with pytest.raises(UserError, match="cannot be written"):
             files.write_text(path, "x")
-    with pytest.raises(UserError, match="already there"), files.replace_folder(tmp_path / "file"):
+    with pytest.raises(UserError, match="already exists"), files.replace_folder(tmp_path / "file"):
         pass
     for given, message in (("", "not a path"), ("a\0b", "not a path"), ("~nobody-of-that-name/x", "home")):
         with pytest.raises(UserError, match=message):

@@ -56,7 +56,7 @@ def of_embed(root):
 AB = classes("a", "b")
 SPLIT = classes("train/a", "train/b", "test/c", "test/d")
 
-ALONE = "train is the only split folder; its class folders are taken for one set"
+ALONE = "train is the only split folder; its class folders are taken as one set"
 
 # What lies in a folder; the splits and classes that every door finds; what each says of the rest.
 ODD = {
@@ -77,12 +77,12 @@ ODD = {
     "Train, Test, Valid and extra": (
         [*(n.replace("train", "Train").replace("test", "Test") for n in SPLIT), *classes("Valid/c", "extra/e")],
         {"train": "ab", "test": "cd"},
-        [f"passed over 4 {folders.ASIDE}, the first Valid/c/0.jpg"],
+        [f"skipped 4 {folders.ASIDE}, the first Valid/c/0.jpg"],
     ),
     "a folder that is no split": (
         [*SPLIT, "sketches/s/1.jpg"],
         {"train": "ab", "test": "cd"},
-        [f"passed over 1 {folders.ASIDE}, the first sketches/s/1.jpg"],
+        [f"skipped 1 {folders.ASIDE}, the first sketches/s/1.jpg"],
     ),
     "query and gallery": (
         classes("train/a", "query/b", "gallery/b", "gallery/c"),
@@ -96,19 +96,19 @@ ODD = {
     "hidden": (
         [*AB, ".ipynb_checkpoints/a/1.jpg", "a/.3.jpg", "@eaDir/x/1.jpg", "__MACOSX/a/1.jpg", "b/Thumbs.db"],
         {"images": "ab"},
-        [f"passed over 5 {folders.HIDDEN}, the first .ipynb_checkpoints"],
+        [f"skipped 5 {folders.HIDDEN}, the first .ipynb_checkpoints"],
     ),
     "other endings": (
         [*AB, "a/notes.txt", "readme.md", "b/3.jpg.part"],
         {"images": "ab"},
-        [f"passed over 3 {folders.OTHER}, the first a/notes.txt"],
+        [f"skipped 3 {folders.OTHER}, the first a/notes.txt"],
     ),
     "endings in any case": (["a/1.JPG", "a/2.Jpeg", "b/1.jfif", "b/2.jpe"], {"images": "ab"}, []),
-    "an empty class": ([*AB, "c/"], {"images": "ab"}, [f"passed over 1 {folders.EMPTY}, the first c"]),
+    "an empty class": ([*AB, "c/"], {"images": "ab"}, [f"skipped 1 {folders.EMPTY}, the first c"]),
     "an empty class of a split": (
         [*SPLIT, "test/e/", "test/f/"],
         {"train": "ab", "test": "cd"},
-        [f"passed over 2 {folders.EMPTY}, the first test/e"],
+        [f"skipped 2 {folders.EMPTY}, the first test/e"],
     ),
     "blanks and signs": (classes("a b", "ü", "x=1,;"), {"images": ["a b", "x=1,;", "ü"]}, []),
 }
@@ -172,7 +172,7 @@ def test_training_and_prepare_refuse_the_same(name, tmp_path):
 def test_loose_images_beside_classes(tmp_path):
     root = fill(tmp_path / "root", [*AB, "preview.jpg"])
     found, said = of_training(root)
-    assert said == [f"{root}: passed over 1 {folders.LOOSE}, the first preview.jpg"]
+    assert said == [f"{root}: skipped 1 {folders.LOOSE}, the first preview.jpg"]
     assert of_prepare(root) == (found, said)
     # Who embeds a folder wants all its images.
     classes_of, said = of_embed(root)
@@ -198,7 +198,7 @@ class TestLinks:
                 (root / split / name).symlink_to(root / "all" / name)
         found, said = of_training(root)
         assert {s: len(rows) for s, rows in found.items()} == {"train": 4, "test": 4}
-        assert said == [f"{root}: passed over 8 {folders.ASIDE}, the first all/a/0.jpg"]
+        assert said == [f"{root}: skipped 8 {folders.ASIDE}, the first all/a/0.jpg"]
         assert of_prepare(root) == (found, said)
 
     def test_circles_end(self, tmp_path):
@@ -222,7 +222,7 @@ class TestLinks:
         (root / "c").symlink_to(outside)
         found, said = of_training(root)
         assert [row[0] for row in found["images"]] == ["b", "z", "z"]
-        assert said == [f"{root}: passed over 2 {folders.LINKS}, the first a"]
+        assert said == [f"{root}: skipped 2 {folders.LINKS}, the first a"]
         assert of_prepare(root) == (found, said) and of_embed(root)[1] == said
 
     def test_broken_links_pipes_and_sockets_are_that_images_failure(self, tmp_path):

@@ -1,4 +1,4 @@
-"""The built-in data set: what its pictures show, that its ambiguity is true, and that preparing it is safe."""
+"""The built-in data set: what its images show, that its ambiguity is true, and that preparing it is safe."""
 
 import collections
 import itertools
@@ -27,7 +27,7 @@ def read(builder: glyphs.Glyphs, split: str) -> list[dict]:
 
 
 def raw(builder: glyphs.Glyphs) -> list[dict]:
-    """All records in their order, the pictures as PNG bytes."""
+    """All records in their order, the images as PNG bytes."""
     sources = [builder.as_data_source(split, decoders=SKIP) for split in ("train", "test")]
     return [source[i] for source in sources for i in range(len(source))]
 
@@ -112,7 +112,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(small, tmp_path):
     assert again.info.features["label"].names == small.info.features["label"].names
     other = glyphs.prepare(tmp_path, glyphs.GlyphsConfig(name="other", seed=1, **SMALL))
     assert set(other.info.features["label"].names) != set(small.info.features["label"].names)
-    # Not only the choice of characters differs, but the pictures of the same one.
+    # Not only the choice of characters differs, but the images of the same one.
     first, second = (
         glyphs._draw_example(glyphs.GlyphsConfig(name="x", seed=seed), "train", [65, 66], 0, 0)["image"].getvalue()
         for seed in (0, 1)
@@ -188,7 +188,7 @@ def test_a_blend_shows_both_characters():
     slight = mean_picture(kind="blend", ambiguity=0.05, other="W")
 
     def weights(picture: np.ndarray) -> np.ndarray:
-        """How much of R, W and + the picture holds, by least squares."""
+        """How much of R, W and + the image holds, by least squares."""
         basis = np.stack([p.ravel() - p.mean() for p in (first, second, third)], axis=1)
         return np.linalg.lstsq(basis, picture.ravel() - picture.mean(), rcond=None)[0]
 

@@ -91,7 +91,7 @@ class TestImages:
         others = [encode(PHOTO, fmt) for fmt in ("ICO", "TGA", "SGI", "PCX", "DDS", "ICNS")]
         for data in (postscript, *others):
             for function in (transforms.decode, transforms.check_whole, transforms.Picture):
-                with pytest.raises(DecodeError, match="not a picture in a known format"):
+                with pytest.raises(DecodeError, match="not an image in a known format"):
                     function(data)
         assert not started
         # What is in the list is decoded, whatever the file is called.
@@ -146,7 +146,7 @@ class TestImages:
         transform = transforms.ResizeCenterCrop(16, 20)
         with monkeypatch.context() as patched:
             patched.setattr(cv2, "imdecode", fails)
-            with pytest.raises(DecodeError, match="not a readable picture"):
+            with pytest.raises(DecodeError, match="not a readable image"):
                 transforms.decode(data)
         with monkeypatch.context() as patched:
             patched.setattr(Image.Image, "convert", fails)
@@ -156,5 +156,5 @@ class TestImages:
         with monkeypatch.context() as patched:
             patched.setattr(cv2, "resize", fails)
             patched.setattr(cv2, "warpAffine", fails)
-            with pytest.raises(DecodeError, match="not a readable picture"):
+            with pytest.raises(DecodeError, match="not a readable image"):
                 transform(transforms.Picture(data), None)

@@ -75,7 +75,7 @@ class TestTars:
     @pytest.mark.parametrize("name", PACK)
     def test_two_archives_one_after_the_other(self, tmp_path, name):
         data = made.tar_bytes(FILES) + made.tar_bytes({"z/1.jpg": made.jpeg(0, 0)})
-        refused(save(tmp_path / name, PACK[name](data)), tmp_path, "more follows behind the mark of its end")
+        refused(save(tmp_path / name, PACK[name](data)), tmp_path, "more data follow its end mark")
 
     @pytest.mark.parametrize("name", [name for name in PACK if name != "x.tar"])
     def test_checksums_are_verified(self, tmp_path, name):
@@ -129,7 +129,7 @@ class TestTars:
             file.write(b"\0" * 1024)
         refused(tmp_path / "x.tar", tmp_path, r"c0/huge\.jpg: 536,871,424 bytes are more than the limit")
         _, said = prepare(tmp_path / "x.tar", tmp_path, on_corrupt="skip", allow_incomplete=True)
-        assert any("1 files are no whole pictures, the first x.tar/c0/huge.jpg" in line for line in said)
+        assert any("1 files are not complete images, the first x.tar/c0/huge.jpg" in line for line in said)
 
     def test_zeros_without_end(self, tmp_path, monkeypatch):
         monkeypatch.setattr(archives, "_MAX_PADDING", 2**21)
@@ -187,7 +187,7 @@ class TestZips:
         source = self.broken(tmp_path, change)
         refused(source, tmp_path, rf"x\.zip: c1/1\.jpg: cannot be read from the archive \(.*{match}.*on_corrupt=skip")
         _, said = prepare(source, tmp_path, on_corrupt="skip", allow_incomplete=True)
-        assert any("1 files are no whole pictures, the first x.zip/c1/1.jpg" in line for line in said)
+        assert any("1 files are not complete images, the first x.zip/c1/1.jpg" in line for line in said)
 
     def test_more_than_the_header_says(self, tmp_path):
         bomb = np.zeros(2**26, np.uint8).tobytes()
@@ -269,7 +269,7 @@ class TestStoredSets:
         for name in ("was_imported.Feature", "os.system", "tensorflow_datasets.core.features_x.Feature"):
             inner[key] = name
             (stored / "features.json").write_text(json.dumps(features))
-            with pytest.raises(UserError, match=f"features.json: asks for the feature '{name}'.*refused"):
+            with pytest.raises(UserError, match=f"features.json: names the feature '{name}'.*refused"):
                 self.load(stored)
         assert not (tmp_path / "was_here").exists()
 
@@ -365,7 +365,7 @@ class TestFullDisk:
             text=True,
         )
         assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert "cannot be written" in done.stderr and ("goes on" if limit > 1000 else "nothing is left") in done.stderr
+        assert "cannot be written" in done.stderr and ("resume" if limit > 1000 else "nothing is left") in done.stderr
         assert not list((tmp_path / "sets").rglob("1.0.0"))
         prepare(source, tmp_path)
 
@@ -387,4 +387,4 @@ class TestFullDisk:
             prepare(source, tmp_path, shard_megabytes=1)
         monkeypatch.setattr(shards, "_check_and_flush", real)
         _, said = prepare(source, tmp_path, shard_megabytes=1)
-        assert any(line.startswith("going on after") for line in said)
+        assert any(line.startswith("resuming after") for line in said)

@@ -89,7 +89,7 @@ def test_two_processes_are_one_run_and_one_process_goes_on(image_folder, tmp_pat
     # Written by two processes, read by one.
     (two / "result.json").unlink()
     ((out, err, code),) = finish(start(two, image_folder, 1, "--config.epochs=2", "--config.max_steps=6"))
-    assert code == 0 and "going on from step 6" in out, out + err
+    assert code == 0 and "resuming from step 6" in out, out + err
     assert json.loads((two / "result.json").read_text())["final"]["R@1"] == pytest.approx(results[1]["final"]["R@1"])
 
 
@@ -113,7 +113,7 @@ def test_four_processes_then_two_then_one_with_proxies_split_and_a_damaged_check
         return ends
 
     ends = run(four, 4)
-    assert "going on" not in "".join(out for out, *_ in ends)
+    assert "resuming" not in "".join(out for out, *_ in ends)
     run(one, 1)
     expected, first = losses(one), losses(four)
     assert list(first) == list(expected) == list(range(1, 10))  # one row a step: one process writes
@@ -128,7 +128,7 @@ def test_four_processes_then_two_then_one_with_proxies_split_and_a_damaged_check
         path.write_bytes(path.read_bytes()[:10])
     (four / "result.json").unlink()
     (_, err0, _), (_, err1, _) = ends = run(four, 2)
-    assert all("going on from step 6" in out for out, *_ in ends), ends
+    assert all("resuming from step 6" in out for out, *_ in ends), ends
     assert "step 9: cannot be read" in ends[0][0] + err0 and "moved to" in ends[0][0] + err0, ends
     assert "moved to" not in ends[1][0] + err1
     assert [p.name for p in (four / "damaged").iterdir()] == ["9"]
@@ -139,7 +139,7 @@ def test_four_processes_then_two_then_one_with_proxies_split_and_a_damaged_check
     (four / "result.json").unlink()
     shutil.rmtree(four / "checkpoints" / "9")
     ((out, _, _),) = run(four, 1)
-    assert "going on from step 6" in out
+    assert "resuming from step 6" in out
     got = losses(four)
     assert list(got) == list(range(1, 10))
     same(got, first)
@@ -248,7 +248,7 @@ def test_a_signal_while_evaluating_stops_both_at_the_same_batch(image_folder, tm
     told = [re.search(r"^(\d+) stopped by SIG(TERM|USR1); nothing is saved yet", out, re.M) for out, *_ in ends]
     assert all(told), ends
     batches = {int(match.group(1)) for match in told}
-    assert len(batches) == 1 and 2 <= batches.pop() < 24  # of the first evaluation, of 96 pictures
+    assert len(batches) == 1 and 2 <= batches.pop() < 24  # of the first evaluation, of 96 images
 
 
 @pytest.mark.slow

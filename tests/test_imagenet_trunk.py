@@ -39,7 +39,7 @@ def random_keras(blocks):
         tensors[f"{norm}/moving_variance"] = rng.uniform(0.5, 2.0, outputs)
 
     layer("conv1", "bn_conv1", 7, 3, 64)
-    tensors["bn_conv1/moving_variance"] *= 60.0**2  # of pictures from 0 to 255
+    tensors["bn_conv1/moving_variance"] *= 60.0**2  # of images from 0 to 255
     inputs = 64
     for stage, count in blocks.items():
         width = 64 * 2 ** (stage - 2)
@@ -87,7 +87,7 @@ def test_the_converted_file_is_the_same_function(script, tmp_path):
     model = models.create_model("resnet50_v1", pooling="avg")
     like = jax.eval_shape(model.init, jax.random.key(0), rgb)
     features = jax.jit(lambda v, x: model.apply(v, x, method="features"))
-    # With Keras' own mean the function is the same to the border of the picture; with ours but for the border.
+    # With Keras' own mean the function is the same to the border of the image; with ours but for the border.
     for mean, tolerance in ((script.CAFFE_MEAN_BGR[::-1] / 255, 1e-4), (script.MEAN, 1e-2)):
         save_file(script.to_torchvision(keras, mean), tmp_path / "trunk.safetensors")
         loaded, told = pretrained.load(tmp_path / "trunk.safetensors", like)

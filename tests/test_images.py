@@ -185,7 +185,7 @@ class TestParts:
         monkeypatch.setattr(turbo, "library", lambda: None)
         for seed, image in enumerate(expected):
             np.testing.assert_array_equal(crop(Picture(data), np.random.default_rng(seed)), image)
-            # And the encoded picture gives what the decoded one does.
+            # And the encoded image gives what the decoded one does.
             np.testing.assert_array_equal(crop(transforms.decode(data), np.random.default_rng(seed)), image)
 
     def test_large_photographs_are_decoded_reduced(self):

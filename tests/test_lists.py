@@ -54,22 +54,22 @@ class TestLists:
     def test_missing_files_are_counted_and_stay(self, tmp_path):
         found, named, said = self.listed(tmp_path, "a/1.jpg\tx\nnone.jpg\ty\ngone.jpg\ty\n")
         assert len(found) == 3 and named == ["x", "y", "y"]
-        assert said == [f"{tmp_path}/x.txt: 2 of 3 files are not there, the first {tmp_path}/none.jpg"]
+        assert said == [f"{tmp_path}/x.txt: 2 of 3 files do not exist, the first {tmp_path}/none.jpg"]
 
     @pytest.mark.parametrize(
         "content,message",
         [
-            (b"", "lists no pictures"),
-            (b"\n \n", "lists no pictures"),
-            (b"path,label\n", "lists no pictures|none of its 1 files"),
+            (b"", "lists no images"),
+            (b"\n \n", "lists no images"),
+            (b"path,label\n", "lists no images|none of its 1 files"),
             (b"a/1.jpg\tx\nb/2.jpg\n", r"x\.txt, line 2: no class \(b/2\.jpg\), while other lines have one"),
             (b"a/1.jpg\t\nb/2.jpg\tx\n", r"x\.txt, line 1: no class \(a/1\.jpg\)"),
             (b"a/1.jpg\tx\n\ty\n", r"x\.txt, line 2: no path"),
-            (b"none.jpg\n", r"none of its 1 files is there, the first .*none\.jpg; paths are relative to the list"),
+            (b"none.jpg\n", r"none of its 1 files exists, the first .*none\.jpg; paths are relative to the list"),
             ("a/1.jpg\n".encode("utf-16"), "no text in UTF-8"),
             (IMAGE + b"\0", "no text in UTF-8"),
-            (b'"a/1.jpg\tx\n', r"x\.txt, line 1: its quotes do not fit together"),
-            (b"a" * 100_000, "none of its 1 files is there"),
+            (b'"a/1.jpg\tx\n', r"x\.txt, line 1: its quotes are not balanced"),
+            (b"a" * 100_000, "none of its 1 files exists"),
         ],
     )
     def test_refusals(self, tmp_path, content, message):

@@ -54,7 +54,7 @@ QUICK = "introspective ProxyNCA"  # its softmax is over all devices
 
 @pytest.mark.parametrize("case", [c if c == QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_loss_and_gradients_of_split_proxies_are_those_of_whole_ones(case):
-    """With the proxies of three pictures very near to them, and ten classes that no picture has."""
+    """With the proxies of three images very near to them, and ten classes that no image has."""
     mesh, results = sharding.data_mesh(), []
     keys = jax.random.split(jax.random.key(0), 2)
     semantic = ism.l2_normalize(jax.random.normal(keys[0], (16, 8)))

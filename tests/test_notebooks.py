@@ -66,7 +66,7 @@ def test_every_cell_runs(path, tmp_path, monkeypatch):
     texts = "".join(o.get("text", "") for c in book.cells for o in c.get("outputs", ()))
     pages = [o for c in book.cells for o in c.get("outputs", ()) if "text/html" in o.get("data", {})]
     if path.stem == "idml_jax":
-        assert texts.count("trained") >= 2 and "pictures searched for 1" in texts and "'semantic': (36, 16)" in texts
+        assert texts.count("trained") >= 2 and "images searched for 1" in texts and "'semantic': (36, 16)" in texts
         assert len(pages) == 3 and all("data:image/" in page["data"]["text/html"] for page in pages)
     else:
         assert texts.count("untrained  R@1") == 2 and texts.count("trained    R@1") == 2 and "by the proxies" in texts

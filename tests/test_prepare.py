@@ -38,7 +38,7 @@ def load(dataset, data_dir, **options):
 
 
 def colours(source):
-    """Mean colour of every image, to tell pictures apart."""
+    """Mean colour of every image, to tell images apart."""
     return np.stack([transforms.decode(source.read(i)).mean((0, 1)) for i in range(len(source))])
 
 
@@ -91,7 +91,7 @@ class TestCub:
         for part in (
             "train: 19 of 5,864 images",
             "test: 4 of 100 classes",
-            "1 listed images are not there",
+            "1 listed images are missing",
             "002.Bird_2/Bird_2_0001.jpg",
             "--allow_incomplete",
         ):
@@ -100,7 +100,7 @@ class TestCub:
         with pytest.raises(UserError, match="no prepared cub under .*prepare --dataset=cub"):
             load("cub", tmp_path / "sets")
         _, said = prepare("cub", source, tmp_path / "sets")
-        assert any("going on after 35 images" in line for line in said)
+        assert any("resuming after 35 images" in line for line in said)
         about = json.loads((tmp_path / "sets/idml_cub/1.0.0/idml_jax.json").read_text())
         assert about["complete"] is False and about["counts"]["train"] == {"images": 19, "classes": 5}
 
@@ -123,7 +123,7 @@ class TestCub:
             ({"CUB_200_2011/image_class_labels.txt": b"1 x\n"}, "'x' stands where a number should"),
             ({"CUB_200_2011/image_class_labels.txt": b"1\n"}, "line 1: '1' has 1 columns; expected 2"),
             ({"CUB_200_2011/image_class_labels.txt": b"999 1\n"}, "image 999 of class 1 is not in"),
-            ({"CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg": b"no picture"}, "Bird_1_0000.jpg: not a picture"),
+            ({"CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg": b"no picture"}, "Bird_1_0000.jpg: not an image"),
         ],
     )
     def test_damage_is_named(self, tmp_path, change, match):
@@ -302,7 +302,7 @@ class TestCifar:
             batch = {b"data": wrong, b"labels": [0, 1, 2]}
             files["cifar-10-batches-py/test_batch"] = pickle.dumps(batch, 2)
             source = made.write_files(tmp_path / f"{np.asarray(wrong).dtype}_{np.size(wrong)}", files)
-            with pytest.raises(UserError, match=r"test_batch: its 'data' is no array of bytes \[n, 3072\]"):
+            with pytest.raises(UserError, match=r"test_batch: its 'data' is not an array of bytes \[n, 3072\]"):
                 prepare("cifar10", source, tmp_path / "sets")
 
     def test_a_missing_batch_is_named(self, tmp_path):
@@ -373,7 +373,7 @@ class TestImagenet:
         source.write_bytes(made.tar_bytes(made.imagenet_train()))
         prepare("imagenet", source, tmp_path)
         splits, said = self.check(tmp_path, validation=False)
-        assert "no validation images; 4% of the training images stand in" in said[-1]
+        assert "no validation images; 4% of the training images replace them" in said[-1]
         assert (len(splits.train), len(splits.test)) == (12, 4)
         np.testing.assert_array_equal(np.bincount(splits.test.labels), [1] * 4)
 
@@ -430,7 +430,7 @@ class TestFolder:
         with pytest.raises(UserError, match=r"c1/1\.jpg: .*--on_corrupt=skip"):
             prepare("folder", source, tmp_path)
         folder, said = prepare("folder", source, tmp_path, on_corrupt="skip")
-        assert any("1 files are no whole pictures, the first c1/1.jpg" in line for line in said)
+        assert any("1 files are not complete images, the first c1/1.jpg" in line for line in said)
         assert json.loads((folder / "idml_jax.json").read_text())["skipped"] == ["c1/1.jpg"]
         splits, _ = load("folder", tmp_path, variant="x")
         assert len(splits.train) + len(splits.test) == 11
@@ -466,7 +466,7 @@ class TestForeignArchives:
         files = {name: made.jpeg(0, 0), "a/1.jpg": made.jpeg(0, 0)}
         for path, data in (("x.tar", made.tar_bytes(files)), ("x.zip", made.zip_bytes(files))):
             (tmp_path / path).write_bytes(data)
-            self.refuses(tmp_path / path, "leads out of the archive; refused", tmp_path)
+            self.refuses(tmp_path / path, "points outside the archive; refused", tmp_path)
 
     @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
     def test_links_and_devices_in_tars(self, tmp_path, kind):
@@ -533,7 +533,7 @@ class TestInterruption:
         with pytest.raises(UserError, match="no prepared folder"):
             load("folder", sets, variant="x")
         folder, said = prepare("folder", source, sets, shard_megabytes=1)
-        line = next(line for line in said if line.startswith("going on after"))
+        line = next(line for line in said if line.startswith("resuming after"))
         assert 0 < int(line.split()[3].replace(",", "")) < len(files)
         splits, _ = load("folder", sets, variant="x")
         stored = [s.read(i) for s in splits[:2] for i in range(len(s))]

@@ -188,7 +188,7 @@ def test_the_command_converts_and_refuses_in_one_line(tmp_path):
     done = command(source, tmp_path / "more" / "ours")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--model=resnet50" in done.stderr
     assert not (tmp_path / "more" / "ours").exists()
-    with pytest.raises(UserError, match="is already there"):
+    with pytest.raises(UserError, match="already exists"):
         pretrained.convert(source, tmp_path / "ours", model="resnet_tiny")
     with pytest.raises(UserError, match="known: .*resnet50"):
         pretrained.convert(source, tmp_path / "new", model="resnet51")

@@ -138,7 +138,7 @@ def photographs():
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
 @pytest.mark.parametrize("balanced", [True, False])
 def test_four_hosts_together_give_the_batches_of_one(photographs, name, balanced):
-    """Through Grain, pictures included, whatever the threads and wherever a host began."""
+    """Through Grain, images included, whatever the threads and wherever a host began."""
     sampler = (
         samplers.BalancedSampler(photographs.labels, 12, 3, 1) if balanced else samplers.ShuffledSampler(47, 12, 1)
     )
@@ -188,6 +188,6 @@ def test_a_damaged_photograph_is_named_in_training(photographs):
     damaged = Photographs(12)
     damaged.encoded[5] = damaged.encoded[5][:-200]
     sampler = samplers.ShuffledSampler(12, 12, 0)
-    with pytest.raises(UserError, match=r"^photograph 5: not a readable picture \(.*truncated"):
+    with pytest.raises(UserError, match=r"^photograph 5: not a readable image \(.*truncated"):
         reading = pipeline.Reading(TRANSFORMS["retrieval"])
         list(pipeline.train_batches(damaged, sampler, reading, seed=0, start=0, stop=1))

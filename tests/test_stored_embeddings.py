@@ -101,12 +101,12 @@ CASES = {
     "workdir 7": (lambda p: npz(p, about=np.asarray('{"workdir": 7}')), "workdir = 7"),
     "step true": (lambda p: npz(p, about=np.asarray('{"step": true}')), "step = True"),
     "labels twice": (twice, "holds labels 2 times"),
-    "a promise": (lambda p: member(p, "semantic", header((10**12, 512))), "promises 2,048,0"),
+    "a promise": (lambda p: member(p, "semantic", header((10**12, 512))), "declares 2,048,0"),
     "a negative size": (lambda p: member(p, "semantic", header((-12, -3), extra=bytes(144))), "not an .npz|shape"),
-    "too much": (lambda p: member(p, "semantic", header((12, 3), extra=bytes(1000))), "promises 144 .* has 1,000"),
+    "too much": (lambda p: member(p, "semantic", header((12, 3), extra=bytes(1000))), "declares 144 .* has 1,000"),
     "a bomb": (
         lambda p: member(p, "semantic", header((12, 2**17), extra=bytes(12 * 2**19)), zipfile.ZIP_DEFLATED),
-        "takes .* bytes and promises",
+        "has .* bytes but declares",
     ),
     "a folder": (lambda p: p.mkdir(), "is not a file"),
     "a pipe": (os.mkfifo, "is not a file"),
@@ -127,7 +127,7 @@ CASES = {
     "parquet: label -1": (lambda p: parquet(p, labels=pa.array([-1] * 12)), "here is -1"),
     "parquet: a bomb": (
         lambda p: parquet(p, semantic=pa.array([[0.0] * 2**9] * 2**12), labels=pa.array([0] * 2**12)),
-        "bytes and promises",
+        "bytes but declares",
     ),
 }  # fmt: skip
 
@@ -402,7 +402,7 @@ class TestParts:
 
     def test_numbers_that_are_none_are_refused_by_name(self):
         arrays = {"semantic": np.where(np.arange(12)[:, None] == 7, np.nan, ROWS)}
-        with pytest.raises(UserError, match=r"run gives NaN .* semantic for 1 of 12 pictures, the first 7.png"):
+        with pytest.raises(UserError, match=r"run gives NaN .* semantic for 1 of 12 images, the first 7.png"):
             store.check_finite(arrays, GOOD["files"].tolist(), "run")
         store.check_finite({"semantic": ROWS, "u": ROWS[:0]}, GOOD["files"].tolist(), "run")
 

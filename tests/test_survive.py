@@ -62,7 +62,7 @@ def test_a_signal_saves_and_stops_and_nothing_is_lost(image_folder, finished, tm
     before = signal.getsignal(number)
     restore = calls_at(monkeypatch, module, name, call, lambda: terminate(number))
     told = "nothing is saved yet" if step is None else f"saved at step {step}"
-    with pytest.raises(interrupt.Stopped, match=f"stopped by {number.name}; {told} .*the same command goes on|{told}"):
+    with pytest.raises(interrupt.Stopped, match=f"stopped by {number.name}; {told} .*rerun the same command to|{told}"):
         train.train_and_evaluate(config, tmp_path)
     restore()
     assert signal.getsignal(number) is before
@@ -271,7 +271,7 @@ def test_a_loss_that_is_no_number_names_step_images_and_checkpoint(image_folder,
     assert told["images"] == [run.splits.train.name(int(i)) for i in run.sampler.batch(4)]
     message = str(caught.value)
     assert message.startswith(f"the loss is nan at step 5; its batch has {told['images'][0]}, ") and "\n" not in message
-    assert "29 more images" in message and "the last good checkpoint is of step 3" in message
+    assert "29 more images" in message and "the last good checkpoint is at step 3" in message
     # And the run goes on from there once the reason is gone.
     monkeypatch.setattr(loop.steps, "jit_train_step", real)
     assert train.train_and_evaluate(config, tmp_path)["history"][-1]["step"] == 9

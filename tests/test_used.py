@@ -37,7 +37,7 @@ def workdir(image_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def index(workdir, image_folder, tmp_path_factory):
-    """Embeddings of the test pictures."""
+    """Embeddings of the test images."""
     out = tmp_path_factory.mktemp("index") / "x.npz"
     embed.main([f"--workdir={workdir}", f"--images={image_folder / 'test'}", f"--out={out}"])
     return out
@@ -118,12 +118,12 @@ class TestEmbed:
         assert not out.exists()
         run()
         assert len(calls) == 3 + 4  # two parts of six were done, the third was begun
-        assert "going on: 32 of 96 images are done" in said
+        assert "resuming: 32 of 96 images are done" in said
         assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npz"]
         np.testing.assert_allclose(
             embeddings.read(out).embedded.semantic, embeddings.read(index).embedded.semantic, rtol=1e-4, atol=1e-5
         )
-        with pytest.raises(UserError, match="already there"):
+        with pytest.raises(UserError, match="already exists"):
             run()
 
     def test_names_that_are_not_utf_8_are_kept_and_shown_escaped(self, workdir, image_folder, tmp_path, capsys):
@@ -163,7 +163,7 @@ class TestEmbed:
         with pytest.raises(SystemExit):
             embed.main([f"--workdir={workdir}", f"--images={folder}", f"--out={tmp_path / 'x.npz'}"])
         told = capsys.readouterr().err
-        assert f"{workdir} gives NaN or infinity in semantic for 1 of 12 pictures, the first {folder}/02.png" in told
+        assert f"{workdir} gives NaN or infinity in semantic for 1 of 12 images, the first {folder}/02.png" in told
         assert not (tmp_path / "x.npz").exists()
         with pytest.raises(UserError, match="gives NaN"):
             embed.embed_all(trained.load(workdir), embed.list_images(folder)[0])
@@ -184,7 +184,7 @@ class TestEmbed:
         "words,message",
         [
             (["--images=none", "--out=x.npz"], "none: no such file or folder"),
-            (["--images=.", "--out=x.npz"], "holds no pictures"),
+            (["--images=.", "--out=x.npz"], "holds no images"),
             (["--images=.", "--out=x.csv"], "must end in .npz or .parquet"),
             (["--out=x.npz"], "either --images or --split"),
             (["--split=gallery", "--out=x.npz"], "has none"),
@@ -201,7 +201,7 @@ class TestEmbed:
 
 
 def blobs(seed, n=160, d=6, classes=8):
-    """Embeddings around shared centres; half of the pictures are much further out, and uncertain."""
+    """Embeddings around shared centres; half of the images are much further out, and uncertain."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % classes
     noise = np.where(rng.random(n) < 0.5, 0.2, 2.0)
@@ -255,7 +255,7 @@ class TestSearch:
             assert row["class"] == "class_05" and 0 < row["sure"] < 1 and row["answered"]
             assert row["query"] not in [near["file"] for near in row["neighbours"]]
             distance = np.linalg.norm(stored.embedded.semantic - stored.embedded.semantic[12 + i], axis=1)
-            nearest = np.argsort(distance)[1:4]  # 0 is the picture itself
+            nearest = np.argsort(distance)[1:4]  # 0 is the image itself
             assert [near["file"] for near in row["neighbours"]] == stored.files[nearest].tolist()
             assert row["neighbours"][0]["introspective_distance"] < row["neighbours"][0]["distance"]
 
@@ -273,7 +273,7 @@ class TestSearch:
     def test_what_cannot_be_promised_is_not_answered(self, index, image_folder, capsys):
         search.main([f"--index={index}", f"--query={image_folder / 'test' / 'class_05'}", "--abstain=0.999"])
         shown = capsys.readouterr().out
-        assert shown.count("no answer") == 12 and "cannot be had there: nothing is answered" in shown
+        assert shown.count("no answer") == 12 and "cannot be reached on them: nothing is answered" in shown
 
     def test_refusals(self, index, workdir, image_folder, tmp_path, capsys):
         query = f"--query={image_folder / 'test' / 'class_05'}"
@@ -294,7 +294,7 @@ class TestSearch:
             ([f"--index={flat}", query, "--abstain=0.9"], "classes are unknown"),
             ([f"--index={index}", query, "--abstain=90"], "a share of right answers"),
             ([f"--index={index}", query, "--out=x.pdf"], "must end in"),
-            ([f"--index={index}", f"--query={tmp_path}"], "holds no pictures"),
+            ([f"--index={index}", f"--query={tmp_path}"], "holds no images"),
             ([f"--index={stale}", query], "cannot be compared; embed the index again"),
             ([f"--index={other}", query], "cannot be compared; embed the index again"),
             ([f"--index={moved}", query], "/gone holds no run"),
@@ -308,7 +308,7 @@ class TestSearch:
         assert "how sure answers are is unknown" in capsys.readouterr().out
         # The same weights are the same network, wherever they lie.
         search.main([f"--index={moved}", query, "-k", "1", f"--workdir={workdir}"])
-        assert "96 pictures searched for 12" in capsys.readouterr().out
+        assert "96 images searched for 12" in capsys.readouterr().out
 
     def test_a_small_index_has_fewer_margins_than_held_out_pictures(self, index, workdir, image_folder, tmp_path):
         small = tmp_path / "small.npz"
@@ -372,7 +372,7 @@ class TestReport:
         assert seen >= 10
 
     def test_most_uncertain_first(self, page):
-        most, least = sections(page)["The most and the least uncertain pictures"].split("Least uncertain")
+        most, least = sections(page)["The most and the least uncertain images"].split("Least uncertain")
         numbers = lambda text: [float(x) for x in re.findall(r"\|u\| ([0-9.]+)<br>", text)]
         assert len(numbers(most)) == 20
         assert numbers(most) == sorted(numbers(most), reverse=True) and numbers(least) == sorted(numbers(least))
@@ -459,7 +459,7 @@ class TestExport:
         assert "pip install faiss-cpu" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
     def test_refusals(self, exported, workdir, capsys):
-        for words, message in ((["--platforms=gpu"], "known: cpu, cuda, tpu, rocm"), ([], "already there")):
+        for words, message in ((["--platforms=gpu"], "known: cpu, cuda, tpu, rocm"), ([], "already exists")):
             with pytest.raises(SystemExit):
                 export.main([f"--workdir={workdir}", f"--out={exported}", *words])
             assert message in capsys.readouterr().err

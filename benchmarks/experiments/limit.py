@@ -1,10 +1,10 @@
-"""How well could any uncertainty of the image alone do? An upper bound of sorts, for a trained run.
+"""Estimates, for a trained run, an upper bound on any uncertainty that depends on the image alone.
 
     python benchmarks/experiments/limit.py --workdir=runs/experiments/B/omniglot/ism+mixup/seed0
 
 Logistic regression on the pooled feature, and on u, is fitted on the right and wrong answers of half of the TEST
-classes and judged on the other half, so it knows more than any honest method may. Beside it the same for the scores of
-the answer, which look at the gallery. Mean over six random halves, both ways.
+classes and evaluated on the other half, so it has more information than a fair method. The same is done for the scores
+of the answer, which use the gallery. Results are means over six random halves, in both directions.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from idml_jax.training import steps
 
 
 def across_classes(scores, correct, labels, ridge):
-    """R-AUROC of a model fitted on half of the classes, on the others."""
+    """R-AUROC of a model that is fitted on half of the classes and evaluated on the others."""
     classes, rng, values = np.unique(labels), np.random.default_rng(0), []
     for _ in range(6):
         half = np.isin(labels, rng.permutation(classes)[: len(classes) // 2])
@@ -68,7 +68,7 @@ def main() -> None:
         "feature, its direction": (columns(direction), 100.0),
         "feature": (columns(features), 100.0),
         **({"u": (columns(out["uncertainty"]), 100.0)} if taught else {}),
-        "free scores of the answer": ({k: v for k, v in scores.items() if k not in LEARNED}, 1.0),
+        "baseline scores of the answer": ({k: v for k, v in scores.items() if k not in LEARNED}, 1.0),
         "all scores of the answer": (scores, 1.0),
     }
     for name, (some, ridge) in rows.items():

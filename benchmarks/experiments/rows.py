@@ -1,4 +1,4 @@
-"""The rows of the experiments: which settings each is made of. No row is tuned on test classes."""
+"""The rows of the experiments and their settings. No row is tuned on test classes."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ DATA: dict[str, dict[str, Any]] = {
             "optim.proxy_lr_factor": 10.0,
         },
     },
-    # From a ResNet-50 that knows ImageNet (imagenet_trunk.py); two epochs of the heads, two of everything.
+    # From a ResNet-50 pretrained on ImageNet (imagenet_trunk.py); two epochs of the heads, two of all parameters.
     "birds_imagenet": {
         "config": "cub100.py",
         "root": "cub100",
@@ -80,7 +80,7 @@ METRICS: dict[str, Overrides] = {
 
 
 def table_a() -> dict[str, Overrides]:
-    """Accuracy: every loss, plain and introspective, without and with Mixup; everything else equal."""
+    """Accuracy: every loss, plain and introspective, without and with Mixup; all other settings are equal."""
     return {f"{loss}/{metric}": {"loss.name": loss, **METRICS[metric]} for metric in METRICS for loss in LOSSES}
 
 
@@ -130,7 +130,7 @@ def table_k() -> dict[str, Overrides]:
     return {row: {} for row in rows} | {"baseline,ism, mlp head": {"model.uncertainty_head": "mlp"}}
 
 
-# Losses under which u collapses, and what may keep it alive.
+# Losses under which u collapses, and settings that may prevent it.
 COLLAPSING = ("multi_similarity", "margin_distance_weighted", "fast_ap")
 ALIVE: dict[str, Overrides] = {
     "prior 0.1": {"ism.prior": 0.1}, "prior 0.01": {"ism.prior": 0.01}, "ranking": {"ism.ranking": 1.0},

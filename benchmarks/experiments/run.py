@@ -1,4 +1,4 @@
-"""Runs the rows of a table, one after the other, each in a process of its own; finished ones are left alone.
+"""Runs the rows of a table one after the other, each in a separate process; finished rows are skipped.
 
     python benchmarks/experiments/run.py --table=A --data=omniglot --seeds=0,1,2 --root=data --out=runs/experiments
     python benchmarks/experiments/tables.py --out=runs/experiments
@@ -6,7 +6,7 @@
 Tables: A accuracy of every loss, B uncertainty, K classification, U what keeps u alive, P a trunk for
 ``--data=tiny_pretrained``. ``--data=birds_imagenet`` needs ROOT/resnet50_v1.safetensors (imagenet_trunk.py).
 
-``--only=ism`` takes the rows whose name holds that; ``--list`` prints the commands and runs nothing.
+``--only=ism`` selects the rows whose name contains it; ``--list`` prints the commands and runs nothing.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def folder_of(row: str) -> str:
 
 
 def command(data: str, row: str, overrides: dict, seed: int, root: Path, out: Path, workdir: Path) -> list[str]:
-    """The run as a user would start it."""
+    """The command line of a run, as a user would type it."""
     setting = DATA[data]
     fields = {**COMMON, **setting["overrides"], **overrides, "seed": seed}
     fields = {
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the image sets")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
-    parser.add_argument("--only", default="", help="rows of this name, or whose name holds it; several with |")
+    parser.add_argument("--only", default="", help="rows whose name is or contains this; several with |")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     arguments = parser.parse_args()
     failed = 0

@@ -1,9 +1,9 @@
-"""Tables from the logs of ``run.py``, in Markdown; ``--write`` puts them between a page's marks.
+"""Markdown tables from the logs of ``run.py``; ``--write`` inserts them between the marks of a page.
 
     python benchmarks/experiments/tables.py --out=runs/experiments [--write=docs/introspection.md]
 
 A cell is the mean over the seeds that have finished, +- their standard deviation where there are two or more. Where a
-run was evaluated again (``--mode=eval``), those figures count.
+run was evaluated again (``--mode=eval``), those metrics are used.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PERCENT = {*ACCURACY, "top1", "ece", "corrupted/R@1"}
 
 
 def figures_by_seed(out: Path, table: str, data: str, row: str) -> dict[str, dict[str, float]]:
-    """Of every finished seed."""
+    """Metrics of every finished seed."""
     found = {}
     for path in sorted((out / table / data / folder_of(row)).glob("seed*/result.json")):
         values = json.loads(path.read_text())["final"]
@@ -60,7 +60,7 @@ def cell(runs: list[dict[str, float]], name: str) -> str:
 
 
 def show(out: Path, table: str, data: str, columns: dict[str, str]) -> list[str]:
-    """One table; rows without any of these figures are left out."""
+    """One table; rows without any of these metrics are left out."""
     rows = [(row, runs) for row in TABLES[table]() if (runs := figures(out, table, data, row))]
     rows = [(row, runs) for row, runs in rows if any(cell(runs, k) for k in columns)]
     return lines_of("row", rows, columns)
@@ -74,7 +74,7 @@ def lines_of(head: str, rows: list[tuple[str, list[dict[str, float]]]], columns:
 
 
 def accuracy(out: Path, data: str) -> list[str]:
-    """A loss a line, R@1, MAP@R and NMI under each way of training, and the mean over the losses."""
+    """One line per loss with R@1, MAP@R and NMI for each way of training, and the mean over the losses."""
     lines = [f"| loss | {' | '.join(METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
     by_seed = {
         (loss, metric): figures_by_seed(out, "A", data, f"{loss}/{metric}") for loss in LOSSES for metric in METRICS
@@ -118,7 +118,7 @@ def difference(
 
 
 def of_losses(out: Path, data: str) -> list[str]:
-    """What u knows under every loss, from the runs of table A, and whether D tells errors better than the distance."""
+    """Quality of u for every loss, from the runs of table A, and whether D detects errors better than the distance."""
     scores = ("uncertainty", "introspective_distance", "nearest_distance", "margin_20")
     columns = {"R@1": "R@1", "uncertainty_mean": "mean length of u", "uncertainty_std": "its deviation"}
     columns |= {f"R-AUROC({k})": UNCERTAINTY[k] for k in scores} | AMBIGUITY
@@ -142,7 +142,7 @@ def of_losses(out: Path, data: str) -> list[str]:
 
 
 def beaten(out: Path, data: str) -> list[str]:
-    """Joined scores against the best baseline score, run by run."""
+    """Compares joined scores with the best baseline score, run by run."""
     lines = []
     for place, prefix in (("clean queries", ""), ("clean and corrupted queries", "corrupted/")):
         for name in ("free_confidence", "confidence"):

@@ -2,8 +2,8 @@
 
     python benchmarks/experiments/tiny_folders.py --source=data/tinyimagenet32 --out=data --images=100
 
-Of the sorted class names every second one, from the first, is a training class; the others are test classes.
-``tiny_retrieval`` has ``train/`` (so many images a class) and ``test/`` (the 50 validation images of the test
+Every second class in sorted order, starting with the first, is a training class; the others are test classes.
+``tiny_retrieval`` has ``train/`` (``--images`` images per class) and ``test/`` (the 50 validation images of the test
 classes); ``tiny_classes`` has all 500 images of the training classes, and their validation images as ``test/``.
 """
 

@@ -1,4 +1,4 @@
-"""Trains a variant of the uncertainty that the package does not have: a run like any other but for what is named here.
+"""Trains a variant of the uncertainty that is not in the package; otherwise an ordinary run.
 
     python benchmarks/experiments/variants.py --variant="tau learned" --config=configs/omniglot.py --workdir=runs/x ...
 
@@ -67,7 +67,7 @@ class RankingReachesTrunk(Objective):
 
 
 class SoftplusHeads(Heads):
-    """No coordinate of ``u`` is below 0, so two uncertain pictures never cancel each other in ``u + u'``."""
+    """No coordinate of ``u`` is below 0, so two uncertain images never cancel each other in ``u + u'``."""
 
     def __call__(self, features):
         out = super().__call__(features)
@@ -75,7 +75,7 @@ class SoftplusHeads(Heads):
 
 
 class DetachedHeads(Heads):
-    """The trunk gets no gradient of ``u``: it sees the trunk, and does not change it."""
+    """``u`` reads the trunk's features, but the trunk gets no gradient from ``u``."""
 
     def __call__(self, features):
         out = super().__call__(features)

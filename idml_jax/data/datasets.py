@@ -14,7 +14,7 @@ from idml_jax.data.stored import prepared as prepared_lib
 from idml_jax.data.stored.benchmarks import BENCHMARKS, Count, differences
 from idml_jax.errors import UserError
 
-# Share of the training images that stands in for a missing ImageNet validation split: about 50 of a class.
+# Share of the training images that replaces a missing ImageNet validation split: about 50 per class.
 _TRAIN_ONLY_SHARE = 0.04
 
 
@@ -23,10 +23,11 @@ class Splits(NamedTuple):
 
     Attributes:
       train: images to learn from.
-      test: images on which the final figures are taken; the queries, where there is a gallery.
-      validation: images held out of the training images, for choosing settings; ``None`` if none are. Of classes of
-        their own, unless the test images too show the training classes (classification).
-      gallery: what the test images search, with the same labels; ``None`` where they search each other.
+      test: images for the final metrics; the queries, if there is a gallery.
+      validation: images held out of the training images, for choosing settings; ``None`` if none are held out. Their
+        classes are disjoint from the training classes, unless the test classes are the training classes
+        (classification).
+      gallery: images that the test images search, with the same labels; ``None`` if the test images search each other.
     """
 
     train: Source
@@ -45,9 +46,9 @@ def load_folder(
     warn: Callable[[str], None] = print,
     **_: object,
 ) -> Splits:
-    """A folder of images: ``root/train/<class>/`` and ``root/test/<class>/`` (or ``val``; or ``query`` and
-    ``gallery``), or ``root/<class>/`` alone, which is split by class; or, without ``root``, the prepared one that
-    ``variant`` names."""
+    """Loads a folder of images: ``root/train/<class>/`` and ``root/test/<class>/`` (or ``val``; or ``query`` and
+    ``gallery``), or ``root/<class>/`` alone, which is split by class; without ``root``, the prepared image folder
+    that ``variant`` names."""
     if not root and variant:
         found = prepared_lib.find("folder", data_dir or default_data_dir(), variant)
         prepared = {split: prepared_lib.source(found, split, say=warn) for split in found.splits}
@@ -62,7 +63,7 @@ def load_folder(
     parts = {split: drop_unreadable(part, on_corrupt, warn) for split, part in scan_splits(root, warn).items()}
     if "images" not in parts:
         if "query" in parts:
-            # Whole classes may have been left out of either.
+            # Whole classes may be missing from either part.
             query, gallery = _of_one_naming(parts["query"], parts["gallery"])
             return Splits(parts["train"], query, gallery=gallery)
         return Splits(parts["train"], parts["test"])
@@ -73,13 +74,13 @@ def load_folder(
 
 
 def _of_one_naming(*parts: FolderSource) -> list[FolderSource]:
-    """Folders whose labels are those of all their classes together."""
+    """The folders relabelled by the union of their classes."""
     names = sorted(set().union(*(part.class_names for part in parts)))
     return [FolderSource(part.paths, np.searchsorted(names, part.class_names)[part.labels], names) for part in parts]
 
 
 def default_data_dir() -> str:
-    """Where prepared data sets live unless told otherwise: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``."""
+    """Default folder of prepared data sets: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``."""
     return os.environ.get("TFDS_DATA_DIR") or str(Path.home() / "tensorflow_datasets")
 
 
@@ -88,7 +89,7 @@ def _dense(source: Source, classes: np.ndarray | None = None) -> Subset:
 
 
 def _separate(parts: Mapping[str, Source]) -> Splits:
-    """Splits with labels of their own; query and gallery share theirs."""
+    """Splits with separate labels each; query and gallery share labels."""
     if "query" not in parts:
         return Splits(_dense(parts["train"]), _dense(parts["test"]))
     both = np.union1d(parts["query"].labels, parts["gallery"].labels)
@@ -97,7 +98,7 @@ def _separate(parts: Mapping[str, Source]) -> Splits:
 
 
 def load_glyphs(*, data_dir: str = "", variant: str = "default", **_: object) -> Splits:
-    """The built-in characters; made on first use."""
+    """Loads the built-in characters; they are drawn on first use."""
     from idml_jax.data.glyphs import builder as glyphs
 
     builder = glyphs.prepare(data_dir or default_data_dir(), variant or "default")
@@ -117,7 +118,7 @@ def load_tfds(
     warn: Callable[[str], None] = print,
     **_: object,
 ) -> Splits:
-    """A tfds data set that is already prepared as array_record: all its splits together, split by class."""
+    """Loads a tfds data set already prepared as array_record: all its splits joined, then split by class."""
     if not variant:
         raise UserError("config.data.variant is empty; give the tfds data set, e.g. cars196 or my_set:1.0.0")
     data_dir = data_dir or default_data_dir()
@@ -135,23 +136,23 @@ def load_tfds(
 def load_benchmark(
     name: str, *, data_dir: str = "", seed: int = 0, warn: Callable[[str], None] = print, **_: object
 ) -> Splits:
-    """A benchmark with its protocol's splits, prepared by us or by tfds.
+    """Loads a benchmark with its protocol's splits, prepared by this package or by tfds.
 
     Args:
       name: key of ``protocol.BENCHMARKS``.
       data_dir: folder of data sets.
-      seed: of the images that stand in for ImageNet's validation split where there is none.
-      warn: receives a line if the set is not complete.
+      seed: seed of the choice of images that replace a missing ImageNet validation split.
+      warn: receives one line if the set is not complete.
 
     Raises:
-      UserError: if it is not there, or lacks a split.
+      UserError: if the set is missing, or lacks a split.
     """
     data_dir, benchmark = data_dir or default_data_dir(), BENCHMARKS[name]
     found = prepared_lib.find(name, data_dir)
     wanted = ("train", "test") if benchmark.train_classes and not found.ours else tuple(benchmark.splits)
     parts: dict[str, Source] = {s: prepared_lib.source(found, s, say=warn) for s in wanted if s in found.splits}
     if benchmark.train_classes and not found.ours:
-        # The official splits together, divided by class.
+        # The official splits joined, then divided by class.
         whole = Joined([parts[s] for s in wanted if s in parts])
         bound, last = benchmark.train_classes, len(whole.class_names)
         parts = {"train": select_classes(whole, range(bound)), "test": select_classes(whole, range(bound, last))}
@@ -166,7 +167,7 @@ def load_benchmark(
     if not benchmark.shared_classes:
         return _separate(parts)
     if "validation" not in parts and "test" not in parts:
-        warn(f"{found.folder} has no validation images; {_TRAIN_ONLY_SHARE:.0%} of the training images stand in")
+        warn(f"{found.folder} has no validation images; {_TRAIN_ONLY_SHARE:.0%} of the training images replace them")
         return Splits(*hold_out_images(parts["train"], _TRAIN_ONLY_SHARE, seed))
     return Splits(parts["train"], parts["test"] if "test" in parts else parts["validation"])
 
@@ -194,17 +195,17 @@ def load_dataset(
     warn: Callable[[str], None] = print,
     **options: object,
 ) -> Splits:
-    """A data set by name.
+    """Loads a data set by name.
 
     Args:
       name: key of ``DATASETS``.
       validation_classes: share of the training classes to hold out for choosing settings.
-      validation_images: share of every training class's images to hold out, for classification.
+      validation_images: share of each training class's images to hold out, for classification.
       on_small_class: see ``check_classes``.
-      shared_classes: the test images show the training classes (classification), of whatever set.
-      seed: of the choice of what is held out.
-      warn: receives lines about what was left out.
-      **options: ``root``, ``data_dir``, ``variant``, ``train_classes``, ``on_corrupt``; each loader takes what it
+      shared_classes: the test classes are the training classes (classification), for any data set.
+      seed: seed of the choice of held-out classes or images.
+      warn: receives one line per kind of thing that is left out.
+      **options: ``root``, ``data_dir``, ``variant``, ``train_classes``, ``on_corrupt``; each loader uses those it
         needs.
 
     Returns:
@@ -234,7 +235,7 @@ def load_dataset(
         train, validation = hold_out_images(splits.train, validation_images, seed)
         return splits._replace(train=train, validation=validation)
     train = check_classes(splits.train, "training images", on_small_class, warn)
-    # With a gallery a class needs no second query.
+    # With a gallery, one query per class is enough.
     test = splits.test if splits.gallery else check_classes(splits.test, "test images", on_small_class, warn)
     if splits.gallery:
         _check_gallery(test, splits.gallery, warn)

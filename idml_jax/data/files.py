@@ -1,4 +1,4 @@
-"""Files that come from outside: paths as they are typed, and reads that neither hang nor fill the memory."""
+"""Files from outside: paths as typed, and reads that neither hang nor exhaust memory."""
 
 import os
 import stat
@@ -12,11 +12,11 @@ MAX_FILE_BYTES = 2**29
 
 
 class FileError(UserError):
-    """One file cannot be used; where files may be skipped, it is left out with a count."""
+    """A single file is unusable; where files may be skipped, it is skipped and counted."""
 
 
 def expand(path: str | os.PathLike) -> Path:
-    """A path as typed, made absolute: ``~`` is the home folder, all else is relative to the current folder.
+    """Makes a typed path absolute: ``~`` is the home folder, other paths are relative to the current folder.
 
     Raises:
       UserError: for an empty path, or the home folder of an unknown user.
@@ -25,12 +25,12 @@ def expand(path: str | os.PathLike) -> Path:
 
 
 def shown(name: str | os.PathLike) -> str:
-    """The name of a file for messages and lists, see ``errors.printable``."""
+    """A file name for messages and lists; see ``errors.printable``."""
     return printable(os.fspath(name))
 
 
 def check_size(size: int, where: str, limit: int = MAX_FILE_BYTES) -> None:
-    """Refuses a file of unreasonable size.
+    """Refuses a file that is too large.
 
     Raises:
       FileError: naming the file and the limit.
@@ -40,14 +40,14 @@ def check_size(size: int, where: str, limit: int = MAX_FILE_BYTES) -> None:
 
 
 def open_file(path: str | os.PathLike) -> IO[bytes]:
-    """Opens a regular file for reading; pipes, sockets and devices, which could block for ever, are refused.
+    """Opens a regular file for reading; pipes, sockets and devices, which could block forever, are refused.
 
     Raises:
-      FileError: if there is no such file, or it is not a regular one.
+      FileError: if the file does not exist or is not regular.
     """
     where = shown(path)
     try:
-        # Looked at first, as opening a device can have effects; and again, as it may have been exchanged meanwhile.
+        # Checked before opening, as opening a device can have effects, and again after, as it may have been replaced.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FileError(f"{where}: not a regular file")
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
@@ -60,7 +60,7 @@ def open_file(path: str | os.PathLike) -> IO[bytes]:
         if os.path.islink(path):
             target = shown(os.readlink(os.fspath(path)))
             raise FileError(
-                f"{where}: a link to {target}, which is not there; remove it or bring the file back"
+                f"{where}: a link to {target}, which does not exist; remove the link or restore the file"
             ) from error
         raise FileError(f"{where}: cannot be read ({error.strerror})") from error
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
@@ -71,11 +71,11 @@ def read_file(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> bytes:
     """The content of a regular file.
 
     Args:
-      path: of the file.
-      limit: size in bytes above which it is refused.
+      path: file to read.
+      limit: largest accepted size in bytes.
 
     Raises:
-      FileError: naming the file, if it cannot be read, is not a regular file or is too large.
+      FileError: if the file cannot be read, is not a regular file or is too large; names the file.
     """
     with open_file(path) as file:
         try:

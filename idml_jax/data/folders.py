@@ -1,7 +1,7 @@
-"""Folders of images: the walk, the split names, and the class of every image.
+"""Folders of images: traversal, names of splits, and the class of every image.
 
-Training, ``idml_jax.prepare`` and ``idml_jax.embed`` all look at a folder through this module, so that the same folder
-has the same images and classes at every door.
+Training, ``idml_jax.prepare`` and ``idml_jax.embed`` all read folders through this module, so that a folder has the
+same images and classes for every command.
 """
 
 import os
@@ -28,29 +28,29 @@ _SYSTEM = {
 EXPECTED = "<class>/<image>, or train/<class>/<image> with test/ (or val/; or query/ and gallery/) beside it"
 
 HIDDEN = "hidden or system files and folders"
-OTHER = "files without an image's ending"
+OTHER = "files without an image extension"
 LINKS = "links to folders that are read anyway"
 EMPTY = "class folders without images"
 LOOSE = "images outside class folders"
-ASIDE = "images in folders that are no split in use"
+ASIDE = "images in folders that are not a split in use"
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has the ending of a known image format."""
+    """Whether a file name has the extension of a known image format."""
     return name.lower().endswith(ENDINGS)
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that an operating system or a storage box adds."""
+    """Whether a file or folder is hidden, or created by an operating system or a network storage device."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
 class Passed:
-    """What a walk leaves out, by kind: how many, and the first.
+    """Files and folders that a walk leaves out: per kind, the number and the first name.
 
     Attributes:
-      folders: names of all folders met, from which empty ones are told.
-      remarks: further lines about how the folder is understood.
+      folders: names of all folders visited, used to find empty ones.
+      remarks: additional lines about how the folder is interpreted.
     """
 
     def __init__(self) -> None:
@@ -59,20 +59,18 @@ class Passed:
         self._kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
-        """Counts files or folders of a kind."""
+        """Counts ``count`` files or folders of a kind."""
         before, first = self._kinds.get(kind, (0, name))
         self._kinds[kind] = (before + count, first)
 
     def lines(self, where: str | os.PathLike) -> list[str]:
         """One line per kind, after the remarks."""
-        kinds = [
-            f"passed over {count:,} {kind}, the first {shown(first)}" for kind, (count, first) in self._kinds.items()
-        ]
+        kinds = [f"skipped {count:,} {kind}, the first {shown(first)}" for kind, (count, first) in self._kinds.items()]
         return [f"{shown(where)}: {line}" for line in self.remarks + kinds]
 
 
 class _Level(NamedTuple):
-    """A folder on the way from the root to the place of the walk."""
+    """A folder between the root and the current position of the walk."""
 
     path: str
     prefix: str
@@ -81,18 +79,18 @@ class _Level(NamedTuple):
 
 
 def walk(root: Path, passed: Passed | None = None) -> Iterator[tuple[str, Path]]:
-    """The files below a folder, sorted by the parts of their names.
+    """Yields the files below a folder, sorted by the parts of their names.
 
-    Hidden and system names are passed over. Links to folders are followed, each target once; links to a folder
-    above, or to one beside them that is read anyway, are passed over, so that no set of links leads round in circles.
-    Links to files are files, broken ones too: reading them tells what is wrong.
+    Hidden and system names are skipped. Links to folders are followed, each target once; links to a parent folder or to
+    a sibling folder that is read anyway are skipped, so that links cannot form a cycle. Links to files count as files,
+    even broken ones: reading them reports the error.
 
     Args:
-      root: the folder.
-      passed: receives what is left out.
+      root: folder to walk.
+      passed: records what is left out.
 
     Yields:
-      Name below the root, parts joined by ``/``, and path.
+      The name relative to the root, with ``/`` between its parts, and the path.
 
     Raises:
       UserError: naming a folder that cannot be read.
@@ -131,7 +129,7 @@ def walk(root: Path, passed: Passed | None = None) -> Iterator[tuple[str, Path]]
 def _is_folder(item: os.DirEntry) -> bool:
     try:
         return item.is_dir()
-    except OSError:  # a link to itself, a link into a folder that is closed: reading it tells
+    except OSError:  # a link to itself or into an inaccessible folder: reading it reports the error
         return False
 
 
@@ -146,19 +144,19 @@ def _level(path: str, prefix: str) -> _Level:
 
 
 class Place(NamedTuple):
-    """Where an image belongs: its split (``images`` where a folder has none) and the name of its class."""
+    """Split (``images`` if the folder has no splits) and class name of an image."""
 
     split: str
     class_name: str
 
 
 class Arrangement(NamedTuple):
-    """How the images of a folder lie in class folders.
+    """How a folder is divided into splits and class folders.
 
     Attributes:
-      prefix: folders that wrap everything, with a trailing ``/``.
-      splits: split in use by the name of its folder; empty where class folders lie at the top.
-      depth: number of folders between the prefix and the class folders.
+      prefix: folders that enclose everything, with a trailing ``/``.
+      splits: folder name to split name, for the splits in use; empty if the class folders are at the top.
+      depth: number of folder levels between the prefix and the class folders.
     """
 
     prefix: str
@@ -166,7 +164,7 @@ class Arrangement(NamedTuple):
     depth: int
 
     def place(self, name: str) -> Place | None:
-        """Split and class of an image, ``None`` if it lies outside the class folders in use."""
+        """Split and class of an image; ``None`` if it is outside the class folders in use."""
         parts = name.removeprefix(self.prefix).split("/")
         if len(parts) < self.depth + 2 or (self.depth and parts[0] not in self.splits):
             return None
@@ -174,21 +172,21 @@ class Arrangement(NamedTuple):
 
 
 def arrange(names: Sequence[str], where: str | os.PathLike, folders: Sequence[str] = ()) -> Arrangement:
-    """Finds class folders, perhaps in split folders, perhaps wrapped in one folder.
+    """Finds class folders, possibly inside split folders, possibly enclosed in one folder.
 
-    Split folders are taken for such if two known split names of different meaning lie side by side: a data set of
+    Folders are taken as splits only if two known split names of different meaning are siblings, since a data set of
     vehicles may have a class "train".
 
     Args:
-      names: of all images below ``where``, at least one.
-      where: the folder or archive, for messages.
-      folders: names of all folders, where known: an empty split folder is an error.
+      names: names of all images below ``where``, at least one.
+      where: folder or archive, for messages.
+      folders: names of all folders, if known: an empty split folder is an error.
 
     Returns:
       The arrangement, with all split folders.
 
     Raises:
-      UserError: if two folders are the same split, or one is empty.
+      UserError: if two folders are the same split, or a split folder is empty.
     """
     parts = [name.split("/")[:-1] for name in names]
     shortest, shared = min(map(len, parts)), 0
@@ -214,16 +212,16 @@ def arrange(names: Sequence[str], where: str | os.PathLike, folders: Sequence[st
 
 
 def _roles(names: dict[str, str] | set[str]) -> set[str]:
-    """The different splits among folder names; none if there is nothing but extra images."""
+    """The distinct splits among folder names; empty if there are only extra images."""
     found = {SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES}
     return found if found != {"extra"} else set()
 
 
 def for_training(found: Arrangement, where: str | os.PathLike) -> Arrangement:
-    """The arrangement with the splits that training uses: train and test (``val`` stands in), or train, query, gallery.
+    """The arrangement with the splits for training: train and test (or ``val`` instead), or train, query and gallery.
 
     Raises:
-      UserError: if a split is missing, or one is too many.
+      UserError: if a split is missing, or there is one too many.
     """
     if not found.depth:
         return found
@@ -249,10 +247,10 @@ def for_training(found: Arrangement, where: str | os.PathLike) -> Arrangement:
 
 
 def check_placed(names: Sequence[str], found: Arrangement, where: str | os.PathLike, passed: Passed) -> None:
-    """Counts images that lie outside the class folders in use, and class folders without any image.
+    """Counts images outside the class folders in use, and class folders without images.
 
     Raises:
-      UserError: if no image has a class, or a split has none.
+      UserError: if no image has a class, or a split has no images.
     """
     classes, splits = set(), set()
     for name in names:
@@ -272,7 +270,7 @@ def check_placed(names: Sequence[str], found: Arrangement, where: str | os.PathL
         )
     wrapping = found.prefix.rstrip("/").rsplit("/", 1)[-1]
     if not found.depth and wrapping.lower() in SPLIT_NAMES:
-        passed.remarks.append(f"{wrapping} is the only split folder; its class folders are taken for one set")
+        passed.remarks.append(f"{wrapping} is the only split folder; its class folders are taken as one set")
     for folder in passed.folders:
         place = found.place(folder + "/x") if folder.count("/") == found.prefix.count("/") + found.depth else None
         if place is not None and folder.startswith(found.prefix) and tuple(place) not in classes:
@@ -283,9 +281,9 @@ class Images(NamedTuple):
     """The images of a folder.
 
     Attributes:
-      names: below the root, in the order of the walk.
-      paths: of the same.
-      passed: what else there is.
+      names: names relative to the root, in the order of the walk.
+      paths: their paths.
+      passed: what the walk left out.
     """
 
     names: list[str]
@@ -294,7 +292,7 @@ class Images(NamedTuple):
 
 
 def images(root: Path, wanted: Callable[[str], bool] = is_image) -> Images:
-    """The images below a folder.
+    """Finds the images below a folder.
 
     Raises:
       UserError: naming a folder that cannot be read.

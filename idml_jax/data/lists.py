@@ -1,4 +1,4 @@
-"""The images that a path stands for: an image, a folder, or a list of paths, perhaps with classes."""
+"""Finds the images that a path names: an image, a folder, or a list of paths, optionally with classes."""
 
 import os
 import re
@@ -28,23 +28,22 @@ def _complain(line: str) -> None:
 def list_images(
     where: str | Path, option: str = "--images", warn: Callable[[str], None] = _complain
 ) -> tuple[FolderSource, bool]:
-    """The images that a path stands for.
+    """Finds the images that a path names.
 
-    A folder has the classes that training would give it; images outside class folders make the classes unknown. A
-    list has a path per line, relative to the list, and perhaps a class in a second column; columns are set apart by
-    tabs, commas or semicolons, values may stand in double quotes, and a first line that names the columns is
-    understood.
+    A folder has the same classes as in training; if any image is outside the class folders, the classes are unknown. A
+    list has one path per line, relative to the list, and optionally a class in a second column. Columns are separated
+    by tabs, commas or semicolons; values may be in double quotes; a header line with column names is recognised.
 
     Args:
       where: image, folder or list.
-      option: its name in messages.
-      warn: receives a line per kind of file that is passed over, and one about listed files that are not there.
+      option: name of the command-line option, for messages.
+      warn: receives one line per kind of file that is skipped, and one about listed files that do not exist.
 
     Returns:
-      The images in the order of their names (of a list: its own), and whether their classes are known.
+      The images sorted by name (for a list: in its order), and whether their classes are known.
 
     Raises:
-      UserError: if there is none, or the list is not understood.
+      UserError: if there are no images, or the list cannot be parsed.
     """
     path = files.expand(where)
     shown = files.shown(path)
@@ -70,11 +69,11 @@ def list_images(
     absent = [file for file in paths if not os.path.exists(file)]
     if len(absent) == len(paths):
         raise UserError(
-            f"{shown}: none of its {len(paths):,} files is there, the first {files.shown(absent[0])}; paths are "
+            f"{shown}: none of its {len(paths):,} files exists, the first {files.shown(absent[0])}; paths are "
             f"relative to the list ({option})"
         )
     if absent:
-        warn(f"{shown}: {len(absent):,} of {len(paths):,} files are not there, the first {files.shown(absent[0])}")
+        warn(f"{shown}: {len(absent):,} of {len(paths):,} files do not exist, the first {files.shown(absent[0])}")
     return _labelled(paths, names)
 
 
@@ -82,9 +81,9 @@ def _of_folder(root: Path, option: str, warn: Callable[[str], None]) -> tuple[Fo
     found = folders.images(root)
     if not found.names:
         endings = ", ".join(ending[1:] for ending in ENDINGS)
-        raise UserError(f"{files.shown(root)}: holds no pictures ({option}; {endings})")
+        raise UserError(f"{files.shown(root)}: holds no images ({option}; {endings})")
     arrangement = folders.arrange(found.names, root, found.passed.folders)
-    if arrangement.depth:  # all images are wanted, those beside the splits too
+    if arrangement.depth:  # all images are wanted, including those outside the splits
         tops = {name.removeprefix(arrangement.prefix).split("/")[0] for name in found.names}
         arrangement = arrangement._replace(splits={top: arrangement.splits.get(top, top) for top in tops})
     places = [arrangement.place(name) for name in found.names]
@@ -122,12 +121,12 @@ def _read_list(where: Path, option: str) -> list[_Row]:
     shown = files.shown(where)
     data = files.read_file(where, MAX_LIST_BYTES)
     if b"\0" in data:
-        raise UserError(f"{shown}: cannot be read as a list of paths; it is no text in UTF-8 ({option})")
-    # Names of files may be any bytes; where they are no UTF-8, they survive as Python keeps them.
+        raise UserError(f"{shown}: cannot be read as a list of paths; it is not UTF-8 text ({option})")
+    # File names may be any bytes; those that are not UTF-8 are kept as surrogate escapes.
     lines = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     numbered = [(i, line.decode("utf-8", "surrogateescape")) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise UserError(f"{shown}: lists no pictures ({option})")
+        raise UserError(f"{shown}: lists no images ({option})")
     separator = _separator(where, [line for _, line in numbered[:100]])
     cells = [(number, _cells(line, separator, f"{shown}, line {number}")) for number, line in numbered]
     path_column, class_column = 0, 1
@@ -137,7 +136,7 @@ def _read_list(where: Path, option: str) -> list[_Row]:
         class_column = next((i for i, cell in enumerate(header) if cell in _CLASS_NAMES), -1)
         cells = cells[1:]
         if not cells:
-            raise UserError(f"{shown}: lists no pictures ({option})")
+            raise UserError(f"{shown}: lists no images ({option})")
     rows = []
     for number, row in cells:
         if len(row) <= path_column or not row[path_column]:
@@ -147,8 +146,8 @@ def _read_list(where: Path, option: str) -> list[_Row]:
 
 
 def _separator(where: Path, lines: list[str]) -> str:
-    """What sets the columns apart: of a ``.csv`` that of most lines; else a tab where there is one, or the comma or
-    semicolon that follows a path with an image's ending in every line."""
+    """The column separator: in a ``.csv`` file the one of most lines; otherwise a tab if there is one, or the comma or
+    semicolon that follows a path with an image extension in every line."""
     if where.suffix.lower() == ".csv":
         counts = {separator: sum(separator in line for line in lines) for separator in ",;\t"}
         return max(counts, key=lambda separator: counts[separator])
@@ -163,7 +162,7 @@ def _separator(where: Path, lines: list[str]) -> str:
 
 
 def _cells(line: str, separator: str, where: str) -> list[str]:
-    """The values of a line, without quotes and the blanks around them."""
+    """The values of a line, without quotes and surrounding spaces."""
     if '"' not in line:
         return [cell.strip() for cell in line.split(separator)]
     cell = re.compile(rf' *"((?:[^"]|"")*)" *(?={separator}|$)|([^{separator}]*)')
@@ -173,7 +172,7 @@ def _cells(line: str, separator: str, where: str) -> list[str]:
         assert match is not None  # it may be empty
         quoted, plain = match.groups()
         if plain is not None and plain.strip().startswith('"'):
-            raise UserError(f"{where}: its quotes do not fit together")
+            raise UserError(f"{where}: its quotes are not balanced")
         cells.append(plain.strip() if plain is not None else quoted.replace('""', '"'))
         place = match.end() + 1
     return cells

@@ -1,4 +1,4 @@
-"""From a source to batches: the Grain chain, the host's slice, padding and mask."""
+"""Batches of images from a source: the Grain pipeline, the host's slice, padding and mask."""
 
 import collections
 import concurrent.futures
@@ -23,7 +23,7 @@ OnBad = Literal["raise", "skip"]
 
 
 def slot_generator(seed: int, slot: int) -> np.random.Generator:
-    """The random numbers of the image in a slot, its place in the order of all steps, whoever reads it."""
+    """Random generator for the image in a slot (its position over all steps), the same for every reader."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, slot))))
 
 
@@ -37,7 +37,7 @@ class Reading:
       threads: number of reader and decoder threads.
       prefetch: number of batches read ahead; with the one in use, memory is ``prefetch`` + 1 batches of uint8 images.
       workers: number of worker processes used instead of the threads in training, for hosts with many cores.
-      host: number of this host.
+      host: index of this host.
       hosts: number of hosts.
     """
 
@@ -50,10 +50,10 @@ class Reading:
     hosts: int = 1
 
     def part(self, batch_size: int, field: str) -> slice:
-        """The places of a global batch that this host reads.
+        """The rows of a global batch that this host reads.
 
         Raises:
-          UserError: if the hosts cannot share the batch evenly; ``field`` is the setting to name.
+          UserError: if the batch does not divide evenly among the hosts; ``field`` is the setting to name.
         """
         if batch_size % self.hosts:
             raise UserError(f"{field} ({batch_size}) must be a multiple of the {self.hosts} hosts")
@@ -61,16 +61,16 @@ class Reading:
         return slice(self.host * size, (self.host + 1) * size)
 
     def load(self, source: Source, record: int, seed: int, slot: int) -> UInt8[np.ndarray, "size size c"]:
-        """Reads, decodes and transforms one image: the way of all images into the network.
+        """Reads, decodes and transforms one image; every image that enters the network passes through here.
 
         Args:
           source: images.
-          record: number of the image in the source.
-          seed: of the transform's randomness.
-          slot: place of the image in the order of all steps.
+          record: index of the image in the source.
+          seed: seed of the transform's randomness.
+          slot: position of the image over all steps.
 
         Returns:
-          The same pixels for the same (seed, slot), whichever host or thread reads it.
+          The pixels, which are the same for the same (seed, slot) on every host and thread.
 
         Raises:
           FileError: naming the image, whatever is wrong with it.
@@ -84,9 +84,9 @@ class Reading:
 
 
 class _Batches:
-    """This host's part of the batches of some steps, by number; randomness depends on (seed, slot) alone.
+    """This host's part of the batches of a range of steps; randomness depends on (seed, slot) only.
 
-    A whole batch is one element for Grain: its threads make several at a time, and each is put together in place.
+    A whole batch is one Grain element: Grain's threads build several batches at a time, each into one buffer.
     """
 
     def __init__(self, source: Source, sampler: Sampler, reading: Reading, *, seed: int, start: int, stop: int):
@@ -132,18 +132,19 @@ def train_batches(
 ) -> Iterator[Batch]:
     """This host's part of the training batches of the steps ``start`` to ``stop - 1``.
 
-    A batch depends on (seed, step) alone, so a resumed run sees what the uninterrupted one would have seen.
+    A batch depends on (seed, step) only, so a resumed run sees the same batches as an uninterrupted one.
 
     Args:
       source: images.
       sampler: order of records.
       reading: training transform, threads and host.
-      seed: of the transform's randomness.
+      seed: seed of the transform's randomness.
       start: first step.
       stop: step after the last.
 
     Yields:
-      ``image`` [b, size, size, channels] uint8, ``label`` [b] int32, ``index`` [b] int32, the record.
+      ``image`` [b, size, size, channels] uint8, ``label`` [b] int32, ``index`` [b] int32, the record
+      index.
 
     Raises:
       UserError: naming an unreadable file.
@@ -159,19 +160,19 @@ def eval_batches(
     order: Int[np.ndarray, "m"] | None = None,
     on_bad: OnBad = "raise",
 ) -> Iterator[Batch]:
-    """Every image once, in order, in batches of one size; the tail is padded and masked.
+    """Yields every image once, in order, in batches of one size; the last batch is padded and masked.
 
     Args:
       source: images.
       reading: test transform, threads and host.
       batch_size: images per global batch.
-      order: ``[m]`` records to read; all in their order by default.
-      on_bad: ``raise`` ends at an image that cannot be read; ``skip`` masks it and gives the reason.
+      order: ``[m]`` records to read; by default all, in order.
+      on_bad: ``raise`` raises at an unreadable image; ``skip`` masks it and gives the reason.
 
     Yields:
-      ``image`` [b, size, size, channels] uint8, zeros where nothing could be read (absent if that is so for the whole
-      batch), ``label`` [b] int32, ``index`` [b] int32, the record, ``mask`` [b] bool, false for padding and for
-      images that cannot be read, and ``problem`` [b], why an image cannot be read, empty for the others.
+      ``image`` [b, size, size, channels] uint8, zeros for unreadable images (absent if no image of the batch is
+      readable); ``label`` [b] int32; ``index`` [b] int32, the record index; ``mask`` [b] bool, false for padding and
+      unreadable images; ``problem`` [b], the reason why an image is unreadable, empty for the others.
 
     Raises:
       UserError: naming an unreadable file, unless ``on_bad`` is ``skip``.
@@ -202,7 +203,7 @@ def eval_batches(
                     real, loaded = started.popleft()
                     images = [one.result() for one in loaded]
                     batch = _collected(source, real, images, part.stop - part.start, int(records[0]))
-                    if not len(real):  # the last batch is too short for this host, which takes part all the same
+                    if not len(real):  # the last batch has no rows for this host, which must still take part
                         shape = np.shape(reading.load(source, int(records[0]), 0, 0))
                         batch["image"] = np.zeros((part.stop - part.start, *shape), np.uint8)
                     yield batch
@@ -211,7 +212,7 @@ def eval_batches(
 
 
 def _collected(source: Source, real: np.ndarray, loaded: list[np.ndarray | str], size: int, padding: int) -> Batch:
-    """A batch of ``size`` places from what was read of the ``real`` records; ``padding`` names the others."""
+    """A batch of ``size`` rows: the loaded ``real`` records, then masked rows with the index ``padding``."""
     index = np.full(size, padding, np.int32)
     index[: len(real)] = real
     problem = np.full(size, "", object)

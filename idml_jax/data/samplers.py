@@ -1,8 +1,8 @@
-"""Which record stands in which slot: orders that are pure functions of (seed, slot).
+"""Samplers: orders of records that are pure functions of (seed, slot).
 
 A sampler is an endless sequence of record indices. Slot ``i`` belongs to step ``i // batch_size``, so a run resumes
-by starting at the saved step, and hosts share a batch by taking their slices of its slots: neither workers nor
-iterators hold state that could be lost.
+by starting at the saved step, and each host takes its slice of a batch's slots: neither workers nor iterators hold
+state that could be lost.
 """
 
 import functools
@@ -16,7 +16,7 @@ from idml_jax.errors import UserError
 
 
 class Sampler(Protocol):
-    """An endless order of records in whole batches."""
+    """An endless order of records in full batches."""
 
     batch_size: int
     steps_per_epoch: int
@@ -30,8 +30,8 @@ def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-# Memories of pure functions. At the level of the module, so that samplers can be pickled for worker processes; a few
-# entries, because prefetching crosses the border between epochs.
+# Cached pure functions, at module level so that samplers can be pickled for worker processes. The caches hold a few
+# entries because prefetching crosses the boundary between epochs.
 @functools.lru_cache(maxsize=8)
 def _random_order(size: int, *key: int) -> np.ndarray:
     order = _generator(*key).permutation(size)
@@ -41,11 +41,11 @@ def _random_order(size: int, *key: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _class_order(classes: int, per_batch: int, seed: int, number: int) -> np.ndarray:
-    """The order of all classes in round ``number``, its head free of what the round before ended with."""
+    """The order of all classes in round ``number``; it does not start with the last classes of the round before."""
     order = _random_order(classes, seed, 1, number)
     if number == 0 or classes < 3 * per_batch:
         return order
-    # Only places outside the last P change, so the end of the round before is that of its plain random order.
+    # Only positions outside the last P change, so the end of the previous round is that of its plain random order.
     order = order.copy()
     recent = _random_order(classes, seed, 1, number - 1)[-per_batch:]
     clashes = np.flatnonzero(np.isin(order[:per_batch], recent))
@@ -56,10 +56,10 @@ def _class_order(classes: int, per_batch: int, seed: int, number: int) -> np.nda
 
 @functools.lru_cache(maxsize=4)
 def _class_block(classes: int, per_batch: int, seed: int, number: int) -> Int[np.ndarray, "batches per_batch"]:
-    """Whole batches of classes from as many orders as fill them without remainder, for few classes.
+    """Full batches of classes from as many orders as fill them without remainder, for few classes.
 
-    Where a batch holds the end of one order and the head of the next, the head is freed of what the end holds. As
-    ``per_batch`` is at most ``classes``, there are always enough others.
+    Where a batch holds the end of one order and the start of the next, the start is changed to avoid repeats. As
+    ``per_batch`` is at most ``classes``, there are always enough other classes.
     """
     rounds = per_batch // math.gcd(classes, per_batch)
     orders: list[np.ndarray] = []
@@ -76,15 +76,15 @@ def _class_block(classes: int, per_batch: int, seed: int, number: int) -> Int[np
 
 
 class ShuffledSampler:
-    """Every epoch a new random order of all records; the incomplete last batch is dropped.
+    """A new random order of all records in every epoch; the incomplete last batch is dropped.
 
     Args:
       size: number of records.
-      batch_size: records per global batch.
-      seed: of the orders.
+      batch_size: number of records per global batch.
+      seed: seed of the orders.
 
     Raises:
-      UserError: if there are fewer records than one batch takes.
+      UserError: if there are fewer records than one batch needs.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int):
@@ -103,18 +103,18 @@ class ShuffledSampler:
 class BalancedSampler:
     """P x K batches: ``P = batch_size / K`` different classes with ``K`` images each, for losses on pairs.
 
-    Classes come in random orders, one order after the other: every class once before any comes again, and none twice
-    in a batch. A class's images are drawn without replacement within a batch;
-    a class with fewer than ``K`` is completed with replacement. An epoch has as many steps as one over all images.
+    Classes come in consecutive random orders: every class appears once before any appears again, and none appears twice
+    in a batch. The images of a class are drawn without replacement within a batch; a class with fewer than ``K`` images
+    is filled up with replacement. An epoch has as many steps as a pass over all images.
 
     Args:
       labels: ``[n]`` labels.
-      batch_size: images per global batch, a multiple of ``per_class``.
-      per_class: K.
-      seed: of the orders.
+      batch_size: number of images per global batch, a multiple of ``per_class``.
+      per_class: K, number of images per class in a batch.
+      seed: seed of the orders.
 
     Raises:
-      UserError: if the numbers do not fit each other or there are too few classes.
+      UserError: if ``batch_size`` and ``per_class`` do not match, or there are too few classes.
     """
 
     def __init__(self, labels: Int[np.ndarray, "n"], batch_size: int, per_class: int, seed: int):
@@ -143,7 +143,7 @@ class BalancedSampler:
         return np.asarray([_class_order(total, width, self.seed, int(p) // total)[int(p) % total] for p in places])
 
     def batch(self, step: int) -> Int[np.ndarray, "batch_size"]:
-        """Record indices of the global batch of a step; a class's images stand together."""
+        """Record indices of the global batch of a step; the images of a class are adjacent."""
         rng = _generator(self.seed, 2, step)
         picked = []
         for label in self._classes(step):

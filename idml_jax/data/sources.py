@@ -1,4 +1,4 @@
-"""Images of any origin behind one random-access interface."""
+"""A random-access interface to images from any origin."""
 
 import concurrent.futures
 import os
@@ -18,9 +18,9 @@ class Source(Protocol):
     """Random access to encoded images.
 
     Attributes:
-      labels: ``[n]`` int32, dense from 0.
+      labels: ``[n]`` int32, consecutive from 0.
       class_names: name of every label.
-      fields: further values per image, e.g. the true ``ambiguity`` of the glyphs, each ``[n, ...]``.
+      fields: additional values per image, e.g. the true ``ambiguity`` of the glyphs, each ``[n, ...]``.
     """
 
     @property
@@ -36,12 +36,12 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """What to call the image in a message: its path, or data set, split and record."""
+        """Name of the image in messages: its path, or its data set, split and record."""
         ...
 
 
 def key_of(source: Source, index: int) -> str:
-    """What identifies an image of a source without reading it; its name for a source that has no ``key``."""
+    """Identifier of an image, found without reading it; its name if the source has no ``key``."""
     return getattr(source, "key", source.name)(index)
 
 
@@ -67,15 +67,15 @@ class FolderSource:
 
 
 class TfdsSource:
-    """A split of a tfds data set stored as array_record; TensorFlow is not needed to read it.
+    """A split of a tfds data set stored as array_record; reading it does not need TensorFlow.
 
     Args:
-      records: gives dictionaries with the encoded ``image``, and the file's name if ``file_key`` is given.
-      name: for messages, e.g. ``cub/test``.
+      records: sequence of dictionaries with the encoded ``image``, and the file name if ``file_key`` is given.
+      name: name for messages, e.g. ``cub/test``.
       class_names: name of every label.
-      labels: ``[n]``, dense from 0.
-      fields: further values per image, each ``[n, ...]``.
-      file_key: feature with the name that the image's file had.
+      labels: ``[n]``, consecutive from 0.
+      fields: additional values per image, each ``[n, ...]``.
+      file_key: feature that holds the name of the image's original file.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class TfdsSource:
     def read(self, index: int) -> bytes:
         try:
             return self.records[index]["image"]
-        except Exception as error:  # a damaged file of records, in whatever way
+        except Exception as error:  # a record file may be damaged in any way
             reason = " ".join(str(error).split()) or type(error).__name__
             raise files.FileError(f"{self._name} record {index}: cannot be read ({reason[:200]})") from error
 
@@ -111,7 +111,7 @@ class TfdsSource:
             return name
         try:
             file = self.records[index][self._file_key]
-        except Exception:  # a damaged record has no name, which must not hide what is said of it
+        except Exception:  # the error of a damaged record must not be hidden by the lack of a name
             return name
         if isinstance(file, bytes):
             file = file.decode("utf-8", "backslashreplace")
@@ -119,13 +119,13 @@ class TfdsSource:
 
 
 class Subset:
-    """Some images of a source, with their labels made dense again.
+    """Some images of a source, with their labels renumbered consecutively.
 
     Args:
       source: all images.
-      indices: ``[m]`` which to keep, in this order.
-      classes: the source's labels that become 0, 1, ...; those of the images by default. Given where several parts
-        have to agree on their labels: query and gallery, training and test images of classification.
+      indices: ``[m]`` indices of the images to keep, in this order.
+      classes: labels of the source that become 0, 1, ...; by default those of the kept images. Needed where several
+        parts must agree on their labels: query and gallery, training and test images of classification.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Subset:
         own = source.labels[self._indices]
         kept = np.unique(own if classes is None else np.asarray(classes))
         if not np.isin(own, kept).all():
-            raise ValueError("an image's class is none of the given classes")
+            raise ValueError("an image's class is not among the given classes")
         self.labels = np.searchsorted(kept, own).astype(np.int32)
         self.class_names = [source.class_names[label] for label in kept]
         self.fields = {key: value[self._indices] for key, value in source.fields.items()}
@@ -154,7 +154,7 @@ class Subset:
 
 
 class Joined:
-    """Several sources with the same classes, one after the other."""
+    """The concatenation of several sources with the same classes."""
 
     def __init__(self, sources: Sequence[Source]):
         self._sources = list(sources)
@@ -184,18 +184,18 @@ class Joined:
 
 
 def scan_splits(root: str | os.PathLike, warn: Callable[[str], None] = print) -> dict[str, FolderSource]:
-    """The images below a folder by split.
+    """Finds the images below a folder, by split.
 
     Args:
-      root: folder of class folders, or of split folders of such; deeper folders belong to the class.
-      warn: receives one line per kind of file or folder that is passed over.
+      root: folder of class folders, or of split folders that hold class folders; deeper folders belong to the class.
+      warn: receives one line per kind of file or folder that is skipped.
 
     Returns:
       ``train`` and ``test``, or ``train``, ``query`` and ``gallery`` (which share their labels), or ``images`` alone.
       Classes and files are in sorted order.
 
     Raises:
-      UserError: if there is no such folder, no image in it, or a split is missing.
+      UserError: if the folder does not exist, holds no images, or lacks a split.
     """
     where = files.expand(root)
     if where.is_file():
@@ -232,10 +232,10 @@ def scan_splits(root: str | os.PathLike, warn: Callable[[str], None] = print) ->
 
 
 def scan_folder(root: str | os.PathLike, warn: Callable[[str], None] = print) -> FolderSource:
-    """Images below ``root/<class>/``, classes and files in sorted order.
+    """Finds the images below ``root/<class>/``, classes and files in sorted order.
 
     Raises:
-      UserError: if there is no such folder, no image in it, or it holds split folders.
+      UserError: if the folder does not exist, holds no images, or holds split folders.
     """
     found = scan_splits(root, warn)
     if "images" not in found:
@@ -244,12 +244,12 @@ def scan_folder(root: str | os.PathLike, warn: Callable[[str], None] = print) ->
 
 
 def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str], None]) -> FolderSource:
-    """Finds files that are no images before anything is trained on them.
+    """Finds files that are not readable images before training starts.
 
     Args:
-      source: files to look at.
-      on_corrupt: ``refuse`` looks at size, header and end of every file and raises at the first bad one; ``skip``
-        decodes every file and leaves the bad ones out, with a count.
+      source: files to check.
+      on_corrupt: ``refuse`` checks size, header and end of every file and raises if one is bad; ``skip`` decodes every
+        file, drops the bad ones and counts them.
       warn: receives one line about skipped files.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Splits by class or by image, and the checks that metric learning needs of them."""
+"""Splits by class or by image, and checks that metric learning can use them."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,11 +15,11 @@ def select_classes(source: Source, classes: Sequence[int] | Int[np.ndarray, "c"]
 
 
 def split_by_class(source: Source, train_classes: float) -> tuple[Subset, Subset]:
-    """Class-disjoint halves in the order of the class names, as the benchmarks' protocol has it.
+    """Splits the classes, in the order of their names, into training and test, as in the benchmarks' protocol.
 
     Args:
       source: all images.
-      train_classes: share of the classes, if below 1, or their number.
+      train_classes: share of the classes for training if below 1, otherwise their number.
 
     Returns:
       Training and test images.
@@ -38,12 +38,12 @@ def split_by_class(source: Source, train_classes: float) -> tuple[Subset, Subset
 
 
 def hold_out_classes(source: Source, fraction: float, seed: int) -> tuple[Subset, Subset]:
-    """Splits classes at random into training and validation, to choose settings without looking at test classes.
+    """Splits classes at random into training and validation, for choosing settings without using test classes.
 
     Args:
       source: training images.
       fraction: share of the classes to hold out.
-      seed: of the choice.
+      seed: seed of the choice.
 
     Returns:
       Training and validation images.
@@ -67,8 +67,8 @@ def hold_out_images(source: Source, fraction: float, seed: int) -> tuple[Subset,
 
     Args:
       source: training images.
-      fraction: share of every class's images to hold out, at least one.
-      seed: of the choice.
+      fraction: share of each class's images to hold out, at least one image.
+      seed: seed of the choice.
 
     Returns:
       Training and held-out images, with the same labels.
@@ -93,20 +93,20 @@ def hold_out_images(source: Source, fraction: float, seed: int) -> tuple[Subset,
 
 
 def check_classes(source: Source, what: str, on_small_class: str, warn: Callable[[str], None]) -> Source:
-    """At least two classes, each with at least two images, or a clear word about it.
+    """Checks that there are at least two classes, each with at least two images.
 
     Args:
       source: images.
-      what: which images, for messages.
-      on_small_class: what becomes of classes with one image, which can neither form a positive pair nor be found:
+      what: description of the images, for messages.
+      on_small_class: treatment of classes with one image, which can neither form a positive pair nor be retrieved:
         ``refuse``, ``skip`` or ``keep``.
       warn: receives one line about skipped or kept classes.
 
     Returns:
-      The source, perhaps without its small classes.
+      The source, without its small classes under ``skip``.
 
     Raises:
-      UserError: if a class is too small under ``refuse``, or fewer than two classes are there.
+      UserError: if a class is too small under ``refuse``, or there are fewer than two classes.
     """
     if on_small_class not in ("refuse", "skip", "keep"):
         raise UserError(f"config.data.on_small_class = {on_small_class!r}; known: refuse, skip, keep")

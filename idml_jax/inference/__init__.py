@@ -1,1 +1,1 @@
-"""A trained run in use: embedding, searching, exporting."""
+"""Using a trained run: embedding, searching, exporting."""

@@ -1,4 +1,4 @@
-"""Named arrays of an ``.npz`` or Parquet file from anywhere: nothing is unpickled, and memory stays within bounds."""
+"""Reads named arrays of an untrusted ``.npz`` or Parquet file: nothing is unpickled, and memory is bounded."""
 
 import json
 import math
@@ -14,22 +14,22 @@ import numpy as np
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import first_line
 
-# A file may promise this much in any case; beyond it, only so many times what it takes on the disk.
+# A file may always declare this many bytes; beyond that, only a multiple of its size on disk.
 _SMALL = 256 * 2**20
 _LARGEST_RATIO = 100
-_ROWS = 16384  # of a Parquet file at a time
-_KINDS = "fiubUS"  # numbers and text
+_ROWS = 16384  # rows of a Parquet file read at a time
+_KINDS = "fiubUS"  # numpy kinds of numbers and text
 
 
 class _NotArrays(Exception):
-    """Why a file cannot be read."""
+    """The reason why a file cannot be read."""
 
 
 def arrow() -> ModuleType:
     """pyarrow with its Parquet module.
 
     Raises:
-      UserError: where it is not installed.
+      UserError: if it is not installed.
     """
     try:
         import pyarrow
@@ -44,11 +44,11 @@ def read(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], li
 
     Args:
       path: ``.parquet``; anything else is read as ``.npz``.
-      wanted: names of the arrays to read; others may hold anything and stay unread. ``about`` and ``class_names`` of a
-        Parquet file come from its metadata.
+      wanted: names of the arrays to read; other arrays are not read. ``about`` and ``class_names`` of a Parquet file
+        come from its metadata.
 
     Returns:
-      The arrays by name, of numbers or text; and the names of all arrays in the file.
+      The arrays (numbers or text) by name, and the names of all arrays in the file.
 
     Raises:
       UserError: naming the file and what is wrong with it.
@@ -58,14 +58,14 @@ def read(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], li
         return (_read_parquet if path.suffix == ".parquet" else _read_npz)(path, wanted)
     except (UserError, MemoryError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{path}: does not fit into memory") from error
-    except Exception as error:  # whatever the libraries raise for damaged files
+    except Exception as error:  # damaged files can make the libraries raise anything
         raise UserError(f"{path}: not {kind} ({first_line(error)})") from error
 
 
 def _check_size(promised: int, path: Path) -> None:
     stored = path.stat().st_size
     if promised > max(_SMALL, _LARGEST_RATIO * stored):
-        raise _NotArrays(f"it takes {stored:,} bytes and promises {promised:,} or more")
+        raise _NotArrays(f"it has {stored:,} bytes but declares {promised:,} or more")
 
 
 def _read_npz(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -87,7 +87,7 @@ def _read_npz(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray
 
 
 def _checked_text(value: np.ndarray, name: str) -> np.ndarray:
-    """Text in which every character is one; of others Python cannot make strings."""
+    """Checks that text contains only valid characters; Python cannot make strings of others."""
     if value.dtype.kind != "U":
         return value
     value = np.ascontiguousarray(value, value.dtype.newbyteorder("="))
@@ -97,7 +97,7 @@ def _checked_text(value: np.ndarray, name: str) -> np.ndarray:
 
 
 def _check_header(file: IO[bytes], name: str, size: int) -> None:
-    """What the header of an array promises must be there, as NumPy allocates it before reading."""
+    """Checks that the declared size of an array is present, since NumPy allocates it before reading."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise _NotArrays(f"{name} has version {version[0]}.{version[1]} of NumPy's format")
@@ -109,7 +109,7 @@ def _check_header(file: IO[bytes], name: str, size: int) -> None:
         raise _NotArrays(f"{name} holds {dtype}, not numbers")
     promised = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or promised != size - file.tell():
-        raise _NotArrays(f"{name} promises {promised:,} bytes and has {size - file.tell():,}")
+        raise _NotArrays(f"{name} declares {promised:,} bytes but has {size - file.tell():,}")
 
 
 def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -122,7 +122,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.nda
             if names.count(name) > 1:
                 raise _NotArrays(f"it holds {name} {names.count(name)} times")
         batches, held = [], 0
-        # Not by the sizes in the metadata: where those are damaged, pyarrow ends the whole process.
+        # Sizes in the metadata are not used: if they are damaged, pyarrow aborts the whole process.
         for batch in file.iter_batches(_ROWS, columns=chosen):
             held += batch.nbytes
             _check_size(held, path)
@@ -141,7 +141,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.nda
 
 def _column(pa: ModuleType, column: Any, name: str) -> np.ndarray:
     """A column of numbers, text or lists of numbers as an array of one or two dimensions."""
-    if isinstance(column, pa.ChunkedArray):  # of a table without rows
+    if isinstance(column, pa.ChunkedArray):  # a table without rows
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()

@@ -1,4 +1,4 @@
-"""Images to vectors: which images a path stands for, and their embeddings in memory or in a file."""
+"""Embeds images, in memory or into a file."""
 
 import sys
 import time
@@ -34,13 +34,13 @@ def embed_all(
     Args:
       model: trained embedding.
       source: images.
-      warn: receives a line per image that cannot be read.
+      warn: receives one line per unreadable image.
 
     Returns:
       The embeddings of the readable images, and their records.
 
     Raises:
-      UserError: if none can be read; the first is named.
+      UserError: if no image is readable; names the first.
     """
     parts, records, skipped = [], [], []
     for rows in model.embedder.rows(source):
@@ -69,28 +69,28 @@ def embed_to_file(
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Embeds a source into a file, or goes on doing so.
+    """Embeds a source into a file, or resumes doing so.
 
     Args:
       model: trained embedding; ``model.using`` sets threads and batch size.
       source: images.
       out: ``.npz`` or ``.parquet``.
-      labelled: whether the source's labels mean anything.
-      origin: where the images come from, for the file's ``about``.
-      part_batches: number of batches between two saves: what a stopped command loses.
-      overwrite: replace a file that is there.
-      say: receives lines about the progress.
+      labelled: whether the source's labels are valid.
+      origin: origin of the images, for the file's ``about``.
+      part_batches: number of batches between two saves; a stopped command loses at most these.
+      overwrite: replace an existing file.
+      say: receives progress lines.
 
     Returns:
       The file.
 
     Raises:
-      UserError: if no image can be read, the file is there already, or it cannot be written.
+      UserError: if no image is readable, the file already exists, or it cannot be written.
     """
     out = user_path(out)
     store.check_suffix(out, "--out")
     if out.exists() and not overwrite:
-        raise UserError(f"{out} is already there; --overwrite replaces it")
+        raise UserError(f"{out} already exists; --overwrite replaces it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,11 +110,11 @@ def embed_to_file(
 
 
 class _Job:
-    """A file of embeddings that is being made, part by part.
+    """Creates a file of embeddings part by part.
 
     Attributes:
-      about: where the embeddings come from, for the file.
-      parts: the parts that are done.
+      about: origin of the embeddings, for the file.
+      parts: finished parts.
     """
 
     def __init__(
@@ -152,12 +152,12 @@ class _Job:
         self._count = -(-len(source) // per_part)
 
     def embed_missing_parts(self) -> None:
-        """Embeds what an earlier command has not."""
+        """Embeds the parts that earlier commands did not finish."""
         total = len(self._source)
         known = [number for number in range(self._count) if self.parts.has(number)]
         done = min(len(known) * self._per_part, total)
         if known:
-            self._say(f"going on: {done:,} of {total:,} images are done")
+            self._say(f"resuming: {done:,} of {total:,} images are done")
         progress = _Progress(total, done, self._say)
         for number in range(self._count):
             if number not in known:
@@ -165,7 +165,7 @@ class _Job:
                 self.parts.write(number, _part(self._model, self._source, records, progress))
 
     def skipped(self) -> list[tuple[str, str]]:
-        """Name of every image that cannot be read, and why."""
+        """Name and reason of every unreadable image."""
         return [
             (self._names[int(record)], str(reason))
             for number in range(self._count)
@@ -190,7 +190,7 @@ class _Job:
 
 
 def _part(model: Trained, source: Source, records: np.ndarray, progress: "_Progress") -> dict[str, np.ndarray]:
-    """The arrays of some records, as the parts of a file hold them."""
+    """Embeds some records to the arrays of one part of the file."""
     values: list[dict[str, np.ndarray]] = []
     kept, skipped = [np.zeros(0, np.int64)], []
     for rows in model.embedder.rows(source, records):
@@ -224,7 +224,7 @@ def _check_finite(model: Trained, source: Source, rows: Rows) -> None:
 
 
 class _Progress:
-    """Pictures done, speed and time to go, every few seconds."""
+    """Reports images done, speed and remaining time every few seconds."""
 
     def __init__(self, total: int, done: int, say: Callable[[str], None], seconds: float = 5.0):
         self._total, self._done, self._say, self._seconds = total, done, say, seconds
@@ -248,7 +248,7 @@ def split_source(model: Trained, split: str) -> Source:
     """Images of the run's own data.
 
     Raises:
-      UserError: if the run has no such split, or its data is gone.
+      UserError: if the run has no such split, or its data is missing.
     """
     source = getattr(data_of(model.config), split)
     if source is None:

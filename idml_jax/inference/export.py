@@ -1,4 +1,4 @@
-"""A trained run as one program that JAX loads without this package."""
+"""Exports a trained run as a program that JAX loads without this package."""
 
 import json
 import os
@@ -44,15 +44,15 @@ print({name: value.shape for name, value in found.items()}, found["semantic"] @ 
 
 
 def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> tuple[bytes, dict[str, Any]]:
-    """A run as a serialised program.
+    """Serialises the embedding function of a run.
 
     Args:
       model: trained embedding.
-      platforms: that it shall run on.
+      platforms: platforms to compile for.
 
     Returns:
-      The program from ``[b, size, size, channels]`` uint8 to ``semantic`` [b, d], ``semantic_norm`` [b] and, of an
-      introspective run, ``uncertainty`` [b, k], and a JSON-able description.
+      The program, from ``[b, size, size, channels]`` uint8 to ``semantic`` [b, d], ``semantic_norm`` [b] and, for an
+      introspective run, ``uncertainty`` [b, k]; and a JSON-serialisable description.
     """
     data = model.config.data
     variables = jax.tree.map(np.asarray, model.variables)
@@ -63,11 +63,11 @@ def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu
 
     shape = jax.export.symbolic_shape(f"b, {data.image_size}, {data.image_size}, {data.channels}")
     exported = jax.export.export(jax.jit(embed_images), platforms=platforms)(jax.ShapeDtypeStruct(shape, np.uint8))
-    kept = data.transform == "cifar"  # its test pictures are taken as they are
+    kept = data.transform == "cifar"  # its test images are not resized
     about = {
         "size": data.image_size,
         "resize": data.image_size if kept else data.resize,
-        "resample": data.resample,  # of the run; the example's is exact
+        "resample": data.resample,  # method of the run; the example uses exact resampling
         "channels": data.channels,
         "colours": "RGB" if data.channels == 3 else "grey",
         "values": "uint8, 0 to 255, not normalised",
@@ -90,14 +90,14 @@ def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu
 
 
 def write(model: Trained, out: str | Path, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> Path:
-    """Writes the folder, whole or not at all.
+    """Writes the exported folder, completely or not at all.
 
     Raises:
-      UserError: if it is there already.
+      UserError: if the folder already exists.
     """
     out = user_path(out)
-    if os.path.lexists(out):  # before the work
-        raise UserError(f"{out} is already there")
+    if os.path.lexists(out):  # fails before the work starts
+        raise UserError(f"{out} already exists")
     program, about = export_run(model, platforms)
     with replace_folder(out) as folder:
         (folder / "model.stablehlo").write_bytes(program)

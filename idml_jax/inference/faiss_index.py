@@ -1,4 +1,4 @@
-"""Embeddings as a search index of faiss; faiss-cpu is optional."""
+"""Writes embeddings as a faiss search index; faiss-cpu is optional."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from jaxtyping import Float
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import atomic, check_target, user_path
 
-_ROWS = 65536  # added at a time
-_MOST_LINKS = 512  # of a row in a graph
+_ROWS = 65536  # rows added at a time
+_MOST_LINKS = 512  # links of a row in a graph
 
 
 def _faiss() -> ModuleType:
@@ -23,7 +23,7 @@ def _faiss() -> ModuleType:
 
 
 def _check_kind(kind: str) -> None:
-    """Refuses numbers with which faiss ends the whole process instead of raising an error."""
+    """Refuses numbers that make faiss abort the whole process instead of raising an error."""
     links = [int(number) for number in re.findall(r"HNSW([0-9]{1,9})", kind)]
     if links and not 2 <= min(links) <= max(links) <= _MOST_LINKS:
         raise UserError(f"--faiss_kind={kind}: HNSW takes 2 to {_MOST_LINKS} links for each row, e.g. HNSW32")
@@ -34,27 +34,27 @@ def _check_kind(kind: str) -> None:
 
 
 def write(semantic: Float[np.ndarray, "n d"], path: str | Path, kind: str = "Flat") -> Path:
-    """Writes an index by the squared Euclidean distance, whole or not at all.
+    """Writes an index for the squared Euclidean distance, completely or not at all.
 
     Args:
       semantic: ``[n, d]`` semantic embeddings; row i of the index is row i here.
-      path: of the file, which ``faiss.read_index`` reads.
-      kind: what faiss's ``index_factory`` makes: ``Flat`` is exact, ``HNSW32`` or ``IVF1024,Flat`` are faster and find
-        most neighbours. Those that have to be trained are trained on these rows.
+      path: file to write, readable by ``faiss.read_index``.
+      kind: argument of faiss's ``index_factory``: ``Flat`` is exact; ``HNSW32`` and ``IVF1024,Flat`` are faster and
+        find most neighbours. Indices that need training are trained on these rows.
 
     Returns:
       The file.
 
     Raises:
-      UserError: without faiss, for an unknown kind, rows that are no numbers, or a place that cannot be written to.
+      UserError: if faiss is missing, the kind is unknown, rows are not finite, or the file cannot be written.
     """
     faiss = _faiss()
     _check_kind(kind)
     path = user_path(path)
-    check_target(path)  # before the work
+    check_target(path)  # fails before the work starts
     rows = np.ascontiguousarray(semantic, np.float32)
     if not np.isfinite(rows).all():
-        raise UserError("the embeddings hold values that are no numbers; faiss cannot compare them")
+        raise UserError("the embeddings hold NaN or infinite values; faiss cannot compare them")
     try:
         index = faiss.index_factory(rows.shape[1], kind, faiss.METRIC_L2)
         if not index.is_trained:

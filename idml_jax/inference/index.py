@@ -1,8 +1,8 @@
-"""Embeddings with what is known about them, read from a file of anyone and checked.
+"""Reads and checks embeddings with their metadata from a file of any origin.
 
-The arrays of a file: ``semantic`` (or ``embeddings``) [n, d]; perhaps ``uncertainty`` [n, k], ``semantic_norm`` [n],
+The arrays of a file: ``semantic`` (or ``embeddings``) [n, d]; optionally ``uncertainty`` [n, k], ``semantic_norm`` [n],
 ``ambiguity`` [n], ``labels`` [n] (numbers from 0, or names), ``class_names`` by label, ``files`` [n], and ``about``, a
-JSON text on where the embeddings come from.
+JSON text about the origin of the embeddings.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ from idml_jax.runtime.files import first_line, user_path
 SUFFIXES = (".npz", ".parquet")
 COLUMNS = ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity", "labels", "files")
 _WANTED = frozenset((*COLUMNS, "class_names", "about"))
-# What ``about`` may say, and of which type.
+# Known entries of ``about``, and their types.
 _ABOUT: dict[str, type | tuple[type, ...]] = {
     "workdir": str, "step": int, "images": str, "temperature": (int, float), "relative": bool, "form": str,
     "weights": str,
 }  # fmt: skip
-# The metric needs squares and sums of four of them in float32.
+# The metric computes sums of four squares in float32.
 _LARGEST = math.sqrt(float(np.finfo(np.float32).max) / 16)
 
 
 class Numbered(Sequence[str]):
-    """Names of classes that have only numbers: the numbers, from 0 up to any size.
+    """Names of classes that have only numbers: the numbers themselves, from 0.
 
     Args:
-      count: how many there are.
+      count: number of classes.
     """
 
     def __init__(self, count: int):
@@ -55,17 +55,17 @@ class Numbered(Sequence[str]):
 
 
 class Index(NamedTuple):
-    """Embeddings with what is known about them.
+    """Embeddings with their metadata.
 
     Attributes:
-      embedded: vectors; its labels are 0 where none are known.
+      embedded: embeddings; labels are 0 if unknown.
       files: ``[n]`` paths or names.
-      class_names: by label; ``None`` where no labels are known.
-      about: where they come from: ``workdir``, ``step``, ``images``, ``weights``; and the metric's ``temperature`` and
+      class_names: names by label; ``None`` if labels are unknown.
+      about: their origin: ``workdir``, ``step``, ``images``, ``weights``; and the metric's ``temperature`` and
         ``relative``.
       ambiguity: ``[n]`` true ambiguity of each image, if known.
-      path: of the file; ``None`` for embeddings made in memory.
-      named: whether ``files`` are the file's own; otherwise they were made up when it was read.
+      path: path of the file; ``None`` for embeddings made in memory.
+      named: whether ``files`` were stored in the file; otherwise they were generated on reading.
     """
 
     embedded: Embedded
@@ -87,23 +87,23 @@ class Index(NamedTuple):
 
     @property
     def metric(self) -> Metric:
-        """The metric that the embeddings were trained with; the default where that is unknown."""
+        """The metric that the embeddings were trained with; the default if unknown."""
         return Metric.from_about(self.about)
 
 
 def check_suffix(path: Path, option: str) -> None:
-    """Raises ``UserError`` unless a name ends as embeddings do."""
+    """Raises ``UserError`` unless a file name has the extension of embeddings."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"{option}={path}: the name must end in {' or '.join(SUFFIXES)}")
 
 
 def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> Index:
-    """Reads embeddings that ``store.join`` wrote, or a file with such arrays from elsewhere.
+    """Reads embeddings written by ``store.join``, or a file with the same arrays from elsewhere.
 
     Args:
-      path: ``.npz`` or ``.parquet``.
-      option: its name in messages.
-      labels: whether the file must have labels; its name may then end as it likes.
+      path: ``.npz`` or ``.parquet`` file.
+      option: name of the command-line option, for messages.
+      labels: whether the file must have labels; its name may then have any extension.
 
     Returns:
       The embeddings. Numbers are float32 or float64, labels int64.
@@ -168,7 +168,7 @@ def _numbers(path: Path, name: str, value: np.ndarray) -> np.ndarray:
 
 
 def _text(value: np.ndarray) -> list[str]:
-    """Names, also those stored as bytes."""
+    """Converts an array of names, which may be bytes, to strings."""
     if value.dtype.kind == "S":
         return [name.decode("utf-8", "surrogateescape") for name in value.reshape(-1).tolist()]
     return [str(name) for name in value.reshape(-1).tolist()]
@@ -214,7 +214,7 @@ def _about(path: Path, value: np.ndarray) -> dict[str, Any]:
 
 
 def check_temperature(value: float) -> bool:
-    """Whether a number can be the temperature of the metric."""
+    """Whether a number is a valid temperature of the metric."""
     return 0 < value < math.inf
 
 
@@ -224,14 +224,14 @@ def check_comparable(
     """Checks that the vectors of two sets can be compared.
 
     Args:
-      queries: one set.
-      index: the other.
-      named: what messages call the first.
-      other: what messages call the second.
-      settings: of the metric, in which the sets must agree where both tell them.
+      queries: first set.
+      index: second set.
+      named: name of the first set in messages.
+      other: name of the second set in messages.
+      settings: settings of the metric in which the sets must agree, if both have them.
 
     Raises:
-      UserError: if their widths differ, or if both are known to come from different weights or settings.
+      UserError: if their widths differ, or their weights or settings are known to differ.
     """
     for name in ("semantic", "uncertainty"):
         one, two = getattr(queries.embedded, name), getattr(index.embedded, name)
@@ -252,11 +252,11 @@ def check_comparable(
 
 
 def labels_in_common(queries: Index, gallery: Index) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"], bool]:
-    """Labels of two sets that are equal where the classes are.
+    """Relabels two sets so that equal classes have equal labels.
 
     Returns:
-      Labels of the first and of the second set; and whether they were compared by name. Where one set has no names,
-      its numbers are taken for those of the other.
+      Labels of the first and of the second set, and whether classes were matched by name. If a set has no names, its
+      numbers are taken as those of the other.
     """
     one, two = queries.class_names, gallery.class_names
     numbered = isinstance(one, Numbered), isinstance(two, Numbered)
@@ -271,7 +271,7 @@ def labels_in_common(queries: Index, gallery: Index) -> tuple[Int[np.ndarray, "n
 
 
 def _same_file(one: Path | None, two: Path | None) -> bool:
-    """Whether two files of embeddings are one, or one a copy of the other."""
+    """Whether two files of embeddings are the same file or have the same content."""
     if one is None or two is None:
         return False
     if os.path.samefile(one, two):
@@ -285,10 +285,11 @@ def _file_digest(path: Path) -> str:
 
 
 def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
-    """Rows of the index that are the query's own image, -1 where there is none; ``None`` if no query is in the index.
+    """Row of the index with each query's own image, -1 if there is none; ``None`` if no query is in the index.
 
-    Its own is the same row of the same file of embeddings; the same image by its absolute path, which exists; or an
-    image of the same split of the same run. Names that merely look alike tell nothing: ``1.jpg`` is in many folders.
+    A query's own image is the same row of the same file of embeddings, the image with the same existing absolute path,
+    or the same image of the same split of the same run. Equal relative names are not enough, since ``1.jpg`` is in many
+    folders.
     """
     if _same_file(queries.path, index.path):
         return np.arange(len(index.files))
@@ -305,10 +306,10 @@ def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
 
 
 def weights_digest(variables: Mapping[str, Any]) -> str:
-    """Identity of a network's weights: 16 hexadecimal digits that change whenever one of them does.
+    """Digest of a network's weights: 16 hexadecimal digits that change with any weight.
 
     Args:
-      variables: ``params`` (of which ``trunk`` and ``heads`` count) and ``batch_stats``.
+      variables: ``params`` (only ``trunk`` and ``heads`` count) and ``batch_stats``.
     """
     found = hashlib.sha256()
     flat = naming.flatten(variables)

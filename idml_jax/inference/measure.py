@@ -1,4 +1,4 @@
-"""All metrics of embeddings from files."""
+"""Computes all metrics of embeddings from files."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,15 +10,15 @@ from idml_jax.metrics.summary import full_report
 
 
 class Options(NamedTuple):
-    """How embeddings are measured.
+    """How embeddings are evaluated.
 
     Attributes:
       ks: K of R@K.
-      temperature: of the metric; ``None``: the file's.
-      absolute: the absolute form of the metric; ``None``: the file's.
+      temperature: tau of the metric; ``None``: the file's.
+      absolute: whether to use the absolute form of the metric; ``None``: the file's form.
       precision: share of right answers that the threshold is chosen for.
       cluster: whether to compute NMI, AMI and F1.
-      seed: of clustering and bootstrap.
+      seed: seed of clustering and bootstrap.
     """
 
     ks: tuple[int, ...] = (1, 2, 4, 8)
@@ -30,7 +30,7 @@ class Options(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Metrics by name, what is suspicious about the uncertainty, and the number of queries."""
+    """Metrics by name, warnings about the uncertainty, and the number of queries."""
 
     report: dict[str, float]
     warnings: list[str]
@@ -38,14 +38,14 @@ class Measured(NamedTuple):
 
 
 def measure(embeddings: str, gallery: str, held_out: str, options: Options, warn: Callable[[str], None]) -> Measured:
-    """Measures a file of embeddings.
+    """Evaluates a file of embeddings.
 
     Args:
       embeddings: file of the queries, and of the gallery too if none is given.
       gallery: file that is searched, or empty.
-      held_out: file of held-out classes, which choose the threshold of answers, or empty.
-      options: how.
-      warn: receives a line where settings or classes of the files do not agree.
+      held_out: file of held-out classes, used to choose the answer threshold, or empty.
+      options: evaluation options.
+      warn: receives a line if settings or classes of the files do not agree.
 
     Raises:
       UserError: naming the file and what is wrong with it, or two files that cannot be compared.
@@ -87,7 +87,7 @@ def measure(embeddings: str, gallery: str, held_out: str, options: Options, warn
 
 
 def _metric(options: Options, index: Index, warn: Callable[[str], None]) -> Metric:
-    """The file's metric, with the given settings instead."""
+    """The file's metric, with the given settings substituted."""
     stored, temperature, absolute = index.metric, options.temperature, options.absolute
     if temperature is not None and not check_temperature(temperature):
         raise UserError(f"--temperature={temperature}: must be above 0 and finite")

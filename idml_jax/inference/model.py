@@ -1,4 +1,4 @@
-"""A trained embedding from a run's folder: network, weights and test transform, without the data it was trained on."""
+"""Loads a trained embedding from a run's folder: network, weights and test transform, without its training data."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,11 +25,11 @@ from idml_jax.training.tasks.objective import metric_of
 
 
 class Trained(NamedTuple):
-    """What is needed to embed images as a run does.
+    """Everything needed to embed images with a run.
 
     Attributes:
       workdir: folder of the run.
-      step: of the checkpoint, the run's best.
+      step: step of the checkpoint, the run's best.
       config: the run's settings.
       embedder: network, weights, transform and devices of this process.
     """
@@ -55,7 +55,7 @@ class Trained(NamedTuple):
 
     @property
     def transform(self) -> Transform:
-        """From an image to the pixels that the network sees."""
+        """The test transform, from an image to the pixels that the network sees."""
         return self.embedder.transform
 
     @property
@@ -65,7 +65,7 @@ class Trained(NamedTuple):
 
     @property
     def introspective(self) -> bool:
-        """Whether training has taught the uncertainty head anything."""
+        """Whether the uncertainty head was trained."""
         return self.embedder.learned
 
     @property
@@ -74,9 +74,9 @@ class Trained(NamedTuple):
         return metric_of(self.config)
 
     def using(self, *, threads: int = 0, batch_size: int = 0) -> "Trained":
-        """The same with other reader and decoder threads or another batch size; 0: as it is.
+        """A copy with another number of reader and decoder threads or another batch size; 0: unchanged.
 
-        The batch size is rounded up to one that the devices share evenly.
+        The batch size is rounded up to a multiple of the number of devices.
         """
         embedder = self.embedder
         size = _shared(batch_size or embedder.batch_size, embedder.mesh)
@@ -84,22 +84,22 @@ class Trained(NamedTuple):
 
 
 def _shared(batch_size: int, mesh: Mesh) -> int:
-    """A batch size rounded up to one that the devices share evenly."""
+    """A batch size rounded up to a multiple of the number of devices."""
     return -(-batch_size // mesh.size) * mesh.size
 
 
 def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Trained:
-    """The best checkpoint of a run.
+    """Loads the best checkpoint of a run.
 
     Args:
       workdir: folder of the run.
-      devices: to embed on; all of this process by default.
+      devices: devices to embed on; by default all of this process.
 
     Returns:
       Network, weights and transform.
 
     Raises:
-      UserError: if there is no run, no checkpoint, or one of another architecture.
+      UserError: if there is no run or checkpoint, or the checkpoint has another architecture.
     """
     workdir = Path(workdir).expanduser().absolute()
     config = workdir_lib.read(workdir)

@@ -1,4 +1,4 @@
-"""Nearest neighbours of queries in an index, and how sure the answers are."""
+"""Finds the nearest neighbours of queries in an index, with the confidence of the answers."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -28,10 +28,10 @@ class Answers(NamedTuple):
       index: ``[n, k]`` rows, nearest first.
       distance: ``[n, k]`` semantic distance.
       introspective: ``[n, k]`` introspective distance; ``None`` without an uncertainty.
-      uncertainty: ``[n]`` length of the query's uncertainty embedding; ``None`` without one.
+      uncertainty: ``[n]`` length of the query's uncertainty embedding; ``None`` without an uncertainty.
       margin: ``[n]`` similarity of the nearest minus that of the 10th, or of the 2nd in an index of fewer images.
-      sure: ``[n]`` probability that the nearest image is of the query's class; ``None`` where nothing tells.
-      answered: ``[n]`` whether that is enough.
+      sure: ``[n]`` probability that the nearest image has the query's class; ``None`` if no model is fitted.
+      answered: ``[n]`` whether that probability is high enough for an answer.
     """
 
     index: Int[np.ndarray, "n k"]  # type: ignore[assignment]  # in place of tuple.index
@@ -48,21 +48,21 @@ def calibrate(
     metric: Metric = Metric(),  # noqa: B008 (immutable)
     names: Collection[str] | None = None,
 ) -> Calibration:
-    """Fits how sure answers are, each held-out picture searching all the others.
+    """Fits the confidence of answers; each held-out image searches all the others.
 
     Args:
       held_out: embeddings with labels, of classes that the network was not trained on.
-      metric: that the embeddings are compared by, beside the semantic distance.
-      names: of the scores that queries will have; a small index has fewer margins. All by default.
+      metric: introspective metric, used besides the semantic distance.
+      names: names of the scores that queries will have; a small index has fewer margins. All by default.
 
     Returns:
-      The fitted model with what it says of these queries.
+      The fitted model and its predictions for these queries.
 
     Raises:
-      UserError: for fewer than two classes or pictures.
+      UserError: for fewer than two classes or images.
     """
     if len(np.unique(held_out.labels)) < 2:
-        raise UserError("the held-out pictures are of one class; at least 2 are needed to tell right from wrong")
+        raise UserError("the held-out images are of one class; at least 2 are needed to tell right from wrong")
     return calibration.calibrate(HeldOut(held_out), metric, names)
 
 
@@ -77,17 +77,17 @@ def search(
     threshold: Threshold | None = None,
     scores: Mapping[str, Float[np.ndarray, "n"]] | None = None,
 ) -> Answers:
-    """The k nearest rows of a gallery, exactly, in tiles.
+    """Finds the k nearest rows of a gallery, exactly, in tiles.
 
     Args:
-      queries: embeddings.
-      gallery: what is searched.
-      k: how many.
-      own: ``[n]`` row that each query leaves out; -1: none.
-      metric: that the embeddings are compared by, beside the semantic distance.
-      calibrated: by ``calibrate``; without it nothing is said about how sure answers are.
-      threshold: of the doubt, beyond which there is no answer.
-      scores: of ``metrics.report.scores_of``, if they are known.
+      queries: embeddings of the queries.
+      gallery: embeddings to search.
+      k: number of neighbours.
+      own: ``[n]`` gallery row to leave out for each query; -1: none.
+      metric: introspective metric, used besides the semantic distance.
+      calibrated: result of ``calibrate``; without it answers have no confidence.
+      threshold: largest doubt (1 - confidence) with an answer.
+      scores: result of ``metrics.embedded.scores_of``, if already computed.
 
     Returns:
       The answers.
@@ -131,12 +131,12 @@ def _introspective(
 
 
 def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Trained:
-    """The network that an index was made with.
+    """Loads the network that an index was made with.
 
     Args:
       index: embeddings.
       workdir: folder of the run; by default the one that the index names.
-      warn: receives a line where the index does not tell its weights.
+      warn: receives a line if the index does not identify its weights.
 
     Raises:
       UserError: if there is no such run, or its weights are not those of the index.
@@ -160,19 +160,17 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
             f"the index was made with step {step} of {made_in}, and {model.workdir} has step {model.step} now: {cure}"
         )
     else:
-        warn(
-            "the index does not tell which weights it was made with; whether it fits the run is known by its step only"
-        )
+        warn("the index does not identify the weights it was made with; it is compared with the run by its step only")
     return model
 
 
 def open_index(where: str, option: str, model: Callable[[], Trained]) -> Index:
-    """Embeddings from a file, or made of pictures.
+    """Reads embeddings from a file, or embeds images.
 
     Args:
-      where: a file of embeddings, or what ``embed.list_images`` takes.
-      option: its name in messages.
-      model: gives the network, if pictures are to be embedded.
+      where: a file of embeddings, or an image, folder or list of images.
+      option: name of the command-line option, for messages.
+      model: loads the network, if images must be embedded.
     """
     if Path(where).suffix in SUFFIXES:
         return read(where, option)
@@ -181,12 +179,12 @@ def open_index(where: str, option: str, model: Callable[[], Trained]) -> Index:
 
 
 class Confidence(NamedTuple):
-    """What tells how sure answers are.
+    """The confidence model of answers and its threshold.
 
     Attributes:
-      calibrated: the fitted model; ``None`` where nothing tells.
-      threshold: of the doubt, beyond which there is no answer; ``None`` where all are answered.
-      note: a line that says where this comes from.
+      calibrated: fitted model; ``None`` if there is nothing to fit it on.
+      threshold: largest doubt (1 - confidence) with an answer; ``None`` if all queries are answered.
+      note: a line that describes the data of the fit.
     """
 
     calibrated: Calibration | None
@@ -195,13 +193,13 @@ class Confidence(NamedTuple):
 
 
 def confidence_of(held_out: Index, what: str, wanted: float | None, names: Collection[str]) -> Confidence:
-    """How sure answers are, from embeddings with classes.
+    """Fits the confidence of answers on embeddings with classes.
 
     Args:
       held_out: embeddings, each of which searches all the others.
-      what: what messages call them.
-      wanted: share of right answers to reach by leaving out the least sure.
-      names: of the scores that queries will have.
+      what: name of these embeddings in messages.
+      wanted: share of right answers to reach by not answering the least certain queries.
+      names: names of the scores that queries will have.
 
     Raises:
       UserError: for fewer than two classes or images.
@@ -212,7 +210,7 @@ def confidence_of(held_out: Index, what: str, wanted: float | None, names: Colle
         return Confidence(calibrated, None, note)
     threshold = uncertainty.threshold_for_precision(calibrated.doubt, calibrated.correct, wanted)
     if not threshold.reached:
-        told = f"{note}; {wanted:.0%} right answers cannot be had there: nothing is answered"
+        told = f"{note}; {wanted:.0%} right answers cannot be reached on them: nothing is answered"
         return Confidence(calibrated, threshold, told)
     share = f"{threshold.coverage:.0%} of them are answered, {threshold.precision:.1%} rightly"
     return Confidence(calibrated, threshold, f"{note}; {share}")
@@ -226,20 +224,20 @@ def confidence_for(
     model: Callable[[], Trained],
     names: Collection[str],
 ) -> Confidence:
-    """How sure answers from an index are, by held-out images or by the index itself.
+    """Fits the confidence of answers from an index, on held-out images or on the index itself.
 
     Args:
       held_out: a file of embeddings, or images in class folders; empty: the index itself.
-      wanted: share of right answers to reach by leaving out the least sure.
-      index: what is searched; its settings of the metric are used.
-      named: what messages call the index.
-      model: gives the network, if images are to be embedded.
-      names: of the scores that queries will have.
+      wanted: share of right answers to reach by not answering the least certain queries.
+      index: embeddings to search; its settings of the metric are used.
+      named: name of the index in messages.
+      model: loads the network, if images must be embedded.
+      names: names of the scores that queries will have.
 
     Raises:
       UserError: if classes are needed and unknown, or the two sets cannot be compared.
     """
-    others, what = index, "the index itself, each picture searching the others"
+    others, what = index, "the index itself, each image searching the others"
     if held_out:
         others, what = open_index(held_out, "--held_out", model), held_out
         check_comparable(others, index, what, named)

@@ -1,9 +1,9 @@
-"""Embeddings on disk: written in parts, so that a stopped command goes on, and joined to one file as a stream.
+"""Writes embeddings to disk in parts, so that a stopped command can resume, and joins them into one file as a stream.
 
 The arrays of an ``.npz``: ``semantic`` [n, d], ``semantic_norm`` [n], ``uncertainty`` [n, k] and ``uncertainty_norm``
-[n] where the run is introspective, ``files`` [n], ``labels`` [n] and ``class_names`` where classes are known, and
-``about``, a JSON text on where they come from. A ``.parquet`` file has the same columns, a class's name beside its
-number, and ``about`` in its metadata (key ``idml_jax``). ``inference.index`` reads both.
+[n] if the run is introspective, ``files`` [n], ``labels`` [n] and ``class_names`` if classes are known, and ``about``,
+a JSON text about their origin. A ``.parquet`` file has the same columns, the class name next to the class number, and
+``about`` in its metadata (key ``idml_jax``). ``inference.index`` reads both.
 """
 
 import contextlib
@@ -33,22 +33,22 @@ PartsOf = Callable[[], Iterator[dict[str, np.ndarray]]]
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Lets one process alone write a file of embeddings.
+    """Makes sure that only one process writes a file of embeddings.
 
     Raises:
-      UserError: naming the process that writes it already.
+      UserError: naming the process that is already writing it.
     """
     with locked(out.with_name(out.name + ".lock"), f"{out}: another process is writing it; wait for it"):
         yield
 
 
 def check_finite(arrays: Mapping[str, np.ndarray], names: Sequence[str], network: str) -> None:
-    """Refuses embeddings that are no numbers.
+    """Refuses NaN and infinite embeddings.
 
     Args:
-      arrays: ``[n, ...]`` by name.
-      names: ``[n]`` of the images.
-      network: what messages call the network.
+      arrays: arrays ``[n, ...]`` by name.
+      names: ``[n]`` names of the images.
+      network: name of the network in messages.
 
     Raises:
       UserError: naming the network and the first such image.
@@ -57,27 +57,27 @@ def check_finite(arrays: Mapping[str, np.ndarray], names: Sequence[str], network
         bad = ~np.isfinite(value.reshape(len(value), -1)).all(axis=1) if len(value) else np.zeros(0, bool)
         if bad.any():
             raise UserError(
-                f"{network} gives NaN or infinity in {name} for {int(bad.sum()):,} of {len(bad):,} pictures, the first "
+                f"{network} gives NaN or infinity in {name} for {int(bad.sum()):,} of {len(bad):,} images, the first "
                 f"{names[int(bad.argmax())]}; its weights are damaged or the training has diverged"
             )
 
 
 class Parts:
-    """The folder with the finished parts of a file that is being made.
+    """The folder with the finished parts of a file that is being written.
 
     Args:
       out: the file.
-      identity: JSON-able; parts of another identity are thrown away.
+      identity: JSON-serialisable; parts with another identity are discarded.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, object]):
         self.folder = out.with_name(out.name + ".parts")
         self._about = self.folder / "about.json"
         self.started_over = False
-        # Weights that are known by their digest may lie anywhere.
+        # Weights identified by their digest may be in any folder.
         kept = {k: v for k, v in identity.items() if "weights" not in identity or k not in ("workdir", "step")}
         if self.folder.is_symlink():
-            raise UserError(f"{self.folder}: is a link; parts are kept in a folder of this place alone")
+            raise UserError(f"{self.folder}: is a link; parts are only kept in a real folder")
         if self.folder.exists() and self._stored() != kept:
             if not self._about.is_file() and any(path.suffix != TEMPORARY for path in self.folder.iterdir()):
                 raise UserError(f"{self.folder}: is not a folder of parts; move it away, or give another --out")
@@ -96,15 +96,15 @@ class Parts:
         return self.folder / f"{number:06d}.npz"
 
     def has(self, number: int) -> bool:
-        """Whether a part is there, whole."""
+        """Whether a complete part exists."""
         try:
             with np.load(self._path(number), allow_pickle=False) as file:
                 return "records" in file.files
-        except Exception:  # missing or damaged alike: it is made again
+        except Exception:  # missing or damaged: it is computed again
             return False
 
     def write(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes a part, whole or not at all."""
+        """Writes a part, completely or not at all."""
         with atomic(self._path(number)) as file:
             np.savez(file, **cast(Any, arrays))
 
@@ -127,13 +127,13 @@ def digest(lines: Sequence[str]) -> str:
 
 
 def join(out: Path, parts: PartsOf, class_names: Sequence[str] | None, about: dict) -> None:
-    """Writes the file of all parts, a part in memory at a time.
+    """Joins all parts into one file, with one part in memory at a time.
 
     Args:
-      out: ``.npz`` or ``.parquet``; whole or not there.
-      parts: starts an iteration over them; each holds columns of the same names, at least one row in all.
-      class_names: by label, where known.
-      about: where they come from.
+      out: ``.npz`` or ``.parquet``, written completely or not at all.
+      parts: starts an iteration over the parts; all have the same columns and together at least one row.
+      class_names: names by label, if known.
+      about: origin of the embeddings.
     """
     with atomic(out) as file:
         (_join_npz if out.suffix == ".npz" else _join_parquet)(file, parts, class_names, json.dumps(about))
@@ -169,7 +169,7 @@ def _join_npz(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | None, 
 def _join_parquet(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | None, about: str) -> None:
     pa = arrow()
     writer = None
-    # Names that are not UTF-8 are kept as the bytes that they are; a column has one type throughout.
+    # Names that are not UTF-8 are stored as bytes; all rows of a column have the same type.
     binary = any(not _is_text(name) for part in parts() for name in part.get("files", ()))
     named = [name.encode("utf-8", "backslashreplace").decode() for name in class_names or ()]
     try:

@@ -2,11 +2,11 @@
 
 Every loss reads one matrix, of distances or of similarities, between ``n`` anchors (rows) and ``m`` references
 (columns: the batch itself, proxies, a memory, a gallery), and a ``Pairs`` relation that says which entries are of the
-same class, of different classes, or neither. Introspection enters as the matrix: a loss on
-``ism.introspective_distance`` is introspective, the same loss on ``ism.semantic_distance`` is plain. Padding, several
-labels per image, hierarchies and shards are all a matter of ``Pairs``.
+same class, of different classes, or neither. The matrix decides whether a loss is introspective: on
+``ism.introspective_distance`` it is, on ``ism.semantic_distance`` the same loss is plain. Padding, several labels per
+image, hierarchies and shards are all expressed by ``Pairs``.
 
-Over several devices, under ``jit`` with sharded arrays the batch is global and nothing is to be done. Under ``pmap``
+With several devices under ``jit`` with sharded arrays, the batch is global and nothing else is needed. Under ``pmap``
 or ``shard_map`` a device holds some of the rows; it compares them with those of all devices and names the axis::
 
     everyone = losses.gather(embedding, "data")
@@ -50,25 +50,25 @@ __all__ = [
 
 
 class LossParameter(NamedTuple):
-    """A number that a loss can learn: once, or once per class.
+    """A scalar that a loss can learn, either one for all classes or one per class.
 
     Attributes:
-      initial: where it starts, and what it stays when it is not learned.
+      initial: initial value, and the value used if it is not learned.
     """
 
     initial: float
 
 
 class LossSpec(NamedTuple):
-    """How a loss is fed.
+    """The inputs of a loss.
 
     Attributes:
       function: ``(matrix, pairs, **options) -> scalar``.
       reads: whether the matrix holds distances or similarities.
-      references: what the columns are: learned ``proxies``, one per class, or the ``batch`` itself.
-      needs_key: it draws at random and takes ``key=``.
-      needs_dimension: it depends on the number of dimensions of the embeddings and takes ``dimension=``.
-      needs_count: it averages over its references and takes ``num_proxies=`` where some columns are padding.
+      references: meaning of the columns: learned ``proxies``, one per class, or the ``batch`` itself.
+      needs_key: whether it samples and takes ``key=``.
+      needs_dimension: whether it depends on the width of the embeddings and takes ``dimension=``.
+      needs_count: whether it averages over its references and takes ``num_proxies=`` if some columns are padding.
       parameters: the options that can be learned, by name (see ``init_parameters``).
     """
 
@@ -100,14 +100,14 @@ LOSSES: dict[str, LossSpec] = {
 
 
 def init_parameters(spec: LossSpec, num_classes: int | None = None) -> dict[str, Float[Array, "..."]]:
-    """The learned numbers of a loss at their initial values, to be kept and trained beside the proxies.
+    """The learned scalars of a loss at their initial values, to be trained together with the proxies.
 
     Args:
       spec: the loss.
-      num_classes: how many classes have a number of their own; ``None`` for one that all share.
+      num_classes: number of classes with a separate scalar each; ``None``: one scalar for all classes.
 
     Returns:
-      Arrays of shape ``[]`` or ``[num_classes]`` by name; empty for a loss that has nothing to learn.
+      Arrays of shape ``[]`` or ``[num_classes]`` by name; empty for a loss without learnable scalars.
 
     >>> init_parameters(LOSSES["margin_distance_weighted"], num_classes=2)["beta"].tolist()
     [1.2, 1.2]
@@ -119,7 +119,7 @@ def init_parameters(spec: LossSpec, num_classes: int | None = None) -> dict[str,
 def parameters_of_rows(
     parameters: Mapping[str, Float[Array, "..."]], labels: Int[Array, "n"]
 ) -> dict[str, Float[Array, "..."]]:
-    """Learned numbers as options of the loss: those per class become those of each row's class.
+    """Learned scalars as options of the loss: scalars per class are looked up by each row's class.
 
     Args:
       parameters: arrays ``[]`` or ``[num_classes]``, from ``init_parameters``.

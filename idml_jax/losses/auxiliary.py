@@ -1,7 +1,7 @@
 """Auxiliary losses for the uncertainty: harder images should get a longer ``u``, and no ``u`` should vanish.
 
-The introspective metric teaches ``u`` which pairs to learn from more slowly, and nothing else: ``ranking_loss`` orders
-images by how likely they are to be confused, two by two within a batch; ``length_prior`` keeps lengths above 0.
+The introspective metric only trains ``u`` to slow the learning of some pairs. ``ranking_loss`` orders pairs of images
+in a batch by how likely they are to be confused; ``length_prior`` keeps lengths above 0.
 """
 
 import jax
@@ -13,20 +13,20 @@ from idml_jax.losses.reductions import ratio
 
 __all__ = ["confusion", "length_prior", "ranking_loss"]
 
-# Slope of the comparison in the logarithm of the length: twice the length is a sure order.
+# Slope of the comparison in the logarithm of the length: a factor of two is a clear order.
 SHARPNESS = 5.0
 
 
 def confusion(similarity: Float[Array, "n m"], pairs: Pairs) -> Float[Array, "n"]:
-    """How near each image is to being answered wrongly: its most similar negative less its most similar positive.
+    """How close each image is to a wrong answer: similarity of its nearest negative minus that of its nearest positive.
 
     Args:
       similarity: ``[n, m]`` plain similarities of images and references (proxies, or the batch); not differentiated.
       pairs: relation of the two.
 
     Returns:
-      ``[n]``, above 0 where the nearest reference is of another class; NaN for an image without a positive or without
-      a negative, of which nothing can be said.
+      ``[n]``, above 0 if the nearest reference has another class; NaN (undefined) for an image without a positive or
+      without a negative.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
@@ -44,19 +44,19 @@ def confusion(similarity: Float[Array, "n m"], pairs: Pairs) -> Float[Array, "n"
 
 
 def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]) -> Float[Array, ""]:
-    """Logistic loss over pairs of images: the one that is confused more should get the longer uncertainty embedding.
+    """Logistic loss over pairs of images: the more confused image should have the longer uncertainty embedding.
 
         mean over i, j with c_i > c_j of  (c_i - c_j) log(1 + (|u_j| / |u_i|)^5),  weights normalised to a mean of 1
 
-    The ranking form of loss prediction (Yoo and Kweon, "Learning Loss for Active Learning", CVPR 2019) on the length
-    that the metric itself reads. Only the order counts, so it leaves the scale of ``u`` to the metric.
+    The ranking form of loss prediction (Yoo and Kweon, "Learning Loss for Active Learning", CVPR 2019), applied to the
+    length that the metric uses. It depends only on ratios of lengths, so the metric determines the scale of ``u``.
 
     Args:
       uncertainty: ``[n, k]``.
       confusions: ``[n]``, see ``confusion``; not differentiated; images with NaN are left out.
 
     Returns:
-      The loss, a scalar; log 2 where ``u`` knows nothing, 0 without two images to compare.
+      The loss, a scalar; log 2 if all lengths are equal, 0 without two images to compare.
 
     >>> u = jnp.array([[1.0, 0.0], [0.0, 2.0]])
     >>> round(float(ranking_loss(u, jnp.array([0.1, 0.3]))), 3), round(float(ranking_loss(u, jnp.array([0.3, 0.1]))), 3)
@@ -72,10 +72,10 @@ def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]
 
 
 def length_prior(uncertainty: Float[Array, "n k"]) -> Float[Array, ""]:
-    """How far the lengths of the uncertainty embeddings are from 1, by ratio: the mean of ``log(|u|)^2``.
+    """Distance of the lengths of the uncertainty embeddings from 1 on a log scale: the mean of ``log(|u|)^2``.
 
-    Under some losses on pairs (multi-similarity, margin, FastAP) ``u`` was seen to shrink to nothing, which makes the
-    metric the plain one. With a small weight this keeps a length for the metric to order.
+    With some losses on pairs (multi-similarity, margin, FastAP) ``u`` was observed to shrink to 0, which makes the
+    metric plain. A small weight of this prior prevents that.
 
     Args:
       uncertainty: ``[n, k]``; a length below 1e-6 counts as 1e-6.

@@ -1,15 +1,15 @@
-"""Cross-batch memory, Wang et al., CVPR 2020: the embeddings of past batches as further references.
+"""Cross-batch memory, Wang et al., CVPR 2020: embeddings of past batches as additional references.
 
 A memory is a plain pytree of fixed shape, so it lives in a train state, compiles once, and is saved and restored with
-it. The functions return a new memory. One step with it::
+it. The functions return a new memory. One training step::
 
     references = memory.with_batch(state.memory, embedding)
     pairs = memory.pairs_with_batch(state.memory, labels, active=step >= warmup_steps)
     loss = losses.contrastive(ism.introspective_distance(embedding, references), pairs)
     new_memory = memory.enqueue(state.memory, embedding, labels)
 
-The batch is enqueued after its loss, so that no image meets itself. Under ``pmap`` or ``shard_map`` every device keeps
-the whole memory: enqueue what ``losses.gather`` returns, and see ``pairs_with_batch`` for the relation.
+The batch is enqueued after its loss, so that no image is compared with itself. Under ``pmap`` or ``shard_map`` every
+device keeps the whole memory: enqueue what ``losses.gather`` returns, and see ``pairs_with_batch`` for the relation.
 """
 
 from typing import NamedTuple
@@ -28,10 +28,10 @@ class Memory(NamedTuple):
     """A ring buffer of ``size`` embeddings.
 
     Attributes:
-      embedding: ``[size, d]`` and ``[size, k]`` (``None`` where the uncertainty is not kept).
+      embedding: ``[size, d]`` and ``[size, k]`` (``None`` if the uncertainty is not stored).
       labels: ``[size]`` int32.
-      valid: ``[size]`` bool, false where nothing was stored yet.
-      position: scalar int32, where the next embedding goes.
+      valid: ``[size]`` bool, false for empty slots.
+      position: scalar int32, slot of the next embedding.
     """
 
     embedding: Embedding
@@ -46,16 +46,16 @@ def create(
     """An empty memory.
 
     Args:
-      size: how many embeddings it holds.
-      dimension: of the semantic embedding.
-      uncertainty_dimension: of the uncertainty embedding; ``None`` keeps none, for plain metrics.
-      dtype: of the stored embeddings.
+      size: number of embeddings it holds.
+      dimension: width of the semantic embedding.
+      uncertainty_dimension: width of the uncertainty embedding; ``None``: not stored, for plain metrics.
+      dtype: type of the stored embeddings.
 
     Returns:
       The memory.
 
     Raises:
-      ValueError: if it could hold nothing.
+      ValueError: if the size is below 1.
     """
     if size < 1:
         raise ValueError(f"a memory holds at least 1 embedding; got {size}")
@@ -71,19 +71,19 @@ def create(
 def enqueue(
     memory: Memory, embedding: Embedding, labels: Int[Array, "n"], mask: Bool[Array, "n"] | None = None
 ) -> Memory:
-    """The memory with a batch in the place of the oldest embeddings. Nothing is differentiated through it.
+    """Replaces the oldest embeddings with a batch. No gradient flows through the memory.
 
     Args:
-      memory: as it was.
-      embedding: ``n`` embeddings; an uncertainty that the memory does not keep is left out.
+      memory: previous memory.
+      embedding: ``n`` embeddings; the uncertainty is dropped if the memory does not store it.
       labels: ``[n]``.
-      mask: ``[n]``, false for padding, which is not stored and takes no place.
+      mask: ``[n]``, false for padding, which is not stored.
 
     Returns:
       The new memory.
 
     Raises:
-      ValueError: if the batch is larger than the memory, lacks an uncertainty that it keeps, or does not fit it.
+      ValueError: if the batch is larger than the memory, lacks a required uncertainty, or has other shapes.
     """
     size, n = memory.labels.shape[0], embedding.semantic.shape[0]
     if n > size:
@@ -120,14 +120,13 @@ def pairs(
     *,
     active: Bool[Array, ""] | bool = True,
 ) -> Pairs:
-    """The relation of a batch (rows) and what the memory holds (columns).
+    """The relation of a batch (rows) and the content of the memory (columns).
 
     Args:
       memory: the memory.
       labels: ``[n]`` of the rows.
       mask: ``[n]``, false for rows that are padding.
-      active: false while warming up, when embeddings still change too fast to be remembered: every entry is then
-        ignored.
+      active: false during warm-up, when embeddings still change too fast to be reused; then every entry is ignored.
 
     Returns:
       ``Pairs`` of shape ``[n, size]``.
@@ -168,7 +167,7 @@ def pairs_with_batch(
       memory: the memory.
       labels: ``[n]``.
       mask: ``[n]``, false for padding.
-      active: false while warming up: only the batch is then compared.
+      active: false during warm-up; then only the batch is compared.
       axis_name: as for ``with_batch``.
 
     Returns:

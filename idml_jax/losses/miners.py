@@ -1,8 +1,7 @@
-"""Miners: which pairs and triplets a loss uses, as masks and weights of the matrix's own shape.
+"""Miners: which pairs and triplets a loss uses, as masks and weights with the shape of the matrix.
 
-A miner reads a matrix and its ``Pairs`` and returns arrays of the same shape ``[n, m]``: whether, or how often, a loss
-uses each entry. Nothing depends on data but the values, so all of it compiles once, and nothing is differentiated:
-mining decides, the loss learns.
+A miner takes a matrix and its ``Pairs`` and returns arrays of the same shape ``[n, m]``: whether, or how often, a loss
+uses each entry. Shapes do not depend on the data, so a miner compiles once. Miners are not differentiated.
 """
 
 from typing import NamedTuple
@@ -22,11 +21,11 @@ __all__ = [
     "semihard_counts",
 ]
 
-# Up to here a pass over the matrix for each positive of an anchor is faster than sorting the rows.
+# Number of positives up to which one pass over the matrix per positive is faster than sorting the rows.
 _MOST_PASSES = 128
 # Draws per row and iteration.
 _DRAWS = 8
-# Columns that are drawn from together.
+# Number of columns in a block for drawing.
 _BLOCK = 32
 
 
@@ -61,7 +60,7 @@ def multi_similarity_pairs(similarity: Float[Array, "n m"], pairs: Pairs, epsilo
 
 
 class TripletCounts(NamedTuple):
-    """In how many triplets of its row's anchor an entry takes part; both sum to the same number in every row.
+    """Number of triplets of its row's anchor that each entry is part of; both sum to the same number in every row.
 
     Attributes:
       positive: ``[n, m]`` int32, as the positive.
@@ -81,7 +80,7 @@ def semihard_counts(distance: Float[Array, "n m"], pairs: Pairs, margin: float) 
     Args:
       distance: ``[n, m]`` from anchors to references.
       pairs: relation of anchors and references.
-      margin: how much farther than the positive a negative may be.
+      margin: largest distance by which a negative may be farther than the positive.
 
     Returns:
       The counts.
@@ -111,7 +110,7 @@ def _count_in_passes(distance: Array, pairs: Pairs, margin: Array | float) -> Tr
         nearest = jnp.take_along_axis(distance, jnp.minimum(column, m - 1)[:, None], axis=1)
         semihard = (distance > nearest) & (distance < nearest + margin) & pairs.negative & (column < m)[:, None]
         found = jnp.sum(semihard, axis=1, dtype=jnp.int32)
-        # A row that has no more positives writes to column m, which is dropped.
+        # A row without further positives writes to column m, which is dropped.
         positive = positive.at[jnp.arange(n), column].set(found, mode="drop")
         return next_positive(column), positive, negative + semihard
 
@@ -132,7 +131,7 @@ def _count_by_sorting(distance: Array, pairs: Pairs, margin: Array | float) -> T
     nearer = ranks(negatives, distance, "right")
     within = ranks(negatives, distance + margin, "left")
     positive = jnp.where(pairs.positive, jnp.maximum(within - nearer, 0), 0)
-    # The same two comparisons seen from the negative, on the same rounded sums.
+    # The same two comparisons from the negative's side, on the same rounded sums.
     positives = jnp.sort(jnp.where(pairs.positive, distance, jnp.inf), axis=1)
     closer = ranks(positives, distance, "left")
     out_of_reach = ranks(positives + margin, distance, "right")
@@ -150,10 +149,10 @@ def distance_weights(
 ) -> Float[Array, "n m"]:
     """Weight of each negative in the draw, Wu et al., ICCV 2017, section 4.
 
-    Inverse to the density ``q(d) ~ d^(dimension - 2) (1 - d^2 / 4)^((dimension - 3) / 2)`` of distances between
-    points spread evenly over the unit sphere, so that all distances are drawn alike. Weights are scaled row by row in
-    the log domain: taken as they are they span hundreds of orders of magnitude, and rows whose weights all underflow
-    against the largest one of the batch would lose their negatives.
+    Inverse to the density ``q(d) ~ d^(dimension - 2) (1 - d^2 / 4)^((dimension - 3) / 2)`` of distances between points
+    spread evenly over the unit sphere, so that all distances are equally likely. Weights are scaled row by row in the
+    log domain: unscaled they span hundreds of orders of magnitude, and rows whose weights all underflow relative to the
+    largest of the batch would lose their negatives.
 
     Args:
       distance: ``[n, m]``, of normalised vectors.
@@ -200,15 +199,15 @@ def draw_negatives(
     draws: Int[Array, "n"],
     first_row: Int[Array, ""] | int = 0,
 ) -> Float[Array, "n m"]:
-    """How often each negative is drawn, with replacement.
+    """Draws negatives with replacement and counts how often each is drawn.
 
-    The numbers of a row depend on the key and the row's index only, so that a batch draws alike on one device and,
-    given ``first_row``, on many.
+    The draws of a row depend only on the key and the row's index, so they are the same on one device and, given
+    ``first_row``, on several.
 
     Args:
       key: a random key.
       weights: ``[n, m]`` at least 0; an entry is drawn with its share of the row's sum.
-      draws: ``[n]``, how many to draw for each row; nothing is drawn from a row of zeros.
+      draws: ``[n]``, number of draws per row; nothing is drawn from a row of zeros.
       first_row: index of the first row among the rows of all devices.
 
     Returns:
@@ -218,7 +217,7 @@ def draw_negatives(
     n, m = weights.shape
     if n == 0 or m == 0:
         return weights
-    # First a block of columns is drawn, then a column of it, so that no running sum over the whole matrix is held.
+    # First a block of columns is drawn, then a column in it, to avoid a cumulative sum over the whole matrix.
     blocks = jnp.pad(weights, ((0, 0), (0, -m % _BLOCK))).reshape(n, -1, _BLOCK)
     of_block = jnp.sum(blocks, axis=2)
     until = jnp.cumsum(of_block, axis=1)
@@ -236,7 +235,7 @@ def draw_negatives(
         uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, done), (_DRAWS,), total.dtype))(keys)
         point = uniform * total
         block = jnp.minimum(jnp.sum(until[:, None, :] <= point[:, :, None], axis=2), until.shape[1] - 1)
-        # Rounding can leave a draw where the weight is 0; it goes to the heaviest block, and there to the heaviest.
+        # Rounding can select a weight of 0; such a draw goes to the heaviest column of the heaviest block.
         block = jnp.where(at(of_block, block) > 0, block, heaviest)
         rest = point - jnp.where(block > 0, at(until, jnp.maximum(block - 1, 0)), 0.0)
         inside = at(blocks, block[:, :, None])

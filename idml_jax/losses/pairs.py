@@ -1,7 +1,7 @@
 """The relation between the rows and the columns of a matrix: which entries a loss compares, and how.
 
-``Pairs`` is all a loss knows of labels. Padding, several labels per image, hierarchies, query x gallery, a memory of
-past embeddings and the shards of a batch are all ways of building one.
+A loss sees labels only through ``Pairs``. Padding, several labels per image, hierarchies, query x gallery, a memory of
+past embeddings and the shards of a batch are all expressed by building ``Pairs``.
 """
 
 from typing import NamedTuple, TypeVar
@@ -29,9 +29,9 @@ class Pairs(NamedTuple):
 
 
 def gather(tree: Tree, axis_name: AxisName | None) -> Tree:
-    """The rows of all devices, in the order of the devices; for ``pmap`` and ``shard_map``.
+    """Gathers the rows of all devices, in the order of the devices; for ``pmap`` and ``shard_map``.
 
-    Under ``jit`` with sharded arrays nothing has to be gathered, since the batch is global there.
+    Not needed under ``jit`` with sharded arrays, where the batch is global.
 
     Args:
       tree: any pytree of arrays with the device's ``n`` rows, such as embeddings and labels.
@@ -58,7 +58,7 @@ def pairs_from_relation(
     exclude_self: bool = False,
     axis_name: AxisName | None = None,
 ) -> Pairs:
-    """Pairs from any relation: what is not the same is different, except for padding and a row with itself.
+    """Pairs from a relation: entries that are not the same are different, except padding and a row with itself.
 
     With several labels per image, ``same`` is for instance ``(y @ y.T) > 0`` for multi-hot ``y``. For a relation with
     ignored entries (a hierarchy where cousins are neither alike nor different) build ``Pairs`` directly.
@@ -150,7 +150,7 @@ def pairs_from_labels(
 
 
 def concatenate_pairs(*pairs: Pairs) -> Pairs:
-    """The same rows against the columns of all the relations in turn, such as the batch and a memory.
+    """Concatenates relations of the same rows along the columns, such as the batch and a memory.
 
     Args:
       *pairs: relations of shapes ``[n, m_1]``, ``[n, m_2]``, ...

@@ -1,4 +1,4 @@
-"""Losses between the images themselves; import them from ``idml_jax.losses``."""
+"""Losses that compare images with images; import them from ``idml_jax.losses``."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def contrastive(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""] | Float[Array, "n m"]:
-    """Contrastive loss, Hadsell et al., CVPR 2006, with hinges that are not squared (Musgrave et al., ECCV 2020).
+    """Contrastive loss, Hadsell et al., CVPR 2006, with unsquared hinges (Musgrave et al., ECCV 2020).
 
         mean over non-zero positive terms  max(0, d - positive_margin)
       + mean over non-zero negative terms  max(0, negative_margin - d)
@@ -31,14 +31,14 @@ def contrastive(
     Args:
       distance: ``[n, m]``, plain or introspective.
       pairs: relation of anchors and references.
-      positive_margin: positives nearer than this are left alone.
-      negative_margin: negatives farther than this are left alone.
+      positive_margin: positives nearer than this have no loss.
+      negative_margin: negatives farther than this have no loss.
       weights: ``[n]`` at least 0, of the anchors, in both means (numerator and denominator).
       reduction: ``'none'`` returns each pair's term times its anchor's weight.
       axis_name: under ``pmap`` or ``shard_map``, the mapped axis that the anchors are split over.
 
     Returns:
-      The loss, a scalar, 0 where nothing is left; or ``[n, m]`` unreduced.
+      The loss, a scalar, 0 if all terms are 0; or ``[n, m]`` unreduced.
 
     Raises:
       ValueError: if the shapes do not fit or the reduction is unknown.
@@ -81,10 +81,10 @@ def triplet_semihard(
     Args:
       distance: ``[n, m]``, plain or introspective.
       pairs: relation of anchors and references.
-      margin: how much farther than the positive a negative has to be.
+      margin: required difference between the distances of negative and positive.
       weights: ``[n]`` at least 0, of the anchors, in the mean (numerator and denominator).
       reduction: ``'none'`` returns for each anchor the mean over its own triplets times its weight, 0 without any.
-        The mean loss weighs triplets alike, not anchors, and so is not the mean of these.
+        The mean loss weights all triplets equally, not all anchors, so it is not the mean of these.
       axis_name: under ``pmap`` or ``shard_map``, the mapped axis that the anchors are split over.
 
     Returns:
@@ -101,7 +101,7 @@ def triplet_semihard(
     distance, weights = prepare(distance, pairs, weights, reduction)
     counts = miners.semihard_counts(distance, pairs, margin)
     as_positive, as_negative = counts.positive.astype(distance.dtype), counts.negative.astype(distance.dtype)
-    # Both counts of a row have the same sum, so an origin may be taken off: less is lost when the parts cancel.
+    # Both counts of a row have the same sum, so subtracting an offset is exact and reduces cancellation.
     origin = jnp.min(jnp.where(pairs.positive, distance, jnp.inf), axis=1, keepdims=True, initial=jnp.inf)
     origin = jax.lax.stop_gradient(jnp.where(jnp.isfinite(origin), origin, 0.0))
     centred = distance - origin
@@ -138,8 +138,8 @@ def margin_distance_weighted(
     Args:
       distance: ``[n, m]`` distances of normalised vectors, plain or introspective.
       pairs: relation of anchors and references.
-      key: random key of the draw; ``None`` puts the expected number of draws in their place: the same loss on
-        average in numerator and denominator, without noise.
+      key: random key of the draw; ``None`` uses the expected number of draws instead: numerator and denominator are the
+        same on average, without noise.
       margin: the paper's alpha.
       beta: the boundary between positives and negatives: a number, a learned scalar, or ``[n]``, that of each
         anchor's class (``beta_of_classes[labels]``). It is differentiated; a penalty such as the paper's
@@ -153,7 +153,7 @@ def margin_distance_weighted(
         the same on every device; the draws are then those of one device.
 
     Returns:
-      The loss, a scalar, 0 where nothing is left; or ``[n, m]`` unreduced.
+      The loss, a scalar, 0 if all terms are 0; or ``[n, m]`` unreduced.
 
     Raises:
       ValueError: if the shapes or the cutoffs do not fit or the reduction is unknown.
@@ -178,7 +178,7 @@ def margin_distance_weighted(
             distance, pairs, dimension=dimension, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff
         )
         drawn = miners.draw_negatives(key, sampling, positives, row_offset(distance.shape[0], axis_name))
-    # A hinge that is open is linear in the distance, so one matrix of slopes holds the loss and its gradient.
+    # An active hinge is linear in the distance, so one matrix of slopes gives the loss and its gradient.
     offset = distance - beta
     slopes = jax.lax.stop_gradient(
         jnp.where(
@@ -221,7 +221,7 @@ def multi_similarity(
       pairs: relation of anchors and references.
       alpha: scale of the positives.
       beta: scale of the negatives.
-      base: the paper's lambda, the similarity where both weights turn.
+      base: the paper's lambda, the similarity threshold of both terms.
       epsilon: slack of the mining; ``None`` uses all pairs.
       weights: ``[n]`` at least 0, of the anchors, in the mean.
       reduction: ``'none'`` returns for each anchor its two terms times its weight.
@@ -267,8 +267,8 @@ def fast_ap(
     ``[0, largest_square]``; a distance between two points is shared between them linearly (triangular pulse).
 
     Args:
-      distance: ``[n, m]`` distances of normalised vectors, not squared; plain or introspective. What lies beyond the
-        last point counts there, without a gradient.
+      distance: ``[n, m]`` distances of normalised vectors, not squared; plain or introspective. Distances beyond
+        the last point are counted there, without a gradient.
       pairs: relation of anchors and references; anchors without a positive are left out.
       bins: number of intervals.
       largest_square: the last point, 4 for vectors of length 1.
@@ -306,10 +306,10 @@ def fast_ap(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _soft_histogram(positions: Float[Array, "n m"], where: Bool[Array, "n m"], bins: int) -> Float[Array, "n bins+1"]:
-    """Each row's chosen entries, shared linearly between the two whole numbers around them.
+    """Histogram of each row's chosen entries, each shared linearly between the two nearest whole numbers.
 
-    Written as a loop over the points with its own gradient: differentiating the sum over ``[bins + 1, n, m]`` keeps
-    all of that array, for a slope that only depends on the interval an entry lies in.
+    Written as a loop over the points with a custom gradient: differentiating the sum over ``[bins + 1, n, m]`` would
+    keep that whole array, although the slope depends only on the interval of an entry.
     """
 
     def share(point: Array) -> Array:

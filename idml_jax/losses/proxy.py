@@ -1,4 +1,4 @@
-"""Losses between images and learned proxies of the classes; import them from ``idml_jax.losses``."""
+"""Losses that compare images with learned proxies of classes; import them from ``idml_jax.losses``."""
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,13 @@ def proxy_anchor(
       pairs: relation of images and proxies; a proxy without any entry counts in the second mean with the value 0.
       margin: the paper's delta.
       alpha: the paper's scale.
-      weights: ``[n]`` at least 0, of the images, within the two sums: with weight 2 an image counts as if it were
-        there twice, with 0 as if it were not.
+      weights: ``[n]`` at least 0, of the images, within the two sums: an image with
+        weight 2 counts twice, with weight 0 not at all.
       reduction: ``'none'`` returns for each proxy the sum of its two logarithms.
       axis_name: under ``pmap`` or ``shard_map``, the mapped axis that the images are split over; the proxies are the
         same on every device.
-      num_proxies: how many of the columns are proxies, where the others are padding, which the relation leaves out;
-        all by default.
+      num_proxies: number of columns that are proxies, if the others are padding that the relation ignores; by default
+        all.
 
     Returns:
       The loss, a scalar, 0 for an empty relation; or ``[m]`` unreduced.
@@ -80,14 +80,14 @@ def proxy_nca(
 
     The denominator contains the image's own proxy, as in the later paper and in pytorch-metric-learning, so that the
     value is at least 0; the first paper leaves it out. Computed in the log domain: an image far from its proxy keeps
-    its full loss and gradient. (Where the softmax is taken first, as in pytorch-metric-learning, it underflows in
-    float32 and those images, the hardest ones, silently drop out of the batch.)
+    its full loss and gradient. (If the softmax is computed first, as in pytorch-metric-learning, it underflows in
+    float32 and the hardest images silently drop out of the batch.)
 
     With the batch or a memory as the references this is the loss of neighbourhood component analysis.
 
     Args:
-      distance: ``[n, m]`` distances of images and proxies, not squared; plain or introspective. Beyond some 5e13 (in
-        float32, at the default scale) all count as equally far and have no gradient.
+      distance: ``[n, m]`` distances of images and proxies, not squared; plain or introspective. Distances above
+        about 5e13 (in float32, at the default scale) count as equal and have no gradient.
       pairs: relation of images and proxies; images without a positive are left out.
       scale: factor of the squared distances, 1 in the original.
       weights: ``[n]`` at least 0, of the images, in the mean.
@@ -113,7 +113,7 @@ def proxy_nca(
     counted = jnp.any(pairs.positive, axis=1)
 
     def log_sum_exp(where: Array) -> Array:
-        # Where nothing is chosen the sum is replaced before the logarithm, which keeps the gradient finite.
+        # An empty sum is replaced before the logarithm, which keeps the gradient finite.
         largest = jnp.max(jnp.where(where, logits, -jnp.inf), axis=1, initial=-jnp.inf)
         largest = jax.lax.stop_gradient(jnp.where(counted, largest, 0.0))
         terms = jnp.where(where, jnp.exp(jnp.where(where, logits - largest[:, None], 0.0)), 0.0)

@@ -1,4 +1,4 @@
-"""What the losses share: checked inputs and weighted means, over one device or all of them."""
+"""Shared parts of the losses: input checks and weighted means, over one or all devices."""
 
 from typing import Literal
 
@@ -60,7 +60,7 @@ def log_one_plus_sum_exp(
     weights: Float[Array, "n"] | None = None,
     axis_name: AxisName | None = None,
 ) -> Float[Array, " kept"]:
-    """``log(1 + sum w exp(logits))`` over the chosen entries; 0 with gradient 0 where none is chosen.
+    """``log(1 + sum w exp(logits))`` over the chosen entries; 0 with gradient 0 if no entry is chosen.
 
     ``weights`` belong to the rows; ``axis_name`` also sums over the devices.
     """

@@ -5,7 +5,7 @@ feature ``x`` and the uncertainty ``u``. In training the logit ``z_k = p_k . x +
 
     z'_k = 1 - (1 - z_k) exp(-||u||^2 / (tau ||x - p_k||^2)),
 
-so that the classes of an uncertain image differ less; at test the plain logits count.
+so that the logits of an uncertain image differ less between classes; at test time the plain logits are used.
 """
 
 from typing import NamedTuple
@@ -20,11 +20,11 @@ __all__ = ["Logits", "cross_entropy", "introspective_logits", "mixed_targets"]
 
 
 class Logits(NamedTuple):
-    """Of ``n`` images.
+    """Logits of ``n`` images.
 
     Attributes:
-      plain: ``[n, classes]``, for the test.
-      weakened: ``[n, classes]``, for training; the plain ones where there is no uncertainty.
+      plain: ``[n, classes]``, for testing.
+      weakened: ``[n, classes]``, for training; equal to the plain logits without an uncertainty.
     """
 
     plain: Float[Array, "n classes"]
@@ -40,9 +40,8 @@ def introspective_logits(
 ) -> Logits:
     """Plain and weakened logits, for the features of any network.
 
-    Values and gradients are finite everywhere. Where a feature lies on its prototype (as far as its float type can
-    tell) the weakened logit is the limit: 1, with no gradient, for an uncertain image; the plain logit for a certain
-    one.
+    Values and gradients are finite everywhere. If a feature equals a prototype (within rounding), the weakened logit is
+    the limit: 1, with gradient 0, for an uncertain image; the plain logit for a certain one.
 
     Args:
       features: ``[n, f]``, not normalised.
@@ -52,7 +51,7 @@ def introspective_logits(
       temperature: tau, > 0.
 
     Returns:
-      Both, in at least float32.
+      Both logits, in at least float32.
 
     Raises:
       ValueError: if the shapes do not fit.
@@ -75,12 +74,12 @@ def introspective_logits(
         return Logits(plain, plain)
     squares = jnp.sum(features * features, axis=1)[:, None] + jnp.sum(weights * weights, axis=1)[None, :]
     distance = squares - 2.0 * product
-    # What is left by rounding is no distance: it would make a gradient out of noise.
+    # Rounding error is not a distance: its gradient would be noise.
     distance = jnp.where(distance <= 4.0 * jnp.finfo(dtype).eps * squares, 0.0, distance)
     doubt = jnp.sum(jnp.square(uncertainty.astype(dtype)), axis=1)[:, None]
     distance, doubt = jnp.broadcast_arrays(distance, doubt)
     factor = relative_weakening(distance, doubt, jnp.full_like(distance, temperature))
-    # Written so that a certain image has its plain logits to the bit.
+    # Written so that a certain image has exactly its plain logits.
     return Logits(plain, plain + (1.0 - plain) * (1.0 - factor))
 
 
@@ -91,12 +90,12 @@ def mixed_targets(
     num_classes: int,
     smoothing: float = 0.0,
 ) -> Float[Array, "n classes"]:
-    """Targets of mixed images: ``lam`` of the one class, ``1 - lam`` of the other.
+    """Targets of mixed images: ``lam`` for the first class, ``1 - lam`` for the second.
 
     Args:
-      labels: ``[n]`` of the first images.
-      others: ``[n]`` of the second ones.
-      lam: ``[n]`` share of the first.
+      labels: ``[n]`` labels of the first images.
+      others: ``[n]`` labels of the second images.
+      lam: ``[n]`` share of the first image.
       num_classes: number of classes.
       smoothing: share of the target that is spread over all classes (Szegedy et al., CVPR 2016).
 

@@ -29,13 +29,13 @@ def joint_level(
     """A level for testing nested shares together (the minimum of p-values; Westfall and Young, 1993).
 
     Args:
-      totals: ``[levels]`` rising numbers of trials, each including those before it.
-      tails: of ``upper_tail``, one for each.
-      share: that no true share may be taken to exceed unless it does.
+      totals: ``[levels]`` increasing numbers of trials, each including the trials before it.
+      tails: results of ``upper_tail``, one per total.
+      share: null hypothesis: the true share is at most this.
       risk: probability that some p-value is below the level although every share is ``share``.
 
     Returns:
-      The level, found by drawing, the same for the same arguments.
+      The level, found by simulation; deterministic in the arguments.
     """
     rng = np.random.default_rng(0)
     rights = np.cumsum(rng.binomial(np.diff(totals, prepend=0), share, (_DRAWS, len(totals))), axis=1)

@@ -1,4 +1,4 @@
-"""How sure an answer is, learned on classes that the network was not trained on."""
+"""Confidence of answers, fitted on classes that the network was not trained on."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from idml_jax.metrics.embedded import Embedded, scores_of
 
 # Parts of the held-out classes, each scored by a model fitted on the others.
 FOLDS = 5
-# What all corrupted held-out queries count beside the clean ones, whose number they exceed many times.
+# Total weight of the corrupted held-out queries relative to the clean ones, which are far fewer.
 CHANGED_WEIGHT = 0.3
 
 
 class HeldOut(NamedTuple):
-    """Queries of held-out classes, whose right and wrong answers teach the confidence.
+    """Queries of held-out classes, whose right and wrong answers fit the confidence.
 
     Attributes:
-      queries: ``n`` images; without a gallery every one searches all the others.
-      gallery: what they search: best as large and as dense as what will be searched, so held-out images and others.
+      queries: ``n`` images; without a gallery each one searches all the others.
+      gallery: images that they search, ideally as large and as dense as the gallery in use: held-out and other images.
       own: ``[n]``, the gallery row of each query, which it leaves out.
-      changed: some of them made harder to recognise, ``m`` images, so that the confidence knows such queries too;
-        they need a gallery.
-      changed_own: ``[m]``, the gallery row that each of those leaves out.
+      changed: ``m`` of the queries made harder to recognise, so that the confidence is fitted on such queries too;
+        needs a gallery.
+      changed_own: ``[m]``, the gallery row that each changed query leaves out.
     """
 
     queries: Embedded
@@ -38,20 +38,20 @@ class HeldOut(NamedTuple):
     changed_own: Int[np.ndarray, "m"] | None = None
 
     def without_uncertainty(self) -> HeldOut:
-        """The same of a network whose uncertainty head has learned nothing."""
+        """A copy without uncertainties, for a network whose uncertainty head was not trained."""
         plain = lambda x: None if x is None else x._replace(uncertainty=None)
         queries = self.queries._replace(uncertainty=None)
         return self._replace(queries=queries, gallery=plain(self.gallery), changed=plain(self.changed))
 
 
 class Calibration(NamedTuple):
-    """A fitted confidence and what it says of the clean held-out queries.
+    """A fitted confidence and its predictions for the clean held-out queries.
 
     Attributes:
-      model: of all scores, fitted on all queries.
-      doubt: ``[n]``, 1 less the confidence of each by a model that was fitted on queries of other classes: a threshold
-        that is chosen, and a precision that is bounded, on what the model itself was fitted on would promise too much.
-      correct: ``[n]``, whether its nearest neighbour is of its class.
+      model: model of all scores, fitted on all queries.
+      doubt: ``[n]``, 1 minus the confidence of each query, by a model fitted on queries of other classes: a threshold
+        or a precision bound from the model's own training queries would be too optimistic.
+      correct: ``[n]``, whether the nearest neighbour has the query's class.
     """
 
     model: Confidence
@@ -60,13 +60,13 @@ class Calibration(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Held-out queries answered: what a confidence is fitted on.
+    """Answered held-out queries, on which a confidence is fitted.
 
     Attributes:
-      scores: of the clean queries, each ``[n]``.
+      scores: scores of the clean queries, each ``[n]``.
       correct: ``[n]``, whether their nearest neighbour is of their class.
       labels: ``[n]``, their classes.
-      changed: the same of the changed queries, if there are any.
+      changed: the same for the changed queries, if there are any.
     """
 
     scores: dict[str, Float[np.ndarray, "n"]]
@@ -76,14 +76,14 @@ class Known(NamedTuple):
 
 
 def answer(held_out: HeldOut, metric: Metric) -> Known:
-    """Searches the held-out queries, once for however many fits.
+    """Answers the held-out queries; the result serves several fits.
 
     Args:
       held_out: queries of classes that the network was not trained on.
-      metric: for the scores that read the uncertainty.
+      metric: metric for the scores that use the uncertainty.
 
     Returns:
-      Their scores and whether they are answered rightly.
+      Their scores and whether their answers are right.
 
     Raises:
       ValueError: for empty or mismatched input.
@@ -100,11 +100,11 @@ def answer(held_out: HeldOut, metric: Metric) -> Known:
 
 
 def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
-    """Fits how sure answers are, and how sure of each held-out query a model is that has not seen its class.
+    """Fits the confidence of answers, and predicts each held-out query with a model that has not seen its class.
 
     Args:
-      known: of ``answer``.
-      names: of the scores to use; a small gallery has fewer margins. All by default.
+      known: result of ``answer``.
+      names: names of the scores to use; a small gallery has fewer margins. All by default.
 
     Returns:
       The calibration.
@@ -126,10 +126,10 @@ def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
 
 
 def fit_model(known: Known, names: Collection[str] | None = None) -> Confidence:
-    """The confidence of ``fit`` alone.
+    """Fits only the confidence model of ``fit``.
 
-    With changed queries the model also has the products of the scores: which of them tells wrong answers depends on
-    how strange the query is. Arguments and errors as ``fit``.
+    With changed queries the model also uses products of scores: which score detects wrong answers depends on how
+    unusual the query is. Arguments and errors as for ``fit``.
     """
     scores, correct = {k: v for k, v in known.scores.items() if names is None or k in names}, known.correct
     if known.changed is None:
@@ -146,7 +146,7 @@ def fit_model(known: Known, names: Collection[str] | None = None) -> Confidence:
 
 
 def _parts(known: Known) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:
-    """The part of each query and of each changed one: whole classes, or single queries where all are of one class."""
+    """The part of each query and each changed query: whole classes, or single queries if there is only one class."""
     more = known.labels[:0] if known.changed is None else known.changed.labels
     classes, codes = np.unique(np.concatenate([known.labels, more]), return_inverse=True)
     if len(classes) < 2:

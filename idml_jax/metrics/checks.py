@@ -1,4 +1,4 @@
-"""Checks of the arrays that a caller hands in: one clear line that names the argument."""
+"""Checks of input arrays; errors are one line that names the argument."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Num, Shaped
 
-# What callers hand in: of jax or of numpy alike.
+# Input arrays: jax or numpy.
 Array = jax.Array | np.ndarray
 
 

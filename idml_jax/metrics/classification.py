@@ -1,4 +1,4 @@
-"""Classification metrics that keep the tail: padded rows carry a mask, and sums divide by what was really seen."""
+"""Classification metrics that keep the tail: padded rows are masked, and sums divide by the real rows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ECE_BINS = 15
 def batch_sums(
     logits: Float[Array, "n classes"], labels: Int[Array, "n"], mask: Bool[Array, "n"] | None = None
 ) -> dict[str, Array]:
-    """Sums over one batch, to be added up over batches and given to `finish`; jit and vmap as you like.
+    """Sums over one batch, to be added up over batches and passed to `finish`; may be jitted and vmapped.
 
     logits [n, classes] of any float type, labels [n] in [0, classes), mask [n] true for rows that count (None: all).
-    What a row without a mask holds, NaN included, has no effect. Ties count against the prediction: a label is in the
-    top k if fewer than k classes have a logit at least as large, its own aside; so a constant output is not right.
+    The content of masked-out rows, even NaN, has no effect. Ties count against the prediction: a label is in the
+    top k if fewer than k other classes have a logit at least as large; so a constant output is never right.
 
     Returns 'count', 'top1', 'top5', 'nll' (nats) as scalars and, for the expected calibration error, 'bin_count',
     'bin_correct', 'bin_confidence' [15]; all float32.
@@ -27,7 +27,7 @@ def batch_sums(
     logits = jnp.where(mask[:, None], logits.astype(jnp.float32), 0.0)
     weight = mask.astype(jnp.float32)
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    # Written as "not smaller", so that a row of NaN is wrong instead of right.
+    # Written as "not smaller", so that a row of NaN counts as wrong.
     ahead = jnp.sum(~(logits < own), axis=1) - 1
     log_probability = jax.nn.log_softmax(logits, axis=1)
     confidence = jnp.exp(jnp.max(log_probability, axis=1))

@@ -1,4 +1,4 @@
-"""k-means that is exact and fits in memory for thousands of clusters, and the agreement of two clusterings."""
+"""Exact k-means that fits in memory for thousands of clusters, and measures of agreement between clusterings."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def kmeans(
 ) -> KMeans:
     """Lloyd's k-means (1982) from k-means++ seeds (Arthur and Vassilvitskii, SODA 2007); the best of some restarts.
 
-    embeddings [n, d] of any norm; key: a jax random key or a whole number, the same one giving the same clusters on
-    any number of `devices`. `candidates` rows are drawn for each seed, and the one that leaves the least inertia is
-    kept; None: 2 + ln k of them, as in scikit-learn; 1: k-means++ as published, quicker and less good. Each restart
-    ends after `iterations` or as soon as no row changes its cluster. A row as near to two centres goes to the first; a
-    cluster that lost all its rows restarts at the row that is farthest from its own centre (it stays empty only where
-    fewer distinct rows than clusters exist).
+    embeddings [n, d] of any norm; key: a jax random key or a whole number, the same one giving the same clusters on any
+    number of `devices`. `candidates` rows are drawn for each seed, and the one that leaves the least inertia is kept;
+    None: 2 + ln k of them, as in scikit-learn; 1: k-means++ as published, quicker and less good. Each restart ends
+    after `iterations` or as soon as no row changes its cluster. A row at equal distance to two centres goes to the
+    first; a cluster that lost all its rows restarts at the row that is farthest from its own centre (it stays empty
+    only where fewer distinct rows than clusters exist).
 
     Needs memory for the rows, the centres and one tile of distances. Raises ValueError, naming the argument, for empty
     or non-finite rows and for k outside 1..n.
@@ -60,7 +60,7 @@ def kmeans(
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     seed = key if isinstance(key, int) else np.asarray(jax.random.key_data(key)).ravel().tolist()
-    # Squared distances from a product lose digits where the rows lie far from the origin.
+    # Squared distances from a product lose digits if the rows are far from the origin.
     middle = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
     rows, norms = embedding_rows(rows - middle, "embeddings")
     search = _Search(rows, norms, list(jax.local_devices() if devices is None else devices))
@@ -107,7 +107,7 @@ class _Search:
         size = len(centres)
         width = min(256, max(64, 1 << (size - 1).bit_length()))
         count = -(-size // width)
-        # Room for a power of two of blocks: few programs to compile, and only the blocks in use are worked on.
+        # Padded to a power of two of blocks: few programs to compile, and only the blocks in use are computed.
         room = 1 << (count - 1).bit_length()
         filled = np.zeros((room * width, centres.shape[1]), np.float32)
         filled[:size] = centres
@@ -189,8 +189,8 @@ def _run(search: _Search, k: int, rng: np.random.Generator, iterations: int, can
         if not moved.any():
             break
         old = labels.copy()
-        # Lloyd's assignment without the distances that cannot matter: `second` bounds the distance to every centre
-        # but a row's own from below, and only centres that moved can come nearer than it says.
+        # Lloyd's assignment without distances that cannot matter: `second` is a lower bound of the distance to every
+        # centre but a row's own, and only centres that moved can be nearer than that.
         unsure = everything
         if moved.mean() < 0.8:
             mine = np.flatnonzero(moved[labels])
@@ -255,7 +255,7 @@ def _updated(
     found, starts, sizes = np.unique(labels[members], return_index=True, return_counts=True)
     sums = np.empty((len(found), rows.shape[1]), np.float32)
     for i, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
-        # One by one is an order of magnitude faster than `np.add.reduceat`, and needs no copy of all rows.
+        # A loop over clusters is ten times as fast as `np.add.reduceat`, and needs no copy of all rows.
         np.add.reduce(rows[members[start : start + size]], axis=0, out=sums[i])
     centres = centres.copy()
     old = centres[found]
@@ -304,8 +304,8 @@ def ami(labels: Int[Array, "n"], clusters: Int[Array, "n"]) -> float:
 def f1(labels: Int[Array, "n"], clusters: Int[Array, "n"]) -> float:
     """F1 of the decision "same cluster" over all pairs of rows, by counting: no n x n table.
 
-    As in the clustering evaluation of Song, Xiang, Jegelka and Savarese, CVPR 2016. 1 where no pair is together on
-    either side. Raises ValueError for empty or mismatched input.
+    As in the clustering evaluation of Song, Xiang, Jegelka and Savarese, CVPR 2016. 1 if neither side
+    groups any pair. Raises ValueError for empty or mismatched input.
     """
     table, a, b = _contingency(labels, clusters)
     both, in_labels, in_clusters = (int(np.sum(x * (x - 1) // 2)) for x in (table[2], a, b))

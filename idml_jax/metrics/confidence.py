@@ -1,4 +1,4 @@
-"""Scores joined into one confidence: the probability that an answer is right, fitted on held-out queries."""
+"""Combines scores into one confidence: the probability that an answer is right, fitted on held-out queries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Confidence(NamedTuple):
     """A fitted logistic model over k named scores, and of their products if it has more than k weights."""
 
     names: tuple[str, ...]
-    low: Float[np.ndarray, "k"]  # range of the scores that were seen; others count as its ends
+    low: Float[np.ndarray, "k"]  # range of the scores in the fit; others are clipped to it
     high: Float[np.ndarray, "k"]
     mean: Float[np.ndarray, "k"]
     scale: Float[np.ndarray, "k"]
@@ -33,9 +33,9 @@ def fit_confidence(
 ) -> Confidence:
     """Logistic regression of correct [n] on the scores, each [n], standardised; L2 penalty ridge / 2 |weights|^2.
 
-    `weights` [n] at least 0 say what each query counts; with `products` the model also has the squares and the products
-    of every two scores. Targets are drawn in from 0 and 1 as by Platt (1999), so that held-out data without any error
-    gives no certainty. Fit on classes that the model was not trained on, and not on those it is reported on. Raises
+    `weights` [n], at least 0, weight the queries; with `products` the model also has the squares and the products
+    of every two scores. Targets are shrunk from 0 and 1 as by Platt (1999), so that held-out data without any error
+    do not give certainty. Fit on classes that the model was not trained on, and not on those it is reported on. Raises
     ValueError for empty, mismatched or non-finite input.
     """
     names = tuple(scores)

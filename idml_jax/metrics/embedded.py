@@ -28,7 +28,7 @@ class Embedded(NamedTuple):
 
     @property
     def embedding(self) -> ism.Embedding:
-        """As the metric takes it."""
+        """The embeddings as an ``ism.Embedding``."""
         return ism.Embedding(self.semantic, self.uncertainty)  # type: ignore[arg-type]  # of numpy
 
     @property
@@ -57,7 +57,7 @@ def scores_of(
 
 
 def joined(sets: Sequence[Embedded]) -> Embedded:
-    """Several sets as one, in order; what one of them lacks the whole lacks."""
+    """Concatenates several sets; an attribute that one of them lacks is dropped."""
     columns = {name: [getattr(one, name) for one in sets] for name in Embedded._fields}
     whole: dict[str, Any] = {k: None if any(x is None for x in c) else np.concatenate(c) for k, c in columns.items()}
     return Embedded(**whole)

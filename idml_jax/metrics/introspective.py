@@ -1,4 +1,4 @@
-"""Retrieval with the uncertainty taken into account: ranking by the introspective distance, and how sure it is."""
+"""Retrieval with uncertainty: ranking by the introspective distance, and uncertainty scores of answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from idml_jax.metrics.checks import Array, embedding_rows
 from idml_jax.metrics.retrieval import Neighbours, Ranks, ranks_by_distance, retrieval_ranks, summarise
 from idml_jax.metrics.uncertainty import free_scores, nearest_twenty
 
-# Of the scores of an answer, those that need a trained uncertainty; the others cost no training.
+# Scores of an answer that need a trained uncertainty; the others are baseline scores.
 LEARNED = ("uncertainty", "pair_uncertainty", "introspective_distance")
 
 
@@ -55,7 +55,7 @@ def ranks_by_metric(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Ranks:
-    """`retrieval.ranks_by_distance` under the metric, whose distance reads s by differences: it is taken from a centre.
+    """`retrieval.ranks_by_distance` under the metric; s is centred first, since the distance depends on differences.
 
     Same protocol and errors.
     """
@@ -86,7 +86,7 @@ def answer_scores(
     found: Neighbours | None = None,
     metric: ism.Metric = ism.Metric(),  # noqa: B008 (immutable)
 ) -> dict[str, Float[np.ndarray, "n"]]:
-    """How unsure the semantic nearest neighbour of each query is as an answer; larger = less sure.
+    """Uncertainty scores of the semantic nearest neighbour of each query as its answer; larger = less certain.
 
     The baseline scores of `uncertainty.free_scores` and, where the embedding has an uncertainty: 'uncertainty' |u| of
     the query, 'pair_uncertainty' |u + u'| of query and answer, 'introspective_distance' between the two. `own` and

@@ -13,10 +13,10 @@ __all__ = ["TABLE", "Described", "compared", "describe", "shown"]
 
 
 class Described(NamedTuple):
-    """What there is to say of a metric.
+    """The description of a metric.
 
     Attributes:
-      name: as it stands in ``result.json``; braces stand for any part.
+      name: name in ``result.json``; a part in braces matches anything.
       meaning: one sentence.
       unit: ``share`` (0 to 1), ``correlation`` (-1 to 1), ``nats``, ``images``, ``steps``, ``length`` (of ``u``).
       better: ``higher``, ``lower``, or ``neither``.
@@ -101,7 +101,7 @@ TABLE: tuple[Described, ...] = (
     Described("step", "Training steps until then.", "steps", "neither"),
 )
 
-# On the console at the end of a run, in this order.
+# Shown on the console at the end of a run, in this order.
 _SHOWN = (
     "NMI",
     "P(u_mixed>u)",
@@ -118,7 +118,7 @@ _SHOWN = (
     "AUROC_error(max_softmax)",
     "mean_u",
 )
-# Where two runs are set side by side, in this order.
+# Shown where two runs are compared, in this order.
 _COMPARED = (
     "top1",
     "top5",
@@ -158,10 +158,10 @@ def compared() -> tuple[str, ...]:
 
 
 def describe(name: str) -> Described:
-    """What a metric means.
+    """Describes a metric.
 
     Args:
-      name: as it stands in ``result.json``.
+      name: name in ``result.json``.
 
     Returns:
       The row of the table: the one of that name, else the one of its family with the longest fixed part.

@@ -1,9 +1,9 @@
 """The nearest rows by the true distance: candidates by products in float32, their order by differences in float64.
 
-The product that is fast (|a|^2 + |b|^2 - 2 a.b) loses the digits in which distances differ where rows are longer than
-they are apart. So rows are first moved to a centre of theirs, some more candidates are listed than are wanted, and the
-candidates are compared by differences. What is left is the question whether a row that is not listed could be nearer:
-a bound of the rounding answers it, and where it could, all rows within the bound are compared.
+The fast product (|a|^2 + |b|^2 - 2 a.b) loses the digits in which distances differ if rows are long compared with their
+distances. So rows are first centred, a few more candidates than needed are listed, and the candidates are compared by
+differences. A row that is not listed could still be nearer: a bound on the rounding error decides this, and if it is
+possible, all rows within the bound are compared.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from jaxtyping import Float, Int
 
 from idml_jax.metrics import ranking
 
-_SLACK = 4  # candidates beyond the wanted ones
+_SLACK = 4  # additional candidates
 _SAMPLE = 1023  # rows that the centre is taken from; an odd number, so that each median is one of the values
 _CHUNK = 2**18  # numbers of float64 at a time, so that they stay in the cache
 
 
 def centre(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d"]:
-    """A point amid the rows to measure from: the medians of some of them; 0 where that is about as good.
+    """A centre of the rows to use as origin: the medians of some of them; 0 if that is about as good.
 
-    Distances do not change with the origin, their rounding does. A row near the centre is moved without any rounding,
+    Distances do not depend on the origin, but their rounding does. A row near the centre is moved without any rounding,
     and whole numbers stay whole.
 
     Args:
@@ -41,7 +41,7 @@ def centre(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d"]:
 
 
 def moved(*sides: Float[np.ndarray, "n d"]) -> list[tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n"]]]:
-    """Rows moved to the centre of the last side, and their squared lengths; as they are where these would overflow."""
+    """Rows moved to the centre of the last side, and their squared lengths; unmoved if these would overflow."""
     origin = centre(sides[-1])
     squares = lambda x: (x, np.einsum("nd,nd->n", x, x))
     if not origin.any():
@@ -63,10 +63,10 @@ def nearest(
 
     Args:
       queries: finite float32 rows.
-      gallery: likewise.
-      k: how many; at most the rows that every query has to find.
-      own: gallery row that each query leaves out, below 0: none.
-      devices: that share the work.
+      gallery: finite float32 rows.
+      k: number of neighbours, at most the number of rows that every query can find.
+      own: gallery row that each query leaves out; below 0: none.
+      devices: devices that share the work.
 
     Returns:
       Distances, rounded to float32, and indices, nearest first.
@@ -87,7 +87,7 @@ def nearest(
         exact = np.take_along_axis(exact, order, axis=1)
         squares[cut] = exact[:, :k]
         bound = rounding * (np.sqrt(near_norms[cut], dtype=np.float64) + largest) ** 2
-        # Any row that is not listed is at least as far as the last one that is, but for the rounding of both.
+        # Up to rounding, any row that is not listed is at least as far as the last listed one.
         unsure[cut] = exact[:, -1] - exact[:, k - 1] <= 2 * bound
     if wide < others and unsure.any():
         _among_all(queries, gallery, np.flatnonzero(unsure), own, squares, found, devices)
@@ -137,7 +137,7 @@ def _among_all(
 
 
 def _rounding(width: int) -> float:
-    """Of a squared distance by products, as a share of (|a| + |b|)^2; rounding errors add up like a random walk."""
+    """Rounding error of a squared distance by products, as a share of (|a| + |b|)^2; errors add like a random walk."""
     return (4 * np.sqrt(width) + 16) * float(np.finfo(np.float32).eps) / 2
 
 

@@ -1,4 +1,4 @@
-"""Two exact ways to rank what a query should find.
+"""Two exact ways to rank the positives of a query.
 
 Counting: the rank of a positive is 1 + the number of gallery rows that come before it, so no list of neighbours is
 needed: one tile of distances at a time, compared with the distance of every positive. Within one set the tile (I, J)
@@ -44,7 +44,7 @@ class Task(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of each query: rank of the first hit, R-precision, average precision, squared distance to the nearest row."""
+    """For each query: rank of the first hit, R-precision, average precision, squared distance to the nearest row."""
 
     first_hit: Int[np.ndarray, "n"]
     r_precision: Float[np.ndarray, "n"]
@@ -71,7 +71,7 @@ def make_task(
 
 
 def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Device]) -> Found:
-    """Results for the chosen queries, none with more than `COUNTING_LIMIT` positives; undefined where it has none."""
+    """Results for the chosen queries, each with at most `COUNTING_LIMIT` positives; undefined without positives."""
     tile = _tile(len(task.gallery))
     starts = _class_starts(task.sizes, tile)
     order = np.argsort(task.gallery_labels, kind="stable")
@@ -154,7 +154,7 @@ def by_top_k(
         listed = listed[:count, :most] if _device_k(most, columns) else tiles.smallest(listed[:count], most)
         hits = labels[listed] == task.labels[chosen[rows], None]
         row, place = np.nonzero(hits & (np.arange(most) < r))
-        # Added up one by one, so that the sum does not depend on how long the lists of this block are.
+        # Added one by one, so that the sum does not depend on the length of the lists in this block.
         precision = np.cumsum(hits, axis=1)[row, place] / (place + 1)
         share = np.maximum(r[:, 0], 1)
         average = np.bincount(row, precision, minlength=count) / share
@@ -280,7 +280,7 @@ def _tile(rows: int) -> int:
 
 
 def _height(rows: int, columns: int, devices: int) -> int:
-    """Rows per block: as many as keep the distances within bounds, and no more than there are."""
+    """Rows per block: as many as memory allows for the distances, and at most all rows."""
     fitting = max(8, 1 << (_BLOCK_BYTES // (4 * columns)).bit_length() - 1)
     return devices * min(256, fitting, _power_of_two(-(-rows // devices), least=8))
 

@@ -1,11 +1,11 @@
 """Exact retrieval metrics: R@K for any K, R-precision, MAP@R, mean reciprocal rank.
 
-Conventions. Distance is Euclidean, on float32, measured from a centre of the rows (`nearest.centre`) where these lie
-off the origin: two distances closer than about 1e-6 of the spread may change places, equal rows never. Within one set
-a query is excluded from its own answer list by its index. Neighbours are ordered by distance, equal distances by
-gallery index (what a stable sort would give). The list is never cut at the class size. A lone query (nothing in the
-gallery shares its class) is a miss for R@K and MRR, and is left out of RP and MAP@R. R-precision and MAP@R follow
-Musgrave, Belongie and Lim, "A Metric Learning Reality Check", ECCV 2020.
+Conventions. Distance is Euclidean, on float32, measured from a centre of the rows (`nearest.centre`) if these are far
+from the origin: distances that differ by less than about 1e-6 of the spread may swap places, those of equal rows never.
+Within one set a query is excluded from its own answer list by its index. Neighbours are ordered by distance, equal
+distances by gallery index (what a stable sort would give). The list is never cut at the class size. A lone query
+(nothing in the gallery shares its class) is a miss for R@K and MRR, and is left out of RP and MAP@R. R-precision and
+MAP@R follow Musgrave, Belongie and Lim, "A Metric Learning Reality Check", ECCV 2020.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Tree: TypeAlias = PyTree[Shaped[Array, "_ ..."]]
 
 
 class Ranks(NamedTuple):
-    """What retrieval says about each of n queries (host arrays).
+    """Retrieval results of each of n queries (host arrays).
 
     first_hit: rank of the nearest same-class image, 1 = nearest of all; 0 for a lone query.
     nearest_correct: the nearest image is of the query's class (False for a lone query).
@@ -64,7 +64,7 @@ def retrieval_metrics(
 
     Without a gallery every row queries all the others; with gallery [m, d] and gallery_labels [m] every row queries
     the gallery, and nothing is excluded. A K beyond the gallery's size means the whole gallery. The work is shared by
-    `devices` (default: all of this process), without any effect on the result.
+    `devices` (default: all of this process); the result does not depend on them.
 
     Returns 'R@K' for each K, 'RP', 'MAP@R' (both NaN when every query is lone), 'MRR', and the counts 'queries' and
     'lone_queries'. Raises ValueError, naming the argument, for empty, mismatched or non-finite input.
@@ -148,7 +148,7 @@ def neighbours(
     own: Int[Array, "n"] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Neighbours:
-    """The k nearest rows of each of n queries, nearest first, equal distances by index; exact, wherever the origin is.
+    """The k nearest rows of each of n queries, nearest first, equal distances by index; exact for any origin.
 
     Without a gallery every row queries all the others. With one, `own` [n] may name the gallery row that each query
     leaves out (its own unchanged image, say; -1: none). Distances are Euclidean, of the differences in float64; these

@@ -1,4 +1,4 @@
-"""Where k-means begins: k-means++ seeds (Arthur and Vassilvitskii, SODA 2007), plain and greedy, by matrix products."""
+"""Initial centres of k-means: plain and greedy k-means++ (Arthur and Vassilvitskii, SODA 2007) by matrix products."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Search(Protocol):
 
 
 def draw(search: Search, k: int, rng: np.random.Generator, candidates: int) -> Int[np.ndarray, "k"]:
-    """Indices of k rows to begin with; of several candidates for each the one that leaves the least inertia."""
+    """Draws the indices of k initial rows; of several candidates per seed, keeps the one with the least inertia."""
     return plain(search, k, rng) if candidates == 1 else greedy(search, k, rng, candidates)
 
 
 def plain(search: Search, k: int, rng: np.random.Generator) -> Int[np.ndarray, "k"]:
     """k-means++: each next seed drawn with the squared distance to the nearest seed so far as its weight.
 
-    Drawn in batches from weights that are out of date, each candidate kept with the ratio of its true weight to the
-    old one: rejection sampling, hence the very distribution of one draw after the other, by matrix products.
+    Candidates are drawn in batches from outdated weights, and each is kept with probability true weight / old weight.
+    This rejection sampling gives exactly the distribution of sequential draws, but uses matrix products.
     """
     rows, norms = search.rows, search.norms
     everything = np.arange(len(rows))
@@ -71,10 +71,9 @@ def plain(search: Search, k: int, rng: np.random.Generator) -> Int[np.ndarray, "
 def greedy(search: Search, k: int, rng: np.random.Generator, candidates: int) -> Int[np.ndarray, "k"]:
     """k-means++ with several candidates for each seed (section 5 of the paper; what scikit-learn does).
 
-    Candidates for many seeds are drawn from weights that are out of date, compared with all rows by one matrix product,
-    and looked at one seed after the other with the weights of that moment: a candidate whose weight has fallen stays
-    with the ratio of the two, as in `plain`, so those that stay are drawn from the true weights. A seed whose
-    candidates all fall away is drawn again.
+    Candidates for many seeds are drawn from outdated weights, compared with all rows by one matrix product, and then
+    processed seed by seed with the current weights: a candidate is kept with probability current weight / old weight,
+    as in `plain`, so the kept ones follow the true weights. A seed without remaining candidates is drawn again.
     """
     size = len(search.rows)
     rows, norms = jax.device_put((search.rows, search.norms), search.mesh.devices.flat[0])

@@ -1,6 +1,6 @@
-"""All metrics of a set of embeddings in one flat dictionary, as training, evaluation and the command line print them.
+"""Computes all metrics of a set of embeddings as one flat dictionary, for training, evaluation and the command line.
 
-What each name means is in ``metrics.names``.
+``metrics.names`` explains each name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def _searched(gallery: Embedded | None) -> tuple[np.ndarray | None, np.ndarray |
 def retrieval_report(
     embedded: Embedded, ks: Sequence[int] = (1, 2, 4, 8), gallery: Embedded | None = None
 ) -> dict[str, float]:
-    """What is followed during training: R@K, RP, MAP@R, MRR, and mean and deviation of the uncertainty's length."""
+    """The metrics followed during training: R@K, RP, MAP@R, MRR, and mean and deviation of the uncertainty's length."""
     searched = _searched(gallery)
     report = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, searched[0], searched[1], ks=ks)
     if embedded.uncertainty is not None:
@@ -48,18 +48,18 @@ def full_report(
     cluster: bool = True,
     seed: int = 0,
 ) -> tuple[dict[str, float], list[str]]:
-    """Everything that can be said about a set of embeddings.
+    """Computes all metrics of a set of embeddings.
 
     Args:
       embedded: the queries; without a gallery every image queries all the others.
-      gallery: what is searched.
+      gallery: embeddings to search.
       ks: K of R@K.
-      metric: that the embeddings are compared by, beside the semantic distance.
+      metric: introspective metric, used besides the semantic distance.
       ambiguity: true ambiguity of each query, ``[n]``, where it is known.
-      held_out: of classes that are neither training nor test classes; fits the confidence and its threshold.
+      held_out: queries of classes that are neither training nor test classes; fit the confidence and its threshold.
       precision: share of right answers that the threshold is chosen for.
-      cluster: cluster the queries into as many clusters as they have classes (NMI, AMI, F1).
-      seed: of clustering and bootstrap.
+      cluster: whether to cluster the queries into as many clusters as classes (NMI, AMI, F1).
+      seed: seed of clustering and bootstrap.
 
     Returns:
       The metrics, and warnings about the uncertainty, one line each. Metrics: those of ``retrieval_report``;
@@ -141,7 +141,7 @@ def _threshold_report(
 def _confidence_report(
     scores: Mapping[str, np.ndarray], correct: np.ndarray, held_out: HeldOut, metric: Metric
 ) -> tuple[dict[str, float], Calibration]:
-    """R-AUROC of all scores joined and of those joined that cost no training; the fit of all of them."""
+    """R-AUROC of all scores joined and of the baseline scores joined; also the fit of all scores."""
     known = calibration.answer(held_out, metric)
     free = {name: score for name, score in scores.items() if name not in introspective.LEARNED}
     fitted = calibration.fit(known, scores)
@@ -160,14 +160,14 @@ def corrupted_report(
     metric: Metric,
     held_out: HeldOut | None = None,
 ) -> dict[str, float]:
-    """How well each score tells right from wrong answers, over clean and corrupted queries together.
+    """How well each score detects wrong answers, over clean and corrupted queries together.
 
     Args:
       clean: some images of the gallery as queries, ``n`` of them.
       changed: the same images in the same order, changed; one entry per change.
       gallery: all images, unchanged.
       own: ``[n]``, the gallery row of each image, which it and its changed forms leave out.
-      metric: that the embeddings are compared by, beside the semantic distance.
+      metric: introspective metric, used besides the semantic distance.
       held_out: as in ``full_report``.
 
     Returns:
@@ -189,7 +189,7 @@ def corrupted_report(
 def ambiguity_report(
     original: Float[np.ndarray, "n"], changed: Mapping[str, Mapping[float, Float[np.ndarray, "n"]]]
 ) -> dict[str, float]:
-    """How the uncertainty rises where an image is made harder.
+    """How the uncertainty rises if an image is made harder.
 
     Args:
       original: ``[n]`` uncertainty of the images.

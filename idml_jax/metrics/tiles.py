@@ -1,8 +1,8 @@
-"""The work on the device behind `ranking`: tiles of squared distances, counted or cut to the k smallest.
+"""The device code of `ranking`: tiles of squared distances, counted or reduced to the k smallest.
 
-Ties. Comparing means something only if equal rows give equal numbers. So the tiles of one call come from one product
-of one shape, which sums every element in the same order whatever its place, and the distance of a positive is read
-from the very tile in which the others are compared with it.
+Ties. Comparisons are meaningful only if equal rows give equal numbers. So all tiles of a call come from products of one
+shape, which sum every element in the same order at any position, and the distance of a positive is read from the same
+tile in which the others are compared with it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def mesh_of(devices: list[jax.Device]) -> Mesh:
 def squared_distances(
     a: Float[Array, "n d"], a_norms: Float[Array, "n"], b: Float[Array, "m d"], b_norms: Float[Array, "m"]
 ) -> Float[Array, "n m"]:
-    """|a|^2 + |b|^2 - 2 a.b in float32, what rounding makes negative set to 0; infinite where a norm is."""
+    """|a|^2 + |b|^2 - 2 a.b in float32, negative values from rounding set to 0; infinite where a norm is."""
     product = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.maximum((a_norms[:, None] + b_norms[None, :]) - 2 * product, 0)
 
@@ -74,10 +74,10 @@ def count_before(
     """
     symmetric = queries is columns
     pairs = np.moveaxis(np.indices((len(queries.rows), len(columns.rows))), 0, -1).reshape(-1, 2)
-    if symmetric:  # the tiles on the diagonal hold the targets, and are counted as soon as these are read
+    if symmetric:  # the tiles on the diagonal hold the targets, and are counted as soon as those are read
         own_pairs, pairs = pairs[pairs[:, 0] == pairs[:, 1]], pairs[pairs[:, 0] < pairs[:, 1]]
     devices = devices[: max(1, len(pairs))]
-    # Every device reads all targets' distances for itself, then counts its share of the pairs.
+    # Every device reads the distances of all targets, then counts its share of the pairs.
     shares = []
     for hand in range(len(devices)):
         here = symmetric & (np.arange(len(own_pairs)) % len(devices) == hand)
@@ -112,7 +112,7 @@ def _count_before(
     ) -> tuple[Int[Array, "1 b r t"], Float[Array, "1 b t"]]:
         def step(k: Int[Array, ""], carry: _Counted) -> _Counted:
             found, counts, nearest = carry
-            i, j, reading, counting = work[0, k]  # blocks, and whether the tile is there for this
+            i, j, reading, counting = work[0, k]  # blocks, and the purpose of the tile
             distances = squared_distances(queries.rows[i], queries.norms[i], columns.rows[j], columns.norms[j])
             distances = jnp.where(queries.ids[i][:, None] == columns.ids[j][None, :], jnp.inf, distances)
             # Without the barrier the compiler may repeat this work in every pass that reads it.

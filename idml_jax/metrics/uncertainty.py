@@ -1,6 +1,6 @@
-"""Does an uncertainty know which answers are wrong? Scores are per query, and larger means less sure.
+"""Measures how well an uncertainty detects wrong answers. Scores are per query; larger means less certain.
 
-Everything is judged beside baseline scores (`free_scores`), which need no learned uncertainty at all.
+Everything is compared with baseline scores (`free_scores`), which need no learned uncertainty.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Interval(NamedTuple):
 class Threshold(NamedTuple):
     """Answer when the score is <= value, abstain otherwise.
 
-    reached: whether the wanted precision is to be had. If not, value is -inf: abstain always.
+    reached: whether the wanted precision can be reached. If not, value is -inf: always abstain.
     coverage: share of the held-out queries that are answered.
     precision: share of right answers among them; if not reached, the best of any threshold.
     bound: the lower confidence bound of that precision, which was compared with the wanted one.
@@ -62,7 +62,7 @@ def r_auroc(uncertainty: Float[Array, "n"], nearest_correct: Bool[Array, "n"]) -
     """AUROC of a query's uncertainty predicting that its nearest neighbour is of another class.
 
     The probability that a query answered wrongly is less certain than one answered rightly, ties counted half: 1 is
-    perfect, 0.5 knows nothing. NaN where it is undefined, because all answers are right or all wrong (R@1 is 0 or 1;
+    perfect, 0.5 is chance. NaN if it is undefined, because all answers are right or all wrong (R@1 is 0 or 1;
     `r_auroc_undefined` says which). Kirchhof et al., "URL: A Representation Learning Benchmark for Transferable
     Uncertainty Estimates", NeurIPS 2023.
 
@@ -77,7 +77,7 @@ def r_auroc(uncertainty: Float[Array, "n"], nearest_correct: Bool[Array, "n"]) -
 
 
 def r_auroc_undefined(nearest_correct: Bool[Array, "n"]) -> str | None:
-    """Why R-AUROC has no value for these answers, in words; None where it has one."""
+    """The reason why R-AUROC is undefined for these answers; None if it is defined."""
     correct = np.asarray(nearest_correct, bool)
     if correct.all():
         return "every nearest neighbour is right (R@1 = 1): there is no error to predict"
@@ -108,7 +108,7 @@ def spearman(a: Float[Array, "n"], b: Float[Array, "n"]) -> float:
 
 
 def probability_greater(changed: Float[Array, "n"], original: Float[Array, "n"]) -> float:
-    """P(u(changed) > u(original)) over pairs of the same image, ties counted half; 0.5 knows nothing."""
+    """P(u(changed) > u(original)) over pairs of the same image, ties counted half; 0.5 is chance."""
     original = score_column(original, "original")
     changed = score_column(changed, "changed", len(original))
     return float(np.mean((changed > original) + 0.5 * (changed == original)))
@@ -117,7 +117,7 @@ def probability_greater(changed: Float[Array, "n"], original: Float[Array, "n"])
 def nearest_twenty(
     embeddings: Float[Array, "n d"], gallery: Float[Array, "m d"] | None = None, *, own: Int[Array, "n"] | None = None
 ) -> Neighbours:
-    """The neighbours that `free_scores` reads: 20, or as many as there are. Arguments and errors as `neighbours`."""
+    """The neighbours that `free_scores` uses: 20, or all if fewer. Arguments and errors as for `neighbours`."""
     others = len(embeddings) - 1 if gallery is None else len(gallery) - (own is not None)
     return neighbours(embeddings, gallery, max(1, min(20, others)), own=own)
 
@@ -130,13 +130,13 @@ def free_scores(
     own: Int[Array, "n"] | None = None,
     found: Neighbours | None = None,
 ) -> dict[str, Float[np.ndarray, "n"]]:
-    """Baselines that cost no training, one value per query, larger = less sure.
+    """Baseline scores that need no training, one value per query; larger = less certain.
 
     nearest_distance: Euclidean distance to the nearest row.
     margin_2, margin_10, margin_20: minus the cosine similarity to the nearest row less that to the 2nd (10th, 20th).
         Left out where the gallery has fewer rows.
     ratio_20: distance to the nearest row over that to the 20th (the ratio test of Lowe, IJCV 2004), 1 where both are
-        0. Unlike the margins it also holds for queries that are far from everything.
+        0. Unlike the margins it also works for queries that are far from everything.
     norm: minus the length of the embedding. Pass `norms` [n], the lengths before normalising, for rows that are
         normalised already; without them it is left out where all rows, those of the gallery too, have the same length.
 
@@ -157,7 +157,7 @@ def free_scores(
         scores["ratio_20"] = np.where(far > 0, scores["nearest_distance"] / np.where(far > 0, far, 1.0), 1.0)
     if norms is not None:
         return scores | {"norm": -score_column(norms, "norms", len(queries)).astype(np.float64)}
-    # A single query has no other row to differ from, so whether lengths tell anything is seen from the gallery too.
+    # A single query has no other row to differ from, so the gallery also decides whether lengths are informative.
     lengths = np.sqrt(squares)
     everyone = lengths if gallery is None else np.concatenate([lengths, np.linalg.norm(rows, axis=1)])
     if np.ptp(everyone) > 1e-3 * everyone.max():
@@ -211,7 +211,7 @@ def r_auroc_interval(
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(samples):
-        # Sorted once: a draw only changes how often each query counts.
+        # Sorted once: a resample only changes the count of each query.
         times = np.bincount(rng.integers(0, len(order), len(order)), minlength=len(order))[order]
         right = np.add.reduceat(times * correct, starts)
         wrong = np.add.reduceat(times * ~correct, starts)
@@ -224,10 +224,10 @@ def r_auroc_interval(
 def similarity_correlation(
     semantic: Float[Array, "n d"], uncertainty: Float[Array, "n k"], *, rows: int = 2048
 ) -> float:
-    """Do s and u say the same? Correlation over pairs of images of their similarities in s and in u.
+    """Tests whether u copies s: correlation over pairs of images of their similarities in s and in u.
 
     Pearson's coefficient of the centred inner products <s_i, s_j> and <u_i, u_j>, i < j: independent of the bases and
-    widths of the two spaces, 1 where u is a rotation of s, about 0 where it has nothing to do with it. On `rows`
+    widths of the two spaces, 1 where u is a rotation of s, about 0 if they are unrelated. On `rows`
     evenly spaced images; NaN where one side is constant.
     """
     semantic, uncertainty = embedding_rows(semantic, "semantic")[0], embedding_rows(uncertainty, "uncertainty")[0]
@@ -245,7 +245,7 @@ def similarity_correlation(
 def failure_signs(
     semantic: Float[Array, "n d"], uncertainty: Float[Array, "n k"], *, small: float = 0.01, correlated: float = 0.8
 ) -> list[str]:
-    """What is wrong with an uncertainty head, one line each; empty where nothing is.
+    """Signs of a failed uncertainty head, one line each; empty if there are none.
 
     Collapsed: 95% of all images have |u| < small (with semantic distances about 1 and temperature 5 it then weakens
     no distance by more than half a percent). Constant: |u| varies by less than a thousandth of its mean. Copy:
@@ -273,7 +273,7 @@ def threshold_for_precision(
     *,
     confidence: float | None = 0.95,
 ) -> Threshold:
-    """The threshold that answers most while `precision` of the answers are right, chosen on held-out data.
+    """The threshold that answers most queries with `precision` of the answers right, chosen on held-out data.
 
     The held-out queries must be of classes that the model was not trained on, and not those it is reported on; nor
     may the score have been fitted on them (`calibration.fit` scores every query by a model that has not seen it).
@@ -317,7 +317,7 @@ def threshold_for_precision(
 def selective(
     uncertainty: Float[Array, "n"], correct: Bool[Array, "n"], threshold: float | Threshold
 ) -> dict[str, float]:
-    """What a threshold does on other data: 'coverage', 'precision' (NaN if nothing is answered), 'answers'."""
+    """Result of a threshold on other data: 'coverage', 'precision' (NaN if nothing is answered), 'answers'."""
     uncertainty = score_column(uncertainty, "uncertainty")
     correct = _correct(correct, "correct", len(uncertainty))
     answered = uncertainty <= (threshold.value if isinstance(threshold, Threshold) else threshold)

@@ -43,14 +43,14 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class EmbeddingModel(nn.Module):
-    """Images to embeddings; returns everything it computes, and jit prunes what nobody reads.
+    """Network from images to embeddings; returns all outputs, and jit removes unused ones.
 
     The parameters have two top-level entries, ``trunk`` and ``heads``, which are also the optimizer's groups.
 
     Attributes:
       trunk: network from images to feature maps.
       heads: network from pooled features to embeddings.
-      pooling: see ``pool_global``; ``token`` where the trunk gives one vector per image.
+      pooling: see ``pool_global``; ``token`` if the trunk returns one vector per image.
     """
 
     trunk: nn.Module
@@ -64,11 +64,11 @@ class EmbeddingModel(nn.Module):
 
     @property
     def looped(self) -> "EmbeddingModel":
-        """The same for use inside a loop of the program, see ``layers.Conv``."""
+        """A copy for use inside a compiled loop; see ``layers.Conv``."""
         return self.clone(trunk=self.trunk.clone(looped=True)) if hasattr(self.trunk, "looped") else self
 
     def check_images(self, height: int, width: int) -> None:
-        """Raises ``ValueError`` if the trunk cannot see images of this size."""
+        """Raises ``ValueError`` if the trunk cannot process images of this size."""
         getattr(self.trunk, "check_images", lambda height, width: None)(height, width)
 
     def __call__(self, images: Float[Array, "n h w c"], train: bool = False) -> dict[str, Float[Array, "n ..."]]:
@@ -82,7 +82,7 @@ class EmbeddingModel(nn.Module):
         return maps.astype(jnp.float32) if self.pooling == "token" else pool_global(maps, self.pooling)
 
     def embed(self, features: Float[Array, "n f"]) -> dict[str, Float[Array, "n ..."]]:
-        """The heads alone."""
+        """Embeddings from pooled features: the heads only."""
         return {"features": features, **self.heads(features)}
 
 
@@ -99,7 +99,7 @@ def create_model(
     dtype: str = "float32",
     remat: bool = False,
 ) -> EmbeddingModel:
-    """A trunk by name with the two heads.
+    """Creates a trunk by name with the two heads.
 
     Args:
       name: key of ``MODELS``.
@@ -111,7 +111,7 @@ def create_model(
       pooling: ``avg``, ``max``, ``avg_max``, or ``token`` (of a vision transformer).
       frozen_statistics: BatchNorm uses its running statistics in training too.
       dtype: ``float32`` or ``bfloat16``, of the trunk; heads are always float32.
-      remat: compute what is inside a block again for the gradient instead of keeping it.
+      remat: recompute activations inside a block for the gradient instead of keeping them.
 
     Returns:
       The model; ``model.init(key, images)`` gives its variables.
@@ -138,7 +138,7 @@ def create_classifier(
     dtype: str = "float32",
     remat: bool = False,
 ) -> EmbeddingModel:
-    """A trunk by name with an introspective classifier, see ``ClassifierHead``.
+    """Creates a trunk by name with an introspective classifier; see ``ClassifierHead``.
 
     Args:
       name: key of ``MODELS``.
@@ -148,10 +148,10 @@ def create_classifier(
       uncertainty_hidden: see ``ClassifierHead``.
       uncertainty_scale: see ``ClassifierHead``.
       temperature: tau of the introspective metric.
-      pooling: as of ``create_model``.
-      frozen_statistics: as of ``create_model``.
-      dtype: as of ``create_model``.
-      remat: as of ``create_model``.
+      pooling: see ``create_model``.
+      frozen_statistics: see ``create_model``.
+      dtype: see ``create_model``.
+      remat: see ``create_model``.
 
     Returns:
       The model, whose trunk has the parameters of ``create_model``'s.

@@ -14,7 +14,7 @@ class ConvNet(nn.Module):
       depth: number of layers.
       width: channels of every layer.
       frozen_statistics: normalise by the running statistics in training too.
-      looped: of ``Conv``.
+      looped: see ``Conv``.
       dtype: of convolutions and activations; parameters and statistics stay float32.
     """
 
@@ -25,7 +25,7 @@ class ConvNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def check_images(self, height: int, width: int) -> None:
-        """Raises ``ValueError`` if nothing would be left of an image of this size."""
+        """Raises ``ValueError`` if pooling would reduce an image of this size to nothing."""
         if min(height, width) < 2**self.depth:
             raise ValueError(
                 f"a ConvNet of depth {self.depth} needs images of at least {2**self.depth} pixels; "

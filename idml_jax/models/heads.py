@@ -1,4 +1,4 @@
-"""Heads on the pooled feature, and proxies."""
+"""Heads on the pooled feature, and initial proxies."""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,16 @@ from idml_jax.losses.softmax import introspective_logits
 from idml_jax.models.layers import kaiming_normal
 
 UNCERTAINTY_HEADS = ("mlp", "linear", "none")
-# Of PyTorch's linear layers: uniform in +-1 / sqrt(fan in).
+# Initialiser of PyTorch's linear layers: uniform in +-1 / sqrt(fan in).
 _torch_linear = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
 class Heads(nn.Module):
     """Semantic and uncertainty embedding of a pooled feature; float32 whatever the trunk computes in.
 
-    The default uncertainty head sees the l2-NORMALISED feature through a hidden layer. One that sees the raw feature
-    mostly follows the feature's norm, which is smaller for ambiguous images: measured on Omniglot it learns nothing
-    or costs recall. The uncertainty embedding is not normalised, since its length is the information.
+    The default uncertainty head sees the l2-NORMALISED feature through a hidden layer. A head on the raw feature
+    mostly follows the feature's norm, which is smaller for ambiguous images: on Omniglot it learned nothing or reduced
+    recall. The uncertainty embedding is not normalised, since its length is the information.
 
     Attributes:
       embedding_dim: d, width of the semantic embedding.
@@ -73,7 +73,7 @@ class Heads(nn.Module):
 class ClassifierHead(nn.Module):
     """A classifier whose logits are weakened in training by an uncertainty ``u = relu(linear(x))``; float32.
 
-    It gives what ``Heads`` gives too, the normalised feature being the semantic embedding, so a classifier embeds.
+    It also returns the outputs of ``Heads``, with the normalised feature as the semantic embedding.
 
     Attributes:
       num_classes: number of classes.
@@ -146,12 +146,12 @@ def init_proxies(key: PRNGKeyArray, num_classes: int, dim: int, rows: int | None
       key: PRNG key.
       num_classes: number of training classes.
       dim: width of the semantic embedding.
-      rows: of the table, at least ``num_classes``, the others being zero; ``num_classes`` by default.
+      rows: number of rows of the table, at least ``num_classes``; additional rows are zero. Default: ``num_classes``.
 
     Returns:
       ``[rows, dim]`` float32, one proxy per class; losses compare their directions.
     """
     rows = num_classes if rows is None else rows
-    # A number drawn depends on its place alone, so the proxies are the same with and without rows to spare.
+    # A random number depends only on its position, so additional rows do not change the proxies.
     proxies = jax.random.normal(key, (rows, dim), jnp.float32) * jnp.sqrt(2.0 / num_classes)
     return proxies if rows == num_classes else jnp.where(jnp.arange(rows)[:, None] < num_classes, proxies, 0.0)

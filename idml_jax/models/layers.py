@@ -18,10 +18,10 @@ def _convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: int) -
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve_looped(x: Array, kernel: Array, strides: tuple[int, int], padding: int) -> Array:
-    """The same; its gradient by the kernel is a matrix product with all patches of ``x``.
+    """The same convolution; its kernel gradient is a matrix product with all patches of ``x``.
 
-    Inside a loop XLA's CPU compiler does not bring that gradient into the form for which it has a fast routine, and
-    takes some 40 times as long (jax 0.10).
+    Inside a loop, XLA's CPU compiler does not use its fast routine for that gradient, which makes it about 40 times
+    slower (jax 0.10).
     """
     return _convolve(x, kernel, strides, padding)
 
@@ -62,8 +62,8 @@ _convolve_looped.defvjp(_convolve_forward, _convolve_backward)
 class Conv(nn.Module):
     """Convolution without a bias over ``[n, h, w, c]``, padded explicitly and alike on all sides.
 
-    One of 1 x 1 is a matrix product. On a CPU it is computed as such: XLA's general convolution takes up to eight times
-    as long there for the gradient by the kernel. Elsewhere the compiler chooses.
+    A 1 x 1 convolution is a matrix product and is computed as such on a CPU, where the kernel gradient of XLA's general
+    convolution takes up to eight times as long. On other devices the compiler chooses.
 
     Attributes:
       features: output channels.
@@ -71,7 +71,7 @@ class Conv(nn.Module):
       strides: vertical and horizontal.
       padding: zeros on every side.
       dtype: of the computation; the kernel stays float32.
-      looped: whether it stands inside a loop of the program, which a CPU's compiler must know.
+      looped: whether it is used inside a compiled loop, which needs another implementation on a CPU.
       kernel_init: initialiser of the kernel ``[h, w, in, out]``.
     """
 
@@ -91,7 +91,7 @@ class Conv(nn.Module):
         on_cpu = jax.default_backend() == "cpu"
         if on_cpu and self.kernel_size == (1, 1) and self.padding == 0:
             x = x[:, :: self.strides[0], :: self.strides[1]]
-            # Two axes only: the gradient by the kernel is then two to three times as fast as over four.
+            # With two axes the kernel gradient is two to three times as fast as with four.
             return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], self.features)
         convolve = _convolve_looped if on_cpu and self.looped else _convolve
         return convolve(x, kernel, self.strides, self.padding)
@@ -105,7 +105,7 @@ class BatchNorm(nn.Module):
     statistics are those of the whole batch over all devices.
 
     Attributes:
-      use_running_average: normalise by the running statistics and leave them alone.
+      use_running_average: normalise with the running statistics and do not update them.
       momentum: share of the old running value that stays (0.9 is PyTorch's momentum 0.1).
       epsilon: added to the variance.
       dtype: of the result.

@@ -1,8 +1,8 @@
 """Names of tensors: this package's paths against those of torchvision, timm and the published checkpoints.
 
-A flat tree is ``{"params/trunk/layer1_0/conv1/kernel": array}``. Every path has exactly one PyTorch name and the other
-way round, whatever the network: ``layer1_0`` is ``layer1.0``, ``downsample_conv`` is ``downsample.0``, a convolution's
-``kernel`` is a ``weight`` in another order of axes.
+A flat tree is ``{"params/trunk/layer1_0/conv1/kernel": array}``. Paths and PyTorch names correspond one to one, for all
+networks: ``layer1_0`` is ``layer1.0``, ``downsample_conv`` is ``downsample.0``, a convolution's ``kernel`` is a
+``weight`` in another order of axes.
 """
 
 import re
@@ -74,7 +74,7 @@ def from_torch(path: str, value: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray
 
 
 def shape_in_torch(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a tensor of ours has in PyTorch."""
+    """The PyTorch shape of one of this package's tensors."""
     if not path.endswith("/kernel"):
         return tuple(shape)
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else tuple(shape[::-1])

@@ -1,4 +1,4 @@
-"""PyramidNet (Han, Kim and Kim, CVPR 2017) for images of 32 pixels: every block is wider than the last by the same.
+"""PyramidNet (Han, Kim and Kim, CVPR 2017) for images of 32 pixels: the width grows by the same amount in every block.
 
 Pre-activation blocks without a ReLU before the first convolution and with a BatchNorm at the end. A shortcut has no
 parameters: average pooling where the size falls, zeros for the channels that are new.
@@ -53,7 +53,7 @@ class PyramidBottleneck(nn.Module):
 
 def _shortcut(x: Float[Array, "n h w c"], stride: int, features: int) -> Float[Array, "n h2 w2 f"]:
     if stride == 2:
-        # An odd last row or column is the mean of what is there, as PyTorch's ceil_mode.
+        # An odd last row or column is averaged over its existing pixels, as with PyTorch's ceil_mode.
         padding = tuple((0, size % 2) for size in x.shape[1:3])
         x = nn.avg_pool(x, (2, 2), (2, 2), padding, count_include_pad=False)
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
@@ -64,11 +64,11 @@ class PyramidNet(nn.Module):
 
     Attributes:
       depth: layers; ``9 k + 2`` with bottlenecks, ``6 k + 2`` without.
-      alpha: by how much the width grows from the first block to the last, before the bottlenecks' factor 4.
+      alpha: growth of the width from the first block to the last, before the bottlenecks' factor 4.
       bottleneck: kind of block.
       frozen_statistics: normalise by the running statistics in training too.
       remat: keep only the input of every block for the gradient and compute the rest again.
-      looped: of ``Conv``.
+      looped: see ``Conv``.
       dtype: of convolutions and activations; parameters and statistics stay float32.
     """
 
@@ -85,7 +85,7 @@ class PyramidNet(nn.Module):
         """Feature maps of the last stage for normalised images.
 
         Raises:
-          ValueError: for a depth that three equal stages do not give.
+          ValueError: for a depth that does not divide into three equal stages.
         """
         layers = 9 if self.bottleneck else 6
         if self.depth < layers + 2 or (self.depth - 2) % layers:

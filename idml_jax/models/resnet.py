@@ -2,9 +2,9 @@
 
 The stride of a bottleneck sits in its 3 x 3 convolution (in v1, the authors' Caffe files and Keras, in the 1 x 1 before
 it), padding is explicit (SAME differs at stride 2) and the last BatchNorm of a block can start at zero.
-``stem='small'`` replaces the 7 x 7 stride-2 convolution and the max-pooling by one 3 x 3 convolution, for images of
-32 to 64 pixels. ``shortcut='pad'`` takes no convolution where the width grows but every second pixel and zeros for the
-new channels: the CIFAR networks of the paper's section 4.2.
+``stem='small'`` replaces the 7 x 7 stride-2 convolution and the max-pooling by one 3 x 3 convolution, for images of 32
+to 64 pixels. ``shortcut='pad'`` replaces the convolution of a shortcut by every second pixel and zeros for the new
+channels: the CIFAR networks of the paper's section 4.2.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,7 +87,7 @@ class ResNet(nn.Module):
       shortcut: where width or size change: ``conv`` (1 x 1) or ``pad``.
       frozen_statistics: normalise by the running statistics in training too.
       remat: keep only the input of every block for the gradient and compute the rest again.
-      looped: of ``Conv``.
+      looped: see ``Conv``.
       dtype: of convolutions and activations; parameters and statistics stay float32.
     """
 

@@ -11,7 +11,7 @@ _truncated = nn.initializers.truncated_normal(0.02)
 
 
 class Block(nn.Module):
-    """Attention and a two-layer network, each behind a LayerNorm and beside a shortcut."""
+    """Attention and a two-layer network, each after a LayerNorm and with a shortcut."""
 
     heads: int
     dtype: jnp.dtype
@@ -52,7 +52,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens: a convolution whose stride is its size, computed as the matrix product with patches it is.
+    """Patches to tokens: a convolution with stride equal to its size, computed as a matrix product.
 
     XLA's CPU compiler takes twice as long for the gradient of the convolution, and a hundred times inside a loop.
     """
@@ -89,10 +89,10 @@ class VisionTransformer(nn.Module):
 
     Attributes:
       depth: blocks.
-      width: of a token.
-      heads: of the attention.
+      width: width of a token.
+      heads: number of attention heads.
       patch: side of a patch in pixels.
-      class_token: give the class token alone, not the map of the patches.
+      class_token: return only the class token, not the map of patches.
       frozen_statistics: without effect; there are no statistics.
       remat: keep only the input of every block for the gradient and compute the rest again.
       dtype: of layers and activations; parameters and softmax stay float32.

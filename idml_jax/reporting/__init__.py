@@ -1,1 +1,1 @@
-"""What a person looks at: pages, plots, sheets of pictures."""
+"""Output for people: pages, plots, contact sheets."""

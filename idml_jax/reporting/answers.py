@@ -1,4 +1,4 @@
-"""Answers of a search as a table, records, a page or a sheet of pictures."""
+"""Formats the answers of a search as a table, records, a page or a contact sheet."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.runtime.files import without_nan
 
 SHEET_ROWS = 40
-Reader = Callable[[str], UInt8[np.ndarray, "h w 3"] | None]  # the small image of a named row
+Reader = Callable[[str], UInt8[np.ndarray, "h w 3"] | None]  # thumbnail of the image with a name
 Near = TypedDict("Near", {"file": str, "class": str | None, "distance": float, "introspective_distance": float | None})
 Row = TypedDict(
     "Row",
@@ -36,9 +36,9 @@ Row = TypedDict(
 
 
 def records(queries: Index, index: Index, answers: Answers, own: Int[np.ndarray, "n"] | None = None) -> list[Row]:
-    """A JSON-able dictionary per query; neighbours are left out where there is no answer.
+    """One JSON-serialisable dictionary per query; neighbours are left out if the query is not answered.
 
-    The class of a query is its own or, where that is unknown, that of its row ``own`` of the index.
+    If the class of a query is unknown, that of its row ``own`` of the index is used.
     """
 
     def known_class(i: int) -> str | None:
@@ -92,9 +92,9 @@ def _facts(row: Row) -> list[str]:
 
 
 def picture_reader(index: Index, workdir: str) -> Reader:
-    """A function from the name of a row to its small image; a run's own images are read from its data."""
+    """A function from the name of a row to its thumbnail; a run's own images are read from its data."""
     split = str(index.about.get("images", "")).partition("split:")[2]
-    if split not in embed.SPLITS:  # which somebody's file may name as it likes
+    if split not in embed.SPLITS:  # a file from elsewhere may hold any name
         return lambda file: thumbnail(Path(file).read_bytes()) if os.path.isfile(file) else None
     source = embed.split_source(trained.load(workdir), split)
     known = {source.name(record): record for record in range(len(source))}
@@ -102,7 +102,7 @@ def picture_reader(index: Index, workdir: str) -> Reader:
 
 
 def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str:
-    """A page of pictures."""
+    """An HTML page with the queries and their answers."""
     encode = lambda pixels: None if pixels is None else plots.encode(pixels)
     body = [pages.html('<h1>{:,} queries</h1><p class="muted">{}</p>', len(rows), note)]
     for row in rows:
@@ -128,7 +128,7 @@ def _kind(row: Row, near: Near) -> str:
 
 
 def as_png(rows: list[Row], read_query: Reader, read: Reader) -> bytes:
-    """A sheet of pictures, of the first ``SHEET_ROWS`` queries."""
+    """A contact sheet of the first ``SHEET_ROWS`` queries and their answers, as PNG."""
     colours = {"": "#ccd2d8", "right": "#2f8f5b", "wrong": "#c8423b"}
     short = lambda lines: "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in map(printable, lines))
     cells = []

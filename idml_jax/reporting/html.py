@@ -1,7 +1,7 @@
-"""Self-contained HTML pages: style, tables, images inside the page.
+"""Self-contained HTML pages: style, tables, embedded images.
 
-HTML of this package is a type of its own, ``markupsafe.Markup``; every other value is text and is escaped where it
-meets HTML. No value is trusted for what it begins with.
+HTML made by this package has the type ``markupsafe.Markup``; every other value is text and is escaped when inserted
+into HTML. No value is trusted because of its content.
 """
 
 import base64
@@ -41,18 +41,18 @@ figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 6.6em; }
 """
 
 
-# Nothing is loaded from anywhere and no script runs, whatever a page says; one style sheet, the page's own, is used.
+# A page cannot load anything or run scripts; only its own style sheet is allowed.
 _STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'"
 
 
 def text(value: object) -> Markup:
-    """A value escaped for HTML, control characters shown; HTML of this package stays as it is."""
+    """Escapes a value for HTML and shows control characters as escapes; HTML of this package is unchanged."""
     return value if isinstance(value, Markup) else escape(printable(value))
 
 
 def html(template: str, *values: object, **named: object) -> Markup:
-    """A template in the format of ``str.format``, filled with values that are escaped unless they are HTML.
+    """Fills a template, as ``str.format`` does, with values that are escaped unless they are HTML.
 
     Args:
       template: HTML, written in this package; ``{{`` and ``}}`` are braces.
@@ -64,12 +64,12 @@ def html(template: str, *values: object, **named: object) -> Markup:
 
 
 def join(parts: Iterable[object], separator: str = "") -> Markup:
-    """Pieces of a page one after the other, each as ``text``; the separator is HTML."""
+    """Concatenates pieces of a page, each passed through ``text``; the separator is HTML."""
     return Markup(separator).join(map(text, parts))
 
 
 def page(title: str, body: Iterable[Markup]) -> str:
-    """A whole page that needs nothing beside it."""
+    """A complete self-contained page."""
     return str(
         html(
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -85,19 +85,19 @@ def page(title: str, body: Iterable[Markup]) -> str:
 
 
 def data_url(data: bytes) -> str:
-    """An encoded image as an address."""
+    """An encoded image as a data URL."""
     kind = "png" if data[:4] == b"\x89PNG" else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def plot(png: bytes, description: str) -> Markup:
-    """A plot over the page's width; the description is for those who cannot see it."""
+    """A plot over the width of the page; the description is its alternative text."""
     return html('<img class="plot" src="{}" alt="{}">', data_url(png), description)
 
 
 def tile(picture: bytes | None, caption: Sequence[str], kind: str = "", title: str = "") -> Markup:
-    """A small image with lines beneath it; kind: ``right``, ``wrong``, ``query`` or empty."""
-    shown = Markup('<div class="muted">(no picture)</div>')
+    """A thumbnail with lines of text below it; kind: ``right``, ``wrong``, ``query`` or empty."""
+    shown = Markup('<div class="muted">(no image)</div>')
     if picture is not None:
         shown = html('<img src="{}" alt="{}" loading="lazy">', data_url(picture), title or " ".join(caption))
     lines = join(map(_breakable, caption), "<br>")
@@ -106,27 +106,27 @@ def tile(picture: bytes | None, caption: Sequence[str], kind: str = "", title: s
 
 
 def _breakable(line: str) -> Markup:
-    """Names of classes and files may break behind their underscores."""
+    """Allows line breaks after the underscores of class and file names."""
     return line if isinstance(line, Markup) else Markup("_<wbr>").join(text(line).split("_"))
 
 
 def row(tiles: Iterable[Markup]) -> Markup:
-    """Tiles in one line."""
+    """Tiles in one row."""
     return html('<div class="row">{}</div>', join(tiles))
 
 
 def tiles(items: Iterable[Markup]) -> Markup:
-    """Tiles in as many lines as they need."""
+    """Tiles in as many rows as needed."""
     return html('<div class="tiles">{}</div>', join(items))
 
 
 def badge(words: str, good: bool | None = None) -> Markup:
-    """A word on a coloured ground."""
+    """A word on a coloured background."""
     return html('<span class="badge{}">{}</span>', {True: " yes", False: " no", None: ""}[good], words)
 
 
 def cards(values: Sequence[tuple[str, str]]) -> Markup:
-    """Large numbers with their names."""
+    """Cards with large values and their names."""
     card = '<div class="card"><b>{}</b><span class="muted">{}</span></div>'
     return html('<div class="cards">{}</div>', join(html(card, value, name) for name, value in values))
 
@@ -139,7 +139,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
         return html('<td class="number">{}</td>' if right else "<td>{}</td>", shown)
 
     rows = [list(row) for row in rows]
-    # A dash for a number that is missing stands below the numbers.
+    # The dash of a missing number is aligned like the numbers.
     number = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
     top = join(
         html('<th class="number">{}</th>' if right else "<th>{}</th>", name)

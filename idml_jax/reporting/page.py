@@ -1,4 +1,4 @@
-"""The page of a run: what it has learned, in one self-contained HTML file."""
+"""The report of a run as one self-contained HTML file."""
 
 from pathlib import Path
 
@@ -27,10 +27,10 @@ NEIGHBOURS = 9
 
 
 def look(workdir: str | Path, threads: int = 4) -> Seen:
-    """Embeds the test pictures of a run and searches them.
+    """Embeds the test images of a run and searches them.
 
     Raises:
-      UserError: if there is no run or checkpoint, or its data is gone or damaged.
+      UserError: if there is no run or checkpoint, or its data are missing or damaged.
     """
     model = load(workdir).using(threads=threads)
     evaluation = Evaluation(model.config, model.embedder, data_of(model.config))
@@ -39,7 +39,7 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     def embedded_of(source: Source) -> Embedded:
         embedded, kept = embed_all(model, source)
         if len(kept) < len(source):
-            raise UserError(f"{len(source) - len(kept)} of the run's {len(source)} pictures cannot be read")
+            raise UserError(f"{len(source) - len(kept)} of the run's {len(source)} images cannot be read")
         return embedded
 
     embedded = embedded_of(queries)
@@ -72,7 +72,7 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
 
 
 def comparison(seen: Seen, other: Path) -> Markup:
-    """Another run's metrics beside this one's."""
+    """Compares another run's metrics with this run's."""
     config = workdir_lib.read(other)
     rows, result = read_record(other)
     if not result:
@@ -93,7 +93,7 @@ def comparison(seen: Seen, other: Path) -> Markup:
     table = [(n, value_of(ours.get(n)), value_of(theirs.get(n))) for n in compared() if n in ours or n in theirs]
     body = pages.html("<h2>Beside {}</h2>{}", other, pages.table(("metric", *names), table))
     if curves:
-        body += pages.plot(plots.lines([(f"{shown} on test pictures, %", "", curves)], "step"), f"{shown} of both runs")
+        body += pages.plot(plots.lines([(f"{shown} on test images, %", "", curves)], "step"), f"{shown} of both runs")
     return body
 
 
@@ -102,9 +102,9 @@ def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: 
 
     Args:
       workdir: folder of the run.
-      out: file; by default ``report.html`` in that folder.
-      compare: folder of another run.
-      threads: that read and decode.
+      out: HTML file to write; by default ``report.html`` in that folder.
+      compare: folder of another run to compare with; empty: none.
+      threads: number of reader and decoder threads.
 
     Returns:
       The file.
@@ -113,7 +113,7 @@ def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: 
       UserError: see ``look``.
     """
     out = user_path(out) if out else user_path(workdir) / "report.html"
-    check_target(out)  # before the work
+    check_target(out)  # fails before the work starts
     seen = look(workdir, threads)
     beside = comparison(seen, user_path(compare)) if compare else Markup()
     images = Thumbnails(seen)

@@ -1,4 +1,4 @@
-"""Plots as PNG bytes, by matplotlib and numpy alone; nothing is shown, no global state is touched."""
+"""Plots as PNG bytes, made with matplotlib and numpy only; no window is opened and no global state is changed."""
 
 import io
 import itertools
@@ -13,14 +13,14 @@ from matplotlib.text import Text
 
 from idml_jax.errors import printable
 
-# Distinguishable in the common forms of colour blindness (Okabe and Ito, 2008), darkest first.
+# Distinguishable with the common forms of colour blindness (Okabe and Ito, 2008), darkest first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#B0A000")
 Values = Sequence[float] | Float[np.ndarray, "n"]
 Curve = tuple[Values, Values]
 
 
 def encode(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """A picture as a file: PNG where it is small, JPEG where that would be large."""
+    """Encodes an image: as PNG if that is small, otherwise as JPEG."""
     out = io.BytesIO()
     if max(pixels.shape[:2]) <= 64:
         mpl_image.imsave(out, pixels, format="png")
@@ -31,7 +31,7 @@ def encode(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
 
 def _png(figure: Figure) -> bytes:
     for words in figure.findobj(Text):
-        words.set_parse_math(False)  # a name with two dollars is a name
+        words.set_parse_math(False)  # dollar signs in names are not math
         words.set_text("\n".join(map(printable, words.get_text().split("\n"))))
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130, facecolor="white")
@@ -50,11 +50,11 @@ def _axes(panels: int, height: float = 3.4, width: float = 10.0, share: bool = F
 
 
 def lines(panels: Sequence[tuple[str, str, Mapping[str, Curve]]], x_label: str) -> bytes:
-    """Curves side by side.
+    """Plots curves in panels side by side.
 
     Args:
-      panels: title, label of the y axis, and curves by name, each of x and y.
-      x_label: of all.
+      panels: title, label of the y axis, and curves by name, each a pair (x, y).
+      x_label: label of all x axes.
 
     Returns:
       PNG.
@@ -62,9 +62,9 @@ def lines(panels: Sequence[tuple[str, str, Mapping[str, Curve]]], x_label: str) 
     figure, axes = _axes(len(panels))
     for axis, (title, y_label, curves) in zip(axes, panels, strict=True):
         for i, (name, (x, y)) in enumerate(curves.items()):
-            # Few points are marked, many would hide their line.
+            # A few points are marked; many markers would hide the line.
             marker = "o" if len(x) < 15 else None
-            # A name that begins with "_" would be left out of the legend.
+            # matplotlib leaves names that begin with "_" out of the legend.
             label = printable(f" {name}" if name.startswith("_") else name)
             axis.plot(x, y, color=COLOURS[i % len(COLOURS)], label=label, linewidth=1.7, marker=marker, markersize=3.5)
         axis.set_title(title, fontsize=11, loc="left")
@@ -76,12 +76,12 @@ def lines(panels: Sequence[tuple[str, str, Mapping[str, Curve]]], x_label: str) 
 
 
 def risk_coverage(curves: Mapping[str, Curve], oracle: Curve, risk: float) -> bytes:
-    """Share of wrong answers among those kept, over the share kept; by score, with the best and a blind ordering.
+    """Plots risk over coverage for each score, with the best possible and a random ordering.
 
     Args:
-      curves: coverage and risk by name; the first is drawn heavier.
-      oracle: of the ordering that drops all wrong answers first.
-      risk: of all answers, which a blind ordering has at any coverage.
+      curves: coverage and risk by name; the first curve is drawn thicker.
+      oracle: curve of the ordering that drops all wrong answers first.
+      risk: risk of all answers, which a random ordering has at any coverage.
 
     Returns:
       PNG.
@@ -100,7 +100,7 @@ def risk_coverage(curves: Mapping[str, Curve], oracle: Curve, risk: float) -> by
 
 
 def histograms(panels: Sequence[tuple[str, str, Mapping[str, Float[np.ndarray, "n"]]]]) -> bytes:
-    """Distributions side by side: title, label of the x axis and values by name of each panel."""
+    """Plots distributions side by side; each panel has a title, a label of the x axis and values by name."""
     figure, axes = _axes(len(panels), 3.0)
     for axis, (title, x_label, groups) in zip(axes, panels, strict=True):
         everything = np.concatenate([np.asarray(v) for v in groups.values()])
@@ -126,7 +126,7 @@ def histograms(panels: Sequence[tuple[str, str, Mapping[str, Float[np.ndarray, "
 def against_truth(
     truth: Float[np.ndarray, "n"], scores: Float[np.ndarray, "n"], correct: np.ndarray, rank_correlation: float
 ) -> bytes:
-    """Uncertainty over the known ambiguity, picture by picture with its median, beside the recall."""
+    """Plots the uncertainty of each image over its known ambiguity, with the median, next to the recall."""
     figure, (left, right) = _axes(2, 3.6)
     left.scatter(truth, scores, s=5, alpha=0.25, color=COLOURS[0], linewidths=0, rasterized=True)
     edges = np.concatenate([[-1e-9, 1e-9], np.linspace(0.1, 1.0, 10)])
@@ -140,12 +140,12 @@ def against_truth(
     right.plot(middle, [100 * correct[g].mean() for g in groups], "o-", color=COLOURS[0], linewidth=1.8)
     right.set_title("Right answers, %", fontsize=11, loc="left")
     for axis in (left, right):
-        axis.set_xlabel("true ambiguity of the picture", fontsize=9)
+        axis.set_xlabel("true ambiguity of the image", fontsize=9)
     return _png(figure)
 
 
 def flatten_to_plane(semantic: Float[np.ndarray, "n d"], seed: int = 0) -> tuple[Float[np.ndarray, "n 2"], str]:
-    """Two dimensions: t-SNE where scikit-learn is installed, else the first two principal components; and which."""
+    """Projects to two dimensions, by t-SNE if scikit-learn is installed, else by PCA; also names the method."""
     centred = np.asarray(semantic, np.float64) - semantic.mean(axis=0)
     _, scale, axes = np.linalg.svd(centred, full_matrices=False)
     principal = centred @ axes[:2].T
@@ -160,7 +160,7 @@ def flatten_to_plane(semantic: Float[np.ndarray, "n d"], seed: int = 0) -> tuple
     if len(semantic) < 10:
         return principal, "the first two principal components"
     perplexity = min(30.0, (len(semantic) - 1) / 3)
-    # Its threads wait by spinning, which on a busy machine takes many times as long as one thread.
+    # Its threads busy-wait, which on a loaded machine is much slower than one thread.
     with threadpool_limits(1, user_api="openmp"):
         placed = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(centred.astype(np.float32))
     return placed, "t-SNE"
@@ -172,7 +172,7 @@ def plane(
     scores: Float[np.ndarray, "n"] | None,
     score_name: str,
 ) -> bytes:
-    """A map of embeddings: coloured by class (those of most pictures, the rest grey), and by a score."""
+    """Plots a map of embeddings, coloured by class (the largest classes, the rest grey) and by a score."""
     figure, axes = _axes(1 if scores is None else 2, 4.9)
     for axis in axes:
         axis.set_xticks([])
@@ -202,7 +202,7 @@ def plane(
 
 
 def matrix(values: Float[np.ndarray, "k k"], names: Sequence[str]) -> bytes:
-    """Shares of answers: rows are the queries' classes, columns the answers'."""
+    """Plots a confusion matrix: rows are the classes of queries, columns those of answers."""
     side = 3.6 + 0.24 * len(names)
     figure = Figure(figsize=(side + 1.5, side), layout="constrained")
     axis = figure.subplots()
@@ -210,14 +210,14 @@ def matrix(values: Float[np.ndarray, "k k"], names: Sequence[str]) -> bytes:
     short = [name if len(name) <= 26 else name[:8] + "…" + name[-17:] for name in map(printable, names)]
     axis.set_xticks(range(len(names)), short, rotation=90, fontsize=8, parse_math=False)
     axis.set_yticks(range(len(names)), short, fontsize=8, parse_math=False)
-    axis.set_xlabel("class of the nearest picture", fontsize=9)
+    axis.set_xlabel("class of the nearest image", fontsize=9)
     axis.set_ylabel("class of the query", fontsize=9)
     figure.colorbar(drawn, ax=axis, shrink=0.6, label="share of the class's queries")
     return _png(figure)
 
 
 def sheet(rows: Sequence[Sequence[tuple[UInt8[np.ndarray, "h w 3"] | None, str, str]]]) -> bytes:
-    """Pictures in rows, each with lines beneath it and a frame's colour."""
+    """A contact sheet: rows of images, each with lines of text and a frame colour."""
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(1.35 * columns + 0.2, 1.95 * len(rows) + 0.1), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)

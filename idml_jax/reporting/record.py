@@ -1,4 +1,4 @@
-"""What a run wrote of itself, ``metrics.jsonl`` and ``result.json``, checked as if a stranger had written it."""
+"""Reads the record of a run, ``metrics.jsonl`` and ``result.json``, as untrusted input."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from idml_jax.errors import UserError, warn
 from idml_jax.runtime.files import first_line
 
-# Parts of result.json that are shown, each metrics by name.
+# Parts of result.json that are shown; each is a dictionary of metrics.
 METRICS = ("best", "final", "untrained")
 
 
@@ -18,7 +18,7 @@ def _is_number(value: object) -> bool:
 
 
 def _text(path: Path) -> str | None:
-    """A file's text; ``None`` where there is none."""
+    """The text of a file; ``None`` if it does not exist."""
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
@@ -26,7 +26,7 @@ def _text(path: Path) -> str | None:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers by name; a metric that is undefined is stored as ``null`` and left out here."""
+    """The finite numbers by name; undefined metrics, stored as ``null``, are left out."""
     return {name: value for name, value in values.items() if _is_number(value) and math.isfinite(value)}
 
 
@@ -45,25 +45,25 @@ def read_record(
 
     Args:
       workdir: folder of the run.
-      warning: receives a line about what is left out.
+      warning: receives a line about lines that are left out.
 
     Returns:
-      The rows of ``metrics.jsonl``, each with a ``step``, and the parts ``METRICS`` of ``result.json``; both empty
-      where the files are missing. Lines that cannot be read are left out: a kill may cut one short.
+      The rows of ``metrics.jsonl``, each with a ``step``, and the parts ``METRICS`` of ``result.json``; empty if the
+      files are missing. Unreadable lines are left out, since a killed process may leave a truncated line.
 
     Raises:
-      UserError: if ``result.json`` is cut short or of another kind.
+      UserError: if ``result.json`` is truncated or has another structure.
     """
     path = workdir / "metrics.jsonl"
     lines = [line for line in (_text(path) or "").splitlines() if line.strip()]
     rows = [row for line in lines if (row := _row(line)) is not None]
     if len(rows) < len(lines):
-        warning(f"{path}: {len(lines) - len(rows):,} of {len(lines):,} lines are no rows of numbers and are left out")
+        warning(f"{path}: {len(lines) - len(rows):,} of {len(lines):,} lines are not rows of numbers and are left out")
     path = workdir / "result.json"
     content = _text(path)
     if content is None:
         return rows, {}
-    cure = "the training command writes it anew once it is deleted"
+    cure = "delete it and rerun the training command to write it again"
     try:
         result = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The sections of a run's page; each is a function from what was measured to HTML."""
+"""The sections of a run's report; each is a function from the evaluated run to HTML."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.training.tasks import Task, task_of
 
 ON_MAP = 1500
-Rows = Sequence[Mapping[str, float]]  # of metrics.jsonl
+Rows = Sequence[Mapping[str, float]]  # rows of metrics.jsonl
 Reader = Callable[[int], bytes | None]  # the encoded image of a row
 SCORE_NAMES = {
     "uncertainty": "|u|, learned", "confidence": "all scores joined, fitted on held-out classes",
@@ -32,21 +32,21 @@ DRAWN = ("confidence", "uncertainty", "ratio_20", "margin_20", "nearest_distance
 
 
 class Seen(NamedTuple):
-    """What the page of a run is made from.
+    """The evaluated run that a report shows.
 
     Attributes:
       model: trained embedding.
-      queries: pictures that search.
-      gallery: pictures that are searched, the same where there is no gallery.
-      embedded: of the queries, ``n`` of them.
-      searched: of the gallery.
+      queries: query images.
+      gallery: images that are searched; the queries if there is no gallery.
+      embedded: embeddings of the ``n`` queries.
+      searched: embeddings of the gallery.
       index: ``[n, k]`` nearest rows of the gallery.
-      distance: ``[n, k]`` of them.
-      correct: ``[n]`` whether the nearest is of the query's class.
-      scores: ``[n]`` by name, larger = less sure.
+      distance: ``[n, k]`` their distances.
+      correct: ``[n]`` whether the nearest image has the query's class.
+      scores: ``[n]`` uncertainty scores by name, larger = less certain.
       history: rows of ``metrics.jsonl``.
-      result: ``result.json``, empty where the run is not finished.
-      figures: retrieval figures of this checkpoint.
+      result: content of ``result.json``; empty if the run is not finished.
+      figures: retrieval metrics of this checkpoint.
     """
 
     model: Trained
@@ -64,12 +64,12 @@ class Seen(NamedTuple):
 
     @property
     def task(self) -> Task:
-        """What the run has learnt."""
+        """The task of the run."""
         return task_of(self.model.config)
 
     @property
     def doubt(self) -> tuple[str, Float[np.ndarray, "n"]]:
-        """Name and value of the score that pictures are sorted by: the learned one where there is one."""
+        """Name and values of the score that sorts images: the learned uncertainty, if there is one."""
         name = next(n for n in ("uncertainty", "margin_10", "margin_2", "nearest_distance") if n in self.scores)
         return name, self.scores[name]
 
@@ -83,7 +83,7 @@ class Seen(NamedTuple):
 
 
 class _Encoded:
-    """Small pictures of a source, encoded, each read once."""
+    """Encoded thumbnails of a source, each read once."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -97,7 +97,7 @@ class _Encoded:
 
 
 class Thumbnails:
-    """Small versions of the images of a page: ``query(record)`` and ``found(record)``, of the gallery."""
+    """Thumbnails for a page: ``query(record)`` for queries and ``found(record)`` for gallery images."""
 
     def __init__(self, seen: Seen):
         self.query = _Encoded(seen.queries)
@@ -113,13 +113,13 @@ def _curve(rows: Rows, name: str) -> plots.Curve | None:
 
 
 def curves(rows: Rows, names: Mapping[str, str], factor: float = 1.0) -> dict[str, plots.Curve]:
-    """Curves over the steps, by the names they are shown under; ``names`` has those of the rows."""
+    """Curves over the steps by displayed name; ``names`` maps names in the rows to displayed names."""
     found = {shown: _curve(rows, name) for name, shown in names.items()}
     return {shown: (x, np.asarray(y) * factor) for shown, curve in found.items() if curve for x, y in [curve]}
 
 
 def head(seen: Seen, images: Thumbnails) -> Markup:
-    """Title, settings and the main figures."""
+    """Title, settings and main metrics."""
     config, untrained = seen.model.config, seen.result.get("untrained")
     best = seen.result.get("best", {})
     headline, measured = seen.task.headline, {**best, **seen.figures}
@@ -140,7 +140,7 @@ def head(seen: Seen, images: Thumbnails) -> Markup:
     name = config.data.name if config.data.name != "folder" else Path(config.data.root or config.data.variant).name
     searched = "each other" if seen.gallery is seen.queries else f"{len(seen.gallery):,} others"
     return pages.html("<h1>{}: {} {}</h1>", name, kind, seen.task.loss_text(config)) + pages.html(
-        '<p class="muted">{}, {} pixels; step {} of <code>{}</code>; {:,} pictures of {:,} classes search {}.</p>{}',
+        '<p class="muted">{}, {} pixels; step {} of <code>{}</code>; {:,} images of {:,} classes search {}.</p>{}',
         config.model.name,
         config.data.image_size,
         seen.model.step,
@@ -155,11 +155,11 @@ def head(seen: Seen, images: Thumbnails) -> Markup:
 def training(seen: Seen, images: Thumbnails) -> Markup:
     """Loss, recall and length of the uncertainty over the steps."""
     rows, panels = seen.history, []
-    losses = {"train/loss": "sum", "train/loss_original": "original pictures", "train/loss_mixed": "mixed pictures"}
+    losses = {"train/loss": "sum", "train/loss_original": "original images", "train/loss_mixed": "mixed images"}
     loss = curves(rows, losses)
     shown = seen.task.followed(seen.model.config)
     recall = curves(rows, {f"eval/{name}": shown for name, shown in shown.items()}, 100)
-    length = curves(rows, {"train/uncertainty": "original pictures", "train/uncertainty_mixed": "mixed pictures"})
+    length = curves(rows, {"train/uncertainty": "original images", "train/uncertainty_mixed": "mixed images"})
     if loss:
         panels.append(("Loss", "", loss))
     if recall:
@@ -174,9 +174,9 @@ def training(seen: Seen, images: Thumbnails) -> Markup:
 
 
 def predictions(seen: Seen, images: Thumbnails) -> Markup:
-    """Which score tells the classifier's wrong predictions; empty for an embedding."""
+    """How well each score detects the classifier's wrong predictions; empty for an embedding."""
     best = seen.result.get("best", {})
-    names = {"u": "|u|, learned", "max_softmax": "1 less the largest probability", "entropy": "entropy"}
+    names = {"u": "|u|, learned", "max_softmax": "1 minus the largest probability", "entropy": "entropy"}
     rows = [
         (shown, float(auroc), float(aurc))
         for name, shown in names.items()
@@ -187,14 +187,14 @@ def predictions(seen: Seen, images: Thumbnails) -> Markup:
         return Markup()
     head = ("score", "AUROC (0.5: chance)", "AURC (0: perfect)")
     return pages.html(
-        "<h2>Does it know which predictions are wrong?</h2>{}<p>Below, the test pictures search each other by the "
-        "classifier's feature: an answer is the nearest other picture.</p>",
+        "<h2>Does it know which predictions are wrong?</h2>{}<p>Below, each test image searches the others by the "
+        "classifier's feature: the answer is the nearest other image.</p>",
         pages.table(head, rows),
     )
 
 
 def knowing(seen: Seen, images: Thumbnails) -> Markup:
-    """Risk over coverage, and the scores judged."""
+    """Risk over coverage, and a table of how well each score detects wrong answers."""
     undefined = uncertainty.r_auroc_undefined(seen.correct)
     if undefined:
         return pages.html("<h2>Does it know when it is wrong?</h2><p>Undefined here: {}.</p>", undefined)
@@ -202,7 +202,7 @@ def knowing(seen: Seen, images: Thumbnails) -> Markup:
     wrong = ~seen.correct
     oracle = uncertainty.risk_coverage(wrong.astype(float), seen.correct)
     thin = np.unique(np.linspace(0, len(wrong) - 1, 400).astype(int))
-    # The first few answers make a curve of chance.
+    # The first few answers are too noisy for a curve.
     thin = thin[thin >= min(20, len(wrong) // 4)]
     drawn = {SCORE_NAMES[n]: (curves[n].coverage[thin], curves[n].risk[thin]) for n in DRAWN if n in curves}
     plot = plots.risk_coverage(drawn, (oracle.coverage, oracle.risk), float(wrong.mean()))
@@ -213,7 +213,7 @@ def knowing(seen: Seen, images: Thumbnails) -> Markup:
     rows.sort(key=lambda row: -row[1])
     best, learned = rows[0][0], "uncertainty" in seen.scores
     said = pages.html("The best score here: <b>{}</b>.", best) + (
-        " The learned uncertainty alone does not beat the free baselines."
+        " The learned uncertainty alone does not beat the baseline scores."
         if learned
         and max(
             float(uncertainty.r_auroc(seen.scores[n], seen.correct))
@@ -227,7 +227,7 @@ def knowing(seen: Seen, images: Thumbnails) -> Markup:
     groups = {"right": score[seen.correct], "wrong": score[wrong]}
     spread = plots.histograms([(f"{SCORE_NAMES[name]}, by answer", "larger = less sure", groups)])
     return pages.html(
-        "<h2>Does it know when it is wrong?</h2><p>Queries are dropped, the least sure first; what remains should be "
+        "<h2>Does it know when it is wrong?</h2><p>The least certain queries are dropped first; the others should be "
         "wrong less often. {}</p>{}{}{}",
         said,
         pages.plot(plot, "risk over coverage by score"),
@@ -237,7 +237,7 @@ def knowing(seen: Seen, images: Thumbnails) -> Markup:
 
 
 def ambiguity(seen: Seen, images: Thumbnails) -> Markup:
-    """Uncertainty beside the known ambiguity, and where pictures were changed."""
+    """Uncertainty against the known ambiguity, and on changed images."""
     parts, best = [], seen.result.get("best", {})
     truth = seen.queries.fields.get("ambiguity")
     if truth is not None and "uncertainty" in seen.scores:
@@ -252,21 +252,21 @@ def ambiguity(seen: Seen, images: Thumbnails) -> Markup:
                 (k, int((names == k).sum()), float(score[names == k].mean()), float(seen.correct[names == k].mean()))
                 for k in sorted(set(names.tolist()))
             ]
-            parts.append(pages.table(("kind of picture", "pictures", "mean |u|", "R@1"), rows))
+            parts.append(pages.table(("kind of image", "images", "mean |u|", "R@1"), rows))
     rows = [(n[4:-3], float(v)) for n, v in best.items() if n.startswith("P(u_") and v is not None]
     if rows:
-        parts.append(Markup("<h3>How often |u| rises when a picture is changed</h3>"))
+        parts.append(Markup("<h3>How often |u| rises when an image is changed</h3>"))
         parts.append(pages.table(("change", "P(|u| changed > |u| original); 0.5: chance"), rows))
     return Markup("<h2>Does the uncertainty see ambiguity?</h2>") + pages.join(parts) if parts else Markup()
 
 
 def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> Markup:
-    """Right and wrong answers, those it is most and least sure of."""
+    """Right and wrong answers, the most and the least certain ones."""
     name, score = seen.doubt
     parts = [
         pages.html(
-            "<h2>Answers</h2><p>The query, framed blue, and its nearest pictures, the nearest first: green of its "
-            "class, red of another. Sorted by {}.</p>",
+            "<h2>Answers</h2><p>Each query (blue frame) and its nearest images, nearest first: green frame if the "
+            "class is the same, red otherwise. Sorted by {}.</p>",
             SCORE_NAMES[name],
         )
     ]
@@ -299,15 +299,15 @@ def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> Markup:
 
 
 def extremes(seen: Seen, images: Thumbnails, count: int = 20) -> Markup:
-    """The most and the least uncertain pictures."""
+    """The most and the least uncertain images."""
     if "uncertainty" not in seen.scores:
         return Markup()
     score, truth = seen.scores["uncertainty"], seen.queries.fields.get("ambiguity")
     order = np.argsort(score, kind="stable")
     parts = [
         Markup(
-            "<h2>The most and the least uncertain pictures</h2><p>Framed green where the nearest picture is of the "
-            "same class, red where it is not.</p>"
+            "<h2>The most and the least uncertain images</h2><p>Green frame if the nearest image has the same class, "
+            "red otherwise.</p>"
         )
     ]
     for title, those in (("Most uncertain", order[::-1][:count]), ("Least uncertain", order[:count])):
@@ -326,7 +326,7 @@ def plane(seen: Seen, images: Thumbnails) -> Markup:
     places, how = plots.flatten_to_plane(seen.embedded.semantic[some], seen.model.config.seed)
     learned = seen.scores.get("uncertainty")
     drawn = plots.plane(places, seen.embedded.labels[some], None if learned is None else learned[some], "|u|")
-    note = f"{len(some):,} of {len(seen.queries):,} test pictures by {how}."
+    note = f"{len(some):,} of {len(seen.queries):,} test images by {how}."
     if how != "t-SNE":
         note += " With scikit-learn (pip install scikit-learn) the map is made by t-SNE, which shows clusters better."
     plot = pages.plot(drawn, "embeddings in a plane")
@@ -334,11 +334,11 @@ def plane(seen: Seen, images: Thumbnails) -> Markup:
 
 
 def confusion(seen: Seen, images: Thumbnails, pairs: int = 10, classes: int = 20) -> Markup:
-    """Classes that are taken for each other."""
+    """Pairs of classes that are confused."""
     asked, said = seen.embedded.labels, seen.searched.labels[seen.index[:, 0]]
     wrong = np.flatnonzero(asked != said)
     if not len(wrong):
-        return Markup("<h2>Confused classes</h2><p>None: every nearest picture is of the query's class.</p>")
+        return Markup("<h2>Confused classes</h2><p>None: every nearest image has the query's class.</p>")
     both = np.sort(np.column_stack([asked[wrong], said[wrong]]), axis=1)
     kinds, first, counts = np.unique(both, axis=0, return_index=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
@@ -367,7 +367,7 @@ def confusion(seen: Seen, images: Thumbnails, pairs: int = 10, classes: int = 20
     return pages.join(parts)
 
 
-# Sections of the page by name; a task says which of them its page has, and in which order.
+# Sections of the page by name; a task selects its sections and their order.
 SECTIONS: dict[str, Section] = {
     "training": training,
     "predictions": predictions,

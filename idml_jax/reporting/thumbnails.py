@@ -9,7 +9,7 @@ SIDE = 96  # pixels
 
 
 def thumbnail(data: bytes, side: int = SIDE) -> np.ndarray | None:
-    """A picture of at most ``side`` pixels, ``[h, w, 3]``; ``None`` where it cannot be read."""
+    """A thumbnail of at most ``side`` pixels, ``[h, w, 3]`` uint8; ``None`` if the image is unreadable."""
     try:
         pixels = decode(data, 3)
     except DecodeError:

@@ -1,8 +1,8 @@
 """The latest and the best checkpoints of a run, through Orbax. The only importer of Orbax.
 
-A run that is stopped between two checkpoints saves one more in the folder ``stopped``, beside ``checkpoints``; it is
-removed once a later checkpoint is on disk. A checkpoint that cannot be read is moved to ``damaged``, and the previous
-one is used. With several processes, each reads by itself, and then all learn whether one of them failed.
+A run that is stopped between two checkpoints saves an additional one in the folder ``stopped``, next to
+``checkpoints``; it is removed once a later checkpoint is on disk. An unreadable checkpoint is moved to ``damaged``, and
+the previous one is used. With several processes each one reads by itself; then all are told whether one of them failed.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ class DamagedError(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of a run, each a state and a JSON-able record of the run so far.
+    """The checkpoints of a run. Each holds a state and a JSON-serialisable record of the run so far.
 
     Args:
       folder: folder of the checkpoints.
       metric: name of the metric that decides which is best; higher is better.
       keep_latest: number of the newest checkpoints to keep.
       keep_best: number of the best checkpoints to keep.
-      read_only: create nothing, for evaluation.
+      read_only: write nothing (for evaluation).
     """
 
     def __init__(self, folder: Path, metric: str, *, keep_latest: int = 1, keep_best: int = 1, read_only: bool = False):
@@ -65,7 +65,7 @@ class Checkpoints:
             read_only=read_only,
         )
         self._tried: list[str] = []
-        # One process moves damaged checkpoints, before the others look.
+        # One process moves damaged checkpoints before the others look.
         if read_only or jax.process_index() == 0:
             for step in _steps(self.folder):
                 self._check_metrics(step, read_only)
@@ -74,7 +74,7 @@ class Checkpoints:
         self._stopped = self.folder.parent / "stopped"
 
     def _check_metrics(self, step: int, read_only: bool) -> None:
-        """Orbax reads this file of all checkpoints at once, and opens no folder where one of them is damaged."""
+        """Sets a checkpoint with a damaged metrics file aside: Orbax reads these files of all checkpoints at once."""
         path = self.folder / str(step) / "metrics" / "metrics"
         try:
             json.loads(path.read_text()) if path.exists() else None
@@ -89,7 +89,7 @@ class Checkpoints:
         if jax.process_index() != 0:
             return
         aside = _move_aside(folder / str(step), self.folder.parent / "damaged")
-        logger.warning("warning: %s; moved to %s, trying the one before", damage, aside)
+        logger.warning("warning: %s; moved to %s, trying the previous one", damage, aside)
 
     @property
     def latest(self) -> int | None:
@@ -98,19 +98,19 @@ class Checkpoints:
 
     @property
     def newest(self) -> int | None:
-        """Step of the newest state, including that of a stopped run."""
+        """Step of the newest state, including the one saved by a stopped run."""
         return max([*self._manager.all_steps(), *_steps(self._stopped)], default=None)
 
     @property
     def by_metric(self) -> list[int]:
-        """Steps, highest metric first; only the newest one if none was measured."""
+        """Steps in descending order of the metric; only the newest one if no metric was measured."""
         scores = {step: self._score(step) for step in self._manager.all_steps()}
         measured = sorted(((score, step) for step, score in scores.items() if score is not None), reverse=True)
         return [step for _, step in measured] or sorted(scores)[-1:]
 
     @property
     def best(self) -> int | None:
-        """Step of the checkpoint with the highest metric, the newest if none was measured."""
+        """Step of the checkpoint with the highest metric; the newest if no metric was measured."""
         return next(iter(self.by_metric), None)
 
     def _score(self, step: int) -> float | None:
@@ -152,11 +152,11 @@ class Checkpoints:
         except Exception as error:
             raise UserError(
                 f"the checkpoint of step {step} cannot be written to {self.folder} ({_reason(error)}); what was saved "
-                "before is whole, and once that is mended the same command goes on from there"
+                "before is whole, and once that is fixed, rerun the same command to resume from there"
             ) from error
 
     def _forget_stopped(self) -> None:
-        """Removes what ``save_stopped`` wrote once a later checkpoint exists."""
+        """Removes the state written by ``save_stopped`` once a later checkpoint exists."""
         stopped = _steps(self._stopped)
         if stopped and jax.process_index() == 0 and (self.latest or 0) >= stopped[-1]:
             shutil.rmtree(self._stopped, ignore_errors=True)
@@ -170,7 +170,7 @@ class Checkpoints:
           like: as for ``restore``.
 
         Raises:
-          UserError: if none can be read, or the newest one is of another architecture.
+          UserError: if no checkpoint is readable, or the newest one has another architecture.
         """
         while True:
             regular, stopped = self.latest, next(iter(_steps(self._stopped)[::-1]), None)
@@ -187,7 +187,7 @@ class Checkpoints:
             if not from_stopped:
                 self._manager.reload()
         if self._tried:
-            raise UserError(f"{self._tried[0]}, and there is no older one; use another --workdir to start anew")
+            raise UserError(f"{self._tried[0]}, and there is no older one; use another --workdir to start a new run")
         return None
 
     def restore(self, step: int, like: State) -> tuple[State, Record]:
@@ -201,7 +201,7 @@ class Checkpoints:
           The state and the record.
 
         Raises:
-          UserError: if the checkpoint is of another architecture.
+          UserError: if the checkpoint has another architecture.
           DamagedError: if it cannot be read.
         """
         return _restore(self.folder, step, like)
@@ -286,12 +286,12 @@ def _save_args(state: PyTree, record: Record) -> ocp.args.Composite:
 def _steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder; unfinished ones have other names."""
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    # In ASCII alone: a superscript 2 is a digit too, but no number.
+    # ASCII only: str.isdigit accepts a superscript 2, which int() rejects.
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def _move_aside(checkpoint: Path, folder: Path) -> Path:
-    """Moves a checkpoint into a folder under a name that is still free."""
+    """Moves a checkpoint into a folder under an unused name."""
     folder.mkdir(exist_ok=True)
     target, count = folder / checkpoint.name, 1
     while target.exists():
@@ -300,7 +300,7 @@ def _move_aside(checkpoint: Path, folder: Path) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """One short line of what an exception, or the one behind it, says."""
+    """The message of an exception, or of its cause, as one short line."""
     text = str(error)
     for known in (
         "No space left on device",
@@ -332,7 +332,7 @@ def _differences(stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether the folder of a run's checkpoints, or the one of a stopped run beside it, has any."""
+    """Whether a run's folder ``checkpoints``, or ``stopped`` next to it, holds a checkpoint."""
     return bool(_steps(folder) or _steps(folder.parent / "stopped"))
 
 
@@ -340,7 +340,7 @@ def save_variables(folder: Path, variables: Variables) -> None:
     """Writes ``params`` and ``batch_stats`` alone, without optimizer or record, whole or not at all.
 
     Args:
-      folder: new.
+      folder: folder to create.
       variables: nested dictionaries of arrays.
     """
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -348,14 +348,14 @@ def save_variables(folder: Path, variables: Variables) -> None:
 
 
 def find_state(path: Path, metric: str) -> Path:
-    """The folder of a stored tree.
+    """Finds the folder of a stored tree of variables.
 
     Args:
       path: what ``save_variables`` wrote, one checkpoint of a run, its folder ``checkpoints``, or the run's folder.
-      metric: what the best of a run goes by.
+      metric: name of the metric that decides which checkpoint of a run is best.
 
     Returns:
-      The folder to read; of a run, that of its best checkpoint.
+      The folder to read; for a run, the folder of its best checkpoint.
 
     Raises:
       UserError: if there is none.
@@ -378,7 +378,7 @@ def find_state(path: Path, metric: str) -> Path:
 def read_variables(folder: Path) -> Variables:
     """``params`` (of ``trunk`` and ``heads``) and ``batch_stats`` of a stored tree, as numpy arrays.
 
-    Of a run that keeps moving averages these are the averages, by which it is evaluated.
+    For a run that keeps moving averages, these are the averages, which evaluation uses.
 
     Raises:
       UserError: if it cannot be read.

@@ -1,8 +1,8 @@
-"""Files and folders that are written whole or not at all, JSON, and the first line of an error.
+"""Writes files and folders completely or not at all; JSON; the first line of an error.
 
-Every file of this package is written here: into a temporary file in the same folder, whose name nobody can foresee and
-which is opened only if it is new, then flushed to the disk and renamed. A target that exists has to be a plain file:
-a device, a pipe, a socket, a folder or a link in its place is refused and stays as it is.
+This module writes all files of the package: to a new temporary file with an unpredictable name in the same folder,
+which is then flushed to disk and renamed. An existing target must be a plain file: a device, pipe, socket,
+folder or link is refused and left unchanged.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from idml_jax.errors import UserError
 
 TEMPORARY = ".tmp"  # ending of temporary files and folders
 _KINDS = (
-    (stat.S_ISLNK, "a link; name the file that it leads to"),
+    (stat.S_ISLNK, "a link; name the file that it points to"),
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -31,12 +31,12 @@ _KINDS = (
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's name where it has none."""
+    """The first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def user_path(given: str | Path) -> Path:
-    """A path that a user typed, absolute, with ``~`` replaced by the home folder.
+    """Makes a path typed by a user absolute and expands ``~``.
 
     Raises:
       UserError: for an empty path, or the home folder of an unknown user.
@@ -53,11 +53,11 @@ def check_target(path: Path) -> bool:
     """Checks that a file may be written, and returns whether it replaces one.
 
     Raises:
-      UserError: if something else than a plain file has that name.
+      UserError: if the path exists and is not a plain file.
     """
     try:
         mode = os.lstat(path).st_mode
-    except OSError:  # absent, or out of reach, which writing tells
+    except OSError:  # absent, or inaccessible, which writing will report
         return False
     if stat.S_ISREG(mode):
         return True
@@ -66,7 +66,7 @@ def check_target(path: Path) -> bool:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Creates a folder with its parents and returns those that were missing, the innermost first."""
+    """Creates a folder and its parents and returns those that were missing, the innermost first."""
     missing = []
     for parent in (folder, *folder.parents):
         if parent.exists():
@@ -81,7 +81,7 @@ def _temporary(folder: Path) -> Path:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes a renaming last; some file systems have no such thing."""
+    """Makes a rename durable; some file systems do not support this."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -92,7 +92,7 @@ def _flush_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path, kept: str) -> Iterator[Path]:
-    """A temporary path beside ``path``; what is left of it and of new folders goes if anything fails."""
+    """Yields a temporary path next to ``path``; on an error it is removed, and so are new folders."""
     made: list[Path] = []
     temporary = _temporary(path.parent)
     try:
@@ -102,7 +102,7 @@ def _writing(path: Path, kept: str) -> Iterator[Path]:
         reason = error.strerror or first_line(error)
         if error.filename and str(temporary) not in str(
             error.filename
-        ):  # of a file that was read meanwhile, or a folder
+        ):  # from reading another file in the block, or from a folder
             reason += f": {error.filename}"
         raise UserError(f"{path}: cannot be written ({reason}); {kept}") from error
     else:
@@ -120,21 +120,21 @@ def _writing(path: Path, kept: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write into that takes the name ``path`` when the block ends without an error.
+    """A file to write to that is renamed to ``path`` when the block ends without an error.
 
-    Folders that are missing are created. The file gets the permissions of any new file (``umask``).
+    Missing folders are created. The file has the usual permissions of a new file (``umask``).
 
     Args:
-      path: of the file; absent, or a plain file, which is then replaced.
+      path: file to write; an existing plain file is replaced.
 
     Yields:
       The temporary file, open for writing bytes and seekable.
 
     Raises:
-      UserError: if ``path`` is something else than a file, or cannot be written (a full disk, missing permission).
+      UserError: if ``path`` is not a plain file, or cannot be written (disk full, permission denied).
     """
     path = Path(path)
-    kept = "the file that is there is kept" if check_target(path) else "nothing is left behind"
+    kept = "the existing file is kept" if check_target(path) else "nothing is left behind"
     with _writing(path, kept) as temporary:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
         with os.fdopen(os.open(temporary, flags, 0o666), "w+b") as file:
@@ -147,27 +147,27 @@ def atomic(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file whole or not at all; see ``atomic``."""
+    """Writes a file completely or not at all; see ``atomic``."""
     with atomic(path) as file:
         file.write(content)
 
 
 def write_text(path: str | Path, content: str) -> None:
-    """Writes text as UTF-8, whole or not at all; parts of file names that are no text keep their bytes."""
+    """Writes text as UTF-8, completely or not at all; undecodable bytes of file names are kept."""
     write_bytes(path, content.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as JSON, whole or not at all; see ``atomic``."""
+    """Writes a value as JSON, completely or not at all; see ``atomic``."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder that takes the name ``path`` when the block ends without an error.
+    """A new folder that is renamed to ``path`` when the block ends without an error.
 
     Args:
-      path: of the folder; must not exist.
+      path: folder to create; must not exist.
 
     Yields:
       A temporary folder to fill.
@@ -177,7 +177,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if os.path.lexists(path):
-        raise UserError(f"{path} is already there")
+        raise UserError(f"{path} already exists")
     with _writing(path, "nothing is left behind") as temporary:
         temporary.mkdir()
         yield temporary
@@ -186,7 +186,7 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         if os.path.lexists(path):
-            raise UserError(f"{path} is already there")
+            raise UserError(f"{path} already exists")
         os.rename(temporary, path)
         _flush_folder(path.parent)
 
@@ -195,11 +195,12 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
 def locked(path: str | Path, busy: str) -> Iterator[None]:
     """Holds a lock file, so that two processes do not write the same thing at the same time.
 
-    The lock is the operating system's and ends with the process, however that ends; the file only says whose it is.
+    The operating system holds the lock and releases it when the process ends for any reason; the file only names the
+    owner.
 
     Args:
-      path: of the lock file; it is gone afterwards.
-      busy: what to say where another process holds the lock; its number is added.
+      path: lock file; removed at the end.
+      busy: message if another process holds the lock; the process number is appended.
 
     Raises:
       UserError: with ``busy``, or if the lock file cannot be written.
@@ -237,7 +238,7 @@ def locked(path: str | Path, busy: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         os.close(handle)
-        for folder in made:  # where nothing has come into them
+        for folder in made:  # those that are still empty
             with contextlib.suppress(OSError):
                 folder.rmdir()
 

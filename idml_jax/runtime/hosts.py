@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, agree, and end together."""
+"""Runs of several processes: connecting, agreeing on errors, and ending together."""
 
 import os
 import sys
@@ -13,12 +13,12 @@ from idml_jax.runtime.files import first_line
 
 
 def connect(coordinator: str, processes: int, index: int, timeout: int = 300) -> None:
-    """Connects the processes of a run. Call it before asking jax for a device.
+    """Connects the processes of a run; must be called before JAX creates a device.
 
     Args:
-      coordinator: ``host:port`` of process 0; ``auto`` where the platform gives all three (TPU pod slice, Slurm).
+      coordinator: ``host:port`` of process 0; ``auto`` if the platform provides all three (TPU pod slice, Slurm).
       processes: number of processes.
-      index: number of this process.
+      index: index of this process, from 0.
       timeout: seconds to wait for the others.
 
     Raises:
@@ -33,7 +33,7 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
             raise UserError(f"--process_index={index} must be in [0, {processes}), of --processes={processes}")
         arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": index}
     try:
-        # A dead process is noticed at the heartbeat's limit; the others then end instead of hanging.
+        # A dead process is detected at the heartbeat limit; the others then exit instead of hanging.
         jax.distributed.initialize(**arguments, initialization_timeout=timeout, heartbeat_timeout_seconds=30)
     except Exception as error:
         raise UserError(
@@ -42,7 +42,7 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
 
 
 def first_of(true: bool) -> int | None:
-    """The first process for which ``true`` holds, ``None`` if there is none. All processes must call it."""
+    """Index of the first process where ``true`` is set; ``None`` if there is none. All processes must call it."""
     if jax.process_count() == 1:
         return 0 if true else None
     found = np.flatnonzero(multihost_utils.process_allgather(np.asarray([true])))
@@ -50,13 +50,13 @@ def first_of(true: bool) -> int | None:
 
 
 def wait(what: str) -> None:
-    """Waits until all processes have arrived here."""
+    """Waits until all processes have reached this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def agree(problem: Exception | None) -> None:
-    """Raises on all processes if one of them met a problem. All processes must call it.
+    """Raises on all processes if one of them has a problem. All processes must call it.
 
     Raises:
       Exception: the problem of this process.
@@ -70,15 +70,15 @@ def agree(problem: Exception | None) -> None:
 
 
 def lost(error: Exception) -> NoReturn:
-    """Ends this process because another one is gone, without waiting for it as a normal exit would."""
+    """Exits because another process is gone, without waiting for it as a normal exit would."""
     leave(
         f"another process of this run has died or cannot be reached ({first_line(error)[:200]}); "
-        "the same command on all hosts goes on from the last checkpoint"
+        "rerun the same command on all hosts to resume from the last checkpoint"
     )
 
 
 def leave(message: str) -> NoReturn:
-    """Ends this process at once, so that others that wait for it in a collective notice that it is gone."""
+    """Exits at once, so that processes waiting for this one in a collective operation notice."""
     print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

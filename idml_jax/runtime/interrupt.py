@@ -1,7 +1,7 @@
-"""Stopping a run by a signal: it saves its state and ends with its own exit code.
+"""Stops a run on a signal: it saves its state and exits with a dedicated exit code.
 
-Schedulers and clouds announce the end of a machine by SIGTERM; Slurm can send SIGUSR1 (``--signal=USR1@120``). JAX is
-imported late, so that a command can listen to signals before anything else is loaded.
+Schedulers and cloud providers send SIGTERM before they take a machine away; Slurm can send SIGUSR1
+(``--signal=USR1@120``). JAX is imported late, so that a command handles signals before anything else is loaded.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 
 from idml_jax.errors import end_now
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command resumes the run.
+# EX_TEMPFAIL of sysexits.h: not a failure; the same command resumes the run.
 EXIT_CODE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -23,14 +23,14 @@ class Stopped(Exception):
 
 
 def end_when_asked() -> None:
-    """Lets ``SIGNALS`` and Ctrl-C end this process with a line, as long as there is nothing to save yet.
+    """Makes ``SIGNALS`` and Ctrl-C exit with a one-line message while there is nothing to save yet.
 
-    Ctrl-C is an exception again after ``as_exception``: raised within an import it would look like an error of that.
+    ``as_exception`` makes Ctrl-C an exception again: raised during an import, it would look like an import error.
     """
     owner = os.getpid()
 
     def end(number: int, _: FrameType | None) -> None:
-        if os.getpid() != owner:  # a process of the data loader, which has nothing to say
+        if os.getpid() != owner:  # a worker process of the data loader stays silent
             os._exit(EXIT_CODE)
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         code = 128 + signal.SIGINT if number == signal.SIGINT else EXIT_CODE
@@ -41,11 +41,11 @@ def end_when_asked() -> None:
             signal.signal(number, end)
 
 
-_ctrl_c: list[int] = []  # noted, since an exception within a callback or a finaliser is lost
+_ctrl_c: list[int] = []  # recorded, since an exception inside a callback or a finaliser is lost
 
 
 def as_exception() -> None:
-    """Lets Ctrl-C raise ``KeyboardInterrupt`` again, unless it is ignored; ``StopRequest.check`` repeats a lost one."""
+    """Makes Ctrl-C raise ``KeyboardInterrupt`` again, unless it is ignored; ``StopRequest.check`` raises lost ones."""
 
     def interrupt(number: int, _: FrameType | None) -> None:
         _ctrl_c.append(number)
@@ -57,10 +57,11 @@ def as_exception() -> None:
 
 
 class StopRequest:
-    """Remembers, inside a ``with`` block, that one of ``SIGNALS`` arrived, without interrupting anything.
+    """Records, inside a ``with`` block, that one of ``SIGNALS`` has arrived, without interrupting anything.
 
-    With several processes, JAX's own service listens to SIGTERM and makes all of them stop at the same call of
-    ``check``; SIGUSR1 is forwarded as SIGTERM. Outside the main thread Python cannot catch signals, so none is caught.
+    With several processes, JAX's preemption service receives SIGTERM and makes all of them stop at the same call of
+    ``check``; SIGUSR1 is forwarded as SIGTERM. Python handles signals in the main thread only; elsewhere this has no
+    effect.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
-        """Call it between two steps and between two batches of an evaluation, on all processes alike.
+        """Raises if the run should stop. Call it after every step and every evaluation batch, on all processes.
 
         Raises:
           Stopped: once a signal has arrived; with several processes, at the same call on all of them.

@@ -1,6 +1,6 @@
-"""The device mesh and where arrays live on it: batches split along ``data``, everything else on every device.
+"""The device mesh and the placement of arrays: batches are split along ``data``, everything else is replicated.
 
-For very many classes the proxies, and what the optimizer holds of them, are split along ``data`` too, by classes.
+With very many classes the proxies and their optimizer state are also split along ``data``, by class.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from idml_jax.errors import UserError
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """One axis, ``data``, over all devices of all hosts."""
+    """A mesh with one axis, ``data``, over all devices of all hosts (or the given ones)."""
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def host_of(mesh: Mesh) -> tuple[int, int]:
-    """This host's number among those whose devices are in the mesh, and how many there are."""
+    """Index of this host among the hosts with devices in the mesh, and the number of such hosts."""
     processes = sorted({device.process_index for device in mesh.devices.flat})
     return processes.index(jax.process_index()), len(processes)
 
@@ -30,18 +30,18 @@ def check_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
         raise UserError(f"{field} ({batch_size}) must be a multiple of the {mesh.size} devices")
 
 
-# Rows of a split table are a multiple of this, 2^8 x 15, so that its shape, and with it a checkpoint, does not depend
-# on the number of devices, and all usual numbers of them share it evenly.
+# The number of rows of a split table is a multiple of this, 2^8 x 15, so that its shape (and the checkpoint) does not
+# depend on the number of devices, and all usual device counts divide it.
 ROW_MULTIPLE = 3840
 
 
 def padded_rows(rows: int) -> int:
-    """Rows of a table that is split over devices: at least ``rows``, the others are padding."""
+    """Number of rows of a table that is split over devices: ``rows`` plus padding."""
     return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def check_rows(rows: int, mesh: Mesh) -> None:
-    """Raises ``UserError`` unless a table of so many classes splits evenly over the devices."""
+    """Raises ``UserError`` unless a table with ``rows`` classes splits evenly over the devices."""
     if padded_rows(rows) % mesh.size:
         raise UserError(
             f"config.sharding.proxies: {padded_rows(rows)} rows for {rows} classes do not split over {mesh.size} "
@@ -50,17 +50,17 @@ def check_rows(rows: int, mesh: Mesh) -> None:
 
 
 def constrain(x: jax.Array, mesh: Mesh, *axes: str | None) -> jax.Array:
-    """Inside ``jit``: says which axes of an array (and of its gradient) are split, ``None`` for one that is not."""
+    """Constrains, inside ``jit``, which axes of an array (and of its gradient) are split; ``None``: not split."""
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def placement(tree: Any, mesh: Mesh, split: tuple[str, ...] = ()) -> Any:
-    """Where every array of a state lives.
+    """The sharding of every array of a state.
 
     Args:
-      tree: of arrays, or of their shapes.
+      tree: pytree of arrays, or of their shapes.
       mesh: devices.
-      split: keys below which tables (arrays with two axes) are split by rows; all else is on every device.
+      split: keys below which tables (arrays with two axes) are split by rows; all other arrays are replicated.
 
     Returns:
       A tree of ``NamedSharding``.
@@ -79,13 +79,13 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's part of a batch to a global array, split along ``data``."""
+    """Turns this host's part of a batch into global arrays, split along ``data``."""
     place = NamedSharding(mesh, PartitionSpec("data"))
     return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
 
 
 def to_host(tree: Any) -> Any:
-    """Whole arrays as numpy on every host, also where they are spread over hosts."""
+    """Gathers complete arrays as numpy on every host, even if they are spread over hosts."""
 
     def fetch(x: jax.Array) -> np.ndarray:
         if x.is_fully_addressable:

@@ -1,4 +1,4 @@
-"""Metric writers: metrics.jsonl always, TensorBoard and progress through CLU. The only importer of CLU.
+"""Metric writers: metrics.jsonl, and TensorBoard and progress through CLU. The only importer of CLU.
 
 CLU's writers import TensorFlow and TensorBoard. Without those, a run continues after one warning.
 """
@@ -36,14 +36,14 @@ class MetricWriter:
     """Writes scalars by step.
 
     Args:
-      workdir: gets ``metrics.jsonl`` and ``tensorboard/``.
+      workdir: folder of the run, for ``metrics.jsonl`` and ``tensorboard/``.
       active: false on all hosts but the first; an inactive writer writes nothing.
-      tensorboard: write TensorBoard logs too, if possible.
+      tensorboard: also write TensorBoard logs, if possible.
       rows: number of rows of ``metrics.jsonl`` that belong to the resumed state, 0 for a new run. Later rows are
         dropped, since the run will write them again.
 
     Attributes:
-      rows: number of rows written so far, kept rows included.
+      rows: number of rows written so far, including the kept ones.
     """
 
     def __init__(self, workdir: Path, *, active: bool = True, tensorboard: bool = True, rows: int = 0):
@@ -58,7 +58,7 @@ class MetricWriter:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         keep = [line for line in lines if _is_row(line)][:rows]
         if len(keep) < rows:
-            logger.warning("warning: %s holds %d of the %d rows that it had; going on", path, len(keep), rows)
+            logger.warning("warning: %s holds %d of the %d rows that it had; continuing", path, len(keep), rows)
             self.rows = len(keep)
         if keep != lines:
             write_text(path, "".join(line + "\n" for line in keep))
@@ -84,7 +84,7 @@ class MetricWriter:
         if not self._active:
             return
         values = {k: float(v) for k, v in scalars.items()}
-        # JSON has no NaN; null is what other readers understand.
+        # JSON has no NaN; other readers understand null.
         row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
         try:
             self._file.write(json.dumps(row) + "\n")
@@ -101,17 +101,17 @@ class MetricWriter:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            if error.errno != errno.EINVAL:  # a pipe or a device, which has no disk
+            if error.errno != errno.EINVAL:  # a pipe or a device, which cannot be synced
                 raise self._cannot(error) from error
 
     def _cannot(self, error: OSError) -> UserError:
         return UserError(
             f"{self._file.name}: cannot be written ({error.strerror}); "
-            "once that is mended the same command goes on from the last checkpoint"
+            "once that is fixed, rerun the same command to resume from the last checkpoint"
         )
 
     def progress(self, total: int, first: int) -> "Progress":
-        """Reports progress and the time left every few seconds."""
+        """An object that reports progress and the remaining time every few seconds."""
         periodic = self._clu[1] if self._clu else None
         return Progress(total, first, periodic, self._tensorboard)
 
@@ -134,7 +134,7 @@ def _is_row(line: str) -> bool:
 
 
 class Progress:
-    """Speed and time to go. CLU's periodic action reports steps per second to TensorBoard beside it."""
+    """Measures speed and remaining time; CLU's periodic action also reports steps per second to TensorBoard."""
 
     def __init__(self, total: int, first: int, periodic: Any, writer: Any):
         self._total, self._step, self._time = total, first, time.monotonic()
@@ -143,16 +143,16 @@ class Progress:
             self._action = periodic.ReportProgress(num_train_steps=total, writer=writer, every_secs=30.0)
 
     def tick(self, step: int) -> None:
-        """To be called after every step."""
+        """Must be called after every step."""
         if self._action:
             self._action(step)
 
     def pause(self, seconds: float) -> None:
-        """Time spent on something else than training."""
+        """Excludes time, in seconds, that was not spent on training."""
         self._time += seconds
 
     def measure(self, step: int) -> tuple[float, float]:
-        """Steps per second since the last measurement, and seconds to go."""
+        """Steps per second since the last measurement, and the remaining seconds."""
         now = time.monotonic()
         rate = (step - self._step) / max(now - self._time, 1e-9)
         self._step, self._time = step, now

@@ -1,1 +1,1 @@
-"""From settings to a trained embedding."""
+"""Training: from settings to a trained embedding."""

@@ -1,4 +1,4 @@
-"""A run put together from its settings, each part from its own part of them."""
+"""Builds a run from its settings."""
 
 import logging
 from collections.abc import Callable
@@ -26,17 +26,17 @@ logger = logging.getLogger("idml_jax")
 
 
 class Run(NamedTuple):
-    """What a run is made of, built from its settings.
+    """The parts of a run, built from its settings.
 
     Attributes:
       config: the settings.
-      splits: images.
+      splits: images of the run.
       sampler: order of the training images.
-      train_transform: of training images.
-      test_transform: of test images.
-      setup: of the steps.
+      train_transform: transform of training images.
+      test_transform: transform of test images.
+      setup: fixed parts of a training step.
       mesh: devices.
-      total_steps: of the whole run.
+      total_steps: number of steps of the whole run.
     """
 
     config: ConfigDict
@@ -50,24 +50,24 @@ class Run(NamedTuple):
 
     @property
     def task(self) -> Task:
-        """What is learnt."""
+        """The task of the run: retrieval or classification."""
         return task_of(self.config)
 
     @property
     def eval_source(self) -> Source:
-        """The images that evaluation goes by."""
+        """The images used for evaluation: the queries."""
         return self.evaluation(None).source
 
     @property
     def eval_gallery(self) -> Source | None:
-        """What those images search; ``None`` where they search each other."""
+        """The images that the queries search; ``None`` if they search each other."""
         return self.evaluation(None).gallery
 
     def evaluation(self, variables: Any, check: Callable[[], None] = lambda: None) -> Evaluation:
-        """The run's network with given weights, and the images that it is measured on.
+        """The run's network with given variables, and the images to evaluate it on.
 
         Args:
-          variables: of the model, on the mesh.
+          variables: variables of the model, on the mesh.
           check: called before every batch; may raise to stop.
         """
         config = self.config
@@ -96,7 +96,7 @@ class Run(NamedTuple):
         return jax.device_put(state, sharding.placement(state, self.mesh, self.setup.objective.split))
 
     def with_variables(self, state: TrainState, variables: dict[str, Any]) -> TrainState:
-        """A fresh state with what ``weights.load`` gives in place of its own weights and statistics."""
+        """A fresh state with weights and statistics from ``weights.load`` substituted."""
         merged = weights.merge(state.latest, variables)
         state = state.replace(params={**state.params, **merged["params"]}, batch_stats=merged["batch_stats"])
         if self.setup.ema:
@@ -104,10 +104,10 @@ class Run(NamedTuple):
         return self.place(state)
 
     def pretrained(self) -> tuple[dict[str, Any], str]:
-        """The weights that the settings name, and a line about them.
+        """Loads the pretrained weights that the settings name; also returns a line that describes them.
 
         Raises:
-          UserError: if they do not fit.
+          UserError: if the weights do not match the network.
         """
         images = jax.ShapeDtypeStruct((1, *image_shape(self.config)), jnp.float32)
         like = jax.eval_shape(self.setup.model.init, jax.random.key(0), images)
@@ -121,7 +121,7 @@ def image_shape(config: ConfigDict) -> tuple[int, int, int]:
 
 
 def build(config: ConfigDict) -> Run:
-    """Reads the data and puts a run together; nothing is written.
+    """Opens the data and builds a run; nothing is written.
 
     Raises:
       UserError: for settings or data that cannot work.
@@ -162,7 +162,7 @@ def build(config: ConfigDict) -> Run:
 
 
 def mesh_of(config: ConfigDict) -> Mesh:
-    """All devices, which have to share the batches evenly."""
+    """A mesh of all devices; checks that batches divide evenly among them."""
     mesh = sharding.data_mesh()
     sharding.check_divisible(config.batch_size, mesh, "config.batch_size")
     parts = config.optim.accumulate
@@ -176,7 +176,7 @@ def mesh_of(config: ConfigDict) -> Mesh:
 
 
 def data_of(config: ConfigDict) -> datasets.Splits:
-    """The images of ``config.data``."""
+    """Loads the images of ``config.data``."""
     data = config.data
     names = ("root", "data_dir", "variant", "train_classes", "on_corrupt")
     return datasets.load_dataset(

@@ -30,7 +30,7 @@ def network_options(model: ConfigDict) -> dict[str, Any]:
 
 
 def learns_uncertainty(config: ConfigDict) -> bool:
-    """Whether anything teaches the uncertainty head: the metric or the order of the images."""
+    """Whether any loss trains the uncertainty head: through the metric or the ranking loss."""
     return bool(config.ism.enabled or config.ism.ranking)
 
 

@@ -1,4 +1,4 @@
-"""Which settings can work together."""
+"""Checks of settings, also of their combinations."""
 
 from ml_collections import ConfigDict
 
@@ -11,7 +11,7 @@ from idml_jax.training.config import learns_uncertainty
 from idml_jax.training.fields import at_least, choice, value_of
 from idml_jax.training.tasks import TASKS, task_of
 
-# Fields that are at least 1, and at least 0; all of them finite.
+# Fields that must be at least 1, and at least 0; all must be finite.
 AT_LEAST_ONE = (
     "batch_size", "epochs", "data.threads", "data.prefetch", "eval.every_epochs", "eval.batch_size",
     "checkpoint.every_epochs", "checkpoint.keep_latest", "checkpoint.keep_best", "log.every_steps",
@@ -51,7 +51,7 @@ def validate(config: ConfigDict) -> None:
         if not 0 <= value_of(config, field) <= 1:
             raise UserError(f"config.{field} = {value_of(config, field)} must be in [0, 1]")
     watch.debug_checks(config.debug)
-    # Tables that may get entries from outside are read when they are needed.
+    # Registries may get entries from outside the package, so they are read at call time.
     for field, known in {"loss.name": tuple(sorted(LOSSES)), "task": tuple(TASKS), **CHOICES}.items():
         choice(config, field, known)
     _check_data(config.data)
@@ -61,11 +61,11 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_data(data: ConfigDict) -> None:
-    """Channels, sizes, crops and changes of images."""
+    """Checks channels, sizes, crops and changes of images."""
     if data.transform != "retrieval" and data.rotation:
         raise UserError(f"config.data.rotation = {data.rotation} needs config.data.transform = 'retrieval'")
     if data.transform == "imagenet" and data.lighting and data.channels != 3:
-        raise UserError("config.data.lighting is of colours; config.data.channels = 1 needs config.data.lighting=0.0")
+        raise UserError("config.data.lighting changes colours; config.data.channels = 1 needs config.data.lighting=0.0")
     if data.channels not in (1, 3):
         raise UserError(f"config.data.channels = {data.channels}; known: 1 (grey), 3 (colour)")
     for field in ("mean", "std"):
@@ -95,7 +95,7 @@ def _check_data(data: ConfigDict) -> None:
 
 
 def _check_learning(config: ConfigDict) -> None:
-    """Mixup, the metric and the optimizer."""
+    """Checks Mixup, the metric and the optimizer."""
     if config.mixup.enabled and not config.mixup.alpha > 0:
         raise UserError("config.mixup.alpha must be above 0; config.mixup.enabled=False turns Mixup off")
     if config.ism.enabled and config.model.uncertainty_head == "none":
@@ -112,7 +112,7 @@ def _check_learning(config: ConfigDict) -> None:
 
 
 def _check_evaluation(config: ConfigDict) -> None:
-    """What is measured on which images."""
+    """Checks the metrics and the images of evaluation."""
     if not config.eval.ks or any(not isinstance(k, int) or k < 1 for k in config.eval.ks):
         raise UserError(f"config.eval.ks = {tuple(config.eval.ks)} must be whole numbers of at least 1")
     if not 0 < config.eval.precision <= 1:

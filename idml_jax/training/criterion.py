@@ -1,4 +1,4 @@
-"""What a training step minimises, as the step and the training state see it."""
+"""The loss of a training step, as the step and the training state use it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +8,15 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from idml_jax.ism import Embedding
 from idml_jax.losses.memory import Memory
 
-# Trained and resting parameters, state, batch, set-up of the step, whether the trunk learns; to the loss and
+# From trained and frozen parameters, state, batch, step set-up and whether the trunk learns, to the loss and
 # (running statistics, outputs of the heads, metrics).
 BatchLoss = Callable[..., tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]]
 
 
 class Criterion:
-    """A loss with what it learns and remembers. Subclasses are frozen dataclasses: a static argument of the step.
+    """A loss with its parameters and its memory. Subclasses are frozen dataclasses: a static argument of the step.
 
-    A loss without parameters and memory of its own only has to define ``loss`` and ``batch_loss``.
+    A loss without parameters and memory needs to define only ``loss`` and ``batch_loss``.
 
     Attributes:
       loss: name of the loss, for messages.
@@ -34,13 +34,13 @@ class Criterion:
         raise NotImplementedError
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Groups of parameters beside the network's."""
+        """Initial parameter groups of the loss."""
         return {}
 
     def init_memory(self) -> Memory | tuple[()]:
-        """An empty cross-batch memory, ``()`` where there is none."""
+        """An empty cross-batch memory; ``()`` if the loss has none."""
         return ()
 
     def remember(self, store: Memory | tuple[()], embedding: Embedding, labels: Int[Array, "n"]) -> Memory | tuple[()]:
-        """The memory with a batch in it; called after the batch's loss."""
+        """The memory after storing a batch; called after the batch's loss."""
         return store

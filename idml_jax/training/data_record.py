@@ -1,4 +1,4 @@
-"""The data that a run was started with, so that it is not resumed with other labels."""
+"""Record of a run's training data, so that a run is not resumed with other labels."""
 
 import hashlib
 import json
@@ -14,21 +14,21 @@ from idml_jax.errors import UserError, printable
 from idml_jax.runtime.files import first_line, write_json
 
 FILE = "data.json"
-# Names of more classes are not stored, only their digest.
+# For more classes only a digest of their names is stored.
 MOST_NAMES = 20_000
 
 Record = dict[str, dict[str, object]]
 
 
 def record_of(splits: Splits) -> Record:
-    """What identifies the images of a run: per part the classes, their sizes and a digest of the images' names.
+    """Identifies the images of a run: for each part its classes, their sizes and a digest of the image names.
 
     Args:
       splits: images of the run.
 
     Returns:
-      A JSON-able dictionary by part (``train``, ``test``, ...). Paths count from the folder that all images of a part
-      have in common, so data may be moved as a whole.
+      A JSON-serialisable dictionary by part (``train``, ``test``, ...). Paths are relative to the common folder of all
+      images of a part, so the data may be moved as a whole.
     """
     parts = {name: part for name, part in splits._asdict().items() if part is not None}
     return {name: _record(part) for name, part in parts.items()}
@@ -57,25 +57,25 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def remember(splits: Splits, workdir: Path) -> None:
-    """Writes the record of a new run; that of an existing run stays."""
+    """Writes the record of a new run; an existing record is kept."""
     if not (workdir / FILE).exists():
         write_json(workdir / FILE, record_of(splits))
 
 
 def check(splits: Splits, workdir: Path, parts: Sequence[str] = Splits._fields) -> list[str]:
-    """Compares the data of a run with the data that it was started with.
+    """Compares the current data of a run with the data it was started with.
 
     Args:
-      splits: images of the run as they are now.
-      workdir: folder of the run; one without a record, of an earlier version, passes.
+      splits: current images of the run.
+      workdir: folder of the run; without a record (written by an earlier version) there is no check.
       parts: parts to compare.
 
     Returns:
       Warnings about images that were added, removed or renamed, one line each.
 
     Raises:
-      UserError: if the training classes are others, so that every label would mean another class; if the record
-        cannot be read.
+      UserError: if the training classes have changed, so that labels would mean other classes; if the record cannot be
+        read.
     """
     path = workdir / FILE
     if not path.exists():
@@ -91,10 +91,10 @@ def check(splits: Splits, workdir: Path, parts: Sequence[str] = Splits._fields) 
         if before is None or name not in parts or before == now:
             continue
         if before.get("class_digest") != now["class_digest"]:
-            line = f"the classes of the {name} images are others than when the run was started ({_change(before, now)})"
+            line = f"the classes of the {name} images are not those that the run started with ({_change(before, now)})"
             if name == "train":
                 raise UserError(
-                    f"{workdir}: {line}, so its labels would mean other classes; bring the data back, or use another "
+                    f"{workdir}: {line}, so its labels would mean other classes; restore the data, or use another "
                     "--workdir"
                 )
             warnings.append(line)
@@ -106,7 +106,7 @@ def check(splits: Splits, workdir: Path, parts: Sequence[str] = Splits._fields) 
 
 
 def _change(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """How two lists of classes differ, in a few words."""
+    """Describes how two lists of classes differ."""
     old, new = before.get("classes"), now["classes"]
     if not isinstance(old, list) or not isinstance(new, list):
         return "their names differ"

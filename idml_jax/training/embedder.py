@@ -1,4 +1,4 @@
-"""Images of a source to embeddings, by one path for evaluation, embedding, search and reports."""
+"""Embeds the images of a source; shared by evaluation, embedding, search and reports."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class Network:
 
     Attributes:
       model: network.
-      mean: per channel, of images in [0, 1].
-      std: per channel.
+      mean: mean per channel, of images in [0, 1].
+      std: standard deviation per channel.
     """
 
     model: EmbeddingModel
@@ -37,11 +37,11 @@ class Network:
     std: tuple[float, ...]
 
     def normal(self, images: UInt8[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        """Images as the model takes them."""
+        """Images normalised for the model."""
         return normalize(images, self.mean, self.std)
 
     def outputs(self, variables: Any, inputs: Float[Array, "n h w c"]) -> dict[str, Array]:
-        """All outputs of the model in evaluation, for normalised images."""
+        """All outputs of the model in evaluation mode, for normalised images."""
         out: Any = self.model.apply(variables, inputs, False)
         return out
 
@@ -60,7 +60,7 @@ def embed_mixed_step(
     *,
     network: Network,
 ) -> dict[str, Array]:
-    """Embeddings of images blended with others, ``lam`` being the share of the first, as ``embed_step``."""
+    """As ``embed_step``, of images blended with others; ``lam`` is the share of the first image."""
     out = network.outputs(variables, mixing.blend(network.normal(images), network.normal(others), lam))
     return {name: out[name] for name in OUTPUTS}
 
@@ -70,12 +70,12 @@ jit_embed_mixed_step = jax.jit(embed_mixed_step, static_argnames=("network",))
 
 
 class Rows(NamedTuple):
-    """What was computed of the images of one batch, on the host.
+    """The results for the images of one batch, on the host.
 
     Attributes:
-      records: ``[m]`` records of the source, of the images that could be read.
+      records: ``[m]`` record indices of the readable images.
       values: arrays with a row per record.
-      skipped: record and reason of the images that could not be read.
+      skipped: record index and reason of each unreadable image.
     """
 
     records: Int[np.ndarray, "m"]
@@ -92,10 +92,10 @@ class Embedder:
       variables: weights and statistics, on the mesh.
       transform: test transform, from an encoded image to pixels.
       mesh: devices.
-      batch_size: images per step over all devices.
+      batch_size: number of images per step over all devices.
       channels: 3 for colour, 1 for grey.
       threads: number of reader and decoder threads.
-      learned: whether training has taught the uncertainty head anything; without it, embeddings have no uncertainty.
+      learned: whether the uncertainty head was trained; otherwise embeddings have no uncertainty.
       check: called before every batch; may raise to stop.
     """
 
@@ -121,7 +121,7 @@ class Embedder:
         Args:
           source: images.
           order: ``[m]`` records; all by default.
-          partners: ``[m]`` records to blend each of them with at equal weight.
+          partners: ``[m]`` records to blend them with, at equal weight.
 
         Returns:
           ``m`` embeddings in that order.
@@ -143,17 +143,17 @@ class Embedder:
         order: Int[np.ndarray, "m"],
         partners: Int[np.ndarray, "m"] | None = None,
     ) -> dict[str, np.ndarray]:
-        """What a step gives for all images of ``order``.
+        """The results of a step for all images of ``order``.
 
         Args:
-          step: from images ``[n, h, w, c]``, sharded over the mesh (and those of the partners), to arrays with a row
-            per image.
+          step: function from images ``[n, h, w, c]``, sharded over the mesh (and those of the partners), to arrays with
+            one row per image.
           source: images.
           order: ``[m]`` records.
-          partners: ``[m]`` records whose images the step gets beside them.
+          partners: ``[m]`` records whose images are passed to the step as second argument.
 
         Returns:
-          The same names, ``[m, ...]``.
+          Arrays ``[m, ...]`` with the names that ``step`` returns.
 
         Raises:
           UserError: naming an image that cannot be read.
@@ -170,7 +170,7 @@ class Embedder:
           on_bad: ``skip`` reports an image that cannot be read, ``raise`` raises ``UserError``.
 
         Yields:
-          Embeddings of one batch after the other.
+          The embeddings of each batch.
         """
         for batch in self._batches(source, order, on_bad):
             self.check()
@@ -182,7 +182,7 @@ class Embedder:
             yield Rows(batch["index"][good], values, skipped)
 
     def images(self, images: UInt8[np.ndarray, "n h w c"]) -> dict[str, Float[np.ndarray, "n ..."]]:
-        """Embeds transformed images; fewer than ``batch_size`` are filled up, so that one program serves all.
+        """Embeds transformed images, in batches padded to ``batch_size`` so that one compiled program serves all.
 
         Args:
           images: ``[n, h, w, c]`` of the network's size.
@@ -231,15 +231,15 @@ class Embedder:
 
 
 def joined_rows(parts: list[dict[str, jax.Array]], count: int) -> dict[str, np.ndarray]:
-    """The rows of all batches on the host, padding removed.
+    """The rows of all batches on the host, without padding.
 
     Args:
-      parts: of each batch, arrays with a row per image.
-      count: number of images in all.
+      parts: for each batch, arrays with one row per image.
+      count: total number of images.
 
     Returns:
-      The same names, ``[count, ...]``.
+      Arrays ``[count, ...]`` with the same names.
     """
-    # Hosts hold the parts of one global batch side by side, so the padding is at the end of the whole.
+    # Each host holds one contiguous part of a global batch, so all padding is at the end.
     arrays = [sharding.to_host(part) for part in parts]
     return {name: np.concatenate([part[name] for part in arrays])[:count] for name in arrays[0]}

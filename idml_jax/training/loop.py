@@ -1,4 +1,4 @@
-"""The loop over the steps of a run: batches in, metrics out, and what happens when it has to end early."""
+"""The loop over the steps of a run: batches in, metrics out, early stops and non-finite losses."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ logger = logging.getLogger("idml_jax")
 
 
 class Speed:
-    """Times of a run for its result."""
+    """Measures times of a run for its result."""
 
     def __init__(self, started: float):
         self.started = started
@@ -43,19 +43,19 @@ class Speed:
 
 @dataclass
 class Trainer:
-    """A run on its way: what it is made of, how far it is, and where metrics and checkpoints go.
+    """A run in progress: its parts, its state, and where its metrics and checkpoints go.
 
     Attributes:
-      run: what it is made of.
-      state: after the steps done so far.
-      checkpoints: keep the state of a run that is stopped; those at the end of an epoch are ``end_epoch``'s.
-      writer: gets the metrics of the steps.
-      stop: asked after every step.
+      run: parts of the run.
+      state: state after the steps done so far.
+      checkpoints: used to save the state of a stopped run; ``end_epoch`` saves the regular checkpoints.
+      writer: writes the metrics of the steps.
+      stop: checked after every step.
       end_epoch: called with the trainer after every epoch; may raise ``Stopped``, and is then called again when the
-        run goes on.
-      speed: gets the times.
-      record: of the run so far, kept with every checkpoint: ``untrained`` metrics, ``history`` of the epochs, ``rows``
-        of the log, and ``unfinished`` where a run was stopped inside an epoch.
+        run resumes.
+      speed: records the times.
+      record: record of the run so far, saved with every checkpoint: ``untrained`` metrics, ``history`` of the epochs,
+        number of ``rows`` of the log, and ``unfinished`` if the run was stopped within an epoch.
     """
 
     run: Run
@@ -83,21 +83,21 @@ class Trainer:
 
     @property
     def kept(self) -> dict[str, Any]:
-        """The record as a checkpoint keeps it."""
+        """The record as stored in a checkpoint."""
         return without_nan({**self.record, "rows": self.writer.rows})
 
     def train(self) -> TrainState:
-        """Trains from the state to the end of the run.
+        """Trains from the current state to the end of the run.
 
         Returns:
           The state after the last step.
 
         Raises:
           UserError: if loss or gradient are no longer finite.
-          Stopped: after saving.
+          Stopped: after saving, if a stop was requested.
         """
         config, per_epoch = self.run.config, self.run.sampler.steps_per_epoch
-        unfinished = self.record.pop("unfinished", {})  # of a run that was stopped
+        unfinished = self.record.pop("unfinished", {})  # present if the run was stopped
         window = watch.Window(self._broken, unfinished.get("window"))
         checks = watch.debug_checks(config.debug)
         train_step = steps.jit_checked_train_step if {"nans", "infs"} & set(checks) else steps.jit_train_step
@@ -115,7 +115,7 @@ class Trainer:
                         self.state, metrics = train_step(
                             self.state, placed, setup=self.run.setup, train_trunk=self.step >= warmup
                         )
-                except FloatingPointError as error:  # of the checks
+                except FloatingPointError as error:  # raised by JAX's checks
                     found = " ".join(str(error).split("\n")[:1])
                     self._broken(watch.Broken(self.step + 1, f"jax found: {found}", batch["index"]))
                 self.step += 1
@@ -159,7 +159,7 @@ class Trainer:
         )
 
     def _log(self, means: dict[str, float], rate: float, remaining: float) -> None:
-        """Writes and shows the mean metrics of the last steps."""
+        """Writes and logs the mean metrics of the last steps."""
         images = rate * self.run.config.batch_size
         if rate > 0 and math.isfinite(rate) and self.step > 1:
             self.speed.rates.append(images)
@@ -183,7 +183,7 @@ class Trainer:
         if jax.process_index() == 0:
             write_json(path, {"step": found.step, "what": found.what, "images": names})
         newest = self.checkpoints.newest
-        kept = "there is no checkpoint" if newest is None else f"the last good checkpoint is of step {newest}"
+        kept = "there is no checkpoint" if newest is None else f"the last good checkpoint is at step {newest}"
         raise UserError(
             f"{found.what} at step {found.step}; its batch has {', '.join(names[:3])} and {len(names) - 3} more "
             f"images, see {path}; {kept} in {workdir}; a lower config.optim.learning_rate may help"

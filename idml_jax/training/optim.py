@@ -27,7 +27,7 @@ class Schedule:
       total: number of steps of the run.
       every: number of steps between two drops of ``step``.
       factor: factor of each drop.
-      falls: steps at which ``step`` drops, instead of ``every``.
+      falls: steps at which ``step`` drops, instead of every ``every`` steps.
     """
 
     name: str
@@ -59,8 +59,8 @@ class Schedule:
 class GroupOptimizer:
     """One update rule for all groups of parameters (the top-level entries), each with its own factor on the rate.
 
-    Every group has its own optimizer state and is updated only when named. A resting group, such as the trunk during
-    warm-up, keeps its moments, its step count and, bit for bit, its values.
+    Every group has a separate optimizer state and is updated only if it has gradients. A frozen group, such as the
+    trunk during warm-up, keeps its moments, its step count and its exact values.
 
     Attributes:
       name: ``adamw`` (decoupled weight decay, as PyTorch's) or ``sgd`` (Nesterov momentum, weight decay in the
@@ -104,10 +104,10 @@ class GroupOptimizer:
         params: Mapping[str, Params],
         step: Int[Array, ""],
     ) -> tuple[dict[str, Params], dict[str, optax.OptState]]:
-        """Updates the groups that ``grads`` names.
+        """Updates the groups in ``grads``.
 
         Args:
-          grads: gradients by group; missing groups rest.
+          grads: gradients by group; other groups are left unchanged.
           opt_state: optimizer state of all groups.
           params: parameters of all groups.
           step: global step, for the schedule.

@@ -1,9 +1,10 @@
-"""The settings that come with the package, by name: those of ``configs/`` in a checkout, the same in a wheel.
+"""The settings that come with the package, by name: the files in ``configs/``, from a checkout or a wheel.
 
-    config = recipes.get_config("glyphs:quick")          # what configs/glyphs.py:quick is on the command line
+    config = recipes.get_config("glyphs:quick")          # configs/glyphs.py:quick on the command line
     recipes.names()                                      # ['cars196', 'cifar10', ...]
 
-``python -m idml_jax.main --config=configs/glyphs.py:quick`` finds them from any folder, ``--config=glyphs:quick`` too.
+``python -m idml_jax.main --config=configs/glyphs.py:quick`` finds them from any folder, and so does
+``--config=glyphs:quick``.
 """
 
 import importlib.util
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from idml_jax.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-# A wheel has them inside the package, a checkout beside it.
+# In a wheel they are inside the package, in a checkout next to it.
 FOLDER = next((f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir()), _PACKAGE / "configs")
 
 
@@ -24,14 +25,14 @@ def names() -> list[str]:
 
 
 def find(value: str) -> str:
-    """A value of ``--config`` with the path of its file.
+    """Completes a value of ``--config`` with the full path of its file.
 
     Args:
       value: ``path.py``, ``path.py:variant``, or the name of settings that come with the package, with or without
-        ``configs/`` before and ``.py`` behind it.
+        the prefix ``configs/`` and the suffix ``.py``.
 
     Returns:
-      The same with the whole path of the package's file where there is no such file of the user's; else as it was.
+      The value with the full path of the package's file if the user has no such file; otherwise the value unchanged.
     """
     path, colon, variant = value.partition(":")
     if not path or Path(path).is_file():
@@ -44,10 +45,10 @@ def find(value: str) -> str:
 
 
 def get_config(name: str) -> ConfigDict:
-    """Settings by name, to be changed and given to ``train.train_and_evaluate``.
+    """Loads settings by name, to change and pass to ``train.train_and_evaluate``.
 
     Args:
-      name: as ``find`` takes it, such as ``glyphs:quick``, ``folder`` or ``mine/settings.py``.
+      name: as for ``find``, such as ``glyphs:quick``, ``folder`` or ``mine/settings.py``.
 
     Returns:
       The settings.
@@ -60,7 +61,7 @@ def get_config(name: str) -> ConfigDict:
         raise UserError(f"{name}: no such settings; known: {', '.join(names())}, or the path of a file")
     spec = importlib.util.spec_from_file_location(f"idml_jax_settings_{Path(path).stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"{name}: a file of settings ends in .py")
+        raise UserError(f"{name}: the name of a settings file must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):

@@ -1,4 +1,4 @@
-"""The state of a run between two steps."""
+"""The training state between two steps."""
 
 from functools import partial
 from typing import Any
@@ -22,10 +22,10 @@ class TrainState(struct.PyTreeNode):
     Attributes:
       step: number of steps done.
       params: parameters by group: ``trunk``, ``heads``, and, where the loss has them, ``proxies`` and ``loss`` (learned
-        numbers).
+        scalars).
       batch_stats: running statistics of the trunk.
-      opt_state: optimizer state by group; ``ema``: moving averages of the model's variables, where they are kept.
-      memory: cross-batch memory, ``()`` without one.
+      opt_state: optimizer state by group; ``ema``: moving averages of the model's variables, if enabled.
+      memory: cross-batch memory; ``()`` without one.
     """
 
     step: Int[Array, ""]
@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The model's variables to evaluate: the moving averages where they are kept, else the latest."""
+        """The model's variables for evaluation: the moving averages if enabled, otherwise the latest."""
         return self.opt_state.get("ema", self.latest)
 
     def averaging(self) -> "TrainState":
@@ -57,7 +57,7 @@ def create_state(
     image_shape: tuple[int, ...],
     ema: bool = False,
 ) -> TrainState:
-    """A fresh state.
+    """Creates a fresh state.
 
     Args:
       key: PRNG key of the initial weights.
@@ -95,7 +95,7 @@ def create_state_on(
     image_shape: tuple[int, ...],
     ema: bool = False,
 ) -> TrainState:
-    """``create_state`` on a mesh; no device ever holds the whole of a table that the objective splits."""
+    """``create_state`` on a mesh; no device ever holds a complete table that the objective splits."""
     if not objective.split:
         return sharding.replicate(_jit_create_state(key, model, objective, optimizer, image_shape, ema), mesh)
     create = partial(

@@ -1,4 +1,4 @@
-"""The jitted training step as a function of state and batch; what it minimises is its criterion's."""
+"""The jitted training step: a function of state and batch that minimises a criterion."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ from idml_jax.training.state import TrainState
 
 @dataclass(frozen=True)
 class StepSetup:
-    """All that is fixed about a step. Hashable: a static argument.
+    """The fixed parts of a training step. Hashable: a static argument.
 
     Attributes:
       model: network.
-      objective: what is minimised.
+      objective: criterion to minimise.
       optimizer: update rule.
       mean: mean per channel, of images in [0, 1].
       std: standard deviation per channel.
       mixup_alpha: Beta parameter of Mixup; 0: no Mixup.
       seed: seed of Mixup's randomness.
-      accumulate: number of parts in which the trunk sees a batch, for batches whose activations do not fit into memory.
-        The loss is over the whole batch. With frozen statistics (or no BatchNorm) the step is the same as with one
-        part; live statistics are those of each part, and the running statistics move once per part.
-      loss: of the batch; ``None``: the objective's own, ``objective.batch_loss``.
-      ema: decay of the moving averages of weights and statistics by which a run is evaluated; 0: none.
+      accumulate: number of parts in which a batch passes through the trunk, for batches whose activations do not fit
+        into memory. The loss is over the whole batch. With frozen statistics (or no BatchNorm) the step equals that
+        with one part; live statistics are computed per part, and the running statistics are updated once per part.
+      loss: loss function of the batch; ``None``: ``objective.batch_loss``.
+      ema: decay of the moving averages of weights and statistics used for evaluation; 0: none.
     """
 
     model: EmbeddingModel
@@ -50,7 +50,7 @@ class StepSetup:
 def normalize(
     images: UInt8[Array, "n h w c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "n h w c"]:
-    """uint8 images to zero mean and unit deviation per channel."""
+    """Normalises uint8 images with the mean and standard deviation per channel."""
     per_channel = lambda values: jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1)
     return (images.astype(jnp.float32) / 255.0 - per_channel(mean)) / per_channel(std)
 
@@ -65,17 +65,17 @@ def pooled_features(
 ) -> tuple[Float[Array, "n k f"], Any]:
     """Pooled features of ``k`` network inputs per image, and the running statistics after them.
 
-    With ``setup.accumulate`` above 1 the trunk sees the batch in that many parts, one after the other. Every part is
-    computed again for the gradient (Gao et al., "Scaling deep contrastive learning batch size under memory limited
-    setup", 2021), so that only the activations of one part are held. A part has every ``accumulate``-th image, so it is
-    spread over all devices as the batch is.
+    With ``setup.accumulate`` above 1 the batch passes through the trunk in that many sequential parts. Every part is
+    recomputed for the gradient (Gao et al., "Scaling deep contrastive learning batch size under memory limited setup",
+    2021), so that only the activations of one part are in memory. A part has every ``accumulate``-th image, so it is
+    spread over all devices like the batch.
 
     Args:
-      setup: set-up of the step.
+      setup: fixed parts of the step.
       trunk: parameters of the trunk.
       batch_stats: running statistics.
       inputs: arguments of ``prepare``, arrays ``[n, ...]``.
-      prepare: makes the ``k`` normalised network inputs of each image, from some rows of ``inputs``.
+      prepare: function from some rows of ``inputs`` to the ``k`` normalised network inputs of each image.
       train_trunk: whether the trunk gets a gradient.
 
     Returns:
@@ -113,7 +113,7 @@ def pooled_features(
 
 
 def embedding_of(out: dict[str, Array]) -> Embedding:
-    """What the heads give, as the metric takes it."""
+    """The outputs of the heads as an ``Embedding``."""
     return Embedding(out["semantic"], out["uncertainty"])
 
 
@@ -123,7 +123,7 @@ def mean_length(out: dict[str, Array]) -> Float[Array, ""]:
 
 
 def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float) -> Any:
-    """Moving averages after one more step; those of the first steps have a smaller decay, (1 + step) / (10 + step)."""
+    """Moving averages after one more step; in the first steps the decay is at most (1 + step) / (10 + step)."""
     share = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     values = {kind: {k: values[kind][k] for k in groups} for kind, groups in ema.items()}
     return jax.tree.map(lambda old, new: share * old + (1.0 - share) * new, ema, values)
@@ -135,9 +135,9 @@ def train_step(
     """One training step over the global batch. Pure; jit it with ``setup`` and ``train_trunk`` static.
 
     Args:
-      state: before the step.
+      state: state before the step.
       batch: ``image`` [n, h, w, c] uint8 and ``label`` [n].
-      setup: what is fixed.
+      setup: fixed parts of the step.
       train_trunk: false during warm-up: only heads and the loss's parameters move, and no gradient is computed for
         the trunk.
 
@@ -164,5 +164,5 @@ def train_step(
 
 
 jit_train_step = jax.jit(train_step, static_argnames=("setup", "train_trunk"), donate_argnames=("state",))
-# For jax's checks: a step that gave NaN is computed once more from the state, which must still be there.
+# Not donated, for JAX's checks: a step that gave NaN is recomputed from the state, which must still exist.
 jit_checked_train_step = jax.jit(train_step, static_argnames=("setup", "train_trunk"))

@@ -1,4 +1,4 @@
-"""A run: from settings and a workdir to a trained embedding and its metrics."""
+"""Runs training: from settings and a workdir to a trained embedding and its metrics."""
 
 import json
 import logging
@@ -32,11 +32,11 @@ Build = Callable[[ConfigDict], Run]
 
 
 def full_evaluation(run: Run, variables: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """All metrics of a run's task; warnings go to the log.
+    """Computes all metrics of a run's task; warnings go to the log.
 
     Args:
-      run: what it is made of.
-      variables: of the model, on the mesh.
+      run: parts of the run.
+      variables: variables of the model, on the mesh.
       check: called before every batch; may raise to stop.
     """
     started = time.monotonic()
@@ -50,25 +50,25 @@ def full_evaluation(run: Run, variables: Any, check: Callable[[], None] = lambda
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = build) -> dict[str, Any]:
-    """Trains, or goes on training, in a workdir and evaluates.
+    """Trains or resumes training in a workdir, and evaluates.
 
     The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end,
-    ``result.json``. The same call on the same workdir goes on from the newest checkpoint with the same batches, and
-    returns the result of a run that is finished.
+    ``result.json``. The same call on the same workdir resumes from the newest checkpoint with the same batches; for
+    a finished run it returns the stored result.
 
     Args:
       config: settings, see ``idml_jax.default_config``.
       workdir: folder of the run.
-      build: puts the run together; a function of your own may change what ``training.build.build`` returns, for
-        instance its objective.
+      build: builds the run; a custom function may change what ``training.build.build`` returns, for instance its
+        objective.
 
     Returns:
-      The content of ``result.json``: metrics ``untrained``, ``final`` and ``best`` (``None`` where one is undefined),
-      the settings, versions and speed.
+      The content of ``result.json``: metrics ``untrained``, ``final`` and ``best`` (``None`` for undefined ones), the
+      settings, versions and speed.
 
     Raises:
       UserError: for settings or data that cannot work, and if the loss is no longer finite.
-      Stopped: on SIGTERM or SIGUSR1, after saving; the same call goes on, to the same result.
+      Stopped: on SIGTERM or SIGUSR1, after saving; the same call resumes and gives the same result.
     """
     with StopRequest() as stop:
         return _train_and_evaluate(config, user_path(workdir), stop, build)
@@ -80,7 +80,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
     if stop.requested:
         raise Stopped(f"stopped by {stop.requested} before the first step; nothing was changed in {workdir}")
     finished = workdir / "result.json"
-    # Read before anything is written, and not at all once the run has a checkpoint of its own.
+    # Read before anything is written, and only while the run has no checkpoint.
     pretrained = None
     if config.model.init_from and not finished.exists() and not has_checkpoints(workdir / "checkpoints"):
         pretrained = run.pretrained()
@@ -107,9 +107,9 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
 
 
 def _prepare(workdir: Path, run: Run) -> None:
-    """Makes the workdir and records settings and data there, or compares them with those of the run in it.
+    """Creates the workdir and records settings and data, or compares them with those of an existing run.
 
-    The first host does it; all hosts raise if it fails.
+    The first host does this; all hosts raise if it fails.
     """
     problem = None
     try:
@@ -130,7 +130,7 @@ def _prepare(workdir: Path, run: Run) -> None:
 def _started(
     run: Run, workdir: Path, pretrained: tuple[dict[str, Any], str] | None, stop: StopRequest, speed: Speed
 ) -> Trainer:
-    """The trainer at step 0, or where the run in the workdir was left."""
+    """The trainer at step 0, or at the newest checkpoint of the run in the workdir."""
     config, train = run.config, run.splits.train
     evaluation = run.evaluation(None)
     gallery = evaluation.gallery
@@ -166,7 +166,7 @@ def _started(
     resumed = checkpoints.resume(state)
     if resumed is not None:
         state, record = resumed
-        logger.info("going on from step %d in %s", int(state.step), workdir)
+        logger.info("resuming from step %d in %s", int(state.step), workdir)
     elif pretrained is not None:
         variables, source = pretrained
         state = run.with_variables(state, variables)
@@ -191,7 +191,7 @@ def _measure_untrained(trainer: Trainer) -> None:
 
 
 def _end_epoch(trainer: Trainer) -> None:
-    """Measures and saves, where the settings say so for this epoch."""
+    """Evaluates and saves a checkpoint, if the settings ask for it after this epoch."""
     run, config, started = trainer.run, trainer.run.config, time.monotonic()
     metrics = None
     if trainer.epoch % config.eval.every_epochs == 0 or trainer.last:
@@ -206,7 +206,7 @@ def _end_epoch(trainer: Trainer) -> None:
 
 
 def _finish(trainer: Trainer) -> dict[str, Any]:
-    """The last evaluation, of the last and of the best checkpoint; the content of ``result.json``."""
+    """Evaluates the last and the best checkpoint in full; returns the content of ``result.json``."""
     run, record, checkpoints = trainer.run, trainer.record, trainer.checkpoints
     describe = lambda metrics: run.task.describe(metrics, run.config)
     final = full_evaluation(run, trainer.state.variables, trainer.stop.check)
@@ -242,7 +242,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
 
 def _write_result(trainer: Trainer, workdir: Path, result: dict[str, Any]) -> None:
     writer = trainer.writer
-    # Before the result, which says that the run is finished.
+    # Written before the result, which marks the run as finished.
     final = {f"final/{k}": v for k, v in result["final"].items() if v is not None}
     writer.write(trainer.run.total_steps, final)
     writer.sync()
@@ -254,11 +254,11 @@ def _write_result(trainer: Trainer, workdir: Path, result: dict[str, Any]) -> No
 
 
 def _told(stopped: Stopped, workdir: Path, checkpoints: Checkpoints) -> Stopped:
-    """The message of a run that was stopped, with what is saved."""
+    """``stopped`` with a message that says what is saved."""
     checkpoints.wait()
     newest = checkpoints.newest
     kept = "nothing is saved yet" if newest is None else f"saved at step {newest} in {workdir}"
-    return Stopped(f"stopped by {stopped}; {kept}; the same command goes on from there")
+    return Stopped(f"stopped by {stopped}; {kept}; rerun the same command to resume from there")
 
 
 def evaluate_checkpoint(
@@ -268,21 +268,21 @@ def evaluate_checkpoint(
 
     Args:
       workdir: folder of the run.
-      overrides: settings to compare with the workdir's, as in training; by default the workdir's own.
-      build: as of ``train_and_evaluate``.
+      overrides: settings to compare with the workdir's, as in training; by default those of the workdir.
+      build: as for ``train_and_evaluate``.
 
     Returns:
       The metrics, and the ``step`` of the checkpoint; also written to ``eval.json``.
 
     Raises:
-      UserError: if there is no checkpoint, or one of another architecture.
+      UserError: if there is no checkpoint, or it has another architecture.
       Stopped: on SIGTERM or SIGUSR1; nothing is written.
     """
     with StopRequest() as stop:
         try:
             return _evaluate_checkpoint(user_path(workdir), overrides, stop, build)
         except Stopped as stopped:
-            raise Stopped(f"stopped by {stopped}; nothing was written; the same command starts again") from None
+            raise Stopped(f"stopped by {stopped}; nothing was written; rerun the same command to start again") from None
 
 
 def _evaluate_checkpoint(
@@ -313,7 +313,7 @@ def _evaluate_checkpoint(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a figure may depend on."""
+    """Versions of the libraries and devices that metrics may depend on."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "opencv-python-headless")
     found = {"idml_jax": idml_jax.__version__, "python": platform.python_version()}
     for package in packages:

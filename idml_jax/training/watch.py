@@ -1,4 +1,4 @@
-"""Metrics of the training steps: averages for the log, and the end of a run whose loss is not finite."""
+"""Metrics of the training steps: averages for the log, and detection of non-finite losses."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from idml_jax.errors import UserError
 
-# Checks that jax itself offers, switched on by ``config.debug``.
+# JAX's own checks, enabled by ``config.debug``.
 CHECKS = ("nans", "infs", "leaks", "ranks", "transfers")
 
 
@@ -19,7 +19,7 @@ def debug_checks(setting: str) -> tuple[str, ...]:
     """The checks that ``config.debug`` names, in the order of ``CHECKS``.
 
     Raises:
-      UserError: for an unknown one.
+      UserError: for an unknown check.
     """
     names = {name.strip() for name in setting.split(",") if name.strip()}
     if names == {"all"}:
@@ -31,7 +31,7 @@ def debug_checks(setting: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def debugging(checks: tuple[str, ...]) -> Iterator[None]:
-    """JAX's checks around a step: NaN and Inf, leaked tracers, rank promotion, implicit transfers."""
+    """Enables JAX's checks during a step: NaN and Inf, leaked tracers, rank promotion, implicit transfers."""
     contexts: dict[str, Callable[[], Any]] = {
         "nans": lambda: jax.debug_nans(True),
         "infs": lambda: jax.debug_infs(True),
@@ -66,7 +66,7 @@ class Window:
 
     Args:
       report: called with a broken step; must raise.
-      stored: result of ``state`` from when the run was stopped.
+      stored: result of ``state`` saved when the run was stopped.
     """
 
     def __init__(self, report: Callable[[Broken], None], stored: dict[str, Any] | None = None):
@@ -76,7 +76,7 @@ class Window:
         self._count: int = stored["count"] if stored else 0
 
     def add(self, step: int, metrics: dict[str, jax.Array], records: Int[np.ndarray, "b"]) -> None:
-        """Takes the metrics of a step and the records of its batch."""
+        """Adds the metrics of a step and the records of its batch."""
         self._pending.append((step, metrics, records))
         if len(self._pending) > 1:
             self._fetch(*self._pending.pop(0))

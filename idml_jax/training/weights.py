@@ -1,12 +1,12 @@
 """Weights to start from: torchvision and timm files, published metric-learning checkpoints, and this package's own.
 
-``config.model.init_from`` names the file; ``config.model.init_parts`` says what of it to use. From the command line::
+``config.model.init_from`` names the file; ``config.model.init_parts`` says which parts to use. From the command line::
 
     python -m idml_jax.pretrained convert resnet50.safetensors runs/imagenet        # to this package's format
     python -m idml_jax.pretrained convert runs/cub model.safetensors                # a trained run, for PyTorch
 
-Reading is strict: every tensor of the network has to be there with its shape, and nothing else may be. Left out without
-a complaint are only classifiers, BatchNorm's counter of batches, and the heads where they are not asked for.
+Reading is strict: the file must hold every tensor of the network with its shape, and no others. Only classifiers,
+BatchNorm's batch counters and heads that are not requested are left out silently.
 """
 
 import logging
@@ -34,7 +34,7 @@ PARTS = {
     "all": ("params/trunk/", "batch_stats/", "params/heads/"),
 }
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin")
-# Keys under which training scripts store the tensors, in the order in which they are tried.
+# Keys under which training scripts store the tensors, in the order they are tried.
 CONTAINERS = ("model_state_dict", "state_dict", "teacher", "model")
 # Prefixes of wrappers: DataParallel; a network that is an attribute (published IDML and ProxyAnchor code); DINO.
 PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
@@ -42,13 +42,13 @@ CLASSIFIERS = ("fc.", "head.", "classifier.")
 
 
 class Tensors(NamedTuple):
-    """The content of a weights file, by the file's own names.
+    """The content of a weights file, with the file's names.
 
     Attributes:
-      values: tensors, classifiers and counters left out.
+      values: tensors, without classifiers and counters.
       left_out: names of the tensors left out.
       torch: whether names and axes are PyTorch's; otherwise they are this package's.
-      network: key of ``MODELS`` that the file's metadata or the run's settings name; empty where they name none.
+      network: key of ``MODELS`` named by the file's metadata or the run's settings; empty if unknown.
     """
 
     values: dict[str, np.ndarray]
@@ -58,18 +58,18 @@ class Tensors(NamedTuple):
 
 
 def read(source: str | Path) -> Tensors:
-    """All tensors of a file or folder.
+    """Reads all tensors of a file or folder.
 
     Args:
-      source: ``.safetensors``; ``.pth``, ``.pt``, ``.tar``, ``.bin`` (needs PyTorch, and may hold nothing but
-        tensors and plain containers); a folder that ``convert`` wrote; the folder of a run, of which the best
-        checkpoint is taken, or one checkpoint in it.
+      source: ``.safetensors``; ``.pth``, ``.pt``, ``.tar``, ``.bin`` (needs PyTorch; may hold only tensors
+        and plain containers); a folder written by ``convert``; the folder of a run, whose best checkpoint is read, or
+        one checkpoint in it.
 
     Returns:
       The tensors as float32 numpy arrays.
 
     Raises:
-      UserError: if it is missing, of another kind, damaged, or holds no tensors.
+      UserError: if it is missing, has an unknown format, is damaged, or holds no tensors.
     """
     path = Path(source).expanduser().absolute()
     if not path.exists():
@@ -96,21 +96,21 @@ def read(source: str | Path) -> Tensors:
 def load(
     source: str | Path | Tensors, like: Mapping[str, Any], parts: str = "trunk", network: str = ""
 ) -> tuple[dict[str, Any], str]:
-    """Variables for a model from a file.
+    """Loads variables for a model from a file.
 
     Args:
-      source: see ``read``, or its result.
+      source: as for ``read``, or its result.
       like: the model's variables (``params`` and ``batch_stats``), arrays or their shapes.
       parts: ``trunk``, ``semantic`` (with the semantic head) or ``all`` (with both heads).
-      network: key of ``MODELS`` of the model; a file that names another network is refused, since networks that compute
-        something else may have the same shapes (ResNets v1 and v1.5).
+      network: key of ``MODELS`` of the model; a file that names another network is refused, since different networks
+        may have the same shapes (ResNets v1 and v1.5).
 
     Returns:
-      The variables of these parts as nested dictionaries of numpy arrays, for ``merge``; and a line that says what
-      was used.
+      The variables of these parts as nested dictionaries of numpy arrays, for ``merge``; and a line that describes
+      what was loaded.
 
     Raises:
-      UserError: naming missing, additional and wrongly shaped tensors, or ones that are not finite.
+      UserError: naming missing, additional, wrongly shaped or non-finite tensors.
       ValueError: for an unknown part.
     """
     if parts not in PARTS:
@@ -126,7 +126,7 @@ def load(
     name_of = {path: naming.torch_name(path) if tensors.torch else path for path in ours}
     wanted = {path for path in ours if path.startswith(PARTS[parts])}
     heads = {path for path in ours if path.startswith("params/heads/")}
-    # Heads that are not asked for may be there or not, and in any form.
+    # Heads that are not requested may be present or absent, in any form.
     ignored = {n for n in tensors.values if _is_head(n, tensors.torch)} - {name_of[path] for path in wanted & heads}
     if parts == "all":
         ignored = set()
@@ -200,7 +200,7 @@ def _resizable(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def _resize_positions(value: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
-    """Resizes position embeddings to another image size bicubically; that of the class token stays."""
+    """Resizes position embeddings bicubically to another image size; that of the class token is kept."""
     old, new = math.isqrt(value.shape[1] - 1), math.isqrt(expected[1] - 1)
     grid = value[:, 1:].reshape(1, old, old, -1)
     grid = np.asarray(jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic", antialias=False))
@@ -208,7 +208,7 @@ def _resize_positions(value: np.ndarray, expected: tuple[int, ...]) -> np.ndarra
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The tensors, and the network that the metadata name."""
+    """The tensors, and the network named by the metadata."""
     import ml_dtypes  # noqa: F401  numpy then knows bfloat16
     from safetensors import numpy as safetensors
     from safetensors import safe_open
@@ -228,10 +228,10 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise UserError(
             f"{path}: {path.suffix} files are read by PyTorch, which is not installed; install it (pip install torch) "
-            "or have the file as .safetensors"
+            "or convert the file to .safetensors"
         ) from error
     try:
-        # Nothing but tensors and plain containers is unpickled: a weights file cannot run code.
+        # Only tensors and plain containers are unpickled: a weights file cannot run code.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
@@ -248,7 +248,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 def _dense(path: Path, name: str, value: Any) -> np.ndarray:
-    """A tensor of PyTorch as float32, sparse and quantised ones included."""
+    """A PyTorch tensor as a float32 array; also for sparse and quantised tensors."""
     try:
         value = value.detach()
         value = value.dequantize() if value.is_quantized else value
@@ -273,7 +273,7 @@ def _without_prefixes(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _read_own(path: Path) -> Tensors:
-    """Weights of a run, of one of its checkpoints, or of a folder that ``convert`` wrote."""
+    """Reads weights of a run, of one of its checkpoints, or of a folder written by ``convert``."""
     above = (path, *list(path.parents)[:3])  # a checkpoint is RUN/checkpoints/STEP/state
     run = next((folder for folder in above if (folder / "config.json").is_file()), None)
     config = workdir_lib.read(run) if run else None
@@ -282,7 +282,7 @@ def _read_own(path: Path) -> Tensors:
 
 
 def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
-    """A model with the heads that the tensors have, and the parts to load."""
+    """A model with the heads found in the tensors, and the parts to load."""
     shape = {n: v.shape for n, v in tensors.values.items()}
     names = ("embedding", "uncertainty", "uncertainty_hidden")
     semantic, uncertainty, hidden = (shape.get(f"{name}.weight") for name in names)
@@ -298,24 +298,24 @@ def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
 
 
 def convert(source: str | Path, out: str | Path, *, model: str = "resnet50", size: int = 224, prefix: str = "") -> str:
-    """Writes weights in another format.
+    """Converts weights to another format.
 
     Args:
       source: see ``read``.
-      out: a ``.safetensors`` file, which gets PyTorch's names and axes, or a folder, which gets this package's.
-      model: key of ``MODELS``, against which PyTorch's weights are checked on the way to a folder.
+      out: a ``.safetensors`` file (PyTorch's names and axes), or a folder (this package's format).
+      model: key of ``MODELS``; PyTorch's weights are checked against this network when written to a folder.
       size: image size in pixels, for networks whose weights depend on it.
-      prefix: put before every name in a ``.safetensors`` file (``model.``: as the published IDML code names them).
+      prefix: prefix of every name in a ``.safetensors`` file (``model.`` for the published IDML code).
 
     Returns:
       A line that says what was written.
 
     Raises:
-      UserError: if the source does not fit, or ``out`` is already there.
+      UserError: if the source does not match the network, or ``out`` already exists.
     """
     out = Path(out).expanduser().absolute()
     if out.exists():
-        raise UserError(f"{out} is already there")
+        raise UserError(f"{out} already exists")
     if model not in MODELS:
         raise UserError(f"--model={model}; known: {', '.join(sorted(MODELS))}")
     tensors = read(source)

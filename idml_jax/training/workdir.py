@@ -1,4 +1,4 @@
-"""The settings that a run's folder stores."""
+"""Settings stored in the folder of a run."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from idml_jax.errors import UserError
 from idml_jax.runtime.files import first_line, user_path, write_json
 from idml_jax.training.config import default_config
 
-# Fields that change how a run is carried out but not its result: a resumed run may differ in them.
+# Fields that affect how a run is executed but not its result: a resumed run may change them.
 FREE_FIELDS = (
     "data.root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps", "log.tensorboard",
     "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size", "debug",
@@ -18,7 +18,7 @@ FREE_FIELDS = (
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``{"a.b": value}``."""
+    """Flattens nested settings to ``{"a.b": value}``."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -51,17 +51,17 @@ def remember(config: ConfigDict, workdir: Path) -> None:
             )
         return
     values = config.to_dict()
-    for field in ("root", "data_dir"):  # so that the run finds its data from any folder
+    for field in ("root", "data_dir"):  # absolute, so that the run finds its data from any folder
         if values["data"][field]:
             values["data"][field] = str(user_path(values["data"][field]))
     write_json(path, values)
 
 
 def read(workdir: Path) -> ConfigDict:
-    """The settings of the run in a workdir.
+    """Reads the settings of the run in a workdir.
 
     Raises:
-      UserError: if there are none.
+      UserError: if there are no valid settings.
     """
     path = workdir / "config.json"
     try:
@@ -72,7 +72,7 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} is not valid JSON ({first_line(error)})") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    # Settings that are newer than the run get their defaults.
+    # Settings that did not exist when the run started take their defaults.
     config = default_config()
     try:
         _check_types(values, config.to_dict())
@@ -84,7 +84,7 @@ def read(workdir: Path) -> ConfigDict:
 
 
 def _check_types(value: object, default: object, name: str = "config") -> None:
-    """Raises ``TypeError`` where a stored value has another type than the default; ``ConfigDict`` lets some pass."""
+    """Raises ``TypeError`` if a stored value has another type than the default; ``ConfigDict`` accepts some."""
     if default is None:
         return
     kinds = (int, float) if isinstance(default, float) else type(default)
@@ -101,7 +101,7 @@ def _check_types(value: object, default: object, name: str = "config") -> None:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists back to the tuples they were."""
+    """Converts JSON's lists back to tuples."""
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}
     return tuple(value) if isinstance(value, list) else value

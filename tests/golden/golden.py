@@ -198,7 +198,7 @@ def stopped_config(root: Path):
 
 
 def vectors(workdir: Path, scratch: Path) -> dict:
-    """What the exported program of a run and ``embed`` give for some pictures."""
+    """What the exported program of a run and ``embed`` give for some images."""
     from jax import export as jax_export
 
     from idml_jax import export, load

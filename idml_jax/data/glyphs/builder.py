@@ -29,18 +29,18 @@ _SPLITS = ("train", "test")
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class GlyphsConfig(tfds.core.BuilderConfig):
-    """What a variant of the set holds. A config of one's own needs a `name` that is not taken.
+    """The parameters of a variant of the set. A custom config needs a `name` that is not taken.
 
     Attributes:
-      train_classes: characters of the train split.
-      test_classes: characters of the test split, none of which is in train.
-      images_per_class: images of each character.
+      train_classes: number of characters in the train split.
+      test_classes: number of characters in the test split, none of which is in train.
+      images_per_class: number of images per character.
       image_size: width and height of an image in pixels, at least 16.
-      seed: of the choice of the characters and of every image, >= 0.
+      seed: seed of the choice of characters and of every image, >= 0.
       degraded: share in [0, 1] of images that are not clean, in both splits.
 
     Raises:
-      ValueError: a value is out of its range.
+      ValueError: if a value is out of range.
     """
 
     train_classes: int = 300
@@ -61,20 +61,20 @@ class GlyphsConfig(tfds.core.BuilderConfig):
             raise ValueError(f"degraded is a share in [0, 1], got {self.degraded}.")
 
     def parameters(self) -> dict[str, int | float]:
-        """Everything that the images depend on, by name."""
+        """All parameters that the images depend on, by name."""
         base = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
         return {key: value for key, value in vars(self).items() if key not in base}
 
 
 def choose_classes(config: GlyphsConfig) -> dict[str, list[int]]:
-    """The code points of each split, ascending: all characters in a random order, cut twice.
+    """The code points of each split, ascending: all characters are put in a random order, which is cut twice.
 
-    So both splits mix all scripts in the same proportions, and share no character. Each character draws its own place
-    in the order: should a new version of a font or a library add or drop one, the others stay.
+    So both splits mix all scripts in the same proportions and share no character. Each character draws its own position
+    in the order: if a new version of a font or a library adds or drops a character, the others keep their positions.
 
     Raises:
-      ValueError: more classes are asked for than the fonts have.
-      FileNotFoundError: a font is missing.
+      ValueError: if more classes are requested than the fonts have.
+      FileNotFoundError: if a font is missing.
     """
     codes = list(glyphs_draw.characters())
     wanted = config.train_classes + config.test_classes
@@ -91,25 +91,25 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
     Each example holds
       image: uint8 [S, S, 1], stored as PNG.
       label: the character, named like 'U+0416 CYRILLIC CAPITAL LETTER ZHE'. Train has 0 to T - 1, test the rest.
-      kind: what was done to the image: 'clean', 'blur', 'occlusion', 'noise' or 'blend'.
-      ambiguity: float32 in [0, 1]: 0 for a clean image, 1 where nothing is left by which to tell the character.
+      kind: how the image was changed: 'clean', 'blur', 'occlusion', 'noise' or 'blend'.
+      ambiguity: float32 in [0, 1]: 0 for a clean image, 1 if the character can no longer be recognised.
       other_label: int64, the second character of a blend (from the same split), otherwise -1.
 
-    A share `degraded` of the images of either split is degraded: one of the four kinds with equal probability, with
-    ambiguity a uniform in [0, 1), which sets the strength:
+    A share `degraded` of the images of each split is degraded by one of the four kinds with equal probability. The
+    ambiguity a is uniform in [0, 1) and sets the strength:
       blur: a Gaussian with sigma a S / 4.
       occlusion: a patch of a flat shade hides the share a of the ink, coming from one side.
       noise: (1 - w) image + w noise with w = sqrt(a), noise of mean 0.5 and deviation 0.25 (white is 1).
       blend: (1 - w) ink + w ink of the other character with w = sqrt(a) / 2, the label being that of the heavier one;
-        at a = 1 nobody can say which of the two is meant.
-    The scales are set so that the kinds can be compared: a small network that had learnt 150 of the characters in
-    all these states misread about the share a of the images at ambiguity a (to within 0.2; of blends about a / 2, as
-    every second guess between two is right).
+        at a = 1 the two cannot be told apart.
+    The scales make the kinds comparable: a small network trained on 150 of the characters in all these states
+    misclassified about the share a of the images at ambiguity a (within 0.2; for blends about a / 2, as every second
+    guess between two characters is right).
 
-    Deterministic: an image depends on the seed, the split, the character and its index (a blend on its second
-    character too), its bytes also on the versions of Pillow, OpenCV, NumPy and matplotlib (whose fonts are drawn),
+    Deterministic: an image depends on the seed, the split, the character and its index (for a blend also on the second
+    character). Its bytes also depend on the versions of Pillow, OpenCV, NumPy and matplotlib (the source of the fonts),
     which `info.metadata` records. Two preparations hold the same records in the same order; the files can differ, as
-    protobuf writes the fields of a record in an order that changes from process to process.
+    protobuf serialises the fields of a record in an order that varies between processes.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -134,7 +134,7 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(side, side, 1), dtype=np.uint8, encoding_format="png"),
-                    # Named in _split_generators: choosing the characters takes seconds, reading the set must not.
+                    # _split_generators sets the names: choosing the characters takes seconds, and reading must be fast.
                     "label": tfds.features.ClassLabel(num_classes=config.train_classes + config.test_classes),
                     "ambiguity": tfds.features.Scalar(dtype=np.float32),
                     "kind": tfds.features.ClassLabel(names=KINDS),
@@ -168,7 +168,7 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
 
 
 def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: int, index: int) -> dict:
-    """Image `index` of character `codes[position]`, its labels being positions in `codes`."""
+    """Draws image `index` of character `codes[position]`; labels are positions in `codes`."""
     rng = np.random.default_rng([config.seed, _SPLITS.index(split), codes[position], index])
     is_degraded, kind, ambiguity = rng.random() < config.degraded, KINDS[rng.integers(1, len(KINDS))], rng.random()
     if not is_degraded:
@@ -186,7 +186,7 @@ def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without tfds' progress bars and its talk of downloads."""
+    """Suppresses tfds' progress bars and download messages."""
     shown = getattr(tqdm_utils, "_active", True)  # tfds has a setter only
     tfds.display_progress_bar(False)
     try:
@@ -197,24 +197,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_there(builder: Glyphs) -> bool:
-    return builder.data_path.exists() and builder.is_prepared()  # the latter warns where there is no folder
+    return builder.data_path.exists() and builder.is_prepared()  # is_prepared warns if there is no folder
 
 
 def prepare(data_dir: str | Path, config: str | GlyphsConfig = "default") -> Glyphs:
-    """Returns the builder of a prepared set, drawing it into `data_dir` first if it is not there.
+    """Returns the builder of a prepared set, drawing it into `data_dir` first if it does not exist.
 
-    The set appears under `data_dir/glyphs/<config>/<version>` at once when it is complete; an interrupted run leaves
-    at most a folder `incomplete.*` beside it, which is never read.
+    The set appears under `data_dir/glyphs/<config>/<version>` in one step when it is complete; an interrupted run
+    leaves at most a folder `incomplete.*` next to it, which is never read.
 
     Args:
       data_dir: folder of data sets, made if missing; `~` is expanded.
-      config: the name of a predefined variant ('default', 'tiny') or a config with a name of its own.
+      config: the name of a predefined variant ('default', 'tiny') or a custom config.
 
     Raises:
-      ValueError: an unknown name; more classes than there are characters; a set of that name with other parameters
-        already lies there.
-      FileNotFoundError: matplotlib's fonts are missing.
-      OSError: `data_dir` cannot be written.
+      ValueError: if the name is unknown, there are fewer characters than requested classes, or a set of that name with
+        other parameters already exists.
+      FileNotFoundError: if matplotlib's fonts are missing.
+      OSError: if `data_dir` cannot be written.
     """
     known = {known.name: known for known in Glyphs.BUILDER_CONFIGS}
     if isinstance(config, str):
@@ -227,12 +227,12 @@ def prepare(data_dir: str | Path, config: str | GlyphsConfig = "default") -> Gly
         classes = config.train_classes + config.test_classes
         logging.info("Drawing %d glyphs into %s", classes * config.images_per_class, builder.data_dir)
         try:
-            # Without this flag tfds asks Google's servers for a ready-made copy.
+            # Without this flag tfds asks Google's servers for a prepared copy.
             download = tfds.download.DownloadConfig(try_download_gcs=False)
             with _quiet(), tempfile.TemporaryDirectory() as folder:  # tfds makes its download folders in any case
                 builder.download_and_prepare(download_dir=folder, download_config=download, file_format="array_record")
         except OSError:
-            # Another process may have finished the same set meanwhile: the rename then finds it in its way.
+            # Another process may have finished the same set in the meantime: then the rename fails.
             builder = Glyphs(data_dir=data_dir, config=config)
             if not _is_there(builder):
                 raise

@@ -1,7 +1,7 @@
-"""Characters of the fonts that matplotlib ships, drawn as small grey images (the painter behind `glyphs`).
+"""Draws characters of matplotlib's fonts as small grey images, for the data set `glyphs`.
 
-Numpy, OpenCV and Pillow only. Everything here is a pure function of its arguments: the randomness of an image comes
-from the generator that the caller hands in.
+Uses NumPy, OpenCV and Pillow only. All functions are pure: the randomness of an image comes from the generator that the
+caller passes in.
 """
 
 import functools
@@ -23,7 +23,7 @@ _FACES = (
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
     *(f"STIXGeneral{style}" for style in ("", "Bol", "Italic", "BolIta")),
 )
-# Computer Modern's charmaps are right for the basic Latin letters only: these faces serve no other character.
+# Computer Modern's charmaps are correct for basic Latin letters only; these faces are not used for other characters.
 _LATIN_FACES = ("cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")
 _BLOCKS = (
     (0x0021, 0x02AF),  # Latin with its extensions and the phonetic alphabet
@@ -48,7 +48,7 @@ def font_file(face: str) -> Path:
     """Path of a face's TTF file.
 
     Raises:
-      FileNotFoundError: the face is not in matplotlib's font folder; the message names that folder.
+      FileNotFoundError: if the face is not in matplotlib's font folder, which the message names.
     """
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     path = folder / f"{face}.ttf"
@@ -79,10 +79,10 @@ def _ink(face: str, code: int, points: int) -> np.ndarray:
 
 
 def glyph(face: str, code: int) -> np.ndarray:
-    """The character in that face as a mask of ink, cropped to it: uint8 [h, w], the longer about 96 (70 to 125).
+    """The character in a face as an ink mask, cropped to the ink: uint8 [h, w], the longer side about 96 (70 to 125).
 
-    Every glyph gets the same size, so that a full stop is as legible as a W; characters that differ only in size
-    become twins, which `characters` leaves out. [0, 0] where the face draws nothing.
+    All glyphs are scaled to the same size, so that a full stop is as legible as a W; characters that differ only in
+    size become twins, which `characters` leaves out. The shape is [0, 0] if the face draws nothing.
     """
     ink = _ink(face, code, _GLYPH_SIDE)
     if ink.size and not 0.7 < max(ink.shape) / _GLYPH_SIDE < 1.3:
@@ -112,7 +112,7 @@ def _extent(matrix: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _views(masks: list[np.ndarray], angle: float, aspect: float) -> np.ndarray:
-    """What the glyphs look like in that pose, size and contrast aside: unit vectors with mean 0, float32 [n, 576]."""
+    """The glyphs in a pose, normalised for size and contrast: unit vectors with mean 0, float32 [n, 576]."""
     views = np.zeros((len(masks), 24, 24), np.float32)
     for mask, view in zip(masks, views, strict=True):
         matrix = _rotation(angle) @ np.diag([aspect**0.5, aspect**-0.5])
@@ -132,7 +132,7 @@ def _twins(codes: list[int], faces: dict[int, tuple[str, ...]]) -> np.ndarray:
         views = [_views(masks, *pose) for pose in _TWIN_POSES]
         block = np.max([view @ views[0].T for view in views], axis=0)
         cells = np.ix_(rows, rows)
-        # A turned to the left against B is as good as B turned to the right against A.
+        # Comparing A turned left with B equals comparing B turned right with A.
         likeness[cells] = np.maximum(likeness[cells], np.maximum(block, block.T))
     return likeness
 
@@ -145,15 +145,15 @@ def _is_wanted(code: int) -> bool:
 
 @functools.cache
 def characters() -> dict[int, tuple[str, ...]]:
-    """The characters that can be told apart by eye, each with the faces that have it: code point -> names of faces.
+    """The characters that can be told apart by eye: code point -> names of the faces that have it, ascending.
 
-    Taken are letters, digits, signs, arrows and operators that at least 6 faces draw; left out are marks, spaces and
-    whatever looks like a character with a smaller code point (Greek and Cyrillic capitals like Latin ones, o like O):
-    in some face the two correlate by more than 0.9 after both are brought to one size, under a small rotation or
-    stretch. Takes two seconds on first use, then cached; ascending in code point.
+    Included are letters, digits, signs, arrows and operators that at least 6 faces draw. Excluded are marks, spaces and
+    characters that look like one with a smaller code point (Greek and Cyrillic capitals like Latin ones, o like O):
+    in some face the two correlate by more than 0.9 when scaled to the same size, under a small rotation or stretch. The
+    first call takes two seconds; the result is cached.
 
     Raises:
-      FileNotFoundError: a font is missing.
+      FileNotFoundError: if a font is missing.
     """
     coverage: dict[int, list[str]] = {}
     for face in (*_FACES, *_LATIN_FACES):
@@ -172,7 +172,7 @@ def characters() -> dict[int, tuple[str, ...]]:
 
 
 def _thicken(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """The strokes grown by `pixels` on either side, or eroded if negative, unless too little would be left."""
+    """Thickens the strokes by `pixels` on each side, or erodes them if negative, unless too little would remain."""
     if not pixels:
         return mask
     padded = cv2.copyMakeBorder(mask, 4, 4, 4, 4, cv2.BORDER_CONSTANT, value=0)
@@ -186,7 +186,7 @@ def _thicken(mask: np.ndarray, pixels: int) -> np.ndarray:
 def layer(rng: np.random.Generator, code: int, side: int) -> np.ndarray:
     """The share of ink in each pixel of a randomly posed character: float32 [side, side] in [0, 1].
 
-    Face, stroke width, rotation, shear, aspect, size and place are drawn from `rng`; nothing leaves the image.
+    Face, stroke width, rotation, shear, aspect, size and position are drawn from `rng`; the ink stays inside the image.
     """
     faces = characters()[code]
     mask = _thicken(glyph(faces[rng.integers(len(faces))], code), int(rng.integers(-2, 2)))
@@ -205,7 +205,7 @@ def _waves(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _cover(rng: np.random.Generator, ink: np.ndarray, share: float) -> np.ndarray:
-    """Where a patch lies that hides `share` of the ink: bool [side, side]. It comes from one side, with a wavy edge."""
+    """Mask of a patch that hides `share` of the ink: bool [side, side]. It enters from one side with a wavy edge."""
     side = len(ink)
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:side, :side] / side - 0.5
@@ -220,15 +220,15 @@ def _cover(rng: np.random.Generator, ink: np.ndarray, share: float) -> np.ndarra
 def picture(
     rng: np.random.Generator, code: int, side: int = 32, kind: str = "clean", ambiguity: float = 0.0, other: int = 0
 ) -> np.ndarray:
-    """One image of a character: uint8 [side, side].
+    """Draws one image of a character: uint8 [side, side].
 
-    With equal `rng` states the pose, the grey levels and the sensor noise are equal whatever `kind` and `ambiguity`
-    say, so that two strengths can be compared.
+    Equal `rng` states give the same pose, grey levels and sensor noise for every `kind` and `ambiguity`, so that two
+    strengths can be compared.
 
     Args:
-      rng: the image's own generator.
+      rng: random generator of this image.
       code: a code point from `characters`.
-      side: width and height in pixels; beyond about 96 the outlines get soft.
+      side: width and height in pixels; above about 96 the outlines become soft.
       kind: one of KINDS, see `glyphs.Glyphs` for what each does.
       ambiguity: strength in [0, 1].
       other: the second character of a blend.
@@ -256,5 +256,5 @@ def picture(
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the bytes of an image."""
+    """Versions of the libraries that determine the bytes of an image."""
     return {module.__name__: module.__version__ for module in (np, cv2, PIL, matplotlib)}

@@ -1,15 +1,15 @@
-"""Random changes of colour, as torchvision and the AlexNet line of work define them, on uint8 images.
+"""Random colour changes on uint8 images, as defined by torchvision and AlexNet.
 
-The blends are Pillow's ``ImageEnhance``: a mixture of the image with black (brightness), with the mean of its grey
-version (contrast) or with its grey version (saturation), cut off to whole numbers after each. All that treats pixels
-alike is a table of 256 values per channel, so the cost is that of three look-ups.
+The blends are those of Pillow's ``ImageEnhance``: of the image with black (brightness), with the mean of its grey
+version (contrast) or with its grey version (saturation), truncated to whole numbers after each. Operations that are the
+same for all pixels use a table of 256 values per channel, so they cost one look-up each.
 """
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
 
-# Principal components of ImageNet's RGB values in [0, 1] (Krizhevsky et al. 2012): a column per component.
+# Principal components of ImageNet's RGB values in [0, 1] (Krizhevsky et al. 2012), one column per component.
 EIGENVALUES = np.array([0.2175, 0.0188, 0.0045])
 EIGENVECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 
@@ -17,7 +17,7 @@ _VALUES = np.arange(256, dtype=np.float32)
 
 
 def _blend_table(other: float, factor: float) -> UInt8[np.ndarray, "256"]:
-    """``other + factor * (value - other)``, cut off to [0, 255]."""
+    """``other + factor * (value - other)``, clipped to [0, 255]."""
     other, factor = np.float32(other), np.float32(factor)
     return np.clip(other + factor * (_VALUES - other), 0, 255).astype(np.uint8)
 
@@ -46,7 +46,7 @@ def saturation(image: UInt8[np.ndarray, "h w c"], factor: float) -> UInt8[np.nda
     if image.shape[2] == 1:
         return image
     grey = cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB)
-    # The sum is rounded; less a half (and rounding's own error) it is cut off.
+    # addWeighted rounds; subtracting a half (and its rounding error) makes it truncate.
     return cv2.addWeighted(image, factor, grey, 1 - factor, -0.499)
 
 
@@ -56,7 +56,7 @@ def jitter(image: UInt8[np.ndarray, "h w c"], strength: float, rng: np.random.Ge
     Args:
       image: ``[h, w, 3 or 1]`` uint8.
       strength: in [0, 1].
-      rng: of the factors and the order.
+      rng: generator of the factors and the order.
 
     Returns:
       The changed image.
@@ -69,21 +69,21 @@ def jitter(image: UInt8[np.ndarray, "h w c"], strength: float, rng: np.random.Ge
 
 
 def lighting_shift(alphas: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3"]:
-    """What is added to R, G and B (in 0 to 255) for the given multiples of the principal components."""
+    """The offset of R, G and B (in 0 to 255) for the given multiples of the principal components."""
     return EIGENVECTORS @ (np.asarray(alphas) * EIGENVALUES) * 255
 
 
 def lighting(
     image: UInt8[np.ndarray, "h w 3"], strength: float, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Adds a random multiple of ImageNet's principal components of colour, normal with the deviation ``strength``.
+    """Adds random multiples of ImageNet's principal colour components, normal with standard deviation ``strength``.
 
-    The sum is rounded and stays within [0, 255]; in floating point it would not, by 0.25 on average.
+    The sum is rounded and clipped to [0, 255]; the result differs from the floating-point one by 0.25 on average.
 
     Args:
       image: ``[h, w, 3]`` uint8.
       strength: standard deviation of the multiples.
-      rng: of the multiples.
+      rng: generator of the multiples.
 
     Returns:
       The changed image.

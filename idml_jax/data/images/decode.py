@@ -1,11 +1,11 @@
-"""Bytes to uint8 images: the only decoder, and what it refuses.
+"""Decodes bytes to uint8 images; the only decoder of the package.
 
-Every image is what Pillow's ``Image.open(...).convert("RGB")`` would give, with one difference: a photograph whose
-EXIF data say that the camera was turned is turned upright; EXIF data that make no sense are ignored. Colour profiles
-are ignored, transparency is dropped (the colour beneath it shows), and of an animation the first frame is taken.
+An image is decoded as by Pillow's ``Image.open(...).convert("RGB")``, except that the EXIF orientation is applied;
+invalid EXIF data are ignored. Colour profiles are ignored, an alpha channel is dropped, and the first frame of an
+animation is used.
 
-The content decides the format, not the file's name, and only the formats of ``FORMATS`` are tried: others that Pillow
-knows would start programs (PostScript) or are no photographs. Whatever goes wrong with one image is a ``DecodeError``.
+The content determines the format, not the file name, and only the formats in ``FORMATS`` are tried: other formats that
+Pillow knows start programs (PostScript) or do not hold photographs. Any failure with one image is a ``DecodeError``.
 """
 
 import contextlib
@@ -32,15 +32,15 @@ from PIL import (
 from idml_jax.data.images import turbo
 from idml_jax.errors import UserError
 
-# The pipeline's threads are the parallelism; OpenCV's own on top would only compete with them.
+# The pipeline already runs threads; OpenCV's own threads would only compete with them.
 cv2.setNumThreads(0)
-# A damaged image is told by a ``DecodeError``, not by OpenCV's own lines.
+# A damaged image is reported by a ``DecodeError``, not by OpenCV's log lines.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-# Pillow speaks of odd metadata while it reads; what matters is raised.
+# Pillow warns about odd metadata; real problems raise.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Formats by Pillow's name, with the endings under which folders are searched for them. (Importing a plug-in makes
+# Formats by Pillow's name, with the file extensions that folders are searched for. (Importing a plug-in makes
 # Pillow know the format without loading all the others.)
 FORMATS: dict[str, tuple[str, ...]] = {
     JpegImagePlugin.JpegImageFile.format: (".jpg", ".jpeg", ".jfif", ".jpe"),
@@ -59,10 +59,10 @@ ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 
 # Pillow's own limit against decompression bombs: 268 MB of RGB.
 MAX_PIXELS = 89_478_485
-# What OpenCV decodes as Pillow does, and faster; all else goes to Pillow.
+# Formats that OpenCV decodes like Pillow, but faster; Pillow decodes the others.
 _FAST_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
 _FAST_MODES = ("L", "RGB", "RGBA", "LA", "1")
-# EXIF orientation to what undoes it.
+# The operation that undoes each EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -72,7 +72,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# OpenCV's flags by reduction.
+# OpenCV's flags by channels and reduction factor.
 _GREY = {
     1: cv2.IMREAD_GRAYSCALE,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -88,25 +88,25 @@ _COLOUR = {
 
 
 class DecodeError(ValueError):
-    """The bytes are not a whole image."""
+    """The bytes are not a complete image of a supported format."""
 
 
 @contextlib.contextmanager
 def one_image_fails() -> Iterator[None]:
-    """Makes whatever fails with one image, memory included, that image's ``DecodeError``."""
+    """Converts any failure with one image, including lack of memory, to a ``DecodeError``."""
     try:
         yield
     except (DecodeError, UserError):
         raise
     except MemoryError as error:
-        raise DecodeError("not a readable picture (not enough memory)") from error
+        raise DecodeError("not a readable image (not enough memory)") from error
     except Exception as error:
         reason = getattr(error, "err", None) or str(error) or type(error).__name__
-        raise DecodeError(f"not a readable picture ({' '.join(str(reason).split())})") from error
+        raise DecodeError(f"not a readable image ({' '.join(str(reason).split())})") from error
 
 
 class _Jpeg(NamedTuple):
-    """What the header of a plain JPEG says."""
+    """The header of a plain JPEG."""
 
     height: int
     width: int
@@ -115,8 +115,8 @@ class _Jpeg(NamedTuple):
 
 
 def _jpeg_header(data: bytes) -> _Jpeg | None:
-    """Size and components of a whole 8-bit JPEG with 1 or 3 components; ``None`` for anything else."""
-    # A whole file ends in an end marker; a few bytes may follow it.
+    """Size and components of a complete 8-bit JPEG with 1 or 3 components; ``None`` for other data."""
+    # A complete file ends with an end marker, which a few bytes may follow.
     if data[:3] != b"\xff\xd8\xff" or b"\xff\xd9" not in data[-64:]:
         return None
     place, exif, end, frame = 2, False, len(data) - 10, None
@@ -146,7 +146,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Reads the header alone, which tells format and size before anything is allocated."""
+    """Reads only the header, to know format and size before allocating memory."""
     if not data:
         raise DecodeError("the file is empty")
     if data[:8] == b"\x89PNG\r\n\x1a\n":  # before Pillow, which warns of such sizes
@@ -156,23 +156,23 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DecodeError(f"it has more pixels than the limit of {MAX_PIXELS}") from error
     except Exception as error:
-        raise DecodeError("not a picture in a known format") from error
+        raise DecodeError("not an image in a known format") from error
     _check_size(image.size[1], image.size[0])
     return image
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """Whether OpenCV decodes it whole and as Pillow does; it fills files that are cut short with grey in silence."""
+    """Whether OpenCV decodes the data like Pillow; OpenCV silently fills truncated files with grey."""
     if image.format not in _FAST_FORMATS or image.mode not in _FAST_MODES or getattr(image, "is_animated", False):
         return False
     if image.format in ("JPEG", "MPO"):
         return b"\xff\xd9" in data[-64:]
-    # The EXIF data of a PNG may stand behind its pixels, where opening does not see them.
+    # The EXIF data of a PNG may follow its pixels, where opening the file does not find them.
     return "exif" not in image.info and (image.format != "PNG" or (b"IEND" in data[-64:] and b"eXIf" not in data))
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns a photograph upright; nothing where its EXIF data make no sense."""
+    """The operation that turns a photograph upright; ``None`` if there is none or the EXIF data are invalid."""
     try:
         return _UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:
@@ -183,7 +183,7 @@ def _turned(data: bytes, pixels: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray
     """Pixels of a JPEG with EXIF data, turned upright."""
     try:
         turn = _turn(_open(data))
-    except DecodeError:  # of the metadata alone; the pixels are there
+    except DecodeError:  # only the metadata are bad; the pixels are fine
         turn = None
     if turn is None:
         return pixels
@@ -192,7 +192,7 @@ def _turned(data: bytes, pixels: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray
 
 
 def check_whole(data: bytes) -> None:
-    """Looks at header, size and end of an encoded image; cheap, so it does not find every damage.
+    """Checks header, size and end of an encoded image; a cheap check that does not find all damage.
 
     Raises:
       DecodeError: as ``decode``.
@@ -228,28 +228,28 @@ def _decode_fast(data: bytes, channels: int, reduce: int = 1) -> UInt8[np.ndarra
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
-        raise DecodeError(f"not a readable picture ({error.err})") from error
+        raise DecodeError(f"not a readable image ({error.err})") from error
     if image is None:
-        raise DecodeError("not a readable picture")
+        raise DecodeError("not a readable image")
     if channels == 1:
         return image[:, :, None]
     return image if reduce == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _decode_carefully(image: Image.Image, channels: int) -> UInt8[np.ndarray, "h w c"]:
-    """Pillow's way, for files that OpenCV would let pass (cut short) or convert otherwise (CMYK, 16 bit)."""
+    """Decodes with Pillow, for files that OpenCV accepts though truncated or converts differently (CMYK, 16 bit)."""
     try:
         image.load()  # raises for a truncated file
     except Exception as error:
-        raise DecodeError(f"not a readable picture ({error})".replace("\n", " ")) from error
-    # 16-bit grey; of a PGM file Pillow makes 32 bits with the range of 16.
+        raise DecodeError(f"not a readable image ({error})".replace("\n", " ")) from error
+    # 16-bit grey; Pillow loads a PGM file as 32 bits with the range of 16.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         values = np.asarray(image).astype(np.float32)
         image_8 = Image.fromarray((values * (255.0 / 65535.0)).round().astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise DecodeError(f"pixels of {'32 bits' if image.mode == 'I' else 'floating point'}, whose range is unknown")
     else:
-        # By way of RGBA, as Pillow warns of palettes with transparency otherwise.
+        # Via RGBA, since Pillow otherwise warns about palettes with transparency.
         image_8 = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
     turn = _turn(image)
     image_8 = image_8 if turn is None else image_8.transpose(turn)
@@ -258,7 +258,7 @@ def _decode_carefully(image: Image.Image, channels: int) -> UInt8[np.ndarray, "h
 
 
 class Picture:
-    """An encoded image of which the pixels are decoded when a part of it is asked for.
+    """An encoded image whose pixels are decoded when a part is requested.
 
     Args:
       data: the file's bytes.
@@ -279,7 +279,7 @@ class Picture:
             header = _jpeg_header(data)
             if header is not None:
                 _check_size(header.height, header.width)
-            # A turned photograph has its size after decoding only.
+            # The size of a turned photograph is known only after decoding.
             if header is not None and not header.exif:
                 self.shape = (header.height, header.width, channels)
             else:
@@ -300,12 +300,12 @@ class Picture:
         """The pixels of a box.
 
         Args:
-          box: top, left, height and width; ``None`` is the whole image.
-          wanted: height and width that the box will be resampled to. A JPEG of which at least four times as many
-            are there is decoded at one half (or quarter or eighth) of its size, so that twice as many remain.
+          box: top, left, height and width in pixels; ``None``: the whole image.
+          wanted: height and width in pixels that the box will be resampled to. A JPEG with at least four times as
+            many pixels per side is decoded at 1/2 (1/4, 1/8) of its size, which leaves at least twice as many.
 
         Returns:
-          ``[height, width, channels]``, or that over ``reduction(...)``.
+          ``[height, width, channels]``, with height and width divided by ``reduction(...)``.
 
         Raises:
           DecodeError: if the data is damaged.
@@ -324,7 +324,7 @@ class Picture:
                 small = _decode_fast(self._data, self._channels, reduce)
                 bottom, right = -(-(top + box_height) // reduce), -(-(left + box_width) // reduce)
                 return small[top // reduce : bottom, left // reduce : right]
-        # Less than four fifths: what is decoded less pays for the second look at the header.
+        # Below four fifths, decoding less outweighs reading the header twice.
         if self._whole is None and box_height * box_width < 0.8 * height * width:
             found = turbo.decode_part(self._data, (top, left, box_height, box_width), (height, width), self._channels)
             if found is not None:
@@ -337,6 +337,6 @@ class Picture:
 
 
 def reduction(box: tuple[int, int], wanted: tuple[int, int]) -> int:
-    """By how much a JPEG may be reduced in decoding so that at least twice the wanted pixels remain: 1, 2, 4 or 8."""
+    """Factor (1, 2, 4 or 8) by which a JPEG can be reduced in decoding so that twice the wanted pixels remain."""
     scale = min(box[0] / wanted[0], box[1] / wanted[1])
     return next((reduce for reduce in (8, 4, 2) if scale >= 2 * reduce), 1)

@@ -1,10 +1,9 @@
-"""Resampling with the antialiased bilinear filter that torchvision's transforms mean: exactly, or fast.
+"""Resampling with the antialiased bilinear filter of torchvision's transforms, exactly or fast.
 
-The filter is a triangle as wide as the scale: where an image shrinks by s, each pixel of the result is the mean of
-those within s of its place, weighted by 1 - distance / s. ``exact`` lets Pillow do it and gives torchvision's very
-pixels. ``fast`` filters with a few taps and interpolates linearly, both in OpenCV; the taps are those for which the two
-steps together come nearest to the triangle, in least squares over all places between two pixels. How near is measured
-in ``docs/input_pipeline.md``.
+The filter is a triangle scaled with the image: if an image shrinks by s, each output pixel is the mean of the pixels
+within distance s, weighted by 1 - distance / s. ``exact`` uses Pillow and gives torchvision's pixels. ``fast``
+filters with a few taps and interpolates linearly, both in OpenCV; the taps minimise the squared error of the two steps
+together against the triangle, over all positions between two pixels. ``docs/input_pipeline.md`` reports the error.
 """
 
 import functools
@@ -16,17 +15,17 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 METHODS = ("fast", "exact")
-# How much more one side may shrink than the other before the exact way is the faster one.
+# Ratio of the two sides' scales above which ``exact`` is faster.
 _MAX_STRETCH = 8
 
 
 @functools.lru_cache(maxsize=4096)
 def _taps(steps: int, halvings: int) -> Float[np.ndarray, "k"]:
-    """Filter before linear interpolation with a step of ``steps / 64`` pixels.
+    """The filter to apply before linear interpolation with a step of ``steps / 64`` pixels.
 
     Args:
       steps: 64 times the scale.
-      halvings: how often pairs of pixels have been averaged before, which has done a part of the smoothing.
+      halvings: number of times that pairs of pixels were averaged before, which is part of the smoothing.
 
     Returns:
       An odd number of symmetric taps, which sum to 1.
@@ -34,7 +33,7 @@ def _taps(steps: int, halvings: int) -> Float[np.ndarray, "k"]:
     scale = steps / 64
     if scale <= 1:
         return np.ones(1, np.float32)
-    # A triangle of half-width s has the variance s^2 / 6, and the mean of m pixels has (1 - 1 / m^2) / 12 of its own.
+    # A triangle of half-width s has variance s^2 / 6; the mean of m pixels already contributes (1 - 1 / m^2) / 12.
     width = math.sqrt(max(scale**2 - (1 - 4.0**-halvings) / 2, 1.0))
     reach = max(1, math.ceil(scale - 0.15) - 1)
     places = np.arange(-reach - math.ceil(scale) - 2, reach + math.ceil(scale) + 3)
@@ -43,7 +42,7 @@ def _taps(steps: int, halvings: int) -> Float[np.ndarray, "k"]:
     triangle /= triangle.sum(1, keepdims=True)
     linear = np.maximum(0, 1 - np.abs(places - phases))
     columns = [linear] + [np.roll(linear, k, 1) + np.roll(linear, -k, 1) for k in range(1, reach + 1)]
-    # Photographs have far more of the low frequencies, and running sums weigh errors that way.
+    # Photographs have mostly low frequencies; running sums weigh the errors accordingly.
     matrix = np.cumsum(np.stack(columns, -1), axis=1).reshape(-1, reach + 1)
     target = np.cumsum(triangle, axis=1).reshape(-1)
     # The taps sum to 1, so the middle one follows from the others.
@@ -67,11 +66,11 @@ def resize(
 
     Args:
       image: ``[h, w, 1 or 3]`` uint8.
-      height: of the result.
-      width: of the result.
+      height: height of the result in pixels.
+      width: width of the result in pixels.
       method: one of ``METHODS``.
-      reduced: by how much (1, 2, 4 or 8) the image was reduced in decoding; ``fast`` takes it into account.
-      extent: height and width that the result shows, in pixels of ``image``, where they are not whole.
+      reduced: factor (1, 2, 4 or 8) by which the image was reduced in decoding; ``fast`` takes it into account.
+      extent: height and width that the result covers, in pixels of ``image``, if they are not whole numbers.
 
     Returns:
       ``[height, width, c]`` uint8.
@@ -80,7 +79,7 @@ def resize(
     if image.shape[:2] == extent == (height, width):
         return image
     scales = extent[0] / height, extent[1] / width
-    # The filters of the fast way are as long as the scale, and solved for: out of all proportion for thin images.
+    # The fast filters are as long as the scale and need a solver, which is too expensive for thin images.
     if method == "exact" or max(scales) > _MAX_STRETCH * min(scales):
         pixels = Image.fromarray(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0]))
         box = (
@@ -97,19 +96,19 @@ def resize(
 def resize_part(
     image: UInt8[np.ndarray, "h w c"], size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> UInt8[np.ndarray, "height width c"]:
-    """A part of a resized image, without the rest: what the method ``exact`` gives there, but for rounding.
+    """Computes only a part of a resized image; equals the method ``exact`` up to rounding.
 
     Args:
       image: ``[h, w, 1 or 3]`` uint8.
-      size: height and width that the whole would be resized to.
-      box: of the part in the resized image: top, left, height and width.
+      size: height and width in pixels that the whole image would be resized to.
+      box: top, left, height and width in pixels of the part, in the resized image.
 
     Returns:
       ``[height, width, c]`` uint8.
     """
     top, left, height, width = box
     down, across = image.shape[0] / size[0], image.shape[1] / size[1]
-    # The filter reaches one scale (at least a pixel) to either side; the rest need not be looked at.
+    # The filter reaches one scale (at least one pixel) to each side; other pixels are not needed.
     reach_down, reach_across = math.ceil(max(down, 1)) + 1, math.ceil(max(across, 1)) + 1
     first_row, first_column = max(0, int(top * down) - reach_down), max(0, int(left * across) - reach_across)
     last_row = min(image.shape[0], math.ceil((top + height) * down) + reach_down)
@@ -127,7 +126,7 @@ def resize_part(
 
 
 def _resize_fast(image: np.ndarray, size: tuple[int, int], extent: tuple[float, float], halvings: int) -> np.ndarray:
-    # Means of two by two pixels are quick, and what remains is small. An odd last row or column has no partner.
+    # Averaging two by two pixels is fast and leaves less to filter. An odd last row or column has no partner.
     while min(extent[0] / size[0], extent[1] / size[1]) > 4.1:
         height, width = image.shape[0] // 2, image.shape[1] // 2
         image = cv2.resize(image[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
@@ -139,7 +138,7 @@ def _resize_fast(image: np.ndarray, size: tuple[int, int], extent: tuple[float, 
         image = cv2.sepFilter2D(image, -1, horizontal, vertical, borderType=cv2.BORDER_REPLICATE)
     if image.shape[:2] == extent:
         return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    # The same with an extent that is not whole: where the centre of each pixel comes from.
+    # The same for a fractional extent: the source position of each pixel's centre.
     origin = [(scale - 1) / 2 for scale in scales]
     places = np.array([[scales[1], 0, origin[1]], [0, scales[0], origin[0]]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP

@@ -1,8 +1,7 @@
-"""Images to uint8 crops of one size: the training and test transforms. Normalisation happens on the device.
+"""Training and test transforms from images to uint8 crops of one size. Normalisation happens on the device.
 
-Definitions are torchvision's (over Pillow): boxes, rounding, antialiased bilinear resampling, colour changes. A
-transform is a function of an image, decoded or still encoded (then only what it needs is decoded), and a generator of
-random numbers.
+Boxes, rounding, antialiased bilinear resampling and colour changes are defined as in torchvision (with Pillow). A
+transform is a function of an image, decoded or encoded (then only the needed part is decoded), and a random generator.
 """
 
 import math
@@ -20,7 +19,7 @@ from idml_jax.errors import UserError
 
 __all__ = ["DecodeError", "Picture", "Transform", "check_whole", "create", "decode"]
 
-# Side ratio above which the test transform resamples only the crop.
+# Aspect ratio above which the test transform resamples only the crop.
 _THIN = 20
 
 AnyPicture = UInt8[np.ndarray, "h w c"] | Picture
@@ -30,7 +29,7 @@ Transform = Callable[[AnyPicture, np.random.Generator], UInt8[np.ndarray, "size 
 def _resample_part(
     image: AnyPicture, box: tuple[int, int, int, int], height: int, width: int, method: str
 ) -> UInt8[np.ndarray, "height width c"]:
-    """The part of an image in a box of top, left, height and width, at another size."""
+    """Resamples the part of an image in a box of top, left, height and width."""
     top, left, box_height, box_width = box
     with one_image_fails():
         if not isinstance(image, Picture):
@@ -52,17 +51,17 @@ def _mirror(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the image at a fixed size, perhaps mirrored: the training transform of metric learning.
+    """A random part of the image at a fixed size, possibly mirrored: the training transform of metric learning.
 
-    Area and aspect ratio (log-uniform) are drawn up to ten times until the box fits, else the largest central box of
-    an allowed ratio is taken, as in the Inception line of work. Of a box at least four times as large as the result,
-    place and size are whole multiples of 2 (4, 8) pixels, so that a JPEG may be decoded at a half (quarter, eighth).
+    Area and aspect ratio (log-uniform) are drawn up to ten times until the box fits; otherwise the largest central box
+    of an allowed ratio is used, as for Inception networks. For a box at least four times as large as the result,
+    position and size are multiples of 2 (4, 8) pixels, so that a JPEG may be decoded at 1/2 (1/4, 1/8) of its size.
 
     Attributes:
       size: side of the result in pixels.
-      scale: range of the area relative to the image.
+      scale: range of the area as a share of the image.
       ratio: range of width over height.
-      flip: mirror with probability one half.
+      flip: whether to mirror with probability 1/2.
       rotation: largest rotation in degrees, drawn uniformly (0: none); corners are filled by replicating the border.
       resample: ``fast`` or ``exact``, see ``resample``.
     """
@@ -113,11 +112,11 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class ImageNetTrain:
-    """Random resized crop, mirroring, colour jitter and PCA lighting: the training transform of classification.
+    """Random resized crop, mirroring, colour jitter and PCA lighting: the ImageNet training transform.
 
     Attributes:
       crop: crop and mirroring.
-      color_jitter: strength of the changes of brightness, contrast and saturation, in [0, 1]; the hue stays.
+      color_jitter: strength of the changes of brightness, contrast and saturation, in [0, 1]; hue is unchanged.
       lighting: standard deviation of the multiples of ImageNet's principal components of colour.
     """
 
@@ -134,12 +133,12 @@ class ImageNetTrain:
 
 @dataclass(frozen=True)
 class PaddedCrop:
-    """A random crop of an image with a black border, perhaps mirrored: the training transform of CIFAR.
+    """A random crop of an image with a black border, possibly mirrored: the training transform of CIFAR.
 
     Attributes:
       size: side of the result in pixels.
       pad: width of the border in pixels.
-      flip: mirror with probability one half.
+      flip: whether to mirror with probability 1/2.
     """
 
     size: int
@@ -159,7 +158,7 @@ class PaddedCrop:
 
 @dataclass(frozen=True)
 class AsIs:
-    """The image itself, which must have the right size: the test transform of CIFAR.
+    """The unchanged image, which must have the right size: the test transform of CIFAR.
 
     Attributes:
       size: side of the image in pixels.
@@ -171,7 +170,7 @@ class AsIs:
         image = _pixels(image)
         if image.shape[:2] != (self.size, self.size):
             raise DecodeError(
-                f"{image.shape[1]} x {image.shape[0]} pixels, but config.data.transform = 'cifar' takes pictures of "
+                f"{image.shape[1]} x {image.shape[0]} pixels, but config.data.transform = 'cifar' takes images of "
                 f"config.data.image_size = {self.size} as they are"
             )
         return image
@@ -179,7 +178,7 @@ class AsIs:
 
 @dataclass(frozen=True)
 class ResizeCenterCrop:
-    """The shorter side to ``resize`` pixels, then the central square of ``size``: the test transform.
+    """Resizes the shorter side to ``resize`` pixels, then takes the central square of ``size``: the test transform.
 
     Attributes:
       size: side of the result in pixels.
@@ -207,7 +206,7 @@ class ResizeCenterCrop:
         return np.ascontiguousarray(image[top : top + self.size, left : left + self.size])
 
     def _centre_of_thin(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
-        """The same of an image that would grow beyond all bounds: only the crop is resampled, exactly."""
+        """The crop of a very thin image, whose resized version would be huge: only the crop is resampled, exactly."""
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         with one_image_fails():
             return resize_part(image, (height, width), (top, left, self.size, self.size))
@@ -230,20 +229,20 @@ def create(
     lighting: float = 0.1,
     resample: str = "fast",
 ) -> tuple[Transform, Transform]:
-    """The training and the test transform by name.
+    """Creates the training and the test transform by name.
 
     Args:
       name: ``retrieval`` (crop, rotation, mirroring), ``imagenet`` (with colour jitter and lighting) or ``cifar``
         (crop of the padded image; none at test).
       size: side of the images in pixels.
       resize: shorter side before the central crop at test.
-      crop_scale: range of the crop's area.
+      crop_scale: range of the crop's area as a share of the image.
       crop_ratio: range of the crop's width over its height.
-      flip: whether to mirror.
-      rotation: in degrees, of ``retrieval``.
-      pad: in pixels, of ``cifar``.
-      color_jitter: of ``imagenet``.
-      lighting: of ``imagenet``.
+      flip: whether to mirror at random.
+      rotation: largest rotation in degrees, for ``retrieval``.
+      pad: width of the border in pixels, for ``cifar``.
+      color_jitter: strength in [0, 1], for ``imagenet``.
+      lighting: standard deviation of the lighting, for ``imagenet``.
       resample: ``fast`` or ``exact``.
 
     Returns:
@@ -270,10 +269,10 @@ CHANGES = ("crop", "blur", "noise", "occlusion")
 
 @dataclass(frozen=True)
 class Changed:
-    """Another transform, after which the image is made harder to recognise; for tests of the uncertainty.
+    """Applies a transform and then makes the image harder to recognise; used to test the uncertainty.
 
     Attributes:
-      transform: gives the image.
+      transform: transform to apply first.
       kind: ``crop`` keeps a random part of the area (1 - strength) and enlarges it; ``blur`` is Gaussian with a
         standard deviation of ``strength / 8`` of the side; ``noise`` replaces the share ``strength`` of the contrast
         by uniform noise; ``occlusion`` covers a random square of the area ``strength`` with the image's mean colour.
@@ -315,12 +314,12 @@ class Changed:
 
 @dataclass(frozen=True)
 class SometimesChanged:
-    """Another transform, after which some images are made harder to recognise; for training.
+    """Applies a transform and then makes some images harder to recognise; used in training.
 
     Attributes:
-      transform: gives the image.
-      probability: of being changed.
-      kinds: of change, see ``Changed``; one is drawn, and its strength evenly from 0.1 to 0.75.
+      transform: transform to apply first.
+      probability: probability that an image is changed.
+      kinds: kinds of change, see ``Changed``; one is drawn, with a strength uniform in [0.1, 0.75].
     """
 
     transform: Transform

@@ -1,7 +1,7 @@
-"""Decoding of a part of a JPEG through libjpeg-turbo 3, where it is installed; the pixels are those of the whole.
+"""Decodes a part of a JPEG with libjpeg-turbo 3, if it is installed; the pixels equal those of a full decoding.
 
-The library is looked for in the system (``libturbojpeg``) and in the package ``turbojpeg`` of PyPI, which brings it.
-Without it everything works, with a little more time per image.
+The library is searched in the system (``libturbojpeg``) and in the PyPI package ``turbojpeg``, which includes it.
+Without it everything works, but takes slightly longer per image.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 
 _NAMES = ("libturbojpeg.so.0", "libturbojpeg.0.dylib", "turbojpeg.dll")
 _DECOMPRESS, _RGB, _GREY = 1, 0, 6
-# Parts begin at a multiple of the widest block of chroma, and have neighbours for its interpolation on all sides.
+# Parts start at a multiple of the largest chroma block and include a margin for its interpolation on all sides.
 _ALIGN, _MARGIN = 32, 16
 
 
@@ -37,7 +37,7 @@ def _candidates() -> Iterator[str]:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or ``None`` if there is none of version 3."""
+    """The library, or ``None`` if version 3 is not installed."""
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     for name in _candidates():
         try:
@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class _Handle:
-    """A decompressor; one per thread, as it holds state."""
+    """A decompressor; one per thread, since it has state."""
 
     def __init__(self, library: ctypes.CDLL):
         self._destroy, self.pointer = library.tj3Destroy, library.tj3Init(_DECOMPRESS)
@@ -77,12 +77,12 @@ def decode_part(
     Args:
       data: the file's bytes.
       box: top, left, height and width in pixels.
-      size: height and width of the whole.
+      size: height and width of the whole image in pixels.
       channels: 3 for RGB, 1 for grey.
 
     Returns:
-      ``[height, width, channels]``, bit for bit that part of the whole image; ``None`` if there is no library, or
-      it has anything to say against the file, which then is to be decoded whole.
+      ``[height, width, channels]``, bit for bit that part of the whole image; ``None`` if the library is missing or
+      reports any problem with the file, which must then be decoded as a whole.
     """
     turbo = library()
     if turbo is None:
@@ -92,7 +92,7 @@ def decode_part(
         handle = _local.handle = _Handle(turbo)
     out = _decode(turbo, handle.pointer, data, box, size, channels) if handle.pointer else None
     if out is None:
-        _local.handle = None  # after an error it would refuse whole files too
+        _local.handle = None  # after an error it would refuse good files too
     return out
 
 

@@ -1,1 +1,1 @@
-"""What lies on disk: benchmarks, archives, layouts, shards of records, and the sets made of them."""
+"""Data sets on disk: benchmarks, archives, layouts, record shards, and prepared sets."""

@@ -1,8 +1,8 @@
-"""Files of a folder, a tar or a zip, one after the other: nothing is unpacked and no more than one file is in memory.
+"""Reads the files of a folder, tar or zip one by one: nothing is unpacked, and only one file is in memory at a time.
 
-Archives inside folders, and tars inside tars (ImageNet), are entered like folders. An archive is foreign: names that
-lead out of it, links and devices are refused, and so is a file of unreasonable size. Checksums are verified, and an
-archive has to end as its format says: what is cut short or damaged is told, not taken for the end.
+Archives inside folders, and tars inside tars (ImageNet), are entered like folders. Archives are not trusted: names that
+point outside, links, devices and overly large files are refused. Checksums are verified, and the end of an archive must
+be as its format requires: a truncated or damaged archive is reported, not silently accepted.
 """
 
 import bz2
@@ -26,22 +26,23 @@ from idml_jax.data.files import FileError, check_size, open_file, read_file, sho
 from idml_jax.errors import UserError
 
 ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
-# A zip inside another archive is copied to the disk first.
+# A zip inside another archive is copied to disk first.
 MAX_INNER_BYTES = 2**31
-# Zeros behind the end of a tar, which tape drives want, and other padding.
+# Zeros after the end of a tar (written for tape drives) and other padding.
 _MAX_PADDING = 2**30
-# Long names and attributes stand in headers of their own.
+# Long names and attributes are stored in separate headers.
 _MAX_HEADER = 2**20
 _MAX_DEPTH = 4
 _CHUNK = 2**20
 
 
 class Entry(NamedTuple):
-    """A file somewhere in a source.
+    """A file in a source.
 
     Attributes:
-      name: its path from the source on, with ``/``; an archive counts as a folder.
-      read: its bytes, or a ``FileError`` that names file and archive; only until the next entry is asked for.
+      name: path relative to the source, with ``/``; an archive counts as a folder.
+      read: returns the file's bytes, or raises a ``FileError`` that names file and archive; valid only until the next
+        entry is requested.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Entry(NamedTuple):
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file name has an archive's ending."""
+    """Whether a file name has the extension of an archive."""
     return name.lower().endswith(ARCHIVES)
 
 
@@ -58,7 +59,7 @@ def _enter_all(name: str) -> bool:
 
 
 class _Walk(NamedTuple):
-    """What a walk is told: which archives to enter, and who hears what it leaves out."""
+    """Options of a walk: which archives to enter, and the record of what it leaves out."""
 
     enter: Callable[[str], bool]
     passed: folders.Passed
@@ -67,18 +68,18 @@ class _Walk(NamedTuple):
 def walk(
     source: Path, enter: Callable[[str], bool] = _enter_all, passed: folders.Passed | None = None
 ) -> Iterator[Entry]:
-    """All files of a source in an order that depends on the source alone.
+    """Yields all files of a source in an order that depends on the source only.
 
     Args:
-      source: a folder or an archive.
-      enter: for every archive, given its name, whether to enter it; else it is an entry itself.
-      passed: receives what is left out: hidden and system files, links that lead round in circles.
+      source: folder or archive.
+      enter: decides from the name of an archive whether to enter it; otherwise the archive itself is an entry.
+      passed: records what is left out: hidden and system files, cyclic links.
 
     Yields:
       Entries; folders sorted by name, archives in their own order.
 
     Raises:
-      UserError: if the source is missing, damaged or holds what it should not (see the module's docstring).
+      UserError: if the source is missing, damaged, or holds something that is refused (see the module's docstring).
     """
     told = _Walk(enter, passed or folders.Passed())
     if source.is_dir():
@@ -120,11 +121,11 @@ def _walk_archive(
             count, last = count + 1, member.name
     except UserError:
         raise
-    except Exception as error:  # what damaged archives lead to is without end
+    except Exception as error:  # damaged archives can raise anything
         after = f", the last {shown(last)}" if last else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{where}: damaged or cut short after {count:,} files{after} ({reason}); get it again, or pack it again"
+            f"{where}: damaged or cut short after {count:,} files{after} ({reason}); download or pack it again"
         ) from error
 
 
@@ -132,13 +133,13 @@ class _Member(NamedTuple):
     """A file in an archive.
 
     Attributes:
-      raw: its name as it stands there.
-      name: that in plain form; ``None`` for hidden and system files.
-      size: in bytes, as its header says.
-      open: opens it.
-      chunk: how much to read at a time.
-      seekable: whether, opened, it can be read at any place.
-      crc: checksum to verify, where opening it does not see to that.
+      raw: name as stored in the archive.
+      name: normalised name; ``None`` for hidden and system files.
+      size: size in bytes according to the header.
+      open: opens the file.
+      chunk: number of bytes to read at a time.
+      seekable: whether the opened file supports random access.
+      crc: checksum to verify, if opening the file does not verify it.
     """
 
     raw: str
@@ -159,7 +160,7 @@ def _read_member(member: _Member, where: str) -> bytes:
                 parts.append(part)
                 left -= len(part)
         if left != 1:
-            raise ValueError("not as long as its header says")
+            raise ValueError("its length differs from its header")
         data = b"".join(parts)
         if member.crc is not None and zlib.crc32(data) != member.crc:
             raise ValueError("Bad CRC-32")
@@ -172,15 +173,15 @@ def _read_member(member: _Member, where: str) -> bytes:
 
 
 def _safe_name(name: str, where: str) -> str | None:
-    """A member's name in plain form, ``None`` for litter; one that leads out of the archive is refused."""
+    """The normalised name of a member, ``None`` for system files; a name that points outside is refused."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
-        raise UserError(f"{where}: member {name!r} leads out of the archive; refused")
+        raise UserError(f"{where}: member {name!r} points outside the archive; refused")
     return None if not path.parts or any(map(folders.is_litter, path.parts)) else str(path)
 
 
 class _StrictInfo(tarfile.TarInfo):
-    """Headers of a tar, of which a bad one is an error; ``tarfile`` takes it for the end."""
+    """Tar header that makes a bad header an error; ``tarfile`` would take it as the end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictInfo":
@@ -189,7 +190,7 @@ class _StrictInfo(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError("it stops without the mark of its end") from error
+            raise tarfile.ReadError("its end mark is missing") from error
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} in a header") from error
         if info.size < 0:
@@ -214,21 +215,21 @@ def _tar_members(file: IO[bytes], where: str, seekable: bool) -> Iterator[_Membe
         plain = stream is file
         if not plain:
             stack.enter_context(stream)
-        # Not compressed: files that nobody reads are jumped over.
+        # Not compressed: unread files are skipped by seeking.
         mode = "r:" if plain and seekable else "r|"
-        # tarfile leaves the stream open that it is given.
+        # tarfile does not close a stream that is passed in.
         tar = stack.enter_context(tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictInfo))  # type: ignore[call-overload]
 
         def opened(info: tarfile.TarInfo) -> IO[bytes]:
             found = tar.extractfile(info)
-            assert found is not None  # of a regular file it is there
+            assert found is not None  # a regular file has content
             return found
 
         place = -1
         while (info := tar.next()) is not None:
-            tar.members = []  # else the headers of the whole archive stay in memory
+            tar.members = []  # otherwise the headers of the whole archive stay in memory
             if info.size < 0 or info.offset <= place:
-                raise tarfile.ReadError(f"{info.name}: its headers lead backwards")
+                raise tarfile.ReadError(f"{info.name}: its headers point backwards")
             place = info.offset
             if info.isdir():
                 continue
@@ -240,7 +241,7 @@ def _tar_members(file: IO[bytes], where: str, seekable: bool) -> Iterator[_Membe
 
 
 def _uncompressed(file: IO[bytes]) -> IO[bytes]:
-    """The file itself, or what it holds in compressed form, checksums verified at its end."""
+    """The file itself, or its decompressed content, with checksums verified at the end."""
     head = file.peek(6)[:6]  # type: ignore[attr-defined]
     if head.startswith(b"\x1f\x8b"):
         return cast(IO[bytes], gzip.GzipFile(fileobj=file))
@@ -252,21 +253,21 @@ def _uncompressed(file: IO[bytes]) -> IO[bytes]:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Reads on behind the end of a tar: there may be zeros only, and a compressed one has its checksum there."""
+    """Reads past the end of a tar: only zeros may follow, and a compressed tar has its checksum there."""
     rest = cast(IO[bytes], tar.fileobj)
     padding = 0
     while data := rest.read(_CHUNK):
         padding += len(data)
         if data.count(0) != len(data):
-            raise tarfile.ReadError("more follows behind the mark of its end")
+            raise tarfile.ReadError("more data follow its end mark")
         if padding > _MAX_PADDING:
-            raise tarfile.ReadError(f"more than {_MAX_PADDING:,} zeros behind the mark of its end")
+            raise tarfile.ReadError(f"more than {_MAX_PADDING:,} zeros follow its end mark")
 
 
 def _zip_members(file: IO[bytes], where: str, seekable: bool) -> Iterator[_Member]:
     with contextlib.ExitStack() as stack:
         if not seekable:
-            # A zip's table stands at its end, so a zip within an archive has to be copied first.
+            # The table of a zip is at its end, so a zip inside an archive must be copied first.
             file = _copied(file, stack.enter_context(tempfile.TemporaryFile()), where)
         archive = stack.enter_context(zipfile.ZipFile(file))
         for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
@@ -276,7 +277,7 @@ def _zip_members(file: IO[bytes], where: str, seekable: bool) -> Iterator[_Membe
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG):
                 raise UserError(f"{where}: member {info.filename!r} is a link or a device; refused")
-            # LZMA makes megabytes of a few bytes, and zipfile does not bound what it makes of one read.
+            # LZMA expands a few bytes to megabytes, and zipfile does not limit the output of one read.
             chunk = 4096 if info.compress_type == zipfile.ZIP_LZMA else _CHUNK
             crc = info.CRC if info.compress_type == zipfile.ZIP_BZIP2 else None
             opened = partial(_open_zipped, archive, info)
@@ -288,7 +289,7 @@ def _open_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
         raise ValueError("it is encrypted; unpack the archive with its password first")
     if info.compress_type != zipfile.ZIP_BZIP2:
         return archive.open(info)
-    # bzip2 makes gigabytes of a few bytes: zipfile gives the compressed bytes, and the decoder what is asked for.
+    # bzip2 expands a few bytes to gigabytes: zipfile yields compressed bytes, and the decoder only what is requested.
     packed = copy.copy(info)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, info.compress_size
     del packed.CRC
@@ -312,11 +313,11 @@ def _copied(file: IO[bytes], target: IO[bytes], where: str) -> IO[bytes]:
 def read_small(
     source: Path, names: Callable[[str], bool], enter: Callable[[str], bool] = _enter_all
 ) -> tuple[list[str], dict[str, bytes]]:
-    """One pass over a source before its images are read.
+    """Lists a source and reads small files from it, in one pass before the images are read.
 
     Args:
       source: folder or archive.
-      names: which files to read, by their base name.
+      names: decides from the base name of a file whether to read it.
       enter: as in ``walk``.
 
     Returns:

@@ -1,25 +1,25 @@
-"""The benchmarks' splits and counts: what a complete set holds, and how one that does not is described."""
+"""Splits and counts of the complete benchmarks, and descriptions of incomplete sets."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 
 class Count(NamedTuple):
-    """Size of one split."""
+    """Number of images and classes of a split."""
 
     images: int
     classes: int
 
 
 class Benchmark(NamedTuple):
-    """What is known of a data set before its files are read.
+    """Properties of a data set that are known before its files are read.
 
     Attributes:
-      title: its full name.
-      splits: of the complete set, by the split's name.
-      train_classes: where the protocol splits by class number: classes up to this one are for training.
+      title: full name.
+      splits: counts of the complete set by split name.
+      train_classes: if the protocol splits by class number, the last class number for training.
       shared_classes: whether test images show the classes of the training images (classification).
-      tfds_names: of the ready-made tfds sets with the same images.
+      tfds_names: names of the tfds sets with the same images.
     """
 
     title: str
@@ -73,14 +73,14 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def differences(dataset: str, found: Mapping[str, Count]) -> list[str]:
-    """How the counts of a set differ from those of the complete one.
+    """Describes how the counts of a set differ from those of the complete set.
 
     Args:
       dataset: key of ``BENCHMARKS``; other names have no expected counts.
-      found: by split. ImageNet may lack its validation split (train-only).
+      found: counts by split. ImageNet may lack its validation split (train-only).
 
     Returns:
-      One phrase per difference, e.g. ``train: 5,863 of 5,864 images``; none if the set is complete.
+      One phrase per difference, e.g. ``train: 5,863 of 5,864 images``; empty if the set is complete.
     """
     if dataset not in BENCHMARKS:
         return []

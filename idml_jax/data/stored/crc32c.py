@@ -11,7 +11,7 @@ _LANE = 256
 
 @functools.cache
 def _table() -> UInt32[np.ndarray, "256"]:
-    """What each value of the lowest byte becomes."""
+    """New state for each value of the lowest byte."""
     values = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         values = np.where(values & 1, (values >> 1) ^ np.uint32(_POLYNOMIAL), values >> 1)
@@ -28,17 +28,17 @@ def _advance(states: UInt32[np.ndarray, "k"], columns: np.ndarray) -> UInt32[np.
 
 @functools.cache
 def _over_a_lane() -> tuple[list[int], ...]:
-    """Four tables: what each value of each byte of a state becomes by ``_LANE`` bytes of zero."""
+    """Four tables: the state after ``_LANE`` zero bytes, for each value of each byte of a state."""
     values = np.arange(256, dtype=np.uint32)
     zeros = np.zeros((_LANE, 1), np.uint32)
     return tuple(_advance(values << np.uint32(8 * place), zeros).tolist() for place in range(4))
 
 
 def crc32c(data: bytes) -> int:
-    """The checksum of some bytes.
+    """The CRC-32C checksum of some bytes.
 
-    The state is linear in the bytes, so that lanes of 256 bytes are summed up side by side and then joined; that it
-    begins with ones is the same as the first four bytes inverted, and zeros in front of them change nothing.
+    The state is linear in the bytes, so lanes of 256 bytes are processed in parallel and then combined. The initial
+    state of ones is equivalent to inverting the first four bytes, and leading zeros change nothing.
     """
     if len(data) < 4:
         state = np.full(1, 0xFFFFFFFF, np.uint32)
@@ -57,6 +57,6 @@ def crc32c(data: bytes) -> int:
 
 
 def masked(data: bytes) -> int:
-    """The checksum as TFRecord stores it: rotated and shifted, as a checksum of checksums would be weak."""
+    """The checksum as TFRecord stores it: rotated and offset, since a checksum of checksums would be weak."""
     value = crc32c(data)
     return (((value >> 15) | (value << 17)) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,5 +1,5 @@
-"""Labels of a stored data set: scanned once, then read from a file beside the set, or from the user's cache where the
-set cannot be written to."""
+"""Labels of a stored data set: scanned once, then cached in a file next to the set, or in the user's cache if the set's
+folder is not writable."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ _CHUNK = 256
 
 
 def fingerprint(folder: Path, split: str) -> str:
-    """What changes whenever a stored set does: its metadata, and name and size of every file of the split."""
+    """A digest that changes with a stored set: of its metadata, and the name and size of every file of the split."""
     digest = hashlib.sha256()
     for name in ("dataset_info.json", "features.json"):
         path = folder / name
@@ -29,7 +29,7 @@ def fingerprint(folder: Path, split: str) -> str:
 
 
 def user_cache() -> Path:
-    """Where indices of sets that cannot be written to are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Folder for the indices of sets that are not writable: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idml_jax" / "index"
 
 
@@ -39,7 +39,7 @@ def _paths(folder: Path, split: str) -> tuple[Path, Path]:
 
 
 def read(folder: Path, split: str, keys: Sequence[str]) -> Columns | None:
-    """A stored index that fits the set and has all wanted columns, else ``None``."""
+    """Reads a stored index; ``None`` if it does not match the set or lacks a requested column."""
     wanted = fingerprint(folder, split)
     for path in _paths(folder, split):
         try:
@@ -52,7 +52,7 @@ def read(folder: Path, split: str, keys: Sequence[str]) -> Columns | None:
 
 
 def write(folder: Path, split: str, columns: Mapping[str, np.ndarray]) -> Path | None:
-    """Stores an index beside the set, else in the user's cache; ``None`` if neither can be written."""
+    """Stores an index next to the set, or in the user's cache; ``None`` if neither is writable."""
     content = {f"column/{key}": value for key, value in columns.items()}
     content["fingerprint"] = np.asarray(fingerprint(folder, split))
     for path in _paths(folder, split):
@@ -72,13 +72,13 @@ def load(
     keys: Sequence[str],
     say: Callable[[str], None] = lambda line: None,
 ) -> Columns:
-    """Columns of a split, from its index or, once, from its records.
+    """Reads columns of a split from its index or, the first time, from its records.
 
     Args:
-      folder: of the stored set, with ``dataset_info.json``.
-      split: name.
-      records: gives random access to the records, dictionaries with the wanted keys.
-      keys: scalar features to read of every record.
+      folder: folder of the stored set, with ``dataset_info.json``.
+      split: name of the split.
+      records: returns random access to the records, dictionaries with the requested keys.
+      keys: scalar features to read from every record.
       say: receives a line before a scan.
 
     Returns:
@@ -101,7 +101,7 @@ def load(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         rows = [row for part in pool.map(chunk, range(0, total, _CHUNK)) for row in part]
     columns = {key: np.asarray([row[i] for row in rows]) for i, key in enumerate(keys)}
-    # Text comes as bytes objects, which would have to be pickled.
+    # Text is read as bytes objects, which NumPy could only store pickled.
     columns = {key: value.astype("S") if value.dtype == object else value for key, value in columns.items()}
     write(folder, split, columns)
     return columns

@@ -1,7 +1,7 @@
-"""What a data set on disk looks like: which of its files are images, of which class and split.
+"""Layouts of data sets on disk: which files are images, and their classes and splits.
 
-A layout looks at a source once, reads its lists and answers with a ``Plan``; the images themselves are read later, one
-after the other, in the order of the folder or archive.
+A layout scans a source once, reads its lists and returns a ``Plan``; the images are read later, one by one, in the
+order of the folder or archive.
 """
 
 import re
@@ -19,10 +19,10 @@ class Record(NamedTuple):
     """An image of a data set before it is stored.
 
     Attributes:
-      split: where it belongs.
+      split: name of its split.
       label: index into the plan's class names.
-      name: of its file.
-      read: its encoded bytes; only until the next record is asked for.
+      name: name of its file.
+      read: returns its encoded bytes; valid only until the next record is requested.
     """
 
     split: str
@@ -35,12 +35,12 @@ class Plan(NamedTuple):
     """A data set found in a source.
 
     Attributes:
-      layout: what was found, in words.
+      layout: description of the layout found.
       class_names: name of every label, over all splits.
-      splits: names, in order.
-      records: all images of all splits, mixed, always in the same order.
-      listed: number of images by split where lists tell it before the images are read.
-      notes: lines about what of the source is passed over.
+      splits: names of the splits, in order.
+      records: iterates over all images of all splits, mixed, always in the same order.
+      listed: number of images by split, if lists give it before the images are read.
+      notes: lines about what is skipped in the source.
     """
 
     layout: str
@@ -62,13 +62,13 @@ class Listed:
     """The images that a list names, found among the files of a source.
 
     Attributes:
-      missing: after all records were asked for, the listed images that the source does not hold.
+      missing: listed images that the source does not hold; complete after all records were read.
 
     Args:
       source: folder or archive.
       places: split and label by the image's key.
-      key: of a file, by its name in the source; ``None`` if it is none of the set's images.
-      enter: which archives to enter.
+      key: gives the key of a file from its name in the source; ``None`` if it is not an image of the set.
+      enter: which archives to enter; see ``archives.walk``.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ def text(data: bytes, name: str) -> str:
     """The content of a list.
 
     Raises:
-      UserError: if it is no text.
+      UserError: if it is not text.
     """
     try:
         return data.decode("utf-8-sig")
@@ -113,13 +113,13 @@ def text(data: bytes, name: str) -> str:
 
 
 def rows(data: bytes, name: str, columns: int, header: int = 0) -> list[list[str]]:
-    """The rows of a list with columns set apart by blanks; the last column may hold blanks.
+    """The rows of a list with columns separated by spaces; the last column may contain spaces.
 
     Args:
-      data: content.
-      name: of the file, for messages.
-      columns: how many a row must have.
-      header: lines to pass over.
+      data: content of the file.
+      name: name of the file, for messages.
+      columns: number of columns that each row must have.
+      header: number of lines to skip.
 
     Raises:
       UserError: naming the first row with fewer columns.
@@ -138,19 +138,19 @@ def rows(data: bytes, name: str, columns: int, header: int = 0) -> list[list[str
 
 
 def whole_number(value: str, name: str) -> int:
-    """A number of a list.
+    """Parses a whole number from a list.
 
     Raises:
-      UserError: if it is none.
+      UserError: if it is not a whole number.
     """
     try:
         return int(value)
     except ValueError:
-        raise UserError(f"{name}: {value[:50]!r} stands where a number should") from None
+        raise UserError(f"{name}: {value[:50]!r} is not a number") from None
 
 
 def find(contents: Mapping[str, bytes], base: str) -> str | None:
-    """The name of the file with a base name that lies least deep, ``None`` if there is none."""
+    """The least nested file with a base name; ``None`` if there is none."""
     found = [name for name in contents if name.rsplit("/", 1)[-1] == base]
     return min(found, key=lambda name: (name.count("/"), name), default=None)
 
@@ -166,8 +166,8 @@ def not_found(source: Path, title: str, wanted: str) -> UserError:
 
 
 def folder(source: Path) -> Plan:
-    """Class folders: ``train/<class>/`` and ``test/<class>/`` (or ``val``; or ``query`` and ``gallery``); or
-    ``<class>/`` alone, stored as one split that is divided by class when it is read. A folder or an archive."""
+    """A plan for class folders in a folder or archive: ``train/<class>/`` and ``test/<class>/`` (or ``val``; or
+    ``query`` and ``gallery``), or ``<class>/`` alone, stored as one split that is divided by class when it is read."""
     passed = folders.Passed()
     names = []
     for entry in archives.walk(source, passed=passed):
@@ -195,11 +195,11 @@ def folder(source: Path) -> Plan:
                 yield Record(place.split, label_of[place.class_name], entry.name, entry.read)
 
     shape = f"{', '.join(sorted(found.splits))} of class folders" if found.depth else "class folders"
-    # tfds writes the names to a text file, one a line.
+    # tfds writes the names to a text file, one per line.
     return Plan(shape, list(map(files.shown, classes)), order, records, listed, passed.lines(source))
 
 
 def by_pattern(pattern: str) -> Callable[[str], bool]:
-    """Whether the base name of a path fits a pattern as a whole, without regard to case."""
+    """A function that tests whether the whole base name of a path matches a pattern, ignoring case."""
     known = re.compile(pattern, re.IGNORECASE)
     return lambda name: known.fullmatch(name.rsplit("/", 1)[-1]) is not None

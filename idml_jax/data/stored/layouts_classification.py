@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100 and ImageNet as people have them."""
+"""Layouts of CIFAR-10, CIFAR-100 and ImageNet as distributed."""
 
 import csv
 import io
@@ -21,11 +21,11 @@ _PIXELS = 3 * _SIDE * _SIDE
 
 
 def read_pickle(data: bytes, name: str) -> dict[str, object]:
-    """The dictionary in one of CIFAR's pickles, its keys as text, without running anything in it.
+    """The dictionary in one of CIFAR's pickles, with text keys; no code in the pickle is executed.
 
     Args:
       data: content of the file.
-      name: of the file, for messages.
+      name: name of the file, for messages.
 
     Raises:
       UserError: if it is damaged, or holds more than plain data.
@@ -40,7 +40,7 @@ def _batch(data: bytes, name: str, label_key: str, label_bytes: int) -> tuple[np
     """Pixels ``[n, 3072]``, labels ``[n]`` and file names of one file of CIFAR, binary or pickled."""
     if name.endswith(".bin"):
         if not data or len(data) % (label_bytes + _PIXELS):
-            raise UserError(f"{name}: {len(data):,} bytes are no whole number of records; damaged")
+            raise UserError(f"{name}: {len(data):,} bytes are not a whole number of records; damaged")
         table = np.frombuffer(data, np.uint8).reshape(-1, label_bytes + _PIXELS)
         return table[:, label_bytes:], table[:, label_bytes - 1].astype(np.int64), []
     values = read_pickle(data, name)
@@ -48,10 +48,10 @@ def _batch(data: bytes, name: str, label_key: str, label_bytes: int) -> tuple[np
         raise UserError(f"{name}: lacks 'data' or {label_key!r}")
     pixels = plain_pickle.byte_table(values["data"], _PIXELS)
     if pixels is None:
-        raise UserError(f"{name}: its 'data' is no array of bytes [n, {_PIXELS}]")
+        raise UserError(f"{name}: its 'data' is not an array of bytes [n, {_PIXELS}]")
     labels = values[label_key]
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(_is_label(k) for k in labels):
-        raise UserError(f"{name}: {label_key!r} is no list of {len(pixels)} numbers")
+        raise UserError(f"{name}: {label_key!r} is not a list of {len(pixels)} numbers")
     listed = values.get("filenames", [])
     return pixels, np.asarray(labels, np.int64), _texts(listed) if isinstance(listed, list) else []
 
@@ -61,7 +61,7 @@ def _is_label(value: object) -> bool:
 
 
 def _texts(values: list) -> list[str]:
-    """Names in a pickle; what is no text has none."""
+    """The names in a pickle; entries that are not text have an empty name."""
     return [v.decode("latin1") if isinstance(v, bytes) else v if isinstance(v, str) else "" for v in values]
 
 
@@ -80,16 +80,16 @@ def _cifar(
     label_key: str,
     label_bytes: int,
 ) -> Plan:
-    """A plan for either CIFAR.
+    """A plan for CIFAR-10 or CIFAR-100.
 
     Args:
       source: folder or archive.
-      title: of the set.
+      title: full name of the set.
       files: base names without ``.bin`` by split.
-      meta: base names of the file with the class names: pickle and text.
-      names_key: of the class names in the pickle.
-      label_key: of the labels in the pickles.
-      label_bytes: before the pixels of a binary record; the last is the label.
+      meta: base names of the files with the class names: pickle and text.
+      names_key: key of the class names in the pickle.
+      label_key: key of the labels in the pickles.
+      label_bytes: number of bytes before the pixels of a binary record; the last one is the label.
     """
     pattern = "|".join(re.escape(base) + r"(\.bin)?" for bases in files.values() for base in bases)
     pattern += "|" + "|".join(map(re.escape, meta))
@@ -101,7 +101,7 @@ def _cifar(
             n: split_of[n.rsplit("/", 1)[-1].removesuffix(".bin")] for n in names if n.rsplit("/", 1)[-1] not in meta
         }
         meta_names = [n for n in names if n not in batches]
-        # CIFAR-100's files are called train and test, which much else is; its meta file tells them apart.
+        # CIFAR-100's files have the common names train and test; its meta file identifies them.
         if batches and meta_names:
             break
     if not batches or not meta_names:
@@ -140,13 +140,13 @@ def _cifar(
 
 
 def cifar10(source: Path) -> Plan:
-    """CIFAR-10: ``cifar-10-python.tar.gz`` or ``cifar-10-binary.tar.gz``, or what came out of them."""
+    """CIFAR-10: ``cifar-10-python.tar.gz`` or ``cifar-10-binary.tar.gz``, or their unpacked content."""
     files = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
     return _cifar(source, "CIFAR-10", files, ("batches.meta", "batches.meta.txt"), "label_names", "labels", 1)
 
 
 def cifar100(source: Path) -> Plan:
-    """CIFAR-100 with its fine labels: ``cifar-100-python.tar.gz`` or ``-binary``, or what came out of them."""
+    """CIFAR-100 with its fine labels: ``cifar-100-python.tar.gz`` or ``-binary``, or their unpacked content."""
     files = {"train": ["train"], "test": ["test"]}
     return _cifar(source, "CIFAR-100", files, ("meta", "fine_label_names.txt"), "fine_label_names", "fine_labels", 2)
 
@@ -160,15 +160,15 @@ _LISTS = (
 
 
 def imagenet(source: Path) -> Plan:
-    """ImageNet-1K: ``ILSVRC2012_img_train.tar`` (a tar of tars), perhaps ``ILSVRC2012_img_val.tar`` with the devkit or
-    a list of the validation labels; or class folders ``train/<wnid>/`` and ``val/<wnid>/``. Training images alone
-    will do. Labels are in the order of the WordNet ids."""
+    """ImageNet-1K: ``ILSVRC2012_img_train.tar`` (a tar of tars), optionally ``ILSVRC2012_img_val.tar`` with the devkit
+    or a list of the validation labels; or class folders ``train/<wnid>/`` and ``val/<wnid>/``. The training images are
+    sufficient. Labels are in the order of the WordNet ids."""
     enter_train = by_pattern(r"(ILSVRC2012_img_(train|val)|train|val|n\d{8})\.tar")
     enter_lists = by_pattern(r"ILSVRC2012_devkit.*\.(tar\.gz|tgz|tar)")
     _, lists = archives.read_small(source, by_pattern(_LISTS), enter_lists)
 
     def place(name: str) -> tuple[str, str | int] | None:
-        """Split, and WordNet id or number of a validation image."""
+        """Split of an image, and its WordNet id or, for a flat validation image, its number."""
         parts = [part.removesuffix(".tar") for part in name.split("/")]
         validation = _VALIDATION.fullmatch(parts[-1])
         folder = next((part for part in reversed(parts[:-1]) if _WNID.fullmatch(part)), None)
@@ -181,7 +181,7 @@ def imagenet(source: Path) -> Plan:
             return "validation", folder
         return "train", folder
 
-    # Names of the classes first, without reading the tar of tars: its members are named after them.
+    # The class names come first, without reading the tar of tars: its members are named after the classes.
     outer = by_pattern(r"(ILSVRC2012_img_(train|val)|train|val)\.tar")
     wnids, has_validation = set(), False
     for entry in archives.walk(source, outer):
@@ -226,7 +226,7 @@ def imagenet(source: Path) -> Plan:
 
 
 def _validation_truth(source: Path, lists: Mapping[str, bytes]) -> dict[int, str] | None:
-    """WordNet id of every validation image by its number from 1, from whichever list is there."""
+    """WordNet id of every validation image by its number from 1, from the first list found."""
     readers: dict[str, Callable[[bytes, str], dict[int, str]]] = {
         "imagenet_2012_validation_synset_labels.txt": lambda data, name: {
             i: row[0] for i, row in enumerate(rows(data, name, 1), 1)
@@ -241,7 +241,7 @@ def _validation_truth(source: Path, lists: Mapping[str, bytes]) -> dict[int, str
     if name is None:
         return None
     if meta is None:
-        raise UserError(f"{source}: {name} needs the devkit's meta.mat beside it, which tells its numbers' classes")
+        raise UserError(f"{source}: {name} needs the devkit's meta.mat next to it, which maps its numbers to classes")
     try:
         synsets = loadmat(io.BytesIO(lists[meta]), squeeze_me=True)["synsets"]
         wnid_of = {

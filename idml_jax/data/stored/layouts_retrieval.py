@@ -1,4 +1,4 @@
-"""CUB-200-2011, Cars196, Stanford Online Products and In-shop as people have them, with the protocol's splits."""
+"""Layouts of CUB-200-2011, Cars196, Stanford Online Products and In-shop as distributed, with the protocol's splits."""
 
 import importlib.resources
 import io
@@ -32,21 +32,21 @@ _ENDING = r"\.(tgz|tar|tar\.gz|tar\.bz2|tar\.xz|zip)"
 def _split_of(dataset: str, number: int) -> str:
     """Split of a class by its official number, which starts at 1."""
     bound = BENCHMARKS[dataset].train_classes
-    assert bound is not None  # of the sets that are split by class
+    assert bound is not None  # true for the sets that are split by class
     return "train" if number <= bound else "test"
 
 
 def _look(
     source: Path, wanted: str, complete: Sequence[str], archive: str
 ) -> tuple[list[str], dict[str, bytes], Enter]:
-    """First look at a source.
+    """Scans a source.
 
     Args:
       source: folder or archive.
       wanted: pattern of the base names of the lists.
-      complete: base names that have to be there, with some image, for the unpacked files to be taken.
-      archive: pattern of the archives to enter else. (Who keeps an archive beside what came out of it would have
-        everything twice.)
+      complete: base names that must exist, with at least one image, for the unpacked files to be used.
+      archive: pattern of the archives to enter otherwise. (If an archive lies next to its unpacked content, only one of
+        them must be used.)
 
     Returns:
       Names of all files, the lists by name, and which archives to enter.
@@ -64,7 +64,7 @@ def _two_splits(
     places: Mapping[str, Place],
     class_names: Mapping[int, str],
 ) -> Plan:
-    """A plan with training and test images, its official class numbers made labels from 0."""
+    """A plan with training and test images; official class numbers become labels from 0."""
     order = sorted(class_names)
     label_of = {number: label for label, number in enumerate(order)}
     images = listed({key: Place(place.split, label_of[place.label]) for key, place in places.items()})
@@ -74,7 +74,7 @@ def _two_splits(
 
 def cub(source: Path) -> Plan:
     """CUB-200-2011: ``images.txt`` and ``image_class_labels.txt`` beside ``images/``, or the folders of ``images/``
-    (``001.Name`` to ``200.Name``) alone. Both official splits together; classes 1 to 100 train."""
+    (``001.Name`` to ``200.Name``) alone. Both official splits are joined; classes 1 to 100 are for training."""
     needed = ("images.txt", "image_class_labels.txt", "classes.txt")
     pattern = r"images\.txt|image_class_labels\.txt|classes\.txt"
     names, lists, enter = _look(source, pattern, needed, r".*(cub|birds).*" + _ENDING)
@@ -125,20 +125,20 @@ def _cub_folders(source: Path, names: Sequence[str], enter: Enter) -> Plan:
 
 
 def official_car_names() -> list[str]:
-    """The 196 class names of Cars196 in their official order, which is not that of the alphabet."""
+    """The 196 class names of Cars196 in their official order, which is not alphabetical."""
     file = importlib.resources.files("idml_jax.data") / "cars196_classes.txt"
     return file.read_text(encoding="utf-8").splitlines()
 
 
 def cars(source: Path) -> Plan:
     """Cars196: ``cars_annos.mat`` with ``car_ims``; ``cars_train`` and ``cars_test`` with the devkit; or ``train/`` and
-    ``test/`` of class folders. Both official splits together; classes 1 to 98 train."""
+    ``test/`` of class folders. Both official splits are joined; classes 1 to 98 are for training."""
     pattern = r"cars_annos\.mat|cars_meta\.mat|cars_(train|test)_annos(_withlabels)?\.mat"
     apart = ("cars_meta.mat", "cars_train_annos.mat", "cars_test_annos_withlabels.mat")
     archive = r"(car|stanford|archive).*" + _ENDING
     names, lists, enter = _look(source, pattern, ("cars_annos.mat",), archive)
     together = find(lists, "cars_annos.mat")
-    # The file of the one layout is found beside the images of the other.
+    # The annotation file of one layout may lie next to the images of the other.
     if together and any(is_image(name) and _last_two(name).startswith("car_ims/") for name in names):
         return _cars_together(source, lists, enter)
     names, lists, enter_apart = _look(source, pattern, apart, archive)
@@ -151,10 +151,10 @@ def cars(source: Path) -> Plan:
 
 
 def _load_mat(lists: Mapping[str, bytes], base: str, variable: str) -> tuple[str, np.ndarray]:
-    """Name of a MATLAB file and one of its variables, structs with attributes.
+    """Name of a MATLAB file and one of its variables; structs become objects with attributes.
 
     Raises:
-      UserError: if the file is unreadable or lacks it.
+      UserError: if the file is unreadable or lacks the variable.
     """
     name = find(lists, base) or base
     try:
@@ -182,7 +182,7 @@ def _car_places(name: str, annotations: np.ndarray, field: str, folder: str, cla
 
 
 def _last_two(name: str) -> str:
-    """Folder and name of a file; an archive's ending is no part of the folder's name."""
+    """Folder and name of a file; the extension of an archive is not part of the folder's name."""
     parts = [part.split(".")[0] if archives.is_archive(part) else part for part in name.split("/")[-2:]]
     return "/".join(parts)
 
@@ -212,7 +212,7 @@ def _cars_apart(source: Path, lists: Mapping[str, bytes], needed: Sequence[str],
 
 
 def _plain(name: str) -> str:
-    """A class name without blanks and signs, in which the copies differ (``Ram C/V`` became ``Ram C-V``)."""
+    """A class name without spaces and punctuation, which differ between copies (``Ram C/V`` became ``Ram C-V``)."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -236,7 +236,7 @@ def _cars_folders(source: Path, names: Sequence[str], enter: Enter) -> Plan:
         )
     if unknown:
         some = ", ".join(repr(name) for name in sorted(unknown)[:3])
-        raise UserError(f"{source}: {len(unknown)} folders with images are no class of Cars196: {some}")
+        raise UserError(f"{source}: {len(unknown)} folders with images are not a class of Cars196: {some}")
     listed = lambda p: Listed(source, p, lambda name: name, enter)
     return _two_splits("class folders", listed, places, class_names)
 
@@ -284,7 +284,7 @@ def inshop(source: Path) -> Plan:
     class_names = sorted({item for _, item in raw.values()})
     label_of = {item: label for label, item in enumerate(class_names)}
     places = {path: Place(split, label_of[item]) for path, (split, item) in raw.items()}
-    # The list's names begin with img/, wherever that folder lies.
+    # The names in the list begin with img/, wherever that folder is.
     key = lambda name: name[name.rfind("/img/") + 1 :] if "/img/" in name else name
     images = Listed(source, places, key, enter)
     return Plan(f"{base} and img", class_names, splits, images, images.listed(splits))

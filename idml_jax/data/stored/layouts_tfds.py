@@ -1,5 +1,5 @@
-"""Sets that tfds stored as TFRecord, its default, which allows no random access: read one after the other, without
-TensorFlow, to be stored again."""
+"""Reads sets that tfds stored as TFRecord (its default format, without random access) sequentially and without
+TensorFlow, to store them again."""
 
 import itertools
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
     """The records of a TFRecord file: eight bytes of length, four of its checksum, the record, four of its checksum.
 
     Raises:
-      UserError: if a checksum does not fit, or the file ends in the middle of a record.
+      UserError: if a checksum does not match, or the file ends within a record.
     """
     with open_file(path) as file:
         for number in itertools.count():
@@ -43,22 +43,22 @@ def read_tfrecord(path: Path) -> Iterator[bytes]:
             if len(record) != length or len(checksum) != 4:
                 raise UserError(f"{path}: cut short in record {number}")
             if crc32c.masked(record) != int.from_bytes(checksum, "little"):
-                raise UserError(f"{path}: damaged (record {number} does not fit its checksum); get it again")
+                raise UserError(f"{path}: damaged (record {number} does not match its checksum); download it again")
             yield record
 
 
 def plan(dataset: str, source: Path) -> Plan:
-    """A plan for a stored tfds set: a benchmark's, with the protocol's splits, or any as ``folder``.
+    """A plan for a stored tfds set: a benchmark with the protocol's splits, or any set as ``folder``.
 
     Raises:
-      UserError: if it is another data set, or not stored as TFRecord.
+      UserError: if it is a different data set, or not stored as TFRecord.
     """
     import tensorflow_datasets as tfds
 
     builder = open_builder(source)
     benchmark = BENCHMARKS.get(dataset)
     if benchmark and builder.info.name not in benchmark.tfds_names:
-        names = ", ".join(benchmark.tfds_names) or "none that tfds has"
+        names = ", ".join(benchmark.tfds_names) or "not in tfds"
         raise UserError(f"{source}: the tfds set {builder.info.name}; {benchmark.title} is {names}")
     if builder.info.file_format.value != "tfrecord":
         raise UserError(
@@ -86,7 +86,7 @@ def plan(dataset: str, source: Path) -> Plan:
                     try:
                         example = features.deserialize_example_np(raw, decoders=decoders)
                         label = int(example[label_key])
-                    except Exception as error:  # in whatever way it does not fit the set's features
+                    except Exception as error:  # a record may fail to match the set's features in any way
                         reason = " ".join(str(error).split())[:200] or type(error).__name__
                         raise UserError(f"{path}: record {number} cannot be read ({reason})") from error
                     if not 0 <= label < len(class_names):

@@ -1,8 +1,8 @@
-"""Reads pickles of plain data without running anything in them: CIFAR comes as pickles.
+"""Reads pickles of plain data without executing code in them; CIFAR is distributed as pickles.
 
-A pickle is a program. This interpreter knows the instructions that build dictionaries, lists, tuples, numbers, text,
-bytes and plain numpy arrays, and no others; every instruction is one step, so that the work is bounded by the file's
-size, which nested tuples as keys of a dictionary would otherwise make exponential.
+A pickle is a program. This interpreter supports only the instructions that build dictionaries, lists, tuples, numbers,
+text, bytes and plain numpy arrays. Every instruction takes one step, so the work is bounded by the size of the file;
+hashing nested tuples as dictionary keys would otherwise be exponential.
 """
 
 import pickletools
@@ -22,26 +22,26 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class PickleError(ValueError):
-    """The pickle is damaged, or asks for more than plain data."""
+    """The pickle is damaged, or contains more than plain data."""
 
 
 class _Name(NamedTuple):
-    """What a pickle asks for by name; only looked at."""
+    """A global that a pickle names; it is only compared, never imported."""
 
     module: str
     name: str
 
 
 class _Mark:
-    """Stands on the stack where a sequence begins."""
+    """Marks the start of a sequence on the stack."""
 
 
 class _Array:
-    """What a pickle says of an array or its type.
+    """An array or array type as described by a pickle.
 
     Attributes:
-      arguments: what it was made with.
-      state: what it was filled with.
+      arguments: constructor arguments.
+      state: state set after construction.
     """
 
     def __init__(self, arguments: tuple):
@@ -58,10 +58,10 @@ _ARRAYS = {
 
 
 def load(data: bytes) -> dict[str, object]:
-    """The dictionary in a pickle, its keys as text.
+    """The dictionary in a pickle, with text keys.
 
     Args:
-      data: content of the file. Text of Python 2 comes as bytes.
+      data: content of the file. Python 2 strings are returned as bytes.
 
     Returns:
       The dictionary; arrays are read by ``byte_table``.
@@ -81,7 +81,7 @@ def load(data: bytes) -> dict[str, object]:
 
 
 def byte_table(value: object, columns: int) -> np.ndarray | None:
-    """An array ``[n, columns]`` of bytes from what ``load`` gave for it; ``None`` if it is anything else."""
+    """Converts a value of ``load`` to an array ``[n, columns]`` of bytes; ``None`` if it is not such an array."""
     state = value.state if isinstance(value, _Array) else None
     if not isinstance(state, tuple) or len(state) != 5:
         return None
@@ -144,7 +144,7 @@ def _run(data: bytes) -> object:
         "LIST": above_mark,
         "TUPLE": lambda: tuple(above_mark()),
     }
-    argument: Any  # of the type that the instruction says
+    argument: Any  # its type depends on the instruction
     for count, (instruction, argument, _) in enumerate(pickletools.genops(data)):
         if count >= MAX_INSTRUCTIONS:
             raise PickleError(f"more than {MAX_INSTRUCTIONS:,} instructions")

@@ -1,4 +1,4 @@
-"""Stores a data set as it was downloaded as a tfds set of array_record files, which training reads at random."""
+"""Stores a downloaded data set as a tfds set of array_record files, which allow random access in training."""
 
 import re
 import shutil
@@ -38,23 +38,23 @@ def prepare(
     shard_megabytes: int = 256,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Stores a data set, or goes on storing it.
+    """Stores a data set, or resumes storing it.
 
     Args:
       dataset: key of ``LAYOUTS``.
       source: folder or archive.
-      data_dir: where sets are kept; empty: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
-      name: of the set, for image folders; by default the source's.
-      allow_incomplete: store a set whose counts are not the benchmark's.
-      on_corrupt: ``refuse`` or ``skip`` files that are not whole images.
-      shard_megabytes: size of the files of records; what a stopped run loses is at most one per split.
+      data_dir: folder of data sets; empty: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
+      name: name of the set, for image folders; by default that of the source.
+      allow_incomplete: store the set even if its counts are not the benchmark's.
+      on_corrupt: ``refuse`` or ``skip`` files that are not complete images.
+      shard_megabytes: size of a record file in MB; a stopped run loses at most one per split.
       say: receives lines about the progress.
 
     Returns:
       Folder of the stored set.
 
     Raises:
-      UserError: for a source without a known layout, damaged or incomplete, or a disk that is too small.
+      UserError: if the source has no known layout, is damaged or incomplete, or the disk is too small.
     """
     if dataset not in LAYOUTS:
         raise UserError(f"--dataset={dataset}; known: {', '.join(LAYOUTS)}")
@@ -74,7 +74,7 @@ def prepare(
         raise UserError(f"--name={name} is for --dataset=folder only")
     final = home / shards.VERSION
     if final.exists():
-        say(f"{final} is prepared already; delete that folder to prepare it anew")
+        say(f"{final} is already prepared; delete that folder to prepare it again")
         return final
     title = BENCHMARKS[dataset].title if dataset in BENCHMARKS else f"image folder {name}"
     if not source.exists():
@@ -92,20 +92,22 @@ def prepare(
             return _store(job, plan, tell)
     except OSError as error:
         where = error.filename or home
-        raise UserError(f"{where}: cannot be written ({error.strerror or error}); the same command goes on") from error
+        raise UserError(
+            f"{where}: cannot be written ({error.strerror or error}); rerun the same command to resume"
+        ) from error
 
 
 class _Job(NamedTuple):
-    """What is to be stored, and how.
+    """What to store, and how.
 
     Attributes:
       dataset: key of ``LAYOUTS``.
-      title: its name for people.
+      title: full name of the data set.
       source: folder or archive.
       home: folder of the set.
-      allow_incomplete: store a set whose counts are not the benchmark's.
-      on_corrupt: ``refuse`` or ``skip`` files that are not whole images.
-      shard_bytes: size of the files of records.
+      allow_incomplete: store the set even if its counts are not the benchmark's.
+      on_corrupt: ``refuse`` or ``skip`` files that are not complete images.
+      shard_bytes: size of a record file in bytes.
     """
 
     dataset: str
@@ -133,7 +135,7 @@ def _store(job: _Job, plan: Plan, say: Callable[[str], None]) -> Path:
     if writer.started_over:
         say("the source or the settings are not those of the stopped run; starting over")
     if writer.resumed:
-        say(f"going on after {writer.resumed:,} images")
+        say(f"resuming after {writer.resumed:,} images")
     try:
         stored = writer.write(job.on_corrupt, _Report(plan, writer.resumed, say))
     except shards.SourceChangedError:
@@ -143,8 +145,8 @@ def _store(job: _Job, plan: Plan, say: Callable[[str], None]) -> Path:
     wrong = _shortcomings(job.dataset, plan, stored)
     if wrong and not job.allow_incomplete:
         raise UserError(
-            f"{job.source} is not the complete {job.title}: {'; '.join(wrong)}. Nothing is published; with what is "
-            "missing, or with --allow_incomplete, the same command goes on"
+            f"{job.source} is not the complete {job.title}: {'; '.join(wrong)}. Nothing is published; rerun "
+            "the same command to resume once the missing files are there, or with --allow_incomplete"
         )
     empty = [s for s in plan.splits if not stored.counts[s].images]
     if empty:
@@ -171,21 +173,21 @@ def _listed(plan: Plan) -> str:
 
 
 def _shortcomings(dataset: str, plan: Plan, stored: shards.Stored) -> list[str]:
-    """What keeps a stored set from being complete, in words."""
+    """The reasons why a stored set is incomplete, one phrase each."""
     wrong = differences(dataset, stored.counts)
     for split, count in (plan.listed or {}).items():
         if stored.counts[split].images != count and dataset not in BENCHMARKS:
             wrong.append(f"{split}: {stored.counts[split].images:,} of {count:,} images")
     if isinstance(plan.records, Listed) and plan.records.missing:
         missing = plan.records.missing
-        wrong.append(f"{len(missing):,} listed images are not there, the first {missing[0]}")
+        wrong.append(f"{len(missing):,} listed images are missing, the first {missing[0]}")
     if stored.skipped:
-        wrong.append(f"{len(stored.skipped):,} files are no whole pictures, the first {stored.skipped[0]}")
+        wrong.append(f"{len(stored.skipped):,} files are not complete images, the first {stored.skipped[0]}")
     return wrong
 
 
 def _check_room(source: Path, root: Path) -> None:
-    """The set takes about as much room as an archive of its images."""
+    """Raises if the disk is too small: the set needs about as much space as an archive of its images."""
     if not source.is_file():
         return
     above = root
@@ -197,7 +199,7 @@ def _check_room(source: Path, root: Path) -> None:
 
 
 class _Report:
-    """Says how far things are, every few seconds."""
+    """Reports progress every few seconds."""
 
     def __init__(self, plan: Plan, resumed: int, say: Callable[[str], None], seconds: float = 5.0):
         self._total = sum(plan.listed.values()) if plan.listed else None

@@ -1,4 +1,4 @@
-"""Finds and opens data sets that lie prepared under a data folder: ours, or tfds' own if stored as array_record."""
+"""Finds and opens prepared data sets in a data folder: of this package, or of tfds if stored as array_record."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 PREFIX = "idml_"
-# tfds' own sets, where their label is not called "label".
+# Label features of tfds' own sets that are not called "label".
 _LABEL_KEYS = ("label", "class_id")
 _MAX_METADATA = 2**26
-# What names a feature's class, in the spellings that tfds reads.
+# The keys that name the class of a feature, in all spellings that tfds reads.
 _CLASS_KEYS = {"pythonClassName", "python_class_name", "type"}
 _OWN_FEATURES = "tensorflow_datasets.core.features."
 
@@ -30,10 +30,10 @@ class Prepared(NamedTuple):
     """A stored set.
 
     Attributes:
-      folder: with ``dataset_info.json``.
-      builder: of tfds, read-only.
+      folder: folder with ``dataset_info.json``.
+      builder: read-only tfds builder.
       ours: whether ``idml_jax.prepare`` wrote it.
-      complete: whether its counts are the benchmark's; ``None`` where that was not checked yet.
+      complete: whether its counts are the benchmark's; ``None`` if not yet checked.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
 
 
 def version_folder(home: Path) -> Path | None:
-    """The folder of the newest version below ``home``, perhaps one configuration further down."""
+    """The folder of the newest version below ``home``, directly or below a configuration's folder."""
     found = []
     for pattern in ("*/dataset_info.json", "*/*/dataset_info.json"):
         for path in home.glob(pattern):
@@ -70,9 +70,9 @@ def _metadata(folder: Path, name: str) -> dict[str, object]:
 
 
 def open_builder(folder: Path) -> "tfds.core.DatasetBuilder":
-    """tfds' read-only builder of a stored set.
+    """The read-only tfds builder of a stored set.
 
-    tfds imports whatever module the set's ``features.json`` names, so names of other packages are refused first.
+    tfds imports any module that the set's ``features.json`` names, so names of other packages are refused first.
 
     Raises:
       UserError: if the set is damaged or names features that are not tfds' own.
@@ -89,7 +89,7 @@ def open_builder(folder: Path) -> "tfds.core.DatasetBuilder":
             for key in _CLASS_KEYS & value.keys():
                 if isinstance(value[key], str) and not value[key].startswith(_OWN_FEATURES):
                     raise UserError(
-                        f"{folder / 'features.json'}: asks for the feature {value[key][:100]!r}, which is not "
+                        f"{folder / 'features.json'}: names the feature {value[key][:100]!r}, which is not "
                         "tfds' own; refused"
                     )
     try:
@@ -99,7 +99,7 @@ def open_builder(folder: Path) -> "tfds.core.DatasetBuilder":
 
 
 def file_format(folder: Path) -> str:
-    """How a stored tfds set keeps its records; tfds' default is ``tfrecord``."""
+    """The file format of a stored tfds set; tfds' default is ``tfrecord``."""
     return str(_metadata(folder, "dataset_info.json").get("fileFormat", "tfrecord"))
 
 
@@ -107,7 +107,7 @@ def open_folder(folder: Path) -> Prepared:
     """Opens the set in a version's folder.
 
     Raises:
-      UserError: if it is damaged or allows no random access.
+      UserError: if it is damaged or does not allow random access.
     """
     found = file_format(folder)
     if found != FILE_FORMAT:
@@ -122,15 +122,15 @@ def open_folder(folder: Path) -> Prepared:
 
 
 def find(dataset: str, data_dir: str, variant: str = "") -> Prepared:
-    """A benchmark's set under a data folder.
+    """Finds a benchmark's set in a data folder.
 
     Args:
       dataset: key of ``BENCHMARKS``, or ``folder``.
       data_dir: folder of data sets.
-      variant: which of the prepared image folders.
+      variant: name of a prepared image folder.
 
     Raises:
-      UserError: if there is none, naming the command that makes one.
+      UserError: if there is none; names the command that creates it.
     """
     root = expand(data_dir)
     tfds_names = BENCHMARKS[dataset].tfds_names if dataset in BENCHMARKS else ()
@@ -157,7 +157,7 @@ def find(dataset: str, data_dir: str, variant: str = "") -> Prepared:
 class _Records(Sequence[dict[str, object]]):
     """Some features of a split's records; the image stays encoded.
 
-    Further images (masks) and boxes, which tfds' own sets may have, would else be decoded with every record.
+    Otherwise the additional images (masks) and boxes of some tfds sets would be decoded with every record.
     """
 
     def __init__(self, builder: "tfds.core.DatasetBuilder", split: str, keys: Sequence[str]):
@@ -179,16 +179,16 @@ class _Records(Sequence[dict[str, object]]):
 def source(
     prepared: Prepared, split: str, *, field_keys: Sequence[str] = (), say: Callable[[str], None] = print
 ) -> TfdsSource:
-    """A split of a stored set; its labels come from the index, or are read once.
+    """Opens a split of a stored set; its labels come from the index, or are read once.
 
     Args:
       prepared: the set.
-      split: name.
-      field_keys: further features to hold in ``fields``.
+      split: name of the split.
+      field_keys: additional features to load into ``fields``.
       say: receives a line before labels are read.
 
     Raises:
-      UserError: if it lacks an image or a label.
+      UserError: if the set lacks an image or a label.
     """
     known = prepared.builder.info.features
     label_key = next((key for key in _LABEL_KEYS if key in known), None)
@@ -200,7 +200,7 @@ def source(
     try:
         columns = index.load(prepared.folder, split, lambda: records(keys), keys, say)
         images = records(["image", *([file_key] if file_key else [])])
-    except Exception as error:  # a damaged file of records, in whatever way
+    except Exception as error:  # a record file may be damaged in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{prepared.folder}: the split {split!r} cannot be read ({reason[:200]})") from error
     names = known[label_key].names

@@ -1,8 +1,8 @@
-"""Writes a data set as a tfds set of array_record files, without TensorFlow, so that a stopped run goes on.
+"""Writes a data set as a resumable tfds set of array_record files, without TensorFlow.
 
-A set grows in ``<version>.incomplete/`` and appears as ``<version>/`` by one rename when it is whole. A file of
-records ("shard") gets its name only when it is complete and on disk, together with a note of how far its split has
-come; the next run reads the notes and goes on behind them. Only what stood in unfinished shards is read again.
+A set is written to ``<version>.incomplete/`` and renamed to ``<version>/`` when it is complete. A record file ("shard")
+gets its final name only when it is complete and on disk, together with a note of its split's progress; the next run
+reads the notes and continues from there. Only the content of unfinished shards is read again.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ FILE_FORMAT = "array_record"
 NOTES = "notes"
 IDENTITY = "identity.json"
 ABOUT = "idml_jax.json"
-# Images are compressed already, so the records are not.
+# The images are already compressed, so the records are not.
 _OPTIONS = "group_size:1,uncompressed"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 
@@ -47,11 +47,11 @@ class SourceChangedError(Exception):
 
 
 class Progress(NamedTuple):
-    """How far a set has come.
+    """Progress of writing a set.
 
     Attributes:
-      done: images stored or passed over by split, those of earlier runs included.
-      fresh: of them, those of this run.
+      done: number of images stored or skipped by split, including earlier runs.
+      fresh: number of these images in this run.
     """
 
     done: Mapping[str, int]
@@ -59,11 +59,11 @@ class Progress(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What was written of a set.
+    """Summary of a stored set.
 
     Attributes:
-      counts: images and classes by split.
-      skipped: names of the files left out as unreadable.
+      counts: number of images and classes by split.
+      skipped: names of the unreadable files that were left out.
     """
 
     counts: dict[str, Count]
@@ -85,7 +85,7 @@ def features(class_names: Sequence[str]) -> "tfds.features.FeaturesDict":
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing the same set; the lock goes when the process does.
+    """Prevents other processes from writing the same set; the lock ends with the process.
 
     Raises:
       UserError: if another process holds it.
@@ -110,8 +110,8 @@ class _Split:
         self.bytes = 0
         self.labels: list[np.ndarray] = []
         self.skipped: list[str] = []
-        self.position = 0  # records of the plan that are dealt with
-        self.names = hashlib.sha256()  # of all their names, in order
+        self.position = 0  # number of the plan's records that are processed
+        self.names = hashlib.sha256()  # digest of all their names, in order
         self._trail = self.names.hexdigest()
         while self._restore(len(self.lengths)):
             pass
@@ -142,11 +142,11 @@ class _Split:
         return True
 
     def meet(self, name: str) -> None:
-        """Keeps the names met so far."""
+        """Adds a name to the digest of the names seen so far."""
         self.names.update(name.encode("utf-8", "surrogateescape") + b"\n")
 
     def same_trail(self) -> bool:
-        """Whether the names met so far are those of the records that earlier runs have dealt with."""
+        """Whether the names seen so far are those that earlier runs processed."""
         return self.names.hexdigest() == self._resumed_trail
 
     def add(self, label: int, record: bytes) -> None:
@@ -201,7 +201,7 @@ class _Split:
 
 
 def _check_and_flush(path: Path, records: int) -> None:
-    """A full disk must not pass for a finished shard."""
+    """Checks that a shard is complete on disk, since a full disk may go unnoticed, and flushes it."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
@@ -209,23 +209,23 @@ def _check_and_flush(path: Path, records: int) -> None:
         found = reader.num_records()
         reader.close()
     except (RuntimeError, ValueError) as error:
-        raise OSError(0, "the file of records did not arrive whole", str(path)) from error
+        raise OSError(0, "the record file is incomplete on disk", str(path)) from error
     if found != records:
-        raise UserError(f"{path}: {found} of {records} records arrived on disk; is it full?")
+        raise UserError(f"{path}: {found} of {records} records are on disk; is it full?")
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 class SetWriter:
-    """A data set on its way to disk.
+    """Writes a data set to disk.
 
     Args:
       home: folder of the set, which will hold ``1.0.0/``.
-      name: of the tfds set, the first part of its files' names.
+      name: name of the tfds set, the first part of its file names.
       plan: what to store.
-      identity: of the source and the settings; shards written under another identity are thrown away.
-      shard_bytes: size at which a shard is closed.
-      start_over: throw away what earlier runs have stored.
+      identity: identifies source and settings; shards written with another identity are discarded.
+      shard_bytes: size in bytes at which a shard is closed.
+      start_over: discard what earlier runs have stored.
     """
 
     def __init__(
@@ -257,22 +257,22 @@ class SetWriter:
 
     @property
     def resumed(self) -> int:
-        """Images that earlier runs have dealt with."""
+        """Number of images that earlier runs processed."""
         return sum(split.resumed for split in self._splits.values())
 
     def write(self, on_corrupt: str, report: Callable[[Progress], None]) -> Stored:
         """Stores all images that are not stored yet.
 
         Args:
-          on_corrupt: ``refuse`` or ``skip`` files that are not whole images.
+          on_corrupt: ``refuse`` or ``skip`` files that are not complete images.
           report: called after every image.
 
         Returns:
-          What is stored now.
+          Summary of everything stored, including earlier runs.
 
         Raises:
           UserError: naming the first bad file, under ``refuse``.
-          SourceChangedError: if earlier runs stored from other files.
+          SourceChangedError: if earlier runs stored other files.
         """
         schema = features(self._plan.class_names)
         seen: Counter[str] = Counter()
@@ -305,7 +305,7 @@ class SetWriter:
 
     @contextlib.contextmanager
     def _on_disk(self) -> Iterator[None]:
-        """Says what is kept when a file cannot be written: array_record raises RuntimeError, all else OSError."""
+        """Reports what is kept when a file cannot be written: array_record raises RuntimeError, others OSError."""
         try:
             yield
         except UserError:
@@ -315,8 +315,8 @@ class SetWriter:
             where = getattr(error, "filename", None) or self._folder
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(
-                f"{where}: cannot be written ({reason}); is the disk full? {kept:,} images are stored, and the same "
-                "command goes on behind them"
+                f"{where}: cannot be written ({reason}); is the disk full? {kept:,} images are stored; rerun the "
+                "same command to resume after them"
             ) from error
 
     def publish(self, description: str, about: Mapping[str, object]) -> Path:
@@ -324,7 +324,7 @@ class SetWriter:
 
         Args:
           description: one line for the tfds metadata.
-          about: what ``idml_jax.json`` in the set will say.
+          about: content of ``idml_jax.json`` in the set.
 
         Returns:
           Folder of the set.

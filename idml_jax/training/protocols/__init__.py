@@ -1,1 +1,1 @@
-"""The published settings."""
+"""The published settings of the benchmarks."""

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from idml_jax.training.config import default_config
 
 MIXING = ("baseline", "mixup", "cutmix")
-# Of the training images of each set.
+# Statistics of the training images of each set.
 CIFAR_COLOURS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -33,13 +33,13 @@ def classification_config(dataset: str, arg: str) -> ConfigDict:
 
     Args:
       dataset: ``cifar10``, ``cifar100`` or ``imagenet``.
-      arg: at most one of ``MIXING`` (``baseline`` if none) and any of the set's words, with commas between.
+      arg: at most one word of ``MIXING`` (default: ``baseline``) and any of the set's other words, comma-separated.
 
     Returns:
       The settings, all of which can still be overridden.
 
     Raises:
-      ValueError: for another word, or words that exclude each other.
+      ValueError: for an unknown word, or words that exclude each other.
     """
     words = [word for word in arg.split(",") if word]
     known = (*MIXING, *_WORDS[dataset])
@@ -105,7 +105,7 @@ def _cifar(config: ConfigDict, words: list[str]) -> None:
 
 
 def _make_quick(config: ConfigDict) -> None:
-    """For a laptop: minutes instead of days."""
+    """Shrinks the run for a laptop: minutes instead of days."""
     config.batch_size = 128
     config.epochs = 3
     config.optim.learning_rate = 0.1

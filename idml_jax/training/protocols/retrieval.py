@@ -18,7 +18,7 @@ from idml_jax.training.config import default_config
 
 
 class Schedule(NamedTuple):
-    """Learning rate of a run and how it falls."""
+    """Learning rate of a run and its decay."""
 
     learning_rate: float
     step_epochs: int
@@ -43,7 +43,7 @@ PROTOCOLS = {
     "cub": Protocol(Schedule(6e-4, 5, 0.5), Schedule(1e-4, 5, 0.5)),
     "cars": Protocol(Schedule(2.5e-4, 10, 0.5), Schedule(1e-4, 10, 0.5)),
     "sop": Protocol(Schedule(6e-4, 10, 0.25), Schedule(6e-4, 10, 0.25), (1, 10, 100, 1000)),
-    # Not in the paper; the settings of the other large set of products.
+    # Not in the paper; these are the settings of the other large product set.
     "inshop": Protocol(Schedule(6e-4, 10, 0.25), Schedule(6e-4, 10, 0.25), (1, 10, 20, 30)),
 }
 _WORDS = ("plain", "scratch", "quick")
@@ -54,13 +54,13 @@ def retrieval_config(dataset: str, arg: str) -> ConfigDict:
 
     Args:
       dataset: key of ``PROTOCOLS``.
-      arg: any of the words ``plain``, ``scratch``, ``quick`` and the name of a loss, with commas between.
+      arg: any of the words ``plain``, ``scratch``, ``quick`` and the name of a loss, comma-separated.
 
     Returns:
       The settings, all of which can still be overridden.
 
     Raises:
-      ValueError: for another word, or two losses.
+      ValueError: for an unknown word, or two losses.
     """
     words = [word for word in arg.split(",") if word]
     unknown = [word for word in words if word not in _WORDS and word not in LOSSES]
@@ -83,7 +83,7 @@ def retrieval_config(dataset: str, arg: str) -> ConfigDict:
     if losses:
         config.loss.name = losses[0]
     if "scratch" in words or "quick" in words:
-        # Statistics and scales of random weights have to be learnt.
+        # With random weights, BatchNorm's statistics and scales must be learned.
         config.model.batchnorm = "live"
         config.optim.warmup_epochs = 0
     if "quick" in words:
@@ -92,7 +92,7 @@ def retrieval_config(dataset: str, arg: str) -> ConfigDict:
 
 
 def _make_quick(config: ConfigDict) -> None:
-    """For a laptop: minutes instead of hours, to see everything work."""
+    """Shrinks the run for a laptop: minutes instead of hours, to see everything work."""
     config.batch_size = 64
     config.epochs = 3
     config.data.image_size = 64

@@ -1,4 +1,4 @@
-"""What is learnt: retrieval or classification. A new task is one class here and its entry in ``TASKS``."""
+"""Tasks: retrieval and classification. To add a task, write a class and add it to ``TASKS``."""
 
 from ml_collections import ConfigDict
 

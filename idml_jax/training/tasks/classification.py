@@ -21,7 +21,7 @@ from idml_jax.training.tasks.task import Arrays, Evaluation
 
 @dataclass(frozen=True)
 class Classification:
-    """The task; see ``tasks.task.Task`` for its members."""
+    """The classification task; see ``tasks.task.Task`` for its members."""
 
     shared_classes: bool = True
     sections: tuple[str, ...] = (
@@ -56,12 +56,12 @@ class Classification:
         if not 0 <= options.label_smoothing < 1:
             raise UserError(f"config.classification.label_smoothing = {options.label_smoothing} must be in [0, 1)")
         if config.memory.size:
-            raise UserError(f"config.memory.size = {config.memory.size}: classification has no memory; 0")
+            raise UserError(f"config.memory.size = {config.memory.size}: classification has no memory; use 0")
         for field in ("ranking", "prior"):
             if config.ism[field]:
                 raise UserError(f"config.ism.{field} needs config.task = 'retrieval' and an uncertainty head")
         if config.sharding.proxies == "split":
-            raise UserError("config.sharding.proxies = 'split': classification has no proxies; auto or whole")
+            raise UserError("config.sharding.proxies = 'split': classification has no proxies; use auto or whole")
 
     def check_splits(self, splits: Splits) -> None:
         names = list(splits.train.class_names)
@@ -71,7 +71,7 @@ class Classification:
                 first = odd[0] if odd else "none (their order differs)"
                 raise UserError(
                     f"config.task = 'classification' needs the same classes in training and {what}; {len(odd)} are in "
-                    f"one of them alone, the first: {first}"
+                    f"only one of them, the first: {first}"
                 )
 
     def images_per_class(self, config: ConfigDict) -> int:
@@ -91,7 +91,7 @@ class Classification:
             raise UserError(f"{error} (config.model)") from error
 
     def stored_model(self, config: ConfigDict, stored: Callable[[], Arrays], folder: Path) -> EmbeddingModel:
-        # The classes are counted in the weights, since the data need not be there.
+        # The number of classes is read from the weights, since the data may be absent.
         bias = stored().get("params/heads/classifier/bias")
         if bias is None:
             raise UserError(f"{folder}: config.task is 'classification', but the weights hold no classifier")
@@ -110,7 +110,7 @@ class Classification:
         )
 
     def mixup_alpha(self, config: ConfigDict) -> float:
-        return 0.0  # mixing is the criterion's
+        return 0.0  # the criterion mixes
 
     def followed(self, config: ConfigDict) -> Mapping[str, str]:
         return {"top1": "top-1", "top5": "top-5"}

@@ -1,4 +1,4 @@
-"""Evaluation of a classifier on a whole set, tail included: accuracy, calibration, what the uncertainty knows."""
+"""Evaluation of a classifier on a complete set: accuracy, calibration, and quality of the uncertainty."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -25,7 +25,7 @@ MIXED = {"mixed": "mixup", "cutmix": "cutmix"}
 
 
 def _scores(out: dict[str, Array]) -> dict[str, Array]:
-    """Scores per image; larger means less sure."""
+    """Uncertainty scores per image; larger means less certain."""
     log_probability = jax.nn.log_softmax(out["logits"], axis=1)
     return {
         "u": jnp.linalg.norm(out["uncertainty"], axis=1),
@@ -42,18 +42,18 @@ def predict_step(
     *,
     network: Network,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Plain logits judged.
+    """Evaluates the plain logits of one batch.
 
     Args:
-      variables: of the model.
-      images: the images.
+      variables: variables of the model.
+      images: images of the batch, uint8.
       labels: their classes.
-      mask: false for padding, which has no effect on the sums.
+      mask: false for padding, which does not affect the sums.
       network: model and normalisation.
 
     Returns:
-      ``metrics.classification.batch_sums``, and per image, padding included, ``right`` and how unsure the network is:
-      ``u`` (length of the uncertainty), ``max_softmax`` (1 less the largest probability), ``entropy`` (nats).
+      ``metrics.classification.batch_sums``, and per image, including padding, ``right`` and the uncertainty scores
+      ``u`` (length of the uncertainty), ``max_softmax`` (1 minus the largest probability) and ``entropy`` (nats).
     """
     out: dict[str, Array] = network.outputs(variables, network.normal(images))
     right = jax.vmap(lambda row, label: batch_sums(row[None], label[None])["top1"])(out["logits"], labels)
@@ -68,11 +68,11 @@ def predict_mixed_step(
     network: Network,
     method: str,
 ) -> dict[str, Array]:
-    """Scores, as of ``predict_step``, of images mixed with others in about equal parts.
+    """Uncertainty scores, as in ``predict_step``, of images mixed with others in about equal parts.
 
     Args:
-      variables: of the model.
-      images: the images.
+      variables: variables of the model.
+      images: images of the batch, uint8.
       others: their partners.
       network: model and normalisation.
       method: ``mixup`` (equal weights) or ``cutmix`` (a central box of half the area).
@@ -100,10 +100,10 @@ jit_predict_mixed_step = jax.jit(predict_mixed_step, static_argnames=("network",
 def predict(
     embedder: Embedder, source: Source, order: Int[np.ndarray, "m"] | None = None
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Judges every image of a source (or those of ``order``) once.
+    """Evaluates every image of a source (or those of ``order``) once.
 
     Args:
-      embedder: holds network, weights and transform.
+      embedder: network, weights and transform.
       source: images.
       order: ``[m]`` records; all by default.
 
@@ -125,20 +125,21 @@ def predict(
 
 
 def measure(evaluation: Evaluation) -> dict[str, float]:
-    """Accuracy and calibration of one epoch, see ``predict``."""
+    """Accuracy and calibration after an epoch; see ``predict``."""
     return predict(evaluation.embedder, evaluation.source)[0]
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, float]:
-    """Accuracy, calibration, detection of errors, and whether the uncertainty rises where images are made harder.
+    """Accuracy, calibration, error detection, and the rise of the uncertainty on images made harder.
 
     Args:
-      evaluation: network and images; the settings say how many images are drawn, and the seed of the drawing.
+      evaluation: network and images; its settings give the number of images drawn and the seed.
 
     Returns:
-      As ``predict``; ``AUROC_error(score)`` and ``AURC(score)`` (area under the risk-coverage curve) of the baseline
-      scores ``max_softmax`` and ``entropy`` and, in an introspective run, of ``u``, with ``mean_u``, ``share_u_zero``,
-      ``mean_u_mixed``, ``P(u_kind>u)`` and ``spearman(u,kind)``; ``P(max_softmax_mixed>max_softmax)`` beside them.
+      The metrics of ``predict``; ``AUROC_error(score)`` and ``AURC(score)`` (area under the risk-coverage curve) of the
+      baseline scores ``max_softmax`` and ``entropy``, and ``P(max_softmax_mixed>max_softmax)``. For an introspective
+      run also those of ``u``, with ``mean_u``, ``share_u_zero``, ``mean_u_mixed``, ``P(u_kind>u)`` and
+      ``spearman(u,kind)``.
     """
     embedder, source, config = evaluation.embedder, evaluation.source, evaluation.config
     report, rows = predict(embedder, source)

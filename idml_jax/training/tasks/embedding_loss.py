@@ -17,7 +17,7 @@ from idml_jax.training.steps import StepSetup, embedding_of, mean_length, normal
 
 
 class OnEmbeddings(Protocol):
-    """What ``embedding_loss`` asks of an objective; see ``tasks.objective.Objective``."""
+    """The members of an objective that ``embedding_loss`` uses; see ``tasks.objective.Objective``."""
 
     @property
     def ranking(self) -> float: ...
@@ -63,7 +63,7 @@ def embedding_loss(
         return objective.confusion(params, embedding_of(out), labels)
 
     def order(features: Array, confusions: Array) -> Array:
-        # The trunk belongs to the metric; only the uncertainty head learns the order.
+        # Only the uncertainty head learns the order; the trunk gets no gradient from it.
         return auxiliary.ranking_loss(embed(jax.lax.stop_gradient(features))["uncertainty"], confusions)
 
     if not setup.mixup_alpha:
@@ -76,12 +76,12 @@ def embedding_loss(
             loss += objective.ranking * metrics["loss_ranking"]
         return loss, (batch_stats, out, metrics | {"loss": loss})
 
-    # Partners and shares of the mixing; the images themselves are mixed where they are used.
+    # Only partners and shares are drawn here; the images are mixed where they are used.
     mixed = mixing.mixup(mixup_key, jnp.zeros((images.shape[0], 1, 1, 1)), setup.mixup_alpha)
     blend = lambda x, other: mixing.blend(normal(x), normal(other), mixed.lam)
     both = (images, jnp.take(images, mixed.partner, axis=0))
     if setup.model.independent_rows:
-        # Rows do not see each other in the trunk, so one pass over both is the same as two.
+        # Rows are independent in the trunk, so one pass over both equals two passes.
         features, batch_stats = pooled(
             state.batch_stats, both, lambda x, other: jnp.stack([normal(x), blend(x, other)], axis=1)
         )
@@ -103,7 +103,7 @@ def embedding_loss(
     }
     loss = original + loss_mixed
     if objective.ranking:
-        # A mixed image is right where its larger part is found.
+        # A mixed image counts as right if the class of its larger part is nearest.
         larger = jnp.where(mixed.lam >= 0.5, labels, other)
         confusions = [confusion(out, labels), confusion(out_mixed, larger)]
         metrics["loss_ranking"] = order(jnp.concatenate([features, features_mixed]), jnp.concatenate(confusions))

@@ -1,4 +1,4 @@
-"""From embeddings and labels to one loss: which matrix a loss reads, and against what."""
+"""The metric-learning objective: which matrix a loss reads, and its references."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,13 +22,13 @@ LEARNED = ("none", "shared", "per_class")
 
 
 def training_metric(config: ConfigDict) -> Metric:
-    """The metric that a run's loss reads: the plain one where ``config.ism.enabled`` is false.
+    """The metric that a run's loss uses: the plain one if ``config.ism.enabled`` is false.
 
     Raises:
       UserError: for an unknown ``config.ism.variant`` or a ``config.ism.temperature`` that is not above 0.
     """
     settings = config.ism
-    # The plain form is what config.ism.enabled = False stands for.
+    # The plain form is selected by config.ism.enabled = False.
     known = [name for name, form in ism.FORMS.items() if form.introspective]
     if settings.variant not in known:
         raise UserError(f"config.ism.variant = {settings.variant!r}; known: {', '.join(known)}")
@@ -38,7 +38,7 @@ def training_metric(config: ConfigDict) -> Metric:
 
 
 def metric_of(config: ConfigDict) -> Metric:
-    """The metric by which a run's embeddings are compared after training, whether or not its loss read the uncertainty.
+    """The metric that compares a run's embeddings after training, also if its loss ignored the uncertainty.
 
     Raises:
       UserError: as ``training_metric``.
@@ -49,22 +49,22 @@ def metric_of(config: ConfigDict) -> Metric:
 
 @dataclass(frozen=True)
 class Objective(Criterion):
-    """A loss, plain or introspective, with the parameters it learns. Hashable: a static argument of the train step.
+    """A loss, plain or introspective, with its learned parameters. Hashable: a static argument of the train step.
 
     Attributes:
       loss: key of ``LOSSES``.
-      options: the loss's own settings as sorted pairs.
-      metric: what the matrix is computed by; the released form is for proxy_anchor only.
-      num_classes: training classes, one proxy each.
+      options: options of the loss as sorted pairs.
+      metric: metric that computes the matrix; the released form is for proxy_anchor only.
+      num_classes: number of training classes, with one proxy each.
       dim: d, width of the semantic embedding.
       uncertainty_dim: k, width of the uncertainty embedding.
       learned: whether the loss's learnable numbers (the margin loss's beta) are learned: ``none``, ``shared`` by all
         classes or ``per_class``.
-      memory_size: embeddings in the cross-batch memory; 0: none.
-      memory_warmup: steps before the memory is used.
-      ranking: weight of the loss by which the uncertainty learns to order images by how hard they are.
-      prior: weight of the pull of the length of the uncertainty embedding towards 1.
-      mesh: devices over which the proxies, and the matrix along them, are split; ``None``: every device has them all.
+      memory_size: number of embeddings in the cross-batch memory; 0: none.
+      memory_warmup: number of steps before the memory is used.
+      ranking: weight of the loss that orders images by difficulty through the length of the uncertainty embedding.
+      prior: weight of the loss that pulls the length of the uncertainty embedding towards 1.
+      mesh: devices over which the proxies, and the matrix along them, are split; ``None``: replicated.
     """
 
     loss: str
@@ -96,7 +96,7 @@ class Objective(Criterion):
 
     @property
     def spec(self) -> losses.LossSpec:
-        """How the loss is fed."""
+        """The inputs of the loss."""
         return LOSSES[self.loss]
 
     @property
@@ -111,7 +111,7 @@ class Objective(Criterion):
 
     @property
     def proxy_rows(self) -> int:
-        """Rows of the table of proxies; where it is split the last ones may be padding, zeros that stay zeros."""
+        """Number of rows of the proxy table; if it is split, the last rows may be padding, which stays zero."""
         return self.num_classes if self.mesh is None else sharding.padded_rows(self.num_classes)
 
     def batch_loss(self, *arguments: Any) -> tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]:
@@ -119,18 +119,18 @@ class Objective(Criterion):
         return embedding_loss(*arguments)
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """The loss's own groups of parameters: ``proxies`` [rows, dim] and ``loss``, its learned numbers, if any."""
+        """The parameter groups of the loss: ``proxies`` [rows, dim] and ``loss``, its learned scalars, if any."""
         params: dict[str, Any] = {}
         if self.spec.references == "proxies":
             params["proxies"] = init_proxies(key, self.num_classes, self.dim, self.proxy_rows)
         if self.learned != "none":
             start = losses.init_parameters(self.spec, self.num_classes if self.learned == "per_class" else None)
-            # A setting of that name is where it starts.
+            # An option of that name is the initial value.
             params["loss"] = {k: jnp.full_like(v, dict(self.options).get(k, v)) for k, v in start.items()}
         return params
 
     def init_memory(self) -> memory.Memory | tuple[()]:
-        """An empty cross-batch memory, ``()`` where there is none."""
+        """An empty cross-batch memory; ``()`` if the loss has none."""
         if not self.memory_size:
             return ()
         return memory.create(self.memory_size, self.dim, self.uncertainty_dim if self.introspective else None)
@@ -138,7 +138,7 @@ class Objective(Criterion):
     def remember(
         self, store: memory.Memory | tuple[()], embedding: Embedding, labels: Int[Array, "n"]
     ) -> memory.Memory | tuple[()]:
-        """The memory with a batch in it, to be called after its loss."""
+        """The memory after storing a batch; called after the batch's loss."""
         return memory.enqueue(cast(memory.Memory, store), embedding, labels) if self.memory_size else store
 
     def matrix(self, embedding: Embedding, references: Embedding | None) -> Float[Array, "n m"]:
@@ -158,19 +158,19 @@ class Objective(Criterion):
         """The loss of a batch.
 
         Args:
-          params: holds what ``init`` gives.
+          params: contains the groups that ``init`` returns.
           embedding: ``n`` embeddings.
           labels: ``[n]`` in ``[0, num_classes)``.
-          key: for losses that draw at random.
-          store: the cross-batch memory.
-          step: of training, for the memory's warm-up.
+          key: PRNG key for losses that sample.
+          store: cross-batch memory.
+          step: training step, for the memory's warm-up.
 
         Returns:
           The loss, a scalar.
         """
         if self.spec.references == "proxies":
             proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
-            # Proxies are certain, and compared by direction like the embeddings, except in the released code.
+            # Proxies are certain and, except in the released form, compared by direction like the embeddings.
             references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
         elif self.memory_size:
             kept = cast(memory.Memory, store)
@@ -193,14 +193,14 @@ class Objective(Criterion):
         return loss
 
     def _split(self, matrix: Any) -> Any:
-        """Of matrices of images and proxies every device has the columns of its proxies."""
+        """Splits image-proxy matrices so that every device has the columns of its proxies."""
         mesh = self.mesh
         return matrix if mesh is None else jax.tree.map(lambda x: sharding.constrain(x, mesh, None, "data"), matrix)
 
     def _against_proxies(
         self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]
     ) -> tuple[Float[Array, "m d"], Embedding, losses.Pairs]:
-        """Proxies, images and their relation; a device has some of the proxies and all of the images."""
+        """Proxies, images and their relation; each device has some of the proxies and all images."""
         proxies, mesh = params["proxies"], self.mesh
         if mesh is not None:
             proxies = sharding.constrain(proxies, mesh, "data")
@@ -210,7 +210,7 @@ class Objective(Criterion):
         return proxies, embedding, self._split(losses.pairs_from_labels(labels, classes, reference_mask=real))
 
     def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
-        """How near each image is to a wrong answer, by the plain similarity; see ``auxiliary.confusion``."""
+        """How close each image is to a wrong answer, by the plain similarity; see ``auxiliary.confusion``."""
         references, pairs = None, None
         if self.spec.references == "proxies":
             references, embedding, pairs = self._against_proxies(params, embedding, labels)

@@ -1,4 +1,4 @@
-"""Which test images are changed, how strongly, and what they are mixed with, to probe the uncertainty."""
+"""Random choices for probing the uncertainty: which test images to change, and what to mix them with."""
 
 import numpy as np
 from jaxtyping import Int
@@ -7,19 +7,19 @@ STRENGTHS = (0.25, 0.5, 0.75)
 
 
 def drawn_images(size: int, images: int, seed: int) -> Int[np.ndarray, "m"]:
-    """Records of ``images`` of ``size`` images, drawn at random, in order; all if there are no more."""
+    """Draws ``images`` of ``size`` records at random, in ascending order; all if there are not more."""
     return np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(size)[:images])
 
 
 def partners_of_other_classes(
     labels: Int[np.ndarray, "n"], chosen: Int[np.ndarray, "m"], seed: int
 ) -> Int[np.ndarray, "m"]:
-    """For every chosen image a random one of another class.
+    """Draws a random image of another class for every chosen image.
 
     Args:
       labels: ``[n]`` with at least two classes.
       chosen: ``[m]`` records.
-      seed: of the choice.
+      seed: seed of the choice.
 
     Returns:
       ``[m]`` records.

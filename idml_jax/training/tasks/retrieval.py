@@ -22,7 +22,7 @@ from idml_jax.training.tasks.task import Arrays, Evaluation
 
 @dataclass(frozen=True)
 class Retrieval:
-    """The task; see ``tasks.task.Task`` for its members."""
+    """The retrieval task; see ``tasks.task.Task`` for its members."""
 
     shared_classes: bool = False
     sections: tuple[str, ...] = ("training", "knowing", "ambiguity", "answers", "extremes", "map", "confusion")
@@ -41,11 +41,11 @@ class Retrieval:
             )
         if config.sharding.proxies == "split" and LOSSES[config.loss.name].references != "proxies":
             raise UserError(
-                f"config.sharding.proxies = 'split': the loss {config.loss.name} has no proxies; auto or whole"
+                f"config.sharding.proxies = 'split': the loss {config.loss.name} has no proxies; use auto or whole"
             )
 
     def check_splits(self, splits: Splits) -> None:
-        """Any classes will do."""
+        """Accepts any classes."""
 
     def images_per_class(self, config: ConfigDict) -> int:
         return 4 if LOSSES[config.loss.name].references == "batch" else 0
@@ -85,7 +85,7 @@ class Retrieval:
         )
 
     def _splits_proxies(self, config: ConfigDict, num_classes: int) -> bool:
-        """Whether every device has some of the proxies only."""
+        """Whether the proxies are split over devices."""
         wanted = num_classes >= SPLIT_CLASSES if config.sharding.proxies == "auto" else True
         able = LOSSES[config.loss.name].references == "proxies"
         return able and wanted and config.sharding.proxies != "whole"

@@ -1,4 +1,4 @@
-"""Evaluation of an embedding: retrieval, clustering, and what the uncertainty knows."""
+"""Evaluation of an embedding: retrieval, clustering, and quality of the uncertainty."""
 
 from collections.abc import Iterable
 
@@ -14,13 +14,13 @@ from idml_jax.training.tasks.task import Evaluation
 
 
 def measure(evaluation: Evaluation) -> dict[str, float]:
-    """Recall and precision of one epoch, see ``metrics.summary.retrieval_report``."""
+    """Recall and precision after an epoch; see ``metrics.summary.retrieval_report``."""
     embedded, gallery = _embedded(evaluation)
     return retrieval_report(embedded, evaluation.config.eval.ks, gallery)
 
 
 def evaluate(evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
-    """All metrics, see ``metrics.summary.full_report``, ``ambiguity`` and ``held_out_queries``; and warnings."""
+    """All metrics (see ``metrics.summary.full_report``, ``ambiguity`` and ``held_out_queries``), and warnings."""
     config = evaluation.config
     embedded, gallery = _embedded(evaluation)
     truth = evaluation.source.fields.get("ambiguity") if evaluation.embedder.learned else None
@@ -42,7 +42,7 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
 
 
 def _embedded(evaluation: Evaluation) -> tuple[Embedded, Embedded | None]:
-    """Queries and, where there is one, the gallery."""
+    """Embeddings of the queries and of the gallery, if there is one."""
     gallery = evaluation.gallery
     return evaluation.embedder(evaluation.source), None if gallery is None else evaluation.embedder(gallery)
 
@@ -50,17 +50,18 @@ def _embedded(evaluation: Evaluation) -> tuple[Embedded, Embedded | None]:
 def ambiguity(
     evaluation: Evaluation, gallery: Embedded, held_out: HeldOut | None = None, kinds: Iterable[str] = CHANGES
 ) -> dict[str, float]:
-    """Does the uncertainty rise, and tell wrong answers, when images are mixed, cropped, blurred, noised or occluded?
+    """Measures how the uncertainty rises and detects errors on mixed, cropped, blurred, noised or occluded images.
 
     Args:
-      evaluation: network and images; the settings say how many images are drawn, and the seed of the drawing.
-      gallery: embeddings of all images of the source; without an uncertainty only the baseline scores are judged.
-      held_out: fits the confidence of answers, see ``held_out_queries``.
-      kinds: changes beside mixing, at the strengths 0.25, 0.5 and 0.75.
+      evaluation: network and images; its settings give the number of images drawn and the seed.
+      gallery: embeddings of all images of the source; without an uncertainty only baseline scores are evaluated.
+      held_out: queries that fit the confidence of answers, see ``held_out_queries``.
+      kinds: changes besides mixing, at the strengths 0.25, 0.5 and 0.75.
 
     Returns:
-      As ``metrics.summary.ambiguity_report``, mixing being at equal weights with an image of another class, and
-      ``metrics.summary.corrupted_report`` over the changed images, without the mixed ones, which have no class.
+      The metrics of ``metrics.summary.ambiguity_report``, where images are mixed at equal weight with an image of
+      another class, and of ``metrics.summary.corrupted_report`` over the changed images, without the mixed ones, which
+      have no class.
     """
     config, source = evaluation.config, evaluation.source
     chosen = drawn_images(len(source), config.eval.ambiguity_images, config.seed)
@@ -80,17 +81,17 @@ def ambiguity(
 
 
 def held_out_queries(evaluation: Evaluation) -> HeldOut | None:
-    """Held-out classes as queries that teach how sure answers are.
+    """Embeds held-out classes as queries to fit the confidence of answers on.
 
-    They search themselves and whole training classes, drawn until the gallery is as large as the one that will be
-    searched: among few images hardly an answer is wrong, and every distance means something else. Some of them are
-    also cropped, blurred, noised and occluded, as many as the settings say.
+    They search themselves and complete training classes, added until the gallery is as large as the one that will be
+    searched: in a small gallery few answers are wrong and distances are not comparable. Some queries (the settings give
+    the number) are also cropped, blurred, noised and occluded.
 
     Args:
       evaluation: network and images.
 
     Returns:
-      The queries, for ``metrics.summary``; ``None`` without held-out classes, or where they are what is evaluated.
+      The queries, for ``metrics.summary``; ``None`` if there are no held-out classes or they are themselves evaluated.
     """
     validation, train, config = evaluation.held_out, evaluation.splits.train, evaluation.config
     if validation is None:

@@ -17,15 +17,15 @@ from idml_jax.training.steps import StepSetup, mean_length, normalize, pooled_fe
 
 @dataclass(frozen=True)
 class Softmax(Criterion):
-    """Cross-entropy of softmax on mixed images. Hashable.
+    """Softmax cross-entropy on mixed images. Hashable.
 
     Attributes:
       num_classes: number of classes.
-      introspective: train on the weakened logits.
+      introspective: whether to train on the weakened logits.
       mixing: ``none``, ``mixup`` or ``cutmix``.
       alpha: parameter of the Beta distribution of the mixing share.
-      probability: that a batch (or an image) is mixed.
-      per_sample: mix every image in its own way; else one way for the batch.
+      probability: probability that a batch (or an image) is mixed.
+      per_sample: whether to draw the mixing for every image instead of once per batch.
       smoothing: share of a target that is spread over all classes.
     """
 
@@ -39,7 +39,7 @@ class Softmax(Criterion):
 
     @property
     def loss(self) -> str:  # type: ignore[override]
-        """Its name, for messages."""
+        """Name of the loss, for messages."""
         return "softmax" + ("" if self.mixing == "none" else f" with {self.mixing}")
 
     def batch_loss(self, *arguments: Any) -> tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]:
@@ -57,8 +57,8 @@ def classification_loss(
 ) -> tuple[Array, tuple[Any, dict[str, Array], dict[str, Array]]]:
     """The loss, and (running statistics, outputs of the heads, metrics); see ``steps.train_step``.
 
-    The metrics are ``loss``, ``lam``, the mean share of the first images, and, where there is an uncertainty,
-    ``uncertainty``, the mean length of u, and ``weakening``, the mean of ``|z' - z|``.
+    The metrics are ``loss``, ``lam`` (mean share of the first images) and, with an uncertainty, ``uncertainty`` (mean
+    length of u) and ``weakening`` (mean of ``|z' - z|``).
     """
     params, objective = {**trained, **resting}, cast(Softmax, setup.objective)
     images, labels = batch["image"], batch["label"]

@@ -1,4 +1,4 @@
-"""What a task is: everything that a run of retrieval does otherwise than a run of classification."""
+"""The interface of a task: everything in which retrieval and classification runs differ."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A network and the images that it is to be measured on.
+    """A network and the images to evaluate it on.
 
     Attributes:
       config: settings of the run.
@@ -35,19 +35,19 @@ class Evaluation:
 
     @property
     def source(self) -> Source:
-        """The images that evaluation goes by: the queries."""
+        """The images used for evaluation: the queries."""
         source = self.splits.test if self.config.eval.split == "test" else self.splits.validation
         assert source is not None  # config_checks refuses such settings
         return source
 
     @property
     def gallery(self) -> Source | None:
-        """What those images search; ``None`` where they search each other, as held-out classes always do."""
+        """The images that the queries search; ``None`` if they search each other, as held-out classes always do."""
         return self.splits.gallery if self.config.eval.split == "test" else None
 
     @property
     def held_out(self) -> Source | None:
-        """Images of held-out classes; ``None`` without any, or where they are what is evaluated."""
+        """Images of held-out classes; ``None`` if there are none or they are themselves evaluated."""
         return self.splits.validation if self.config.eval.split == "test" else None
 
     def changed(self, transform: Transform) -> Embedder:
@@ -56,13 +56,13 @@ class Evaluation:
 
 
 class Task(Protocol):
-    """Builds model and loss, measures, and says what of it is shown. One instance per task, in ``TASKS``.
+    """Builds model and loss, evaluates, and selects what is shown. One instance per task, in ``TASKS``.
 
     Attributes:
-      shared_classes: training and test images are of the same classes.
+      shared_classes: whether training and test images have the same classes.
       sections: names of the sections of the report's page, in order; see ``reporting.sections.SECTIONS``.
-      headline: metrics that stand for the run: name in the results, and what to call it.
-      curve: what the curve of the headline metrics is called.
+      headline: main metrics of the run: name in the results to displayed name.
+      curve: title of the curve of the headline metrics.
     """
 
     @property
@@ -83,7 +83,7 @@ class Task(Protocol):
         ...
 
     def images_per_class(self, config: ConfigDict) -> int:
-        """K of P x K batches where the settings leave it open; 0: plain shuffling."""
+        """Default K of P x K batches; 0: plain shuffling."""
         ...
 
     def model(self, config: ConfigDict, num_classes: int) -> EmbeddingModel:
@@ -95,21 +95,21 @@ class Task(Protocol):
 
         Args:
           config: settings of the run.
-          stored: reads the tensors of the checkpoint.
-          folder: of the checkpoint, for messages.
+          stored: function that reads the tensors of the checkpoint.
+          folder: folder of the checkpoint, for messages.
         """
         ...
 
     def criterion(self, config: ConfigDict, num_classes: int, steps_per_epoch: int, mesh: Mesh) -> Criterion:
-        """What a step minimises. Raises ``UserError`` for settings that cannot work."""
+        """The criterion that a step minimises. Raises ``UserError`` for settings that cannot work."""
         ...
 
     def mixup_alpha(self, config: ConfigDict) -> float:
-        """Beta parameter of the step's Mixup; 0: none."""
+        """Beta parameter of the step's Mixup; 0: no Mixup."""
         ...
 
     def followed(self, config: ConfigDict) -> Mapping[str, str]:
-        """Metrics whose curve over the epochs is shown: name in the results, and what to call it."""
+        """Metrics whose curve over the epochs is shown: name in the results to displayed name."""
         ...
 
     def loss_text(self, config: ConfigDict) -> str:
@@ -117,11 +117,11 @@ class Task(Protocol):
         ...
 
     def measure(self, evaluation: Evaluation) -> dict[str, float]:
-        """Metrics of every epoch."""
+        """Computes the metrics that are measured during training."""
         ...
 
     def evaluate(self, evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
-        """All metrics, for the end of a run, and warnings, one line each."""
+        """Computes all metrics, for the end of a run, and warnings, one line each."""
         ...
 
     def describe(self, metrics: Mapping[str, Any], config: ConfigDict) -> str:
