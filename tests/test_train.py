@@ -13,7 +13,8 @@ from runs_made import assert_same_run, rows, small_config
 
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import write_json
-from idml_jax.training import loop, train
+from idml_jax.training import loop, train, workdir
+from idml_jax.training.build import data_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,3 +186,30 @@ def test_without_tensorflow_a_run_goes_on_with_one_warning(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
     assert done.stderr.count("no TensorBoard logs") == 1
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": 1.0}
+
+
+@pytest.mark.parametrize(
+    "name,size,message",
+    [
+        ("vit_tiny", 20, r"patches of 8 pixels needs images of a multiple of it; got 20 x 20 \(config.model.name"),
+        ("convnet4", 12, r"depth 4 needs images of at least 16 pixels; got 12 x 12 .*config.data.image_size"),
+    ],
+)
+def test_image_sizes_that_the_network_cannot_see_are_refused_before_anything_is_written(
+    image_folder, tmp_path, name, size, message
+):
+    sizes = {"model.name": name, "data.image_size": size, "data.resize": size}
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(small_config(image_folder, **sizes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_finds_its_data_from_any_folder(image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(image_folder.parent)
+    workdir.remember(small_config(image_folder.name, **{"data.data_dir": "~/sets"}), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stored = workdir.read(tmp_path).data
+    assert stored.root == str(image_folder) and stored.data_dir == str(Path.home() / "sets")
+    assert len(data_of(workdir.read(tmp_path)).train) == 96
+    # Where it was started from makes no difference to a run that goes on.
+    workdir.remember(small_config(image_folder), tmp_path)
