@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +24,8 @@ from idml_jax.inference.index import Index, labels_in_common, own_rows, read, we
 from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
-from idml_jax.runtime.files import locked
 
+ROOT = Path(__file__).resolve().parent.parent
 ROWS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 GOOD = {"semantic": ROWS, "labels": np.arange(12) // 3, "files": np.asarray([f"{i}.png" for i in range(12)])}
 
@@ -407,29 +409,29 @@ class TestParts:
         store.check_finite({"semantic": ROWS, "u": ROWS[:0]}, GOOD["files"].tolist(), "run")
 
 
-def _hold(path, ready, done):
-    with locked(path, "x"):
-        ready.set()
-        done.wait(30)
+HOLD = """
+import sys
+from pathlib import Path
+from idml_jax.runtime.files import locked
+with locked(Path(sys.argv[1]), "x"):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(tmp_path / "x.npz.lock", ready, done))
-    other.start()
-    try:
-        assert ready.wait(60)
-        busy = pytest.raises(UserError, match=rf"x.npz: another process is writing it.*process {other.pid}")
-        with busy, store.writing(tmp_path / "x.npz"):
-            pass
-        other.kill()
-        other.join(30)
-        with store.writing(tmp_path / "x.npz"):  # whose owner was killed
-            pass
-    finally:
-        done.set()
-        other.join(30)
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "x.npz.lock")]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "ready\n"
+            busy = pytest.raises(UserError, match=rf"x.npz: another process is writing it.*process {other.pid}")
+            with busy, store.writing(tmp_path / "x.npz"):
+                pass
+        finally:
+            other.kill()
+            other.wait(30)
+    with store.writing(tmp_path / "x.npz"):  # whose owner was killed
+        pass
     assert not list(tmp_path.iterdir())
 
 
