@@ -1,4 +1,4 @@
-"""Lists of images in every form that people have, and what is refused of them."""
+"""Lists of images in all supported forms, and refused lists."""
 
 import os
 

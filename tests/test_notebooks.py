@@ -1,4 +1,4 @@
-"""The notebooks: whole, without outputs, every cell compiles, and with ``--slow`` they run on next to no data."""
+"""The notebooks are valid, hold no outputs, every cell compiles, and with ``--slow`` they run on tiny data."""
 
 import builtins
 import json
