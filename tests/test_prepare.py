@@ -197,7 +197,7 @@ class TestCars:
         with pytest.raises(UserError, match="cars_annos.mat: not a readable MATLAB file"):
             prepare("cars", made.write_files(tmp_path / "a", files), tmp_path / "sets")
         files = {**made.cars_folders(), "car_data/train/Trabant 601 1964/1.jpg": made.jpeg(0, 0)}
-        with pytest.raises(UserError, match="1 folders with images are no class of Cars196: 'Trabant 601 1964'"):
+        with pytest.raises(UserError, match="1 folders with images are not a class of Cars196: 'Trabant 601 1964'"):
             prepare("cars", made.write_files(tmp_path / "b", files), tmp_path / "sets")
 
 
@@ -534,7 +534,7 @@ class TestInterruption:
             load("folder", sets, variant="x")
         folder, said = prepare("folder", source, sets, shard_megabytes=1)
         line = next(line for line in said if line.startswith("resuming after"))
-        assert 0 < int(line.split()[3].replace(",", "")) < len(files)
+        assert 0 < int(line.split()[2].replace(",", "")) < len(files)
         splits, _ = load("folder", sets, variant="x")
         stored = [s.read(i) for s in splits[:2] for i in range(len(s))]
         assert stored == [files[name] for name in sorted(files)]
