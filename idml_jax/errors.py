@@ -6,8 +6,10 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
 
@@ -63,12 +65,16 @@ class _Lines(logging.Formatter):
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
+def _wants_traceback() -> bool:
+    return "--traceback" in sys.argv or os.environ.get("IDML_JAX_TRACEBACK", "0") != "0"
+
+
 def stop(error: Exception) -> NoReturn:
     """Ends a command with the error as one line and exit code 1, or with its traceback if requested.
 
     ``idml_jax.main --traceback``, or ``IDML_JAX_TRACEBACK=1`` with any command, requests the traceback.
     """
-    if "--traceback" in sys.argv or os.environ.get("IDML_JAX_TRACEBACK", "0") != "0":
+    if _wants_traceback():
         raise error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):  # ml_collections puts one into its message
@@ -94,6 +100,38 @@ def end_now(code: int, message: str = "") -> NoReturn:
     os._exit(code)
 
 
+# Of exceptions in background threads that only follow from a failed write of the storage layer.
+_CONSEQUENCES = ("Event loop is closed", "RESOURCE_EXHAUSTED", "cannot schedule new futures")
+
+
+def hide_consequences() -> None:
+    """Keeps background threads silent about writes that failed: the command reports the first of them in one line.
+
+    A full disk would otherwise fill the terminal with one traceback per array. Other exceptions are shown as before.
+    """
+    if _wants_traceback():
+        return
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)  # the storage layer logs what it raises
+    shown, shown_of_thread, shown_ignored = sys.excepthook, threading.excepthook, sys.unraisablehook
+    consequence = lambda error: any(text in str(error) for text in _CONSEQUENCES)
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if threading.current_thread() is threading.main_thread() or not consequence(error):
+            shown(kind, error, trace)
+
+    def hook_of_thread(arguments: threading.ExceptHookArgs) -> None:
+        if not consequence(arguments.exc_value):
+            shown_of_thread(arguments)
+
+    def hook_of_ignored(arguments: "sys.UnraisableHookArgs") -> None:
+        if not consequence(arguments.exc_value):
+            shown_ignored(arguments)
+
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hook, hook_of_thread, hook_of_ignored
+
+
 def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
     """Runs a command and turns its errors into exit codes.
 
@@ -106,6 +144,7 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)
+    hide_consequences()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its code
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

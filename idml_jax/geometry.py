@@ -70,7 +70,9 @@ def _gram(a: Float[Array, "n d"]) -> Float[Array, "n n"]:
 
 
 @_gram.defjvp
-def _gram_jvp(primals, tangents):
+def _gram_jvp(
+    primals: tuple[Float[Array, "n d"]], tangents: tuple[Float[Array, "n d"]]
+) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
     (a,), (d_a,) = primals, tangents
     half = _products(d_a, a)
     return _gram(a), half + half.T
@@ -220,7 +222,10 @@ def _relative_weakening_parts(alpha: Array, beta: Array, temperature: Array) -> 
 
 
 @relative_weakening.defjvp
-def _relative_weakening_jvp(primals, tangents):
+def _relative_weakening_jvp(
+    primals: tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]],
+    tangents: tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]],
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     # In closed form, because the automatic derivative of a quotient squares its denominator, which can vanish.
     alpha, beta, temperature = primals
     d_alpha, d_beta, d_temperature = tangents

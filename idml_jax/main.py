@@ -22,7 +22,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from idml_jax.errors import UserError, end_now, show_progress, stop
+from idml_jax.errors import UserError, end_now, hide_consequences, show_progress, stop
 from idml_jax.runtime.files import user_path
 from idml_jax.training import recipes
 
@@ -65,6 +65,7 @@ def _with_path(argv: list[str]) -> list[str]:
 def _main(_: list[str]) -> None:
     show_progress()
     absl_logging.set_verbosity(absl_logging.ERROR)
+    hide_consequences()
     try:
         if not _WORKDIR.value:
             raise UserError("--workdir is missing: the folder that the run is written to")

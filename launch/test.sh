@@ -11,7 +11,8 @@ if [ "${1:-}" = "--parity" ]; then
 fi
 make_venv
 install_into_venv "$EXTRAS" -e "$ROOT[$EXTRAS]" -c "$ROOT/requirements.txt"
-"$VENV_PYTHON" -m ruff check idml_jax configs tests benchmarks
+"$VENV_PYTHON" -m ruff check .
+"$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m mypy
 # JAX compiles on one core, so one process per core makes the suite fast.
 exec "$VENV_PYTHON" -m pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile "$@"

@@ -38,7 +38,7 @@ def two_steps(parts, model, **changes):
 @pytest.mark.parametrize(
     "name,alpha",
     [
-        ("proxies", 1.0),
+        pytest.param("proxies", 1.0, marks=pytest.mark.slow),  # in parts on eight devices: test_golden.py
         pytest.param("learned", 1.0, marks=pytest.mark.slow),
         ("memory", 1.0),
         pytest.param("memory", 0.0, marks=pytest.mark.slow),
@@ -97,6 +97,7 @@ def test_live_statistics_are_those_of_every_part():
     chex.assert_trees_all_close(jax.tree.map(np.asarray, after.params), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_frozen_trunk_stays_unchanged_in_parts():
     s = setup(tiny(frozen=True), accumulate=4, optimizer=GRADIENT)
     one = setup(tiny(frozen=True), optimizer=GRADIENT)

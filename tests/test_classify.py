@@ -20,6 +20,7 @@ from idml_jax.inference import store as embeddings
 from idml_jax.metrics.classification import classification_metrics
 from idml_jax.runtime import interrupt
 from idml_jax.training import train
+from idml_jax.training.config_checks import validate
 from idml_jax.training.optim import Schedule
 from idml_jax.training.steps import averaged
 from idml_jax.training.tasks import classification_summary as classify
@@ -235,7 +236,7 @@ def test_the_recipes_are_the_protocol_s():
         for mixing in ("baseline", "mixup", "cutmix"):
             for ism in ("", ",ism"):
                 config = read_config(name, mixing + ism)
-                train.validate(config)
+                validate(config)
                 assert config.ism.enabled == bool(ism) and config.data.name == name
                 assert config.classification.mixing == mixing.replace("baseline", "none")
                 assert (config.optim.name, config.optim.weight_decay, config.epochs) == ("sgd", 1e-4, 300)

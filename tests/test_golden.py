@@ -55,7 +55,12 @@ def assert_same(got, expected, tolerance):
         assert got == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.parametrize("name", sorted(golden.STEPS))
+RARE = ("retrieval_released", "margin_learned", "contrastive_plain")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in sorted(golden.STEPS)]
+)
 def test_three_steps_of_training(name, roots):
     found, expected = golden.three_steps(name, root_of(roots, golden.STEPS[name])), GOLDEN["steps"][name]
     found = json.loads(json.dumps(found))

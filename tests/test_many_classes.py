@@ -16,9 +16,9 @@ from idml_jax.ism import Embedding
 from idml_jax.runtime import sharding
 from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.training import steps, train
-from idml_jax.training.build import _split_proxies
 from idml_jax.training.config import SPLIT_CLASSES
 from idml_jax.training.state import create_state, create_state_on
+from idml_jax.training.tasks import TASKS
 
 CLASSES = 1009  # a prime, found nowhere else in a program; 3840 rows when split
 ROWS = sharding.padded_rows(CLASSES)
@@ -158,11 +158,12 @@ def test_memory_of_a_device_is_an_eighth():
 
 def test_when_proxies_are_split(image_folder):
     config = small_config(image_folder)
-    assert not _split_proxies(config, SPLIT_CLASSES - 1) and _split_proxies(config, SPLIT_CLASSES)
+    splits = TASKS["retrieval"]._splits_proxies
+    assert not splits(config, SPLIT_CLASSES - 1) and splits(config, SPLIT_CLASSES)
     config.sharding.proxies = "whole"
-    assert not _split_proxies(config, SPLIT_CLASSES)
+    assert not splits(config, SPLIT_CLASSES)
     config.sharding.proxies = "split"
-    assert _split_proxies(config, 2)
+    assert splits(config, 2)
     run = train.build(config)
     assert run.setup.objective.mesh == run.mesh and run.setup.objective.proxy_rows == sharding.ROW_MULTIPLE
     config.loss.name = "contrastive"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from idml_jax import models, pretrained
+from idml_jax.errors import UserError
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra 'parity')")
@@ -155,7 +156,7 @@ def test_published_checkpoint_gives_the_published_embeddings(tmp_path):
     assert_close(out["uncertainty"], uncertainty.numpy(), 2e-4)
     # Its linear head does not fit ours, and the message says what would.
     ours = models.create_model("resnet50", embedding_dim=16, uncertainty_dim=16)
-    with pytest.raises(pretrained.UserError, match="config.model.uncertainty_head=linear"):
+    with pytest.raises(UserError, match="config.model.uncertainty_head=linear"):
         pretrained.load(path, jax.eval_shape(ours.init, jax.random.key(0), x), "all")
     # And back: what is written loads into the network that it came from, strictly but for the classifier.
     pretrained.convert(path, tmp_path / "ours")
@@ -183,8 +184,8 @@ def test_files_that_hold_more_than_tensors_are_refused(tmp_path):
         ("empty.pth", {}, "holds no weights"),
     ):
         torch.save(content, tmp_path / name)
-        with pytest.raises(pretrained.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             pretrained.read(tmp_path / name)
     (tmp_path / "cut.pth").write_bytes((tmp_path / "numbers.pth").read_bytes()[:100])
-    with pytest.raises(pretrained.UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         pretrained.read(tmp_path / "cut.pth")

@@ -157,20 +157,11 @@ def seen(tmp_path):
 
 def hostile_report(seen, tmp_path):
     """The page of a report, its parts drawn as the command draws them."""
-    picture = sections.Pictures(seen.queries)
+    images = sections.Thumbnails(seen)
     other = tmp_path / "<script>"
     shutil.copytree(tmp_path / "other", other)
-    body = [
-        sections.head(seen),
-        page.comparison(seen, other),
-        sections.training(seen),
-        sections.classified(seen),
-        sections.knowing(seen),
-        sections.ambiguity(seen),
-        sections.answers(seen, picture, picture),
-        sections.extremes(seen, picture),
-        sections.confusion(seen, picture, picture),
-    ]
+    parts = [part(seen, images) for name, part in sections.SECTIONS.items() if name != "map"]
+    body = [sections.head(seen, images), page.comparison(seen, other), *parts]
     assert all(isinstance(part, Markup) for part in body)
     return pages.page(HOSTILE[4], body)
 

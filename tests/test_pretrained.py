@@ -221,3 +221,48 @@ def test_a_run_starts_from_another(image_folder, tmp_path, caplog):
     with pytest.raises(UserError, match="w.safetensors: no such weights file"):
         train.train_and_evaluate(small_config(image_folder, **start), tmp_path / "fourth")
     assert not (tmp_path / "fourth").exists()
+
+
+def test_weights_of_another_network_of_the_same_shapes_are_refused(tmp_path):
+    """ResNets v1 and v1.5 have the same tensors and compute something else; the file or the run names its network."""
+    _, variables = random_variables("resnet_tiny")
+    named = {naming.torch_name(p): naming.to_torch(p, v) for p, v in naming.flatten(variables).items()}
+    named = {name: np.ascontiguousarray(value, np.float32) for name, value in named.items()}
+    source = tmp_path / "v1.safetensors"
+    safetensors.save_file(named, source, metadata={"network": "resnet50_v1"})
+    assert pretrained.read(source).network == "resnet50_v1"
+    message = r"v1.safetensors holds weights of resnet50_v1, and the network is resnet50; config.model.name=resnet50_v1"
+    with pytest.raises(UserError, match=message):
+        pretrained.load(source, variables, network="resnet50")
+    # Without a name on either side, or a name that is no network of this package, the shapes decide.
+    pretrained.load(source, variables)
+    safetensors.save_file(named, source, metadata={"network": "somebody's"})
+    pretrained.load(source, variables, network="resnet50")
+
+
+def test_wrapped_weights_say_how_their_names_begin(tmp_path):
+    _, variables = random_variables("resnet_tiny")
+    wrap = lambda named: {f"encoder_q.trunk.{k}": v for k, v in named.items()} | {"queue": np.ones((2, 3), np.float32)}
+    source = write(tmp_path / "wrapped.safetensors", variables, wrap)
+    with pytest.raises(UserError, match=r"the names there begin with encoder_q\.trunk\.\* \(\d+\), queue\.\* \(1\)"):
+        pretrained.load(source, variables)
+
+
+@pytest.mark.torch
+def test_sparse_and_quantised_tensors_are_read_as_numbers(tmp_path):
+    torch = pytest.importorskip("torch")
+    _, variables = random_variables("resnet_tiny")
+    named = {
+        naming.torch_name(path): torch.tensor(naming.to_torch(path, np.asarray(value, np.float32)).copy())
+        for path, value in naming.flatten(variables).items()
+        if path.startswith(("params/trunk", "batch_stats"))
+    }
+    named["conv1.weight"] = named["conv1.weight"].to_sparse()
+    torch.save(named, tmp_path / "sparse.pth")
+    loaded = pretrained.load(tmp_path / "sparse.pth", variables)[0]
+    np.testing.assert_array_equal(
+        loaded["params"]["trunk"]["conv1"]["kernel"], variables["params"]["trunk"]["conv1"]["kernel"]
+    )
+    small = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    torch.save({"a": small}, tmp_path / "quantised.pth")
+    np.testing.assert_allclose(pretrained.read(tmp_path / "quantised.pth").values["a"], 1.0, atol=0.1)

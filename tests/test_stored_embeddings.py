@@ -491,7 +491,7 @@ def fuzz_reader(tmp_path, count, seed):
         else:
             assert np.isfinite(index.embedded.semantic).all() and len(index.files) == len(index.embedded.semantic)
             assert all(isinstance(index.class_of(row), str | None) for row in range(len(index.files)))
-            assert index.settings.temperature > 0
+            assert index.metric.temperature > 0
             found["read"] += 1
     return found
 

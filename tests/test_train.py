@@ -13,7 +13,8 @@ from runs_made import assert_same_run, rows, small_config
 
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import write_json
-from idml_jax.training import loop, train
+from idml_jax.training import loop, train, workdir
+from idml_jax.training.build import data_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,8 +44,12 @@ def test_best_is_the_best_of_the_history(finished):
     assert next(r for r in result["history"] if r["step"] == result["best"]["step"])["R@1"] == pytest.approx(best)
 
 
+# Without the probes of the last evaluation, which other tests read.
+QUICK = {"eval.ambiguity_images": 0, "eval.cluster": False}
+
+
 def test_training_helps(image_folder, tmp_path):
-    config = small_config(image_folder, **{"epochs": 15, "eval.every_epochs": 15, "optim.warmup_epochs": 0})
+    config = small_config(image_folder, **{"epochs": 15, "eval.every_epochs": 15, "optim.warmup_epochs": 0}, **QUICK)
     result = train.train_and_evaluate(config, tmp_path)
     assert result["final"]["MAP@R"] > result["untrained"]["MAP@R"] + 0.1
 
@@ -77,7 +82,7 @@ def test_stopped_and_resumed_equals_uninterrupted(image_folder, finished, tmp_pa
 
 def test_memory_and_learned_boundary_survive_a_stop(image_folder, tmp_path, monkeypatch):
     changes = {"loss.name": "margin_distance_weighted", "loss.learned": "per_class", "memory.size": 64, "epochs": 2}
-    config = small_config(image_folder, **changes, **{"eval.untrained": False, "optim.warmup_epochs": 0})
+    config = small_config(image_folder, **changes, **{"eval.untrained": False, "optim.warmup_epochs": 0}, **QUICK)
     train.train_and_evaluate(config, tmp_path / "whole")
     train_killed_at(config, tmp_path / "stopped", 5, monkeypatch)
     state = assert_same_run(config, tmp_path / "whole", tmp_path / "stopped")
@@ -158,6 +163,7 @@ def test_the_command_trains_evaluates_and_writes_tensorboard(image_folder, tmp_p
         "--config.epochs=1",
         "--config.batch_size=32",
         "--config.eval.batch_size=32",
+        "--config.eval.ambiguity_images=0",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -180,3 +186,30 @@ def test_without_tensorflow_a_run_continues_with_one_warning(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
     assert done.stderr.count("no TensorBoard logs") == 1
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": 1.0}
+
+
+@pytest.mark.parametrize(
+    "name,size,message",
+    [
+        ("vit_tiny", 20, r"patches of 8 pixels needs images of a multiple of it; got 20 x 20 \(config.model.name"),
+        ("convnet4", 12, r"depth 4 needs images of at least 16 pixels; got 12 x 12 .*config.data.image_size"),
+    ],
+)
+def test_image_sizes_that_the_network_cannot_see_are_refused_before_anything_is_written(
+    image_folder, tmp_path, name, size, message
+):
+    sizes = {"model.name": name, "data.image_size": size, "data.resize": size}
+    with pytest.raises(UserError, match=message):
+        train.train_and_evaluate(small_config(image_folder, **sizes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_finds_its_data_from_any_folder(image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(image_folder.parent)
+    workdir.remember(small_config(image_folder.name, **{"data.data_dir": "~/sets"}), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stored = workdir.read(tmp_path).data
+    assert stored.root == str(image_folder) and stored.data_dir == str(Path.home() / "sets")
+    assert len(data_of(workdir.read(tmp_path)).train) == 96
+    # Where it was started from makes no difference to a run that goes on.
+    workdir.remember(small_config(image_folder), tmp_path)

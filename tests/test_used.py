@@ -151,14 +151,14 @@ class TestEmbed:
         assert "\x1b" not in told.out + told.err and "bad\\xff" in told.out
 
     def test_a_network_with_non_finite_outputs_is_refused(self, workdir, image_folder, tmp_path, monkeypatch, capsys):
-        real = trained.embed_pictures
+        real = Embedder.images
 
         def broken(*arguments):
             found = real(*arguments)
             found["semantic"] = np.where(np.arange(len(found["semantic"]))[:, None] == 2, np.nan, found["semantic"])
             return found
 
-        monkeypatch.setattr(trained, "embed_pictures", broken)
+        monkeypatch.setattr(Embedder, "images", broken)
         folder = image_folder / "test" / "class_04"
         with pytest.raises(SystemExit):
             embed.main([f"--workdir={workdir}", f"--images={folder}", f"--out={tmp_path / 'x.npz'}"])

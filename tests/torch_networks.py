@@ -172,7 +172,7 @@ def random_resnet50():
 
 def tensors_of(net):
     """A net's tensors as ``pretrained.read`` gives those of a file."""
-    from idml_jax.pretrained import Tensors
+    from idml_jax.training.weights import Tensors
 
     named = {name: value.detach().numpy() for name, value in net.state_dict().items()}
     left_out = tuple(n for n in named if n.startswith(("fc.", "head.")) or n.endswith("num_batches_tracked"))

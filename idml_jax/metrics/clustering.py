@@ -9,11 +9,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from idml_jax.metrics import seeding, tiles
 from idml_jax.metrics.checks import Array, embedding_rows, label_column
+
+# Squared distance to the nearest centre, its index, squared distance to the next one: of rows, or of tiles of rows.
+_Nearest = tuple[Shaped[jax.Array, "*rows"], ...]
+# Cells (row, column, count) of a table of two clusterings that are not 0.
+_Cells = tuple[Int[np.ndarray, "c"], Int[np.ndarray, "c"], Int[np.ndarray, "c"]]
 
 
 class KMeans(NamedTuple):
@@ -65,18 +71,30 @@ def kmeans(
 
 
 class _Search:
-    """Nearest centre for rows that lie on the devices."""
+    """Finds the nearest centres of rows that lie on the devices.
 
-    def __init__(self, rows, norms, devices):
+    Args:
+      rows: [n, d] float32.
+      norms: [n], their squared lengths.
+      devices: that share the work.
+    """
+
+    def __init__(self, rows: Float[np.ndarray, "n d"], norms: Float[np.ndarray, "n"], devices: list[jax.Device]):
         self.rows, self.norms = rows, norms
         self.tile = min(1024, max(64, 1 << (len(rows) - 1).bit_length()))
         self.mesh = tiles.mesh_of(devices)
         everywhere = jax.sharding.NamedSharding(self.mesh, P())
         self.on_device = jax.device_put((rows, norms), everywhere)
 
-    def nearest(self, which: Int[np.ndarray, "w"], centres: Float[np.ndarray, "c d"]):
-        """Of the rows in `which`: squared distance to the nearest centre, its index (the first of equals), and the
-        squared distance to the next one (infinite if there is none)."""
+    def nearest(
+        self, which: Int[np.ndarray, "w"], centres: Float[np.ndarray, "c d"]
+    ) -> tuple[Float[np.ndarray, "w"], Int[np.ndarray, "w"], Float[np.ndarray, "w"]]:
+        """Finds the nearest centre of each row in `which`.
+
+        Returns:
+          Squared distance to it, its index (the first of equals), and the squared distance to the next one (infinite
+          if there is none).
+        """
         hands = self.mesh.size
         blocks = -(-len(self.rows) // self.tile)
         blocks = -(-blocks // hands) * hands
@@ -104,7 +122,8 @@ class _Search:
             np.int32(count),
             mesh=self.mesh,
         )
-        return tuple(np.asarray(x).swapaxes(0, 1).reshape(-1)[: len(which)].copy() for x in result)
+        least, at, after = (np.asarray(x).swapaxes(0, 1).reshape(-1)[: len(which)].copy() for x in result)
+        return least, at, after
 
     def distance(self, which: Int[np.ndarray, "w"], centres: Float[np.ndarray, "w d"]) -> Float[np.ndarray, "w"]:
         """Squared distances of rows to one centre each."""
@@ -113,14 +132,33 @@ class _Search:
 
 
 @partial(jax.jit, static_argnames=("mesh",))
-def _nearest_centres(rows, norms, work, ends, centres, squares, count, *, mesh):
+def _nearest_centres(
+    rows: Float[jax.Array, "n d"],
+    norms: Float[jax.Array, "n"],
+    work: Int[jax.Array, "devices b t"],
+    ends: Int[jax.Array, "devices"],
+    centres: Float[jax.Array, "c k d"],
+    squares: Float[jax.Array, "c k"],
+    count: Int[jax.Array, ""],
+    *,
+    mesh: Mesh,
+) -> _Nearest:
+    """Nearest centres of the rows that `work` deals to the devices, in tiles; `count` blocks of centres are in use."""
     width = centres.shape[1]
 
-    def local(rows, norms, work, ends, centres, squares, count):
-        def block(b, carry):
+    def local(
+        rows: Float[jax.Array, "n d"],
+        norms: Float[jax.Array, "n"],
+        work: Int[jax.Array, "1 b t"],
+        ends: Int[jax.Array, "1"],
+        centres: Float[jax.Array, "c k d"],
+        squares: Float[jax.Array, "c k"],
+        count: Int[jax.Array, ""],
+    ) -> _Nearest:
+        def block(b: Int[jax.Array, ""], carry: _Nearest) -> _Nearest:
             mine, mine_norms = rows[work[0, b]], norms[work[0, b]]
 
-            def step(c, best):
+            def step(c: Int[jax.Array, ""], best: _Nearest) -> _Nearest:
                 distances = tiles.squared_distances(mine, mine_norms, centres[c], squares[c])
                 least, at, after = tiles.two_least(jax.lax.optimization_barrier(distances))
                 nearer = least < best[0]
@@ -168,8 +206,22 @@ def _run(search: _Search, k: int, rng: np.random.Generator, iterations: int, can
     return KMeans(labels.astype(np.int32), centres, _inertia(search.rows, labels, centres), done)
 
 
-def _fill_empty(search, labels, squared, second, k) -> Bool[np.ndarray, "k"]:
-    """Give each empty cluster the row that is farthest from its centre, in place; returns the clusters that changed."""
+def _fill_empty(
+    search: _Search,
+    labels: Int[np.ndarray, "n"],
+    squared: Float[np.ndarray, "n"],
+    second: Float[np.ndarray, "n"],
+    k: int,
+) -> Bool[np.ndarray, "k"]:
+    """Gives each empty cluster the row that is farthest from its centre, in place; returns the clusters that changed.
+
+    Args:
+      search: the rows.
+      labels: cluster of each row; changed in place, as are the next two.
+      squared: squared distance of each row to its centre.
+      second: lower bound of its squared distance to every other centre.
+      k: number of clusters.
+    """
     sizes = np.bincount(labels, minlength=k)
     empty = np.flatnonzero(sizes == 0)
     changed = np.full(k, False)
@@ -188,8 +240,16 @@ def _fill_empty(search, labels, squared, second, k) -> Bool[np.ndarray, "k"]:
     return changed
 
 
-def _updated(rows, labels, centres, changed):
-    """Centres with updated means of the changed clusters, and which moved; an empty cluster keeps its centre."""
+def _updated(
+    rows: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, "n"],
+    centres: Float[np.ndarray, "k d"],
+    changed: Bool[np.ndarray, "k"],
+) -> tuple[Float[np.ndarray, "k d"], Bool[np.ndarray, "k"]]:
+    """Moves the centres of changed clusters to their means; returns all centres, and which moved.
+
+    The centre of an empty cluster stays where it is.
+    """
     members = np.flatnonzero(changed[labels])
     members = members[np.argsort(labels[members], kind="stable")]
     found, starts, sizes = np.unique(labels[members], return_index=True, return_counts=True)
@@ -205,7 +265,8 @@ def _updated(rows, labels, centres, changed):
     return centres, moved
 
 
-def _inertia(rows, labels, centres) -> float:
+def _inertia(rows: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], centres: Float[np.ndarray, "k d"]) -> float:
+    """Sum of the squared distances of all rows to their centres, in float64."""
     total = 0.0
     for start in range(0, len(rows), 4096):
         gap = rows[start : start + 4096] - centres[labels[start : start + 4096]]
@@ -251,8 +312,10 @@ def f1(labels: Int[Array, "n"], clusters: Int[Array, "n"]) -> float:
     return 2 * both / (in_labels + in_clusters) if in_labels + in_clusters else 1.0
 
 
-def _contingency(labels, clusters):
-    """(row, column, count) of the cells that are not 0, and the sizes on both sides."""
+def _contingency(
+    labels: Shaped[Array, "n"], clusters: Shaped[Array, "n"]
+) -> tuple[_Cells, Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
+    """The cells of the contingency table that are not 0, and the sizes of the clusters on both sides."""
     labels = np.asarray(labels)
     if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(f"labels: expected shape (n,) with n >= 1, got {labels.shape}")
@@ -263,19 +326,21 @@ def _contingency(labels, clusters):
     return (*np.divmod(cells, b.max() + 1), counts), np.bincount(a), np.bincount(b)
 
 
-def _entropy(sizes) -> float:
+def _entropy(sizes: Int[np.ndarray, "a"]) -> float:
+    """Entropy of a clustering with these sizes, in nats."""
     share = sizes / sizes.sum()
     return float(-np.sum(share * np.log(share)))
 
 
-def _information(table, a, b) -> float:
+def _information(table: _Cells, a: Int[np.ndarray, "a"], b: Int[np.ndarray, "b"]) -> float:
+    """Mutual information of two clusterings, in nats."""
     row, column, count = table
     n = a.sum()
     return float(np.sum(count / n * (np.log(count) + np.log(n) - np.log(a[row]) - np.log(b[column]))))
 
 
-def _expected_information(a, b) -> float:
-    """Mean mutual information of clusterings with these sizes (hypergeometric), by distinct pairs of sizes."""
+def _expected_information(a: Int[np.ndarray, "a"], b: Int[np.ndarray, "b"]) -> float:
+    """Expected mutual information, in nats, of random clusterings with these sizes (hypergeometric distribution)."""
     n = int(a.sum())
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     total = 0.0

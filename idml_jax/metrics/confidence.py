@@ -53,7 +53,7 @@ def fit_confidence(
     penalty = np.diag([ridge] * (x.shape[1] - 1) + [1e-9])
     fitted = np.zeros(x.shape[1])
 
-    def loss(fitted):
+    def loss(fitted: Float[np.ndarray, "f"]) -> np.floating:
         z = x @ fitted
         return np.sum(counts * (np.logaddexp(0, z) - target * z)) + 0.5 * fitted @ penalty @ fitted
 
@@ -83,7 +83,10 @@ def _features(model: Confidence, table: Float[np.ndarray, "n k"], products: bool
     return np.column_stack([x, x[:, one] * x[:, other]])
 
 
-def _table(scores, names, rows) -> Float[np.ndarray, "n k"]:
+def _table(
+    scores: Mapping[str, Float[Array, "n"]], names: tuple[str, ...], rows: int | None
+) -> Float[np.ndarray, "n k"]:
+    """The named scores side by side; ValueError unless all are there, finite and of `rows` entries (None: any)."""
     if not names:
         raise ValueError("scores: none given")
     if missing := [name for name in names if name not in scores]:
@@ -95,5 +98,6 @@ def _table(scores, names, rows) -> Float[np.ndarray, "n k"]:
     return table
 
 
-def _sigmoid(z):
+def _sigmoid(z: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """1 / (1 + exp(-z)), without overflow."""
     return 0.5 * (1 + np.tanh(0.5 * z))

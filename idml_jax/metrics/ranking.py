@@ -9,13 +9,13 @@ than `COUNTING_LIMIT` of them a top-k list as long as the class is cheaper.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float, Int, Shaped
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from idml_jax.metrics import tiles
 
@@ -78,6 +78,7 @@ def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Devi
     within = np.arange(len(order)) - (np.cumsum(task.sizes) - task.sizes)[task.gallery_labels[order]]
     gallery_slots = np.empty(len(order), np.int64)
     gallery_slots[order] = starts[task.gallery_labels[order]] + within
+    assert task.norms is not None  # of the Euclidean distance they are there
     columns = _blocks(task.gallery, task.norms, np.arange(len(order)), gallery_slots, tile)
     if task.same_set and len(chosen) == len(task.queries):
         slots, queries = gallery_slots, columns
@@ -86,7 +87,7 @@ def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Devi
         slots = np.empty(len(chosen), np.int64)
         slots[np.argsort(task.labels[chosen], kind="stable")] = np.arange(len(chosen))
         ids = chosen if task.same_set else np.full(len(chosen), -2)
-        assert task.query_norms is not None  # always set for the Euclidean distance
+        assert task.query_norms is not None
         queries = _blocks(task.queries[chosen], task.query_norms[chosen], ids, slots, _tile(len(chosen)))
 
     blocks, height = queries.ids.shape
@@ -115,9 +116,12 @@ def by_counting(task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Devi
 
 
 def by_top_k(
-    task: Task, chosen: Int[np.ndarray, "q"], devices: list[jax.Device], distance=tiles.euclidean_squared
+    task: Task,
+    chosen: Int[np.ndarray, "q"],
+    devices: list[jax.Device],
+    distance: tiles.Distance = tiles.euclidean_squared,
 ) -> Found:
-    """The same for queries with any number of positives and for any distance of two trees of arrays."""
+    """Results for the chosen queries with any number of positives, under any distance of two trees of arrays."""
     order = np.argsort(-task.positives[chosen], kind="stable")
     chosen = chosen[order]
     positives = task.positives[chosen]
@@ -130,7 +134,7 @@ def by_top_k(
     height = _height(len(chosen), columns, len(devices))
     ids = chosen if task.same_set else np.full(len(chosen), -2)
 
-    def start(rows):
+    def start(rows: slice) -> tuple[Int[Array, "h k"] | Float[Array, "h m"], Int[Array, "h"], Float[Array, "h"]]:
         return tiles.rank_block(
             jax.tree.map(lambda x: _padded(x[chosen[rows]], height), queries),
             _padded(ids[rows].astype(np.int32), height, -2),
@@ -178,7 +182,7 @@ def nearest_rows(
     ids = own.astype(np.int32)
     device_k = _device_k(k, columns)
 
-    def start(rows):
+    def start(rows: slice) -> Int[Array, "h k"] | Float[Array, "h m"]:
         block = _padded(queries[rows], height), _padded(query_norms[rows], height)
         block_ids = _padded(ids[rows], height, -2)
         return tiles.list_block(
@@ -199,13 +203,13 @@ def all_distances(
     norms: Float[np.ndarray, "m"],
     devices: list[jax.Device],
 ) -> Iterator[tuple[int, Float[np.ndarray, "h m"]]]:
-    """Yields squared distances block by block: the index of the block's first query, and its rows."""
+    """Squared distances of all pairs, block by block: the index of the block's first query, and its rows."""
     size = len(gallery)
     mesh, gallery, columns = _shared_gallery((gallery, norms), devices)
     height = _height(len(queries), columns, len(devices))
     none = np.full(height, -2, np.int32)
 
-    def start(rows):
+    def start(rows: slice) -> Float[Array, "h m"]:
         block = _padded(queries[rows], height), _padded(query_norms[rows], height)
         return tiles.list_block(block, none, gallery, size, distance=tiles.euclidean_squared, k=None, mesh=mesh)
 
@@ -213,9 +217,11 @@ def all_distances(
         yield rows.start, distances[: len(queries) - rows.start, :size]
 
 
-def _two_ahead(start, total: int, height: int) -> Iterator[tuple[slice, Any]]:
-    """Host results of start(rows) over consecutive rows; the next block is computed while one is read."""
-    pending: deque[tuple[slice, Any]] = deque()
+def _two_ahead(
+    start: Callable[[slice], PyTree[Array]], total: int, height: int
+) -> Iterator[tuple[slice, PyTree[np.ndarray]]]:
+    """Yields start(rows) on the host, for blocks of `height` rows; the next block is computed meanwhile."""
+    pending: deque[tuple[slice, PyTree[Array]]] = deque()
     for first in range(0, total, height):
         rows = slice(first, first + height)
         pending.append((rows, start(rows)))
@@ -226,7 +232,14 @@ def _two_ahead(start, total: int, height: int) -> Iterator[tuple[slice, Any]]:
         yield rows, jax.device_get(result)
 
 
-def _blocks(rows, norms, ids, slots, tile) -> tiles.Blocks:
+def _blocks(
+    rows: Float[np.ndarray, "n d"],
+    norms: Float[np.ndarray, "n"],
+    ids: Int[np.ndarray, "n"],
+    slots: Int[np.ndarray, "n"],
+    tile: int,
+) -> tiles.Blocks:
+    """Rows placed at their slots in blocks of `tile` rows; slots that no row has are padding."""
     blocks = slots.max() // tile + 1
     placed = np.zeros((blocks * tile, rows.shape[1]), np.float32)
     placed_norms = np.full(blocks * tile, np.inf, np.float32)
@@ -250,8 +263,10 @@ def _class_starts(sizes: Int[np.ndarray, "classes"], tile: int) -> Int[np.ndarra
     return starts
 
 
-def _shared_gallery(gallery, devices):
-    """The arrays of the gallery on every device, padded to a round number of rows."""
+def _shared_gallery(
+    gallery: PyTree[Shaped[np.ndarray, "m ..."]], devices: list[jax.Device]
+) -> tuple[Mesh, tiles.Rows, int]:
+    """Puts the gallery, padded to a round number of rows, on every device: mesh, arrays, and that number."""
     size = len(jax.tree.leaves(gallery)[0])
     columns = -(-size // 1024) * 1024 if size > 1024 else _power_of_two(size, least=64)
     mesh = tiles.mesh_of(devices)
@@ -270,17 +285,19 @@ def _height(rows: int, columns: int, devices: int) -> int:
     return devices * min(256, fitting, _power_of_two(-(-rows // devices), least=8))
 
 
-def _power_of_two(size, least: int) -> int:
+def _power_of_two(size: int | np.integer, least: int) -> int:
+    """The smallest power of two that is at least `size`, or `least` if that is larger."""
     return max(least, 1 << (int(size) - 1).bit_length())
 
 
-def _device_k(k, columns: int) -> int | None:
-    """Length of a list made on the device, rounded up so that few programs are compiled; None: the host makes it."""
+def _device_k(k: int | np.integer, columns: int) -> int | None:
+    """Length of the lists that the device makes, rounded up to compile few programs; None: the host makes them."""
     if jax.default_backend() == "cpu" and k > 32:
         return None  # numpy's vectorised selection is several times as fast as XLA's there
     step = 1 << max(0, int(k).bit_length() - 3)
     return min(columns, -(-int(k) // step) * step)
 
 
-def _padded(x: np.ndarray, height: int, fill=0) -> np.ndarray:
+def _padded(x: Shaped[np.ndarray, "n ..."], height: int, fill: int = 0) -> Shaped[np.ndarray, "height ..."]:
+    """The array filled up to `height` rows."""
     return np.pad(x, [(0, height - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=fill)

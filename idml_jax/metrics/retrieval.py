@@ -11,16 +11,17 @@ MAP@R follow Musgrave, Belongie and Lim, "A Metric Learning Reality Check", ECCV
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
 from idml_jax.metrics import nearest, ranking
 from idml_jax.metrics.checks import Array, embedding_rows, label_column
 
-Tree = Any  # an array, or a tuple or dict of arrays with the same first axis
+# An array, or a tree (tuple, dict) of arrays with the same first axis.
+Tree: TypeAlias = PyTree[Shaped[Array, "_ ..."]]
 
 
 class Ranks(NamedTuple):
@@ -106,7 +107,7 @@ def retrieval_ranks(
 
 
 def ranks_by_distance(
-    distance: Callable[[Tree, Tree], Float[Array, "n m"]],
+    distance: Callable[[Tree, Tree], Float[jax.Array, "n m"]],
     queries: Tree,
     labels: Int[Array, "n"],
     gallery: Tree | None = None,
@@ -129,6 +130,7 @@ def ranks_by_distance(
             raise ValueError("queries: a single row has nothing to retrieve; give at least 2 rows or a gallery")
         gallery, gallery_labels = queries, labels
     else:
+        assert gallery_labels is not None  # see `_check_pair`
         gallery, gallery_labels = _tree_set(gallery, gallery_labels, "gallery", "gallery_labels")
     task = ranking.make_task(queries, None, labels, gallery, None, gallery_labels, same_set)
     devices = list(jax.local_devices() if devices is None else devices)
@@ -165,7 +167,11 @@ def neighbours(
     return Neighbours(*nearest.nearest(queries, rows, int(k), own, devices))
 
 
-def _own_rows(own, same_set: bool, size: int, rows: int) -> Int[np.ndarray, "n"]:
+def _own_rows(own: Int[Array, "n"] | None, same_set: bool, size: int, rows: int) -> Int[np.ndarray, "n"]:
+    """The gallery row that each of `size` queries leaves out, -2 for none.
+
+    Raises ValueError for indices outside the gallery, for another shape or type, and without a gallery.
+    """
     if own is None:
         return np.arange(size) if same_set else np.full(size, -2)
     own = np.asarray(own)
@@ -176,7 +182,13 @@ def _own_rows(own, same_set: bool, size: int, rows: int) -> Int[np.ndarray, "n"]
     return np.where(own < 0, -2, own)
 
 
-def _task(embeddings, labels, gallery, gallery_labels) -> ranking.Task:
+def _task(
+    embeddings: Float[Array, "n d"],
+    labels: Shaped[Array, "n"],
+    gallery: Float[Array, "m d"] | None,
+    gallery_labels: Shaped[Array, "m"] | None,
+) -> ranking.Task:
+    """The validated Euclidean task, its rows moved to their centre."""
     _check_pair(gallery, gallery_labels)
     queries = embedding_rows(embeddings, "embeddings")[0]
     labels = label_column(labels, len(queries), "labels", "embeddings")
@@ -188,13 +200,15 @@ def _task(embeddings, labels, gallery, gallery_labels) -> ranking.Task:
         queries, query_norms = rows, norms
     else:
         rows = embedding_rows(gallery, "gallery")[0]
+        assert gallery_labels is not None  # see `_check_pair`
         row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery")
         _check_width(queries, rows)
         (queries, query_norms), (rows, norms) = nearest.moved(queries, rows)
     return ranking.make_task(queries, query_norms, labels, rows, norms, row_labels, gallery is None)
 
 
-def _as_ranks(task, found, nearest_distance) -> Ranks:
+def _as_ranks(task: ranking.Task, found: ranking.Found, nearest_distance: Float[np.ndarray, "n"]) -> Ranks:
+    """The results as callers get them, lone queries marked."""
     some = task.positives > 0
     first_hit = np.where(some, found.first_hit, 0).astype(np.int32)
     return Ranks(
@@ -207,7 +221,10 @@ def _as_ranks(task, found, nearest_distance) -> Ranks:
     )
 
 
-def _tree_set(tree, labels, name, labels_name):
+def _tree_set(
+    tree: Tree, labels: Shaped[Array, "n"], name: str, labels_name: str
+) -> tuple[PyTree[Shaped[np.ndarray, "n ..."]], Shaped[np.ndarray, "n"]]:
+    """The arrays of a tree and their labels on the host; ValueError, naming the argument, where rows do not match."""
     tree = jax.tree.map(np.asarray, tree)
     leaves = jax.tree.leaves(tree)
     sizes = {leaf.shape[:1] for leaf in leaves}
@@ -216,23 +233,27 @@ def _tree_set(tree, labels, name, labels_name):
     return tree, label_column(labels, len(leaves[0]), labels_name, name)
 
 
-def _check_pair(gallery, gallery_labels):
+def _check_pair(gallery: Tree | None, gallery_labels: Shaped[Array, "m"] | None) -> None:
+    """Raises ValueError unless both are given or neither is."""
     if (gallery is None) != (gallery_labels is None):
         missing = "gallery" if gallery is None else "gallery_labels"
         raise ValueError(f"{missing}: missing; gallery and gallery_labels go together")
 
 
-def _check_width(queries, gallery):
+def _check_width(queries: Float[np.ndarray, "n d"], gallery: Float[np.ndarray, "m e"]) -> None:
+    """Raises ValueError unless both sides are equally wide."""
     if gallery.shape[1] != queries.shape[1]:
         raise ValueError(f"gallery: width {gallery.shape[1]} differs from the embeddings' width {queries.shape[1]}")
 
 
-def _checked_ks(ks):
+def _checked_ks(ks: Sequence[int]) -> tuple[int, ...]:
+    """The Ks as integers; ValueError unless all are whole numbers from 1 on."""
     ks = tuple(ks)
     if not ks or any(k != int(k) or k < 1 for k in ks):
         raise ValueError(f"ks: expected one or more whole numbers >= 1, got {ks}")
     return tuple(int(k) for k in ks)
 
 
-def _mean(values) -> float:
+def _mean(values: Float[np.ndarray, "n"]) -> float:
+    """Mean in float64; NaN if there are none."""
     return float(np.mean(values, dtype=np.float64)) if len(values) else float("nan")

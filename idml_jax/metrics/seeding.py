@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from idml_jax.metrics import tiles
 
-ROUNDING = 1e-6  # squared distances below this share of the squared norm are only rounding
-_BLOCK_ENTRIES = 2**25  # distances at a time in `greedy`
-Search = Any  # the rows on the host and on the devices, see `clustering`
+ROUNDING = 1e-6  # squared distances below this part of the squared norm are nothing but rounding
+_BLOCK_ENTRIES = 2**25  # of distances at a time on the greedy way
+
+
+class Search(Protocol):
+    """The rows to cluster, on the host, and the search for their nearest centres on the devices."""
+
+    rows: Float[np.ndarray, "n d"]
+    norms: Float[np.ndarray, "n"]  # squared
+    mesh: Mesh
+
+    def nearest(
+        self, which: Int[np.ndarray, "w"], centres: Float[np.ndarray, "c d"]
+    ) -> tuple[Float[np.ndarray, "w"], Int[np.ndarray, "w"], Float[np.ndarray, "w"]]:
+        """For each row in `which`: least squared distance to a centre, that centre's index, the next least distance."""
+        ...
 
 
 def draw(search: Search, k: int, rng: np.random.Generator, candidates: int) -> Int[np.ndarray, "k"]:
@@ -91,12 +105,15 @@ def _choose(
     chance: Float[Array, "b c"],
     wanted: Int[Array, ""],
 ) -> tuple[Float[Array, "n"], Int[Array, "b"]]:
-    """The weights after up to b more seeds, `wanted` at most, and these; -1 for a seed that was not found."""
+    """Chooses up to b more seeds, at most `wanted`: the new weights, and the seeds, -1 where none was found."""
     at = drawn.reshape(-1)
     squares = tiles.squared_distances(rows[at], norms[at], rows, norms)
     squares = jnp.where(squares <= ROUNDING * norms[None], 0.0, squares).reshape(*drawn.shape, -1)
 
-    def step(carry, candidates):
+    def step(
+        carry: tuple[Float[Array, "n"], Int[Array, ""]],
+        candidates: tuple[Float[Array, "c n"], Int[Array, "c"], Float[Array, "c"]],
+    ) -> tuple[tuple[Float[Array, "n"], Int[Array, ""]], Int[Array, ""]]:
         weights, left = carry
         squares, drawn, chance = candidates
         alive = chance < weights[drawn]

@@ -7,15 +7,24 @@ tile in which the others are compared with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+# An array, or a tree of arrays, with one entry per row in front.
+Rows: TypeAlias = PyTree[Shaped[Array, "_ ..."]]
+# Distances of all pairs of two sides, smaller meaning more alike.
+Distance = Callable[[Rows, Rows], Float[Array, "n m"]]
+_Fold = Callable[[Shaped[Array, "*shape"], Shaped[Array, "*shape"]], Shaped[Array, "*shape"]]
+# Distances of the targets, counts of the rows before them, distance of each row to the nearest.
+_Counted = tuple[Float[Array, "b r t"], Int[Array, "b r t"], Float[Array, "b t"]]
 
 
 class Blocks(NamedTuple):
@@ -84,13 +93,24 @@ def count_before(
 
 
 @partial(jax.jit, static_argnames=("mesh",))
-def _count_before(queries, columns, targets, work, ends, *, mesh):
+def _count_before(
+    queries: Blocks,
+    columns: Blocks | None,
+    targets: Targets,
+    work: Int[Array, "devices w 4"],
+    ends: Int[Array, "devices"],
+    *,
+    mesh: Mesh,
+) -> tuple[Int[Array, "devices b r t"], Float[Array, "devices b t"]]:
+    """The counts and least distances of every device's share of the tiles; columns None: the queries themselves."""
     symmetric = columns is None
     columns = queries if symmetric else columns
-    tile = columns.rows.shape[1]
+    tile = columns.rows.shape[1]  # type: ignore[union-attr]  # where it was None it is `queries` now
 
-    def local(queries, columns, targets, work, ends):
-        def step(k, carry):
+    def local(
+        queries: Blocks, columns: Blocks, targets: Targets, work: Int[Array, "1 w 4"], ends: Int[Array, "1"]
+    ) -> tuple[Int[Array, "1 b r t"], Float[Array, "1 b t"]]:
+        def step(k: Int[Array, ""], carry: _Counted) -> _Counted:
             found, counts, nearest = carry
             i, j, reading, counting = work[0, k]  # blocks, and the purpose of the tile
             distances = squared_distances(queries.rows[i], queries.norms[i], columns.rows[j], columns.norms[j])
@@ -98,16 +118,16 @@ def _count_before(queries, columns, targets, work, ends, *, mesh):
             # Without the barrier the compiler may repeat this work in every pass that reads it.
             distances = jax.lax.optimization_barrier(distances)
 
-            def read(_, found):
+            def read(_: Int[Array, ""], found: Float[Array, "b r t"]) -> Float[Array, "b r t"]:
                 place = targets.slots[i] - j * tile
                 inside = (targets.slots[i] >= 0) & (place >= 0) & (place < tile)
                 here = jnp.take_along_axis(distances, jnp.clip(place, 0, tile - 1).T, axis=1).T
                 return found.at[i].set(jnp.where(inside, here, found[i]))
 
-            def count_for_rows(r, counts):
+            def count_for_rows(r: Int[Array, ""], counts: Int[Array, "b r t"]) -> Int[Array, "b r t"]:
                 return counts.at[i, r].add(_before_in_rows(distances, columns.ids[j], found[i, r], targets.ids[i, r]))
 
-            def count_for_columns(r, counts):
+            def count_for_columns(r: Int[Array, ""], counts: Int[Array, "b r t"]) -> Int[Array, "b r t"]:
                 count = _before_in_columns(distances, queries.ids[i], found[j, r], targets.ids[j, r])
                 return counts.at[j, r].add(count)
 
@@ -129,10 +149,16 @@ def _count_before(queries, columns, targets, work, ends, *, mesh):
 
     specs = (P(), P(), P(), P("data"), P("data"))
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
-    return sharded(queries, columns, targets, work, ends)
+    return sharded(queries, columns, targets, work, ends)  # type: ignore[arg-type]  # likewise
 
 
-def _before(distances, ids, threshold, target):
+def _before(
+    distances: Float[Array, "n m"],
+    ids: Int[Array, "#n #m"],
+    threshold: Float[Array, "#n #m"],
+    target: Int[Array, "#n #m"],
+) -> Int[Array, "n m"]:
+    """1 where an entry comes before the target: it is nearer, or as near with a smaller id."""
     return ((distances < threshold) | ((distances == threshold) & (ids < target))).astype(jnp.int32)
 
 
@@ -140,26 +166,32 @@ def _before(distances, ids, threshold, target):
 # slices are elementwise, so they fuse and vectorise, and leave little to reduce.
 
 
-def _before_in_rows(distances, ids, threshold, target):
-    """For each row the number of columns before its target."""
+def _before_in_rows(
+    distances: Float[Array, "n m"], ids: Int[Array, "m"], threshold: Float[Array, "n"], target: Int[Array, "n"]
+) -> Int[Array, "n"]:
+    """For each row the number of columns before its target, which has this distance (threshold) and id."""
     terms = [
         _before(part, ids[None, cut], threshold[:, None], target[:, None]) for cut, part in _cut_columns(distances)
     ]
     return jnp.sum(reduce(jnp.add, terms), axis=1)
 
 
-def _before_in_columns(distances, ids, threshold, target):
-    """For each column the number of rows before its target."""
+def _before_in_columns(
+    distances: Float[Array, "n m"], ids: Int[Array, "n"], threshold: Float[Array, "m"], target: Int[Array, "m"]
+) -> Int[Array, "m"]:
+    """For each column the number of rows before its target, which has this distance (threshold) and id."""
     terms = [_before(part, ids[cut, None], threshold[None, :], target[None, :]) for cut, part in _cut_rows(distances)]
     return _fold_rows(jnp.add, reduce(jnp.add, terms))
 
 
-def _fold_columns(op, x: Float[Array, "n m"]) -> Float[Array, "n"]:
+def _fold_columns(op: _Fold, x: Shaped[Array, "n m"]) -> Shaped[Array, "n"]:
+    """Sum (`jnp.add`) or minimum (`jnp.minimum`) of each row."""
     folded = reduce(op, [part for _, part in _cut_columns(x)])
     return jnp.min(folded, axis=1) if op is jnp.minimum else jnp.sum(folded, axis=1)
 
 
-def _fold_rows(op, x: Float[Array, "n m"]) -> Float[Array, "m"]:
+def _fold_rows(op: _Fold, x: Shaped[Array, "n m"]) -> Shaped[Array, "m"]:
+    """Sum (`jnp.add`) or minimum (`jnp.minimum`) of each column."""
     while len(x) > 1:
         # The barrier keeps the steps apart: one loop over all rows would read too many lines of the cache at once.
         x = jax.lax.optimization_barrier(reduce(op, [part for _, part in _cut_rows(x)]))
@@ -180,26 +212,44 @@ def two_least(x: Float[Array, "n m"]) -> tuple[Float[Array, "n"], Int[Array, "n"
     return least, at, _fold_columns(jnp.minimum, jnp.where(place[None, :] == at[:, None], jnp.inf, x))
 
 
-def _cut_columns(x):
+def _cut_columns(x: Shaped[Array, "n m"]) -> list[tuple[slice, Shaped[Array, "n _"]]]:
+    """Some 32 slices of columns, at least 32 wide, each with its place."""
     width = max(32, x.shape[1] // 32)
     return [(slice(u, u + width), x[:, u : u + width]) for u in range(0, x.shape[1], width)]
 
 
-def _cut_rows(x):
+def _cut_rows(x: Shaped[Array, "n m"]) -> list[tuple[slice, Shaped[Array, "_ m"]]]:
+    """Some 16 slices of rows, each with its place."""
     height = max(1, len(x) // 16)
     return [(slice(u, u + height), x[u : u + height]) for u in range(0, len(x), height)]
 
 
 @partial(jax.jit, static_argnames=("distance", "k", "mesh"))
 def list_block(
-    queries, query_ids: Int[Array, "n"], gallery, size: int, *, distance, k: int | None, mesh: Mesh
-) -> Array:
-    """Indices [n, k] of the nearest of the first `size` gallery rows; for k None the distances [n, m] instead.
+    queries: Rows,
+    query_ids: Int[Array, "n"],
+    gallery: Rows,
+    size: int,
+    *,
+    distance: Distance,
+    k: int | None,
+    mesh: Mesh,
+) -> Int[Array, "n k"] | Float[Array, "n m"]:
+    """Lists the k nearest gallery rows of each query by index; for k None gives the distances [n, m] instead.
 
-    distance(queries, gallery) gives the distances [n, m] of two trees of arrays; a query's own id is left out.
+    Args:
+      queries: [n, ...], an array or a tree of arrays.
+      query_ids: the gallery row that each query leaves out, below 0 for none.
+      gallery: [m, ...], the same kind of tree.
+      size: number of gallery rows that count; the others are padding.
+      distance: distances [n, m] of queries and gallery.
+      k: length of the lists.
+      mesh: devices, among which the queries are split.
     """
 
-    def local(queries, query_ids, gallery, size):
+    def local(
+        queries: Rows, query_ids: Int[Array, "h"], gallery: Rows, size: int | Int[Array, ""]
+    ) -> Int[Array, "h k"] | Float[Array, "h m"]:
         return _listed(_among_others(distance(queries, gallery), query_ids, size), k)
 
     rows, all_ = P("data"), P()
@@ -209,20 +259,27 @@ def list_block(
 
 @partial(jax.jit, static_argnames=("distance", "k", "mesh"))
 def rank_block(
-    queries,
+    queries: Rows,
     query_ids: Int[Array, "n"],
     query_labels: Int[Array, "n"],
-    gallery,
+    gallery: Rows,
     labels: Int[Array, "m"],
     size: int,
     *,
-    distance,
+    distance: Distance,
     k: int | None,
     mesh: Mesh,
-) -> tuple[Array, Int[Array, "n"], Float[Array, "n"]]:
-    """The result of `list_block`, the number of rows before the nearest positive, and the least distance."""
+) -> tuple[Int[Array, "n k"] | Float[Array, "n m"], Int[Array, "n"], Float[Array, "n"]]:
+    """Result of `list_block`, the number of gallery rows before each query's nearest positive, the least distance."""
 
-    def local(queries, query_ids, query_labels, gallery, labels, size):
+    def local(
+        queries: Rows,
+        query_ids: Int[Array, "h"],
+        query_labels: Int[Array, "h"],
+        gallery: Rows,
+        labels: Int[Array, "m"],
+        size: int | Int[Array, ""],
+    ) -> tuple[Int[Array, "h k"] | Float[Array, "h m"], Int[Array, "h"], Float[Array, "h"]]:
         distances = _among_others(distance(queries, gallery), query_ids, size)
         place = jnp.arange(len(labels), dtype=jnp.int32)
         positive = (labels[None, :] == query_labels[:, None]) & (distances < jnp.inf)
@@ -252,11 +309,15 @@ def smallest(distances: Float[np.ndarray, "n m"], k: int) -> Int[np.ndarray, "n 
     return result
 
 
-def _listed(distances, k):
+def _listed(distances: Float[Array, "n m"], k: int | None) -> Int[Array, "n k"] | Float[Array, "n m"]:
+    """Columns of the k least distances of each row, in order, equal ones by column; the distances for k None."""
     return distances if k is None else jax.lax.top_k(-distances, k)[1]
 
 
-def _among_others(distances, query_ids, size):
+def _among_others(
+    distances: Shaped[Array, "n m"], query_ids: Int[Array, "n"], size: int | Int[Array, ""]
+) -> Float[Array, "n m"]:
+    """Distances in float32, infinite for a query's own row and for padding (columns from `size` on)."""
     place = jnp.arange(distances.shape[1], dtype=jnp.int32)
     out = (place[None, :] == query_ids[:, None]) | (place[None, :] >= size)
     return jax.lax.optimization_barrier(jnp.where(out, jnp.inf, distances.astype(jnp.float32)))

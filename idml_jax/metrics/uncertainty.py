@@ -5,7 +5,7 @@ Everything is compared with baseline scores (`free_scores`), which need no learn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -325,7 +325,8 @@ def selective(
     return {"coverage": float(answered.mean()), "precision": right, "answers": int(answered.sum())}
 
 
-def _correct(correct, name: str, size: int) -> Bool[np.ndarray, "n"]:
+def _correct(correct: Bool[Array, "n"], name: str, size: int) -> Bool[np.ndarray, "n"]:
+    """Booleans [size] on the host; ValueError, naming the argument, for other shapes or values."""
     column = score_column(correct, name, size)
     if not np.isin(column, (0, 1)).all():
         raise ValueError(f"{name}: expected booleans")
@@ -338,18 +339,21 @@ def _ranks(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     return (np.cumsum(counts) - (counts - 1) / 2)[group]
 
 
-def _pearson(a, b) -> float:
+def _pearson(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
+    """Pearson's correlation; NaN where one side is constant."""
     a, b = a - a.mean(), b - b.mean()
     spread = np.sqrt(np.sum(a * a) * np.sum(b * b))
     return float(np.sum(a * b) / spread) if spread > 0 else float("nan")
 
 
-def _cosine(a, b) -> Float[np.ndarray, "n"]:
+def _cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n"]:
+    """Cosine of each row of `a` and the same row of `b`; 0 for a zero row."""
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.einsum("nd,nd->n", a, b) / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
-def _interval(value, draws, level: float) -> Interval:
+def _interval(value: float, draws: Float[np.ndarray, "samples"] | Sequence[float], level: float) -> Interval:
+    """Percentile interval at this level of the bootstrap values that are not NaN."""
     if not 0 < level < 1:
         raise ValueError(f"level: expected in (0, 1), got {level}")
     draws = np.asarray(draws, np.float64)

@@ -26,11 +26,20 @@ def _convolve_looped(x: Array, kernel: Array, strides: tuple[int, int], padding:
     return _convolve(x, kernel, strides, padding)
 
 
-def _convolve_forward(x, kernel, strides, padding):
+def _convolve_forward(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw c f"], strides: tuple[int, int], padding: int
+) -> tuple[Float[Array, "n oh ow f"], tuple[Float[Array, "n h w c"], Float[Array, "kh kw c f"]]]:
+    """The convolution, and what its gradient needs."""
     return _convolve(x, kernel, strides, padding), (x, kernel)
 
 
-def _convolve_backward(strides, padding, saved, cotangent):
+def _convolve_backward(
+    strides: tuple[int, int],
+    padding: int,
+    saved: tuple[Float[Array, "n h w c"], Float[Array, "kh kw c f"]],
+    cotangent: Float[Array, "n oh ow f"],
+) -> tuple[Float[Array, "n h w c"], Float[Array, "kh kw c f"]]:
+    """Gradients with respect to the input and the kernel."""
     x, kernel = saved
     (towards_x,) = jax.vjp(lambda x: _convolve(x, kernel, strides, padding), x)[1](cotangent)
     padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))

@@ -7,10 +7,10 @@ networks: ``layer1_0`` is ``layer1.0``, ``downsample_conv`` is ``downsample.0``,
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import PyTree, Shaped
 
 __all__ = ["flatten", "from_torch", "shape_in_torch", "to_torch", "torch_name", "unflatten"]
 
@@ -23,11 +23,12 @@ LEAVES = {
     "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var",
 }  # fmt: skip
 _INDEXED = re.compile(r"^(layer\d+|blocks)_(\d+)$")
+Leaf = TypeVar("Leaf")  # an array, or a shape with a type
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested tree as ``{"a/b/c": leaf}``."""
-    flat: dict[str, Any] = {}
+def flatten(tree: Mapping[str, PyTree], prefix: str = "") -> dict[str, PyTree]:
+    """Flattens nested mappings to ``{"a/b/c": leaf}``, each path behind the prefix."""
+    flat: dict[str, PyTree] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{name}/"))
@@ -36,9 +37,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of ``flatten``."""
-    tree: dict[str, Any] = {}
+def unflatten(flat: Mapping[str, Leaf]) -> dict[str, PyTree[Leaf]]:
+    """Builds the nested dictionaries of paths ``a/b/c``; the reverse of ``flatten``."""
+    tree: dict[str, PyTree[Leaf]] = {}
     for path, value in flat.items():
         *parents, leaf = path.split("/")
         node = tree

@@ -11,11 +11,12 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree, Shaped
 from orbax.checkpoint import checkpoint_managers
 
 from idml_jax.errors import UserError
@@ -23,6 +24,10 @@ from idml_jax.runtime import hosts
 from idml_jax.runtime.files import first_line
 
 logger = logging.getLogger("idml_jax")
+
+Record: TypeAlias = dict[str, Any]  # what JSON can express
+Variables: TypeAlias = dict[str, PyTree[Shaped[jax.Array | np.ndarray, "..."]]]  # as ``model.apply`` takes them
+State = TypeVar("State")  # a tree of arrays; a restored one has the structure of the given one
 
 _HANDLERS = {"state": ocp.PyTreeCheckpointHandler, "record": ocp.JsonCheckpointHandler}
 
@@ -114,8 +119,8 @@ class Checkpoints:
         except Exception:  # not measured, or the file is damaged
             return None
 
-    def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        """Saves in the background; a checkpoint is either complete or absent.
+    def save(self, step: int, state: PyTree, record: Record, metrics: dict[str, float] | None) -> None:
+        """Saves a checkpoint in the background; it is whole or absent.
 
         Raises:
           UserError: if this checkpoint or the previous one cannot be written.
@@ -125,8 +130,8 @@ class Checkpoints:
             self._forget_stopped()
             self._manager.save(step, args=_save_args(state, record), metrics=metrics, force=True)
 
-    def save_stopped(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Saves the state of a run that is being stopped and waits until it is on disk.
+    def save_stopped(self, step: int, state: PyTree, record: Record) -> None:
+        """Saves the state of a run that is being stopped, and waits until it is on disk.
 
         Raises:
           UserError: if it cannot be written.
@@ -156,7 +161,7 @@ class Checkpoints:
         if stopped and jax.process_index() == 0 and (self.latest or 0) >= stopped[-1]:
             shutil.rmtree(self._stopped, ignore_errors=True)
 
-    def resume(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+    def resume(self, like: State) -> tuple[State, Record] | None:
         """The newest readable state and its record; ``None`` if nothing was saved yet.
 
         An unreadable checkpoint is moved to the folder ``damaged``, with a warning, and the previous one is tried.
@@ -185,8 +190,8 @@ class Checkpoints:
             raise UserError(f"{self._tried[0]}, and there is no older one; use another --workdir to start a new run")
         return None
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """State and record of a step.
+    def restore(self, step: int, like: State) -> tuple[State, Record]:
+        """Reads the state and the record of one step.
 
         Args:
           step: of an existing checkpoint.
@@ -226,8 +231,8 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
-def _restore(folder: Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-    """As ``Checkpoints.restore``; fails on all processes if one of them cannot read the checkpoint."""
+def _restore(folder: Path, step: int, like: State) -> tuple[State, Record]:
+    """As ``Checkpoints.restore``; fails on all processes if one of them cannot read it."""
     damage = None
     try:
         restored = _restore_alone(folder, step, like)
@@ -241,8 +246,8 @@ def _restore(folder: Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
     return restored
 
 
-def _restore_alone(folder: Path, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-    # Orbax makes the processes wait for each other after reading, forever if one of them failed.
+def _restore_alone(folder: Path, step: int, like: State) -> tuple[State, Record]:
+    # Orbax makes the processes wait for each other after reading, for ever if one of them failed.
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     where, path = f"{folder}, step {step}", folder / str(step)
@@ -274,7 +279,7 @@ def _restore_alone(folder: Path, step: int, like: Any) -> tuple[Any, dict[str, A
             raise DamagedError(f"checkpoint {where}: cannot be read ({_reason(error)})") from error
 
 
-def _save_args(state: Any, record: dict[str, Any]) -> ocp.args.Composite:
+def _save_args(state: PyTree, record: Record) -> ocp.args.Composite:
     return ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
 
 
@@ -310,7 +315,8 @@ def _reason(error: Exception) -> str:
     return line if len(line) <= 200 else line[:200] + " ..."
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shape of each array of a tree, by its path ``a/b/c``."""
     shapes = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
@@ -330,8 +336,8 @@ def has_checkpoints(folder: Path) -> bool:
     return bool(_steps(folder) or _steps(folder.parent / "stopped"))
 
 
-def save_variables(folder: Path, variables: dict[str, Any]) -> None:
-    """Writes ``params`` and ``batch_stats`` only, without optimizer state or record, completely or not at all.
+def save_variables(folder: Path, variables: Variables) -> None:
+    """Writes ``params`` and ``batch_stats`` alone, without optimizer or record, whole or not at all.
 
     Args:
       folder: folder to create.
@@ -369,7 +375,7 @@ def find_state(path: Path, metric: str) -> Path:
         checkpoints.close()
 
 
-def read_variables(folder: Path) -> dict[str, Any]:
+def read_variables(folder: Path) -> Variables:
     """``params`` (of ``trunk`` and ``heads``) and ``batch_stats`` of a stored tree, as numpy arrays.
 
     For a run that keeps moving averages, these are the averages, which evaluation uses.

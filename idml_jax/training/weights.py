@@ -11,6 +11,7 @@ BatchNorm's batch counters and heads that are not requested are left out silentl
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +150,8 @@ def load(
     problems += [f"{name} is only there" for name in sorted(set(tensors.values) - used)]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{where} does not fit the network: {'; '.join(problems[:4])}{more}{_hint(tensors, parts)}")
+        hint = _hint(tensors, parts) if loaded else _prefixes_there(tensors)
+        raise UserError(f"{where} does not fit the network: {'; '.join(problems[:4])}{more}{hint}")
     left_out = sorted({*tensors.left_out, *ignored} - {n for n in tensors.left_out if "num_batches" in n})
     told = f"; left out: {', '.join(left_out)}" if left_out else ""
     return naming.unflatten(loaded), f"{len(loaded)} tensors from {where} ({parts}){told}"
@@ -172,6 +174,14 @@ def _hint(tensors: Tensors, parts: str) -> str:
     else:
         head = "a linear uncertainty head: config.model.uncertainty_head=linear"
     return f" (the file has {head}; config.model.init_parts=trunk leaves heads out)"
+
+
+def _prefixes_there(tensors: Tensors) -> str:
+    """How the names of tensors begin, for a file of which nothing fits."""
+    separator = "." if tensors.torch else "/"
+    counts = Counter(separator.join(name.split(separator)[:2]) for name in tensors.values)
+    begin = ", ".join(f"{prefix}{separator}* ({count})" for prefix, count in counts.most_common(4))
+    return f" (the names there begin with {begin}; a wrapper's prefix has to be taken off)"
 
 
 def _is_head(name: str, torch: bool) -> bool:

@@ -50,7 +50,7 @@ class GlyphsConfig(tfds.core.BuilderConfig):
     seed: int = 0
     degraded: float = 0.3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # A blend needs a second class in its split.
         for field, least in (("train_classes", 2), ("test_classes", 2), ("images_per_class", 1), ("image_size", 16)):
             if getattr(self, field) < least:

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import itertools
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ class _Region(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("x", "y", "w", "h")]
 
 
-def _candidates():
+def _candidates() -> Iterator[str]:
+    """Names and paths under which the library may be found, the system's first."""
     yield from _NAMES
     spec = importlib.util.find_spec("turbojpeg")
     if spec is not None and spec.origin:
