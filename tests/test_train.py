@@ -146,7 +146,7 @@ def command(*arguments, cwd=ROOT):
     ],
 )
 def test_the_command_reports_bad_input_in_one_line(tmp_path, arguments, message):
-    """As a process of its own; ``test_bad_input.py`` has the many cases."""
+    """Runs the command as a separate process; ``test_bad_input.py`` has more cases."""
     done = command(*(a.format(tmp=tmp_path) for a in arguments))
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
@@ -211,5 +211,5 @@ def test_a_run_finds_its_data_from_any_folder(image_folder, tmp_path, monkeypatc
     stored = workdir.read(tmp_path).data
     assert stored.root == str(image_folder) and stored.data_dir == str(Path.home() / "sets")
     assert len(data_of(workdir.read(tmp_path)).train) == 96
-    # Where it was started from makes no difference to a run that goes on.
+    # A resumed run does not depend on the folder that it was started from.
     workdir.remember(small_config(image_folder), tmp_path)
