@@ -428,7 +428,7 @@ def test_two_processes_do_not_write_one_file(tmp_path):
         with store.writing(tmp_path / "x.npz"):  # whose owner was killed
             pass
     finally:
-        done.set()
+        other.kill()  # not `done.set()`, which would wait forever for a process killed while it waits
         other.join(30)
     assert not list(tmp_path.iterdir())
 
