@@ -1,4 +1,4 @@
-"""Tiny data sets in the official layouts: the right names and lists around real JPEG bytes."""
+"""Builds tiny data sets in the official layouts, with correct names and lists and real JPEG bytes."""
 
 import io
 import pickle
@@ -17,7 +17,7 @@ WNIDS = ("n01440764", "n01443537", "n01484850", "n02102040")
 
 
 def jpeg(label: int, seed: int, size: int = 24) -> bytes:
-    """A colour image whose stripes tell the class."""
+    """A colour image whose stripes depend on the class."""
     rng = np.random.default_rng([label, seed])
     y, x = np.mgrid[:size, :size]
     angle = label * 0.7
@@ -87,7 +87,7 @@ CAR_CLASSES = (1, 2, 97, 98, 99, 100, 196)
 
 
 def _annotations(rows: list[dict], **more) -> bytes:
-    """A MATLAB file with an array of structs, as the devkit has them."""
+    """A MATLAB file with an array of structs, as in the devkit."""
     kinds = [(key, object) for key in rows[0]]
     array = np.zeros((1, len(rows)), kinds)
     for i, row in enumerate(rows):
@@ -217,7 +217,7 @@ def imagenet_train(per_class: int = 4) -> dict[str, bytes]:
     }
 
 
-# Class of every validation image, and how the devkit numbers the classes: not in the order of the ids.
+# Class of every validation image, and the devkit's class numbers, which are not in the order of the ids.
 VALIDATION = (2, 0, 3, 1, 1, 2)
 DEVKIT_NUMBER = {0: 3, 1: 1, 2: 4, 3: 2}
 

@@ -4,8 +4,8 @@ import os
 import sys
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Compiling takes most of the suite's time, and LLVM's optimisations a third of that. XLA's own passes stay, and under
-# --slow LLVM's do too. The first process decides, those that it starts follow it.
+# Compilation takes most of the suite's time, and LLVM's optimisations a third of that. XLA's own passes stay enabled,
+# and with --slow LLVM's too. Child processes inherit the setting of the first process.
 if os.environ.setdefault("IDML_JAX_TESTS", "slow" if "--slow" in sys.argv else "quick") == "quick":
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -17,12 +17,12 @@ from absl import flags
 
 # Grain's worker processes and tfds read absl flags, which only a main program parses.
 flags.FLAGS.mark_as_parsed()
-# A vector that silently broadcasts against a matrix is a bug that no shape check finds.
+# A vector that silently broadcasts against a matrix is a bug that shape checks do not find.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def shapes_picture(label: int, rng: np.random.Generator, size: int = 24) -> np.ndarray:
-    """A grey image whose stripes' direction and width tell the class."""
+    """A grey image whose class determines the direction and width of its stripes."""
     angle, width = (label % 4) * np.pi / 4, 3 + 2 * (label // 4)
     y, x = np.mgrid[:size, :size]
     wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) / width * 2 * np.pi + rng.uniform(0, 6.28))
@@ -43,7 +43,7 @@ def shapes_picture(label: int, rng: np.random.Generator, size: int = 24) -> np.n
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """A folder with train/ and test/ of eight classes of striped images each, twelve a class."""
+    """A folder with train/ and test/, each with eight classes of twelve striped images."""
     import cv2
 
     root = tmp_path_factory.mktemp("stripes")
@@ -59,7 +59,7 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(image_folder, tmp_path_factory):
-    """Workdir and result of a small run that nothing interrupted."""
+    """Workdir and result of a small uninterrupted run."""
     from runs_made import small_config
 
     from idml_jax.training import train

@@ -1,4 +1,4 @@
-"""A batch seen in parts, and blocks computed again: the same step, with less memory."""
+"""Gradient accumulation and rematerialisation: the same step with less memory."""
 
 import chex
 import jax
@@ -15,7 +15,7 @@ from idml_jax.runtime import sharding
 from idml_jax.training import steps, train
 from idml_jax.training.optim import Schedule
 
-# Without moments or their like a step is the gradient, scaled.
+# Without moments, a step is the scaled gradient.
 GRADIENT = optimizer(
     name="sgd", schedule=Schedule("constant", 0.1, 100), factors=(), momentum=0.0, weight_decay=0.0, clip_value=0.0
 )
@@ -45,7 +45,7 @@ def two_steps(parts, model, **changes):
     ],
 )
 def test_frozen_statistics_give_the_same_step_in_parts(name, alpha):
-    """Loss over the whole batch, gradients of trunk, heads, proxies and learned numbers, and the memory."""
+    """Compares the loss over the whole batch, all gradients, and the cross-batch memory."""
     changes = dict(objective=objective(**OBJECTIVES[name]), mixup_alpha=alpha)
     whole, whole_metrics = two_steps(1, tiny(frozen=True), **changes)
     parts, parts_metrics = two_steps(4, tiny(frozen=True), **changes)
@@ -62,7 +62,7 @@ def test_frozen_statistics_give_the_same_step_in_parts(name, alpha):
 
 @pytest.mark.slow
 def test_a_loss_per_part_would_be_another():
-    """Pairs across parts count: two halves by themselves give other losses than the batch in two parts."""
+    """Pairs across parts count: losses of two separate halves differ from the loss of the batch in two parts."""
     s = setup(tiny(frozen=True), objective=objective(loss="contrastive"), mixup_alpha=0.0, accumulate=2)
     data = batch()
     _, together = steps.jit_train_step(fresh(s), data, setup=s)
@@ -71,7 +71,7 @@ def test_a_loss_per_part_would_be_another():
 
 
 def test_live_statistics_are_those_of_every_part():
-    """Against the parts one by one: every other image normalised by itself, running statistics moved in turn."""
+    """Compares with the parts one by one: each part has its statistics, and the running ones are updated in turn."""
     s = setup(tiny(), objective=objective(), mixup_alpha=0.0, accumulate=2, optimizer=GRADIENT)
     state, data = fresh(s), batch()
     images = steps.normalize(data["image"], s.mean, s.std)
@@ -98,7 +98,7 @@ def test_live_statistics_are_those_of_every_part():
 
 
 @pytest.mark.slow
-def test_the_resting_trunk_rests_in_parts_too():
+def test_a_frozen_trunk_stays_unchanged_in_parts():
     s = setup(tiny(frozen=True), accumulate=4, optimizer=GRADIENT)
     one = setup(tiny(frozen=True), optimizer=GRADIENT)
     before = jax.tree.map(np.asarray, fresh(s))
@@ -126,7 +126,7 @@ def test_the_same_in_parts_on_eight_devices():
     "name,run",
     [("resnet_tiny", True), pytest.param("vit_tiny", True, marks=pytest.mark.slow), ("pyramidnet_tiny", False)],
 )
-def test_blocks_computed_again_give_the_same_gradient(name, run):
+def test_rematerialised_blocks_give_the_same_gradient(name, run):
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
     results, variables = [], None
     for remat in (False, True):

@@ -1,4 +1,4 @@
-"""Bad input at every door: one clear line, an exit code that is not 0, nothing touched and nothing half-written."""
+"""Bad input to every command: one clear line, a non-zero exit code, nothing changed and nothing half-written."""
 
 import io
 import logging
@@ -38,7 +38,7 @@ SMALL = (
 
 
 class RunsCode:
-    """Unpickled, it would leave a file."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -67,7 +67,7 @@ def huge_png(side=100_000):
 
 
 def images(tmp, bad=None, name="bad.png"):
-    """A folder of four classes of two images in each of train and test, one of them bad."""
+    """A folder with train/ and test/, each with four classes of two images; one image is bad."""
     for split in ("train", "test"):
         for label in range(4):
             for i in range(8):
@@ -137,7 +137,7 @@ def nothing(tmp):
     return None
 
 
-# What the doors are asked for, {tmp} being a folder that ``make`` has filled, and what they have to answer.
+# Arguments of the commands, where {tmp} is a folder that ``make`` has filled, and the expected messages.
 CASES = {}
 
 
@@ -475,7 +475,7 @@ DOORS = {"evaluate": evaluate.main, "pretrained": pretrained.main, "prepare": pr
 
 @pytest.fixture
 def command_line(monkeypatch):
-    """Puts back what the command line of ``main`` leaves in this process."""
+    """Restores the state that the command line of ``main`` leaves in this process."""
     logger = logging.getLogger("idml_jax")
     before = logger.handlers[:], logger.level, logger.propagate
     yield
@@ -491,7 +491,7 @@ def command_line(monkeypatch):
 
 
 def enter(door, arguments, monkeypatch):
-    """The exit code of a door."""
+    """Runs a command and returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["idml_jax", *arguments])
     with pytest.raises(SystemExit) as stop:
         if door == "main":
@@ -502,7 +502,7 @@ def enter(door, arguments, monkeypatch):
 
 
 def listing(folder):
-    """Everything below a folder with its content, but for what ``prepare`` keeps to go on from."""
+    """Everything below a folder with its content, except what ``prepare`` keeps for resuming."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

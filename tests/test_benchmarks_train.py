@@ -1,4 +1,4 @@
-"""Stored sets in use: labels read once, tfds' own sets, query and gallery, one training step on every benchmark."""
+"""Use of stored sets: label index, tfds' own sets, query and gallery, one training step on every benchmark."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def downloads(dataset: str, root: Path) -> Path:
-    """A source as it is downloaded, tiny."""
+    """A tiny source in the downloaded layout."""
     if dataset == "cub":
         return made.write_files(root, {"CUB_200_2011.tgz": made.tar_bytes(made.cub(), "w:gz")})
     if dataset == "cars":
@@ -52,7 +52,7 @@ def downloads(dataset: str, root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A data folder with all eight."""
+    """A data folder with all eight data sets."""
     data_dir, root = tmp_path_factory.mktemp("sets"), tmp_path_factory.mktemp("downloads")
     for dataset in prepare_lib.LAYOUTS:
         source = downloads(dataset, root / dataset)
@@ -115,7 +115,7 @@ def test_queries_search_the_gallery_in_a_run(stored, tmp_path, caplog):
     state_run = build(config)
     gallery, query = state_run.eval_gallery, state_run.eval_source
     assert len(gallery) == 12 and gallery is state_run.splits.gallery
-    # The same figures from embeddings taken apart from the run.
+    # The same metrics from embeddings computed separately from the run.
     from idml_jax.metrics.retrieval import retrieval_metrics
     from idml_jax.runtime.checkpoint import Checkpoints
 
@@ -154,14 +154,14 @@ class TestIndex:
 
     @pytest.fixture
     def foreign(self, stored, tmp_path):
-        """A set without an index, as tfds would have made it."""
+        """A set without an index, as tfds would create it."""
         folder = tmp_path / "sets/caltech_birds2011/0.2.0"
         shutil.copytree(stored / "idml_cub/1.0.0", folder)
         shutil.rmtree(folder / index.FOLDER)
         (folder / "idml_jax.json").unlink()
         return folder
 
-    def test_prepared_sets_bring_theirs(self, stored):
+    def test_prepared_sets_include_an_index(self, stored):
         _, scans = self.scans(stored)
         assert not scans
 
@@ -201,7 +201,7 @@ class TestIndex:
 
 
 class TestTfdsOwnSets:
-    """Sets that tfds prepared: other names, other features, both official splits, labels of its own."""
+    """Sets prepared by tfds: other names and features, both official splits, tfds' labels."""
 
     @pytest.fixture(scope="class")
     def birds(self, tmp_path_factory):
@@ -336,7 +336,7 @@ def test_tensorflow_is_never_imported(tmp_path):
     assert done.stdout.splitlines()[-1:] == ["16 []"], done.stdout + done.stderr
 
 
-def test_command_line_says_what_is_wrong_in_one_line(tmp_path):
+def test_command_line_reports_errors_in_one_line(tmp_path):
     command = [sys.executable, "-m", "idml_jax.prepare", "--dataset=sop", f"--source={tmp_path}", "--data_dir=x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

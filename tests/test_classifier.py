@@ -1,4 +1,4 @@
-"""The introspective softmax, its head, soft labels, Mixup and CutMix, each against its formula."""
+"""Compares the introspective softmax, its head, soft labels, Mixup and CutMix with their formulas."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def example(seed=0, n=5, f=6, k=4, classes=3):
 
 
 @pytest.mark.parametrize("tau", [0.7, 5.0])
-def test_logits_are_those_of_the_formula(tau):
+def test_logits_match_the_formula(tau):
     x, u, weights, bias = example()
     plain, weakened = reference(x, u, weights, bias, tau)
     logits = jax.jit(classifier.introspective_logits, static_argnames="temperature")(x, u, weights, bias, tau)
@@ -40,7 +40,7 @@ def test_logits_are_those_of_the_formula(tau):
     assert np.abs(weakened - plain).max() > 0.1
 
 
-def test_the_certain_picture_has_its_plain_logits_and_their_gradient():
+def test_a_certain_image_has_plain_logits_and_gradient():
     x, u, weights, _ = example()
     total = lambda kind, u: lambda x: jnp.sum(jnp.sin(getattr(classifier.introspective_logits(x, u, weights), kind)))
     none, zero = classifier.introspective_logits(x, None, weights), np.zeros_like(u)
@@ -101,7 +101,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "none"])
-def test_the_head_is_the_formula_on_any_trunk(head):
+def test_the_head_matches_the_formula_on_any_trunk(head):
     model = create_classifier(
         "resnet_tiny", num_classes=3, uncertainty_dim=8, uncertainty_head=head, uncertainty_hidden=5, temperature=2.0
     )

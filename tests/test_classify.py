@@ -1,4 +1,4 @@
-"""Whole classification runs: training, stopping, evaluating, the trunk's further use, and what is refused."""
+"""Complete classification runs: training, stopping, evaluating, reusing the trunk, and refused settings."""
 
 import importlib.util
 import os
@@ -95,8 +95,8 @@ def test_a_run_reports_the_last_and_the_best_epoch(finished):
     assert rates[2] == pytest.approx(0.05) and rates[4] == pytest.approx(0.005)
 
 
-def test_the_figures_are_those_of_every_picture_once(folder, finished):
-    """Batches of 40 with 15 of padding against the network's outputs image by image."""
+def test_metrics_count_every_image_once(folder, finished):
+    """Compares batches of 40 with 15 padding rows with the network's outputs image by image."""
     workdir, result = finished
     run = train.build(cls_config(folder))
     checkpoints = train.Checkpoints(workdir / "checkpoints", "top1", read_only=True)
@@ -163,7 +163,9 @@ def test_a_signal_stops_an_evaluation_before_its_next_batch(finished, monkeypatc
             return real(*args, **kwargs)
 
         monkeypatch.setattr(classify, name, counting)
-    with pytest.raises(interrupt.Stopped, match="stopped by SIGTERM; nothing was written; the same command starts"):
+    with pytest.raises(
+        interrupt.Stopped, match="stopped by SIGTERM; nothing was written; rerun the same command to start"
+    ):
         train.evaluate_checkpoint(workdir)
     assert calls.count(step) == 1 and calls[-1] == step
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
@@ -196,7 +198,7 @@ def test_a_plain_run_has_no_uncertainty_and_learns(folder, tmp_path):
         ({"model.init_parts": "semantic"}, "known: trunk, all"),
     ],
 )
-def test_what_cannot_work_is_refused(folder, changes, words):
+def test_impossible_settings_are_refused(folder, changes, words):
     with pytest.raises(UserError, match=words):
         train.build(cls_config(folder, **changes))
 
@@ -253,6 +255,6 @@ def test_the_recipes_are_the_protocol_s():
             read_config("cifar10", arg)
 
 
-def test_one_line_tells_a_classifier():
+def test_one_line_describes_a_classifier():
     line = classify.describe({"top1": 0.763, "top5": 0.929, "nll": 0.95, "ece": 0.031})
     assert line == "top-1 76.3  top-5 92.9  NLL 0.950  ECE 3.1"

@@ -1,4 +1,4 @@
-"""Images from folders to batches."""
+"""The data pipeline from image folders to batches."""
 
 import io
 import logging

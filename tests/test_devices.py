@@ -2,7 +2,7 @@
 
 Sums over the batch are taken in another order on eight devices. Of what a step changes (parameters under SGD, which
 shows gradients; running statistics) the largest change may differ by 1e-3 of itself, loss and length of the gradient
-by 1e-4, embeddings and figures of an evaluation by 1e-4.
+by 1e-4, embeddings and metrics of an evaluation by 1e-4.
 """
 
 import chex
@@ -33,7 +33,7 @@ def marked(case):
 
 
 def one_step(s, devices):
-    """The state before and after a step on so many devices, and its figures."""
+    """The state before and after a step on the given devices, and its metrics."""
     mesh = sharding.data_mesh(jax.devices()[:devices])
     state = sharding.replicate(fresh(s), mesh)
     before = jax.tree.map(np.asarray, state)

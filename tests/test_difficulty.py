@@ -1,4 +1,4 @@
-"""Images ordered by how hard they are: the loss, its edges, and the training step that has it."""
+"""Ordering images by difficulty: the losses, their edge cases, and a training step with them."""
 
 import dataclasses
 

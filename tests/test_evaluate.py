@@ -1,4 +1,4 @@
-"""Evaluation of models and of embeddings that anyone saved."""
+"""Evaluation of models and of stored embeddings."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def clusters(n=120, classes=6, d=8, spread=0.5, seed=0):
-    """Embeddings around class centres, the further out the more uncertain."""
+    """Embeddings around class centres; the farther from the centre, the more uncertain."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % classes
     noise = rng.uniform(0, 2 * spread, n)
@@ -122,7 +122,7 @@ class TestChanges:
 
 
 class TestReport:
-    def test_an_uncertainty_that_knows_is_seen_to_know(self):
+    def test_an_informative_uncertainty_scores_well(self):
         data = clusters()
         truth = data.uncertainty_norm
         report, warnings = full_report(data, ambiguity=truth, held_out=clusters(seed=5), precision=0.9)
@@ -135,12 +135,12 @@ class TestReport:
         for name in ("NMI", "AMI", "F1", "MRR", "introspective/R@1", "E-AURC(margin_10)", "s-u_correlation"):
             assert name in report
 
-    def test_without_uncertainty_only_the_free_scores_are_there(self):
+    def test_without_uncertainty_there_are_only_baseline_scores(self):
         report, warnings = full_report(clusters()._replace(uncertainty=None), cluster=False)
         assert "R-AUROC(nearest_distance)" in report and warnings == []
         assert not any("uncertainty" in name or "introspective" in name or name == "NMI" for name in report)
 
-    def test_a_collapsed_uncertainty_is_said(self):
+    def test_a_collapsed_uncertainty_gives_a_warning(self):
         data = clusters()
         _, warnings = full_report(data._replace(uncertainty=data.uncertainty * 1e-6), cluster=False)
         assert any("collapsed" in warning for warning in warnings)
@@ -188,7 +188,7 @@ def save(path, data, **more):
 
 
 class TestCommand:
-    def test_figures_of_a_file(self, tmp_path, capsys):
+    def test_metrics_of_a_file(self, tmp_path, capsys):
         data = clusters()
         path = save(tmp_path / "x.npz", data)
         out = tmp_path / "m.json"

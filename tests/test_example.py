@@ -1,4 +1,4 @@
-"""The example beside an exported model sees an image as the package does."""
+"""The example next to an exported model transforms images like the package."""
 
 import ast
 import io
@@ -13,7 +13,7 @@ from idml_jax.inference.export import EXAMPLE
 
 @pytest.fixture
 def load():
-    """The example's own function, for any size."""
+    """The example's loading function, for any size."""
 
     def of(size, resize, channels):
         about = {"size": size, "resize": resize, "channels": channels}

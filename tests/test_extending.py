@@ -99,7 +99,7 @@ def normalized_softmax(similarity, pairs, *, scale=16.0):
 
 @pytest.fixture(scope="module")
 def registered():
-    """The package with these parts in its tables, as a script of a user's own would put them there."""
+    """The package with these parts in its registries, as a user's script would add them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(datasets.DATASETS, "gratings", load_gratings)
         patch.setitem(models.MODELS, "one_convolution", OneConvolution)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, never in the place of something else; text from elsewhere is shown safely."""
+"""Files are written completely or not at all and never replace anything but files; external text is shown safely."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make(kind, path):
-    """Something in the place of a file; never a real device."""
+    """Creates something other than a file at a path; never a real device."""
     if kind == "a pipe":
         os.mkfifo(path)
     elif kind == "a socket":
@@ -98,7 +98,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
 
 
 @pytest.mark.parametrize("there", [True, False], ids=["a file is there", "nothing is there"])
-def test_a_full_disk_is_told_in_one_line(tmp_path, there):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, there):
     path = tmp_path / "x"
     if there:
         path.write_text("old")

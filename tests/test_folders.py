@@ -1,4 +1,4 @@
-"""One folder, the same images and classes at every door: training, prepare, embed and search; and lists of images."""
+"""A folder has the same images and classes for training, prepare, embed and search; lists of images."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def classes(*names, images=2):
 
 
 def of_training(root):
-    """Split to (class, name) pairs, and what was said."""
+    """Maps each split to (class, name) pairs; also returns the messages."""
     said = []
     found = sources.scan_splits(root, said.append)
     return {
@@ -58,7 +58,7 @@ SPLIT = classes("train/a", "train/b", "test/c", "test/d")
 
 ALONE = "train is the only split folder; its class folders are taken as one set"
 
-# What lies in a folder; the splits and classes that every door finds; what each says of the rest.
+# Content of a folder; the splits and classes that every command finds; messages about the rest.
 ODD = {
     "class folders": (AB, {"images": "ab"}, []),
     "deeper folders belong to the class": (["a/x/1.jpg", "a/2.jpg", "b/y/z/3.jpg", "b/4.jpg"], {"images": "ab"}, []),
@@ -115,7 +115,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_every_door_finds_the_same(name, tmp_path):
+def test_every_command_finds_the_same_images(name, tmp_path):
     contents, expected, said = ODD[name]
     root = tmp_path / "root"
     fill(root, [entry for entry in contents if not entry.endswith("/")])

@@ -1,4 +1,4 @@
-"""Valid files, changed at random: whatever comes, the only errors are those of one line, and memory stays bounded."""
+"""Randomly changed valid files cause only one-line errors, and memory stays bounded."""
 
 import bz2
 import gzip

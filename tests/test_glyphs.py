@@ -1,4 +1,4 @@
-"""The built-in data set: what its images show, that its ambiguity is true, and that preparing it is safe."""
+"""The built-in data set: content of the images, correctness of the ambiguity, and safe preparation."""
 
 import collections
 import itertools

@@ -1,7 +1,7 @@
-"""What the code computed at version 0.1.0 it computes still: steps, results, run folders, exported programs, settings.
+"""Compares steps, results, run folders, exported programs and settings with those of version 0.1.0.
 
-On the processor and compiler that the golden numbers come from the comparison is exact; elsewhere values may differ by
-rounding, which training multiplies.
+On the processor and compiler of the golden numbers the comparison is exact; elsewhere values may differ by rounding,
+which training amplifies.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Images that are odd, damaged or made to harm: decoded as Pillow does, or one line that says why not."""
+"""Odd, damaged or malicious images: decoded like Pillow, or refused in one line."""
 
 import io
 import struct
@@ -53,7 +53,7 @@ class TestImages:
     @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
     @pytest.mark.parametrize("name", EXIF)
     def test_odd_exif(self, name, fmt):
-        """As Pillow turns it; where Pillow finds no sense in it, as it is."""
+        """Orientation is applied like Pillow does; data that Pillow cannot interpret are ignored."""
         data = encode(PHOTO, fmt, exif=EXIF[name], **({"lossless": True} if fmt == "WEBP" else {}))
         image = Image.open(io.BytesIO(data))
         try:

@@ -1,4 +1,4 @@
-"""Archives and stored sets that are damaged or made to harm: one line that names them, bounded work."""
+"""Damaged or malicious archives and stored sets: a one-line error that names them, and bounded work."""
 
 import bz2
 import gzip
@@ -36,7 +36,7 @@ def prepare(source, tmp_path, dataset="folder", **options):
 
 
 def refused(source, tmp_path, match, dataset="folder", **options):
-    """Nothing is published, and the error is one of the user's."""
+    """Checks that nothing is published and the error is a ``UserError``."""
     with pytest.raises(UserError, match=match):
         prepare(source, tmp_path, dataset, **options)
     assert not list((tmp_path / "sets").rglob("1.0.0"))

@@ -1,4 +1,4 @@
-"""Two and four processes on this machine as one run: the figures of one process, one of them writes, none hangs."""
+"""Two and four processes as one run: same metrics as one process, only one writes, none hangs."""
 
 import json
 import os
@@ -22,14 +22,14 @@ def free_port():
 
 
 def environment_with(devices):
-    """Of a process with so many devices."""
+    """Environment of a process with the given number of devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"  # the last one counts
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
 
 
 def start(workdir, folder, processes, *more, devices=2):
-    """Starts a run in so many processes with so many devices in all."""
+    """Starts a run in the given number of processes with the given total number of devices."""
     port, started = free_port(), []
     for index in range(processes):
         arguments = [

@@ -1,4 +1,4 @@
-"""Bytes to pixels: every format right or refused by name, and agreement with Pillow and torchvision's definitions."""
+"""Decoding and transforms: formats are decoded correctly or refused; results agree with Pillow and torchvision."""
 
 import io
 import math
@@ -135,7 +135,7 @@ class TestFormats:
             with pytest.raises(DecodeError, match="not a"):
                 function(data[: int(kept * len(data))])
 
-    def test_no_bytes_and_no_picture(self):
+    def test_data_that_are_not_an_image(self):
         for data, message in ((b"", "empty"), (b"\0" * 1000, "known format"), (b"\xff\xd8\xff\xd9", "not a")):
             for function in (transforms.decode, transforms.check_whole):
                 with pytest.raises(DecodeError, match=message):

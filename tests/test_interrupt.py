@@ -1,4 +1,4 @@
-"""A command that is stopped early, and by Ctrl-C."""
+"""Commands stopped early, by signals and by Ctrl-C."""
 
 import contextlib
 import os

@@ -25,7 +25,7 @@ def embeddings(n, d=16, k=6, seed=0, dtype=np.float32, scale=1.0):
 
 
 def naive_distance(a, b, tau, relative):
-    """The formula pair by pair in float64, with no trick at all."""
+    """The formula pair by pair in float64, as a plain reference."""
     out = np.zeros((len(a.semantic), len(b.semantic)))
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):

@@ -1,4 +1,4 @@
-"""The launch scripts where they can fail before anything is installed."""
+"""Failures of the launch scripts before anything is installed."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ def checkout(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
-def test_no_suitable_python_is_said_plainly(tmp_path, script):
+def test_a_missing_python_is_reported(tmp_path, script):
     root = checkout(tmp_path / "checkout")
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -38,7 +38,7 @@ def test_no_suitable_python_is_said_plainly(tmp_path, script):
     assert not (root / ".venv").exists()
 
 
-def test_no_network_is_said_plainly(tmp_path):
+def test_a_missing_network_is_reported(tmp_path):
     root = checkout(tmp_path / "checkout")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PIP_") and k != "VIRTUAL_ENV"}
     environment |= {

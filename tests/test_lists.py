@@ -1,4 +1,4 @@
-"""Lists of images in every form that people have, and what is refused of them."""
+"""Lists of images in all supported forms, and refused lists."""
 
 import os
 
@@ -66,8 +66,8 @@ class TestLists:
             (b"a/1.jpg\t\nb/2.jpg\tx\n", r"x\.txt, line 1: no class \(a/1\.jpg\)"),
             (b"a/1.jpg\tx\n\ty\n", r"x\.txt, line 2: no path"),
             (b"none.jpg\n", r"none of its 1 files exists, the first .*none\.jpg; paths are relative to the list"),
-            ("a/1.jpg\n".encode("utf-16"), "no text in UTF-8"),
-            (IMAGE + b"\0", "no text in UTF-8"),
+            ("a/1.jpg\n".encode("utf-16"), "not UTF-8 text"),
+            (IMAGE + b"\0", "not UTF-8 text"),
             (b'"a/1.jpg\tx\n', r"x\.txt, line 1: its quotes are not balanced"),
             (b"a" * 100_000, "none of its 1 files exists"),
         ],

@@ -49,7 +49,7 @@ def test_shapes_never_change():
 
 
 def test_saved_and_restored_in_between():
-    """It is all arrays: what comes back from a checkpoint goes on as if nothing had happened."""
+    """A memory restored from a checkpoint continues as if uninterrupted."""
     held = memory.create(SIZE, D, K)
     for step in range(3):
         held = enqueue(held, *batch(step), jnp.ones(N, bool))

@@ -1,4 +1,4 @@
-"""The trunks against PyTorch ones with the same seeded random weights, carried over as a weights file's would be."""
+"""Compares the trunks with PyTorch ones that have the same seeded random weights, converted as from a weights file."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The notebooks: whole, without outputs, every cell compiles, and with ``--slow`` they run on next to no data."""
+"""The notebooks are valid, hold no outputs, every cell compiles, and with ``--slow`` they run on tiny data."""
 
 import builtins
 import json
@@ -51,7 +51,7 @@ class TestAsCommitted:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_every_cell_runs(path, tmp_path, monkeypatch):
-    """On the tiny set, in a kernel of its own; what the cells print and show is looked at."""
+    """Runs the cells on the tiny set in a separate kernel and checks their output."""
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed (extra 'test')")
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed (extra 'test')")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed (extra 'test')")

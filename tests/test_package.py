@@ -1,4 +1,4 @@
-"""What ``pip install`` gives: the public names, the settings by name, and a wheel that works on its own."""
+"""The installed package: public names, settings by name, and a self-contained wheel."""
 
 import os
 import subprocess
@@ -81,7 +81,7 @@ class TestSettingsByName:
 def test_a_wheel_installs_in_a_clean_venv_and_trains_outside_the_checkout(tmp_path, image_folder):
     """Builds the wheel, installs it with its pinned dependencies, and goes from settings by name to a search."""
     pip = ["-m", "pip", "--disable-pip-version-check", "-q"]
-    # PYTHONPATH would show pip the checkout as the package that it shall install.
+    # With PYTHONPATH, pip would take the checkout for the installed package.
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
     subprocess.run([sys.executable, *pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True, env=clean)
     (wheel,) = tmp_path.glob("idml_jax-*.whl")

@@ -1,4 +1,4 @@
-"""Pages, sheets and tables of names that somebody chose to harm whoever looks at them."""
+"""Pages, sheets and tables with malicious names."""
 
 import base64
 import hashlib
@@ -49,7 +49,7 @@ TAGS = {
 
 
 class Reader(HTMLParser):
-    """Collects what a page consists of."""
+    """Collects the elements of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -64,7 +64,7 @@ class Reader(HTMLParser):
 
 
 def check(text):
-    """The text that a page shows, once it is certain that nothing in it can act."""
+    """The text of a page, after checking that the page contains nothing active."""
     text.encode()
     assert not set(text) & set(map(chr, [*range(9), *range(11, 32), 127, 0x202E, 0x2066]))
     found = Reader(text)

@@ -81,7 +81,7 @@ class TestCub:
         )
         assert not list(folder.parent.glob("*.incomplete"))
 
-    def test_counts_are_held_against_the_benchmark(self, tmp_path):
+    def test_counts_are_compared_with_the_benchmark(self, tmp_path):
         files = made.cub()
         del files["CUB_200_2011/images/002.Bird_2/Bird_2_0001.jpg"]
         source = made.write_files(tmp_path / "cub", files)
@@ -120,7 +120,7 @@ class TestCub:
         "change, match",
         [
             ({"CUB_200_2011/classes.txt": None}, r"classes\.txt missing beside"),
-            ({"CUB_200_2011/image_class_labels.txt": b"1 x\n"}, "'x' stands where a number should"),
+            ({"CUB_200_2011/image_class_labels.txt": b"1 x\n"}, "'x' is not a number"),
             ({"CUB_200_2011/image_class_labels.txt": b"1\n"}, "line 1: '1' has 1 columns; expected 2"),
             ({"CUB_200_2011/image_class_labels.txt": b"999 1\n"}, "image 999 of class 1 is not in"),
             ({"CUB_200_2011/images/001.Bird_1/Bird_1_0000.jpg": b"no picture"}, "Bird_1_0000.jpg: not an image"),
@@ -197,7 +197,7 @@ class TestCars:
         with pytest.raises(UserError, match="cars_annos.mat: not a readable MATLAB file"):
             prepare("cars", made.write_files(tmp_path / "a", files), tmp_path / "sets")
         files = {**made.cars_folders(), "car_data/train/Trabant 601 1964/1.jpg": made.jpeg(0, 0)}
-        with pytest.raises(UserError, match="1 folders with images are no class of Cars196: 'Trabant 601 1964'"):
+        with pytest.raises(UserError, match="1 folders with images are not a class of Cars196: 'Trabant 601 1964'"):
             prepare("cars", made.write_files(tmp_path / "b", files), tmp_path / "sets")
 
 
@@ -423,7 +423,7 @@ class TestFolder:
         with pytest.raises(UserError, match="but no gallery; expected train, query and gallery"):
             datasets.load_dataset("folder", root=str(source))
 
-    def test_bad_pictures_can_be_left_out(self, tmp_path):
+    def test_bad_images_can_be_skipped(self, tmp_path):
         files = {f"c{k}/{i}.jpg": made.jpeg(k, i) for k in range(4) for i in range(3)}
         files["c1/1.jpg"] = files["c1/1.jpg"][:-300]
         source = made.write_files(tmp_path / "x", files)
@@ -462,7 +462,7 @@ class TestForeignArchives:
         assert not list((tmp_path / "sets").rglob("1.0.0"))
 
     @pytest.mark.parametrize("name", ["../out/1.jpg", "/etc/1.jpg", "a/../../1.jpg", "..\\out\\1.jpg", "C:\\a\\1.jpg"])
-    def test_names_that_lead_out(self, tmp_path, name):
+    def test_names_that_point_outside(self, tmp_path, name):
         files = {name: made.jpeg(0, 0), "a/1.jpg": made.jpeg(0, 0)}
         for path, data in (("x.tar", made.tar_bytes(files)), ("x.zip", made.zip_bytes(files))):
             (tmp_path / path).write_bytes(data)
@@ -496,7 +496,7 @@ class TestForeignArchives:
             (tmp_path / name).write_bytes(b"<html>Please sign in</html>" * 40)
             self.refuses(tmp_path / name, "damaged or cut short after 0 files", tmp_path)
 
-    def test_litter_is_passed_over(self, tmp_path):
+    def test_system_files_are_skipped(self, tmp_path):
         files = {f"c{k}/{i}.jpg": made.jpeg(k, i) for k in range(4) for i in range(2)}
         litter = {"__MACOSX/c0/._1.jpg": b"x", "c0/._1.jpg": b"x", ".DS_Store": b"x", "c1/.hidden/1.jpg": b"x"}
         (tmp_path / "x.zip").write_bytes(made.zip_bytes({**files, **litter}))
@@ -510,11 +510,11 @@ class TestInterruption:
         files = {f"c{k:02d}/{i:03d}.jpg": made.jpeg(k, i, 128) for k in range(classes) for i in range(per_class)}
         return made.write_files(root, files), files
 
-    def test_killed_runs_go_on(self, tmp_path):
+    def test_killed_runs_resume(self, tmp_path):
         source, files = self.many(tmp_path / "x")
         sets = tmp_path / "sets"
         incomplete = sets / "idml_folder/x/1.0.0.incomplete"
-        # A reader that dawdles, so that the kill comes in the middle whatever the machine.
+        # A slow reader, so that the kill comes in the middle on any machine.
         code = (
             "import sys, time; from idml_jax import prepare; from idml_jax.data.images import transforms as t;"
             "check = t.check_whole; t.check_whole = lambda data: (time.sleep(0.003), check(data));"
@@ -534,7 +534,7 @@ class TestInterruption:
             load("folder", sets, variant="x")
         folder, said = prepare("folder", source, sets, shard_megabytes=1)
         line = next(line for line in said if line.startswith("resuming after"))
-        assert 0 < int(line.split()[3].replace(",", "")) < len(files)
+        assert 0 < int(line.split()[2].replace(",", "")) < len(files)
         splits, _ = load("folder", sets, variant="x")
         stored = [s.read(i) for s in splits[:2] for i in range(len(s))]
         assert stored == [files[name] for name in sorted(files)]
@@ -571,4 +571,4 @@ class TestInterruption:
         folder, _ = prepare("folder", source, tmp_path)
         before = (folder / "dataset_info.json").stat().st_mtime_ns
         _, said = prepare("folder", source, tmp_path)
-        assert "is prepared already" in said[0] and (folder / "dataset_info.json").stat().st_mtime_ns == before
+        assert "is already prepared" in said[0] and (folder / "dataset_info.json").stat().st_mtime_ns == before

@@ -1,4 +1,4 @@
-"""Weights to start from: formats, round trips, what does not fit, and a run that starts from another."""
+"""Pretrained weights: formats, round trips, mismatches, and a run that starts from another."""
 
 import logging
 import subprocess
@@ -65,7 +65,7 @@ def test_names_are_torchvisions_and_timms():
 
 @pytest.mark.parametrize("name", ["resnet_tiny", "pyramidnet_tiny", "vit_tiny", "convnet4"])
 @pytest.mark.parametrize("head", ["mlp", "none"])
-def test_there_and_back_is_the_same(tmp_path, name, head):
+def test_a_round_trip_changes_nothing(tmp_path, name, head):
     _, variables = random_variables(name, uncertainty_head=head)
     source = write(tmp_path / "a.safetensors", variables, parts=("trunk", "heads"))
     pretrained.convert(source, tmp_path / "ours", model=name, size=32)
@@ -131,7 +131,7 @@ def test_half_precision_is_read(tmp_path):
         (lambda t: t.update({"model.conv1.weight": np.ones(1)}), "model.conv1.weight is only there"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path, change, message):
+def test_mismatches_are_named(tmp_path, change, message):
     _, variables = random_variables("resnet_tiny")
 
     def changed(named):
@@ -197,7 +197,7 @@ def test_the_command_converts_and_refuses_in_one_line(tmp_path):
 
 
 def test_a_run_starts_from_another(image_folder, tmp_path, caplog):
-    """Started from all of a trained run the first figures are that run's best; from nothing of it they are not."""
+    """Starting from all weights of a run, the first metrics equal that run's best; without them they do not."""
     changes = {"epochs": 1, "optim.warmup_epochs": 0, "eval.cluster": False, "eval.ambiguity_images": 0}
     # Evaluated, and so started from, by moving averages that lag behind.
     first = train.train_and_evaluate(small_config(image_folder, **changes, **{"optim.ema": 0.9}), tmp_path / "first")

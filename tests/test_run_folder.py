@@ -1,4 +1,4 @@
-"""The folder of a run, whoever wrote it: read or refused in one line."""
+"""Run folders from untrusted sources are read or refused in one line."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def changed(value, draw):
 
 
 def damaged(text, draw):
-    """Bytes of a text of which a part is lost or overwritten."""
+    """The bytes of a text with a part removed or overwritten."""
     data = bytearray(text.encode("utf-8", "surrogatepass"))
     for _ in range(draw.choice((1, 2, 5))):
         place = draw.randrange(max(1, len(data)))

@@ -136,7 +136,7 @@ class TestOptimizer:
         chex.assert_trees_all_close(params, expected)
         assert np.any(np.asarray(self.grads["trunk"]["conv1"]) != np.asarray(clipped["trunk"]["conv1"]))
 
-    def test_a_resting_group_keeps_values_and_state_to_the_bit(self):
+    def test_a_frozen_group_keeps_values_and_state_exactly(self):
         rule = optimizer()
         state = rule.init(self.params)
         params, new_state = rule.update({"proxies": self.grads["proxies"]}, state, self.params, jnp.asarray(0))
@@ -201,7 +201,7 @@ def test_mixup_blends_rows_with_their_partners():
 
 class TestTrainStep:
     def test_golden_step(self):
-        """The step is what its parts say: loss of originals plus weighted loss of the mixture, one AdamW step."""
+        """The step equals its parts: loss of originals plus weighted loss of mixtures, and one AdamW step."""
         s = setup()
         state, data = fresh(s), batch()
         after, metrics = steps.jit_train_step(fresh(s), data, setup=s)

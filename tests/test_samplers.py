@@ -138,7 +138,7 @@ def photographs():
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
 @pytest.mark.parametrize("balanced", [True, False])
 def test_four_hosts_together_give_the_batches_of_one(photographs, name, balanced):
-    """Through Grain, images included, whatever the threads and wherever a host began."""
+    """Through Grain, including images, for any number of threads and any start of a host."""
     sampler = (
         samplers.BalancedSampler(photographs.labels, 12, 3, 1) if balanced else samplers.ShuffledSampler(47, 12, 1)
     )

@@ -1,4 +1,4 @@
-"""Files of embeddings from anyone: read right or refused in one line, through every door; and who is whose own."""
+"""Files of embeddings are read correctly or refused in one line by every command; a query's own image is recognised."""
 
 import contextlib
 import importlib.util
@@ -135,7 +135,7 @@ CASES = {
 
 
 def refused(capsys, door, words):
-    """The one line that a door answers."""
+    """The one-line error of a command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         door.main([str(word) for word in words])

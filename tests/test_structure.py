@@ -1,4 +1,4 @@
-"""The house: imports point only to earlier rooms, and heavy packages stay at the edge."""
+"""The structure of the package: imports point only to lower floors, and heavy packages stay at the edge."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "idml_jax"
 
-# What each folder (or module) of the package may import of the package, beside itself; the rest are doors.
+# What each folder (or module) of the package may import from the package, besides itself; the rest are commands.
 FLOORS = {
     "errors": set(),
     "geometry": set(),
@@ -25,7 +25,7 @@ FLOORS = {
 FLOORS["inference"] = FLOORS["training"] | {"training"}
 FLOORS["reporting"] = FLOORS["inference"] | {"inference"}
 DOORS = {"main", "prepare", "embed", "search", "report", "export", "evaluate", "pretrained"}
-# Who alone may import what.
+# The only modules that may import a package.
 EDGES = {
     "orbax": {"runtime.checkpoint"},
     "clu": {"runtime.writers"},

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def calls_at(monkeypatch, module, name, number, action):
-    """Lets a function do something else at one of its calls, then as before."""
+    """Replaces one call of a function by another action."""
     real, calls = getattr(module, name), []
 
     def counting(*args, **kwargs):
@@ -192,14 +192,14 @@ def test_a_checkpoint_that_another_process_cannot_read_is_set_aside_by_all(image
     assert "step 9: cannot be read by process 1; moved to" in caplog.text and (copied / "damaged" / "9").is_dir()
 
 
-def test_no_readable_checkpoint_is_said_plainly(image_folder, copied):
+def test_a_missing_readable_checkpoint_is_reported(image_folder, copied):
     for path in (copied / "checkpoints").rglob("_METADATA"):
         path.write_text("{")
     with pytest.raises(UserError, match="step 9: cannot be read .*there is no older one; use another --workdir"):
         train.train_and_evaluate(small_config(image_folder), copied)
 
 
-def test_a_result_cut_short_is_said_plainly(image_folder, copied):
+def test_a_truncated_result_is_reported(image_folder, copied):
     (copied / "result.json").write_text("{")
     with pytest.raises(UserError, match="result.json is not valid JSON .*; without it the run is evaluated again"):
         train.train_and_evaluate(small_config(image_folder), copied)
@@ -252,7 +252,7 @@ def test_the_log_keeps_the_rows_of_the_checkpoint_and_no_others(tmp_path):
     assert [r["a"] for r in rows(tmp_path)] == [0, 1, 5]
 
 
-def test_a_loss_that_is_no_number_names_step_images_and_checkpoint(image_folder, tmp_path, monkeypatch):
+def test_a_non_finite_loss_names_step_images_and_checkpoint(image_folder, tmp_path, monkeypatch):
     real, calls = loop.steps.jit_train_step, []
 
     def breaks(state, *args, **kwargs):
@@ -272,7 +272,7 @@ def test_a_loss_that_is_no_number_names_step_images_and_checkpoint(image_folder,
     message = str(caught.value)
     assert message.startswith(f"the loss is nan at step 5; its batch has {told['images'][0]}, ") and "\n" not in message
     assert "29 more images" in message and "the last good checkpoint is at step 3" in message
-    # And the run goes on from there once the reason is gone.
+    # And the run resumes from there once the cause is removed.
     monkeypatch.setattr(loop.steps, "jit_train_step", real)
     assert train.train_and_evaluate(config, tmp_path)["history"][-1]["step"] == 9
 

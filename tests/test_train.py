@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: training, resuming, evaluating, and what is refused."""
+"""Complete runs as a user starts them: training, resuming, evaluating, and refusals."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from idml_jax.training.build import data_of
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_a_run_leaves_everything_that_it_promises(finished):
+def test_a_run_writes_all_its_outputs(finished):
     workdir, result = finished
     assert json.loads((workdir / "result.json").read_text()) == json.loads(json.dumps(result))
     assert result["config"]["epochs"] == 3 and result["versions"]["jax"] == jax.__version__
@@ -119,7 +119,7 @@ def test_another_config_or_architecture_in_the_workdir_is_refused(image_folder, 
         train.train_and_evaluate(changed, tmp_path / "copy")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(image_folder, tmp_path):
+def test_a_non_finite_loss_stops_the_run(image_folder, tmp_path):
     config = small_config(image_folder, **{"data.std": (1e-38,), "eval.untrained": False})
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 1;"):
         train.train_and_evaluate(config, tmp_path)
@@ -145,8 +145,8 @@ def command(*arguments, cwd=ROOT):
         (["--config=configs/folder.py", "--config.data.root={tmp}/x", "--workdir={tmp}/run"], "no such folder"),
     ],
 )
-def test_the_command_answers_bad_input_with_one_line(tmp_path, arguments, message):
-    """As a process of its own; ``test_bad_input.py`` has the many cases."""
+def test_the_command_reports_bad_input_in_one_line(tmp_path, arguments, message):
+    """Runs the command as a separate process; ``test_bad_input.py`` has more cases."""
     done = command(*(a.format(tmp=tmp_path) for a in arguments))
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr
@@ -175,7 +175,7 @@ def test_the_command_trains_evaluates_and_writes_tensorboard(image_folder, tmp_p
     assert done.returncode == 0 and "R@1" in done.stdout, done.stderr
 
 
-def test_without_tensorflow_a_run_goes_on_with_one_warning(tmp_path):
+def test_without_tensorflow_a_run_continues_with_one_warning(tmp_path):
     code = (
         "import sys, logging; sys.modules['tensorflow'] = None; logging.basicConfig(format='%(message)s')\n"
         "from pathlib import Path; from idml_jax.runtime.writers import MetricWriter\n"
@@ -211,5 +211,5 @@ def test_a_run_finds_its_data_from_any_folder(image_folder, tmp_path, monkeypatc
     stored = workdir.read(tmp_path).data
     assert stored.root == str(image_folder) and stored.data_dir == str(Path.home() / "sets")
     assert len(data_of(workdir.read(tmp_path)).train) == 96
-    # Where it was started from makes no difference to a run that goes on.
+    # A resumed run does not depend on the folder that it was started from.
     workdir.remember(small_config(image_folder), tmp_path)

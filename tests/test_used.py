@@ -1,4 +1,4 @@
-"""What a trained run is used for: embedding, searching, reporting, exporting."""
+"""Using a trained run: embedding, searching, reporting, exporting."""
 
 import json
 import os
@@ -48,7 +48,7 @@ class Stopped(Exception):
 
 
 class TestEmbed:
-    def test_evaluate_gives_the_figures_of_the_run(self, workdir, index, tmp_path):
+    def test_evaluate_gives_the_metrics_of_the_run(self, workdir, index, tmp_path):
         evaluate.main([f"--embeddings={index}", "--no_clustering", f"--out={tmp_path / 'm.json'}"])
         measured = json.loads((tmp_path / "m.json").read_text())
         stored = json.loads((workdir / "result.json").read_text())["best"]
@@ -74,7 +74,7 @@ class TestEmbed:
         np.testing.assert_array_equal(a.embedded.labels, b.embedded.labels)
         assert a.files.tolist() == b.files.tolist() and a.class_names == b.class_names
 
-    def test_damaged_pictures_are_listed_and_left_out(self, workdir, image_folder, tmp_path, capsys):
+    def test_damaged_images_are_listed_and_skipped(self, workdir, image_folder, tmp_path, capsys):
         folder = tmp_path / "mine"
         shutil.copytree(image_folder / "test" / "class_04", folder)
         (folder / "00.png").write_bytes(b"nothing")
@@ -96,7 +96,7 @@ class TestEmbed:
         assert [found.class_of(i) for i in range(2)] == ["b", "a"] and len(found.files) == 2
         assert "none.png" in (tmp_path / "x.npz.skipped.txt").read_text()
 
-    def test_a_stopped_command_goes_on(self, workdir, index, image_folder, tmp_path, monkeypatch):
+    def test_a_stopped_command_resumes(self, workdir, index, image_folder, tmp_path, monkeypatch):
         model = trained.load(workdir)
         source, labelled = embed.list_images(image_folder / "test")
         out, calls, said = tmp_path / "x.npz", [], []
@@ -150,7 +150,7 @@ class TestEmbed:
         told = capsys.readouterr()
         assert "\x1b" not in told.out + told.err and "bad\\xff" in told.out
 
-    def test_a_network_that_gives_no_numbers_is_refused(self, workdir, image_folder, tmp_path, monkeypatch, capsys):
+    def test_a_network_with_non_finite_outputs_is_refused(self, workdir, image_folder, tmp_path, monkeypatch, capsys):
         real = Embedder.images
 
         def broken(*arguments):
@@ -175,7 +175,7 @@ class TestEmbed:
         assert f"x.npz: another process is writing it; wait for it (process {os.getpid()})" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
 
-    def test_the_runs_own_pictures(self, workdir, index, tmp_path):
+    def test_the_runs_own_images(self, workdir, index, tmp_path):
         out = tmp_path / "x.npz"
         embed.main([f"--workdir={workdir}", "--split=test", f"--out={out}"])
         np.testing.assert_array_equal(embeddings.read(out).embedded.semantic, embeddings.read(index).embedded.semantic)
@@ -190,7 +190,7 @@ class TestEmbed:
             (["--split=gallery", "--out=x.npz"], "has none"),
         ],
     )
-    def test_what_cannot_work_is_said_in_one_line(self, workdir, tmp_path, monkeypatch, capsys, words, message):
+    def test_bad_arguments_are_reported_in_one_line(self, workdir, tmp_path, monkeypatch, capsys, words, message):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as stop:
             embed.main([f"--workdir={workdir}", *words])
@@ -270,7 +270,7 @@ class TestSearch:
         shown = capsys.readouterr().out
         assert f"    1  distance 0.000  D 0.000  class_05  {query}" in shown and "   96  distance" in shown
 
-    def test_what_cannot_be_promised_is_not_answered(self, index, image_folder, capsys):
+    def test_an_unreachable_precision_gives_no_answers(self, index, image_folder, capsys):
         search.main([f"--index={index}", f"--query={image_folder / 'test' / 'class_05'}", "--abstain=0.999"])
         shown = capsys.readouterr().out
         assert shown.count("no answer") == 12 and "cannot be reached on them: nothing is answered" in shown
@@ -310,7 +310,7 @@ class TestSearch:
         search.main([f"--index={moved}", query, "-k", "1", f"--workdir={workdir}"])
         assert "96 images searched for 12" in capsys.readouterr().out
 
-    def test_a_small_index_has_fewer_margins_than_held_out_pictures(self, index, workdir, image_folder, tmp_path):
+    def test_a_small_index_has_fewer_margins_than_held_out_images(self, index, workdir, image_folder, tmp_path):
         small = tmp_path / "small.npz"
         folder = image_folder / "test" / "class_04"
         embed.main([f"--workdir={workdir}", f"--images={folder}", f"--out={small}"])
@@ -338,12 +338,12 @@ class TestReport:
         report.main([f"--workdir={workdir}", f"--out={out}", f"--compare={workdir}"])
         return out.read_text()
 
-    def test_it_needs_nothing_beside_it(self, page):
+    def test_the_page_is_self_contained(self, page):
         addresses = re.findall(r'(?:src|href)="(.{12})', page)
         assert len(addresses) > 50 and all(a.startswith("data:image/") for a in addresses)
         assert "<script" not in page
 
-    def test_every_section_is_there_with_the_figures_of_the_run(self, page, workdir):
+    def test_every_section_is_there_with_the_metrics_of_the_run(self, page, workdir):
         best = json.loads((workdir / "result.json").read_text())["best"]
         found = sections(page)
         assert f"{100 * best['R@1']:.1f} %" in page and f"{100 * best['MAP@R']:.1f} %" in page

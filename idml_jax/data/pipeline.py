@@ -73,7 +73,7 @@ class Reading:
           The pixels, which are the same for the same (seed, slot) on every host and thread.
 
         Raises:
-          FileError: naming the image, whatever is wrong with it.
+          FileError: for any problem with the image, which it names.
         """
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, slot))))
         try:

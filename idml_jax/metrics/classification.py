@@ -17,7 +17,7 @@ def batch_sums(
 
     logits [n, classes] of any float type, labels [n] in [0, classes), mask [n] true for rows that count (None: all).
     The content of masked-out rows, even NaN, has no effect. Ties count against the prediction: a label is in the
-    top k if fewer than k other classes have a logit at least as large; so a constant output is never right.
+    top k if fewer than k other classes have a logit at least as large; so a constant output is not right.
 
     Returns 'count', 'top1', 'top5', 'nll' (nats) as scalars and, for the expected calibration error, 'bin_count',
     'bin_correct', 'bin_confidence' [15]; all float32.

@@ -15,7 +15,7 @@ _torch_linear = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
 
 class Heads(nn.Module):
-    """Semantic and uncertainty embedding of a pooled feature; float32 whatever the trunk computes in.
+    """Semantic and uncertainty embedding of a pooled feature; always float32, also with a bfloat16 trunk.
 
     The default uncertainty head sees the l2-NORMALISED feature through a hidden layer. A head on the raw feature
     mostly follows the feature's norm, which is smaller for ambiguous images: on Omniglot it learned nothing or reduced

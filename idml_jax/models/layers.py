@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's running statistics.
 
     Flax's own layer keeps the biased variance as running statistics; PyTorch (and so every published weight file and
-    schedule) the unbiased one. Statistics are float32 whatever ``dtype`` is. Under jit the batch is global, so the
+    schedule) the unbiased one. Statistics are float32 for every ``dtype``. Under jit the batch is global, so the
     statistics are those of the whole batch over all devices.
 
     Attributes:

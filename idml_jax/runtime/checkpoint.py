@@ -120,7 +120,7 @@ class Checkpoints:
             return None
 
     def save(self, step: int, state: PyTree, record: Record, metrics: dict[str, float] | None) -> None:
-        """Saves a checkpoint in the background; it is whole or absent.
+        """Saves a checkpoint in the background; it is either complete or absent.
 
         Raises:
           UserError: if this checkpoint or the previous one cannot be written.
@@ -232,7 +232,7 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
 
 
 def _restore(folder: Path, step: int, like: State) -> tuple[State, Record]:
-    """As ``Checkpoints.restore``; fails on all processes if one of them cannot read it."""
+    """As ``Checkpoints.restore``; fails on all processes if one of them cannot read the checkpoint."""
     damage = None
     try:
         restored = _restore_alone(folder, step, like)
@@ -247,7 +247,7 @@ def _restore(folder: Path, step: int, like: State) -> tuple[State, Record]:
 
 
 def _restore_alone(folder: Path, step: int, like: State) -> tuple[State, Record]:
-    # Orbax makes the processes wait for each other after reading, for ever if one of them failed.
+    # Orbax makes the processes wait for each other after reading, forever if one of them failed.
     own = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     where, path = f"{folder}, step {step}", folder / str(step)
@@ -337,7 +337,7 @@ def has_checkpoints(folder: Path) -> bool:
 
 
 def save_variables(folder: Path, variables: Variables) -> None:
-    """Writes ``params`` and ``batch_stats`` alone, without optimizer or record, whole or not at all.
+    """Writes ``params`` and ``batch_stats`` only, without optimizer state or record, completely or not at all.
 
     Args:
       folder: folder to create.

@@ -60,8 +60,8 @@ class StopRequest:
     """Records, inside a ``with`` block, that one of ``SIGNALS`` has arrived, without interrupting anything.
 
     With several processes, JAX's preemption service receives SIGTERM and makes all of them stop at the same call of
-    ``check``; SIGUSR1 is forwarded as SIGTERM. Python handles signals in the main thread only; elsewhere this has no
-    effect.
+    ``check``; SIGUSR1 is forwarded as SIGTERM. Python handles signals in the main thread only; in other threads no
+    signal is caught.
     """
 
     def __init__(self) -> None:

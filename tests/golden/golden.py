@@ -1,4 +1,4 @@
-"""Golden outputs: what the code computed before it was reorganised, and must go on to compute.
+"""Golden outputs: computed before the code was reorganised, and still required.
 
 They were computed as the ordinary tests run, with few of LLVM's optimisations (``tests/conftest.py``).
 ``python tests/golden/golden.py`` writes the files beside this one anew: only to be done when the numbers are meant to
@@ -155,7 +155,7 @@ def three_steps(name: str, root: Path) -> dict:
 
 
 def metrics_of(result: dict) -> dict:
-    """What of a ``result.json`` must not change."""
+    """The parts of a ``result.json`` that must not change."""
     return {key: result[key] for key in ("untrained", "final", "best", "history")}
 
 

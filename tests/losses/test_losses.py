@@ -1,4 +1,4 @@
-"""What a user can ask of every loss: weights, reductions, clear errors, jit, and how the registry describes it."""
+"""Options of every loss: weights, reductions, clear errors, jit, and its registry entry."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""Where textbook formulas break: values and gradients stay finite, and are what they should be."""
+"""Edge cases of the textbook formulas: values and gradients stay finite and correct."""
 
 from functools import partial
 

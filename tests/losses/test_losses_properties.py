@@ -1,4 +1,4 @@
-"""What holds for every loss and any batch: order, names of classes, padding and certainty do not matter."""
+"""Invariances of every loss: order, class names, padding and certainty do not matter."""
 
 from functools import partial
 

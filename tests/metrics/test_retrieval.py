@@ -21,7 +21,7 @@ def assert_same(ranks, expected):
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """Every way of ranking, whatever the number of positives."""
+    """Every way of ranking, for any number of positives."""
     monkeypatch.setattr(ranking, "COUNTING_LIMIT", WAYS[request.param])
     return request.param
 
