@@ -335,7 +335,7 @@ class TestTransforms:
             ({"lighting": -0.1}, r"config.data.lighting = -0.1 must be in \[0, 1\]"),
             ({"pad": -1}, "config.data.pad = -1 must be at least 0"),
             ({"transform": "cifar", "rotation": 5.0}, "rotation = 5.0 needs config.data.transform = 'retrieval'"),
-            ({"transform": "imagenet", "channels": 1, "mean": (0.5,), "std": (0.5,)}, "lighting is of colours"),
+            ({"transform": "imagenet", "channels": 1, "mean": (0.5,), "std": (0.5,)}, "lighting changes colours"),
         ],
     )
     def test_settings_are_checked(self, fields, message):
