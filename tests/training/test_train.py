@@ -16,7 +16,7 @@ from idml_jax.runtime.files import write_json
 from idml_jax.training import loop, train, workdir
 from idml_jax.training.build import data_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_run_writes_all_its_outputs(finished):

@@ -24,7 +24,7 @@ from idml_jax.data import datasets, files
 from idml_jax.data.stored import archives, crc32c, layouts_classification, layouts_tfds, plain_pickle, shards
 from idml_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 FILES = {f"c{k}/{i}.jpg": made.jpeg(k, i) for k in range(4) for i in range(3)}

@@ -29,7 +29,7 @@ from idml_jax.training.tasks.probes import partners_of_other_classes
 from idml_jax.training.tasks.retrieval_summary import ambiguity
 from idml_jax.training.tasks.task import Evaluation
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def clusters(n=120, classes=6, d=8, spread=0.5, seed=0):

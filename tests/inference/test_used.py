@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_train import small_config
+from runs_made import small_config
 
 from idml_jax import embed, evaluate, export, report, search
 from idml_jax.errors import UserError

@@ -23,7 +23,7 @@ from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.runtime.writers import MetricWriter
 from idml_jax.training import embedder, loop, train, watch
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 
 
 def calls_at(monkeypatch, module, name, number, action):

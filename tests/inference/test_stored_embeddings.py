@@ -25,7 +25,7 @@ from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 GOOD = {"semantic": ROWS, "labels": np.arange(12) // 3, "files": np.asarray([f"{i}.png" for i in range(12)])}
 

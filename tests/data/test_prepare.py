@@ -23,7 +23,7 @@ from idml_jax.data.stored import benchmarks as protocol
 from idml_jax.data.stored import layouts_classification
 from idml_jax.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def prepare(dataset, source, data_dir, **options):

@@ -27,7 +27,7 @@ from idml_jax.training.build import build
 from idml_jax.training.config_checks import validate
 from idml_jax.training.protocols import retrieval as protocols
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def downloads(dataset: str, root: Path) -> Path:

@@ -25,7 +25,7 @@ from idml_jax.training.optim import Schedule
 from idml_jax.training.steps import averaged
 from idml_jax.training.tasks import classification_summary as classify
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def cls_config(folder, **changes):

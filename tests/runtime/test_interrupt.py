@@ -13,7 +13,7 @@ import pytest
 
 from idml_jax.runtime import interrupt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def listens(pid, number):

@@ -13,7 +13,7 @@ import pytest
 
 from idml_jax import models, pretrained
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "experiments" / "imagenet_trunk.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "experiments" / "imagenet_trunk.py"
 
 
 @pytest.fixture(scope="module")

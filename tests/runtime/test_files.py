@@ -16,7 +16,7 @@ from idml_jax import errors
 from idml_jax.errors import UserError, printable
 from idml_jax.runtime import files
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(kind, path):
