@@ -152,8 +152,8 @@ import os, signal, sys, time
 from pathlib import Path
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from idml_jax import hosts, interrupt, sharding
-from idml_jax.checkpoint import Checkpoints
+from idml_jax.runtime import hosts, interrupt, sharding
+from idml_jax.runtime.checkpoint import Checkpoints
 folder, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 hosts.connect(f"127.0.0.1:{port}", 2, index)
 mesh, values = sharding.data_mesh(), np.random.default_rng(0).normal(size=(4096, 4)).astype(np.float32)
