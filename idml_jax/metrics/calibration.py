@@ -37,12 +37,6 @@ class HeldOut(NamedTuple):
     changed: Embedded | None = None
     changed_own: Int[np.ndarray, "m"] | None = None
 
-    def without_uncertainty(self) -> HeldOut:
-        """A copy without uncertainties, for a network whose uncertainty head was not trained."""
-        plain = lambda x: None if x is None else x._replace(uncertainty=None)
-        queries = self.queries._replace(uncertainty=None)
-        return self._replace(queries=queries, gallery=plain(self.gallery), changed=plain(self.changed))
-
 
 class Calibration(NamedTuple):
     """A fitted confidence and its predictions for the clean held-out queries.

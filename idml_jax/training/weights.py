@@ -177,7 +177,7 @@ def _hint(tensors: Tensors, parts: str) -> str:
 
 
 def _prefixes_there(tensors: Tensors) -> str:
-    """How the names of tensors begin, for a file of which nothing fits."""
+    """The most common beginnings of tensor names, for the message about a file that does not fit at all."""
     separator = "." if tensors.torch else "/"
     counts = Counter(separator.join(name.split(separator)[:2]) for name in tensors.values)
     begin = ", ".join(f"{prefix}{separator}* ({count})" for prefix, count in counts.most_common(4))

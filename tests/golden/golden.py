@@ -186,10 +186,11 @@ def write_runs() -> None:
         pass
     finally:
         loop.steps.jit_train_step = real
-    for path in (HERE / "runs").rglob("config.json"):
-        path.write_text(path.read_text().replace(str(HERE / "images"), "images"))
-    for path in (HERE / "runs").rglob("result.json"):
-        path.write_text(path.read_text().replace(str(HERE / "images"), "images"))
+    # No path of the machine that wrote them.
+    for name in ("config.json", "result.json", "commit_success.txt"):
+        for path in (HERE / "runs").rglob(name):
+            text = path.read_text().replace(str(HERE / "images"), "images").replace(f"{HERE}/", "")
+            path.write_text(text)
 
 
 def stopped_config(root: Path):
