@@ -76,6 +76,8 @@ def _named_blocks(paths: Sequence[str]) -> list[tuple[str]]:
             if not _BLOCK.fullmatch(name):
                 break
             leading += f"/{name}"
+            if "block" in name.lower():  # a stage holds blocks, but a block none
+                break
         if leading:
             found[leading[1:]] = None
     return [(name,) for name in found if not any(other.startswith(f"{name}/") for other in found)]
