@@ -42,11 +42,12 @@ class Depths:
 UNKNOWN = Depths()
 
 
-def depths_of(trunk: nn.Module, image_shape: tuple[int, int, int]) -> Depths:
-    """The depths of a trunk's parts. Nothing is computed: the trunk is only traced.
+def depths_of(model: nn.Module, image_shape: tuple[int, int, int]) -> Depths:
+    """The depths of the parts of a model's trunk. Nothing is computed: the model is only traced.
 
     Args:
-      trunk: network from images to feature maps.
+      model: an ``EmbeddingModel``. What it does after the trunk with the trunk's parameters (a norm of the pooled
+        feature, a learned power of the pooling) comes after the last block.
       image_shape: ``(h, w, c)`` of an image.
 
     Raises:
@@ -56,9 +57,10 @@ def depths_of(trunk: nn.Module, image_shape: tuple[int, int, int]) -> Depths:
 
     def trace(key: jax.Array, images: jax.Array) -> None:
         # In the order of creation, which a result of ``eval_shape`` would lose.
-        paths.extend(flatten(trunk.init(key, images)["params"]))
+        paths.extend(flatten(model.init(key, images)["params"]["trunk"]))
 
     jax.eval_shape(trace, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    trunk = model.trunk
     entries = getattr(trunk, "block_entries", None) or _named_blocks(paths)
     if not entries:
         raise ValueError(

@@ -122,7 +122,7 @@ def _learning_of(config: ConfigDict, model: EmbeddingModel, image_shape: tuple[i
     if count is None and decay == 1:
         return WHOLE_TRUNK
     try:
-        depths = depths_of(model.trunk, image_shape)
+        depths = depths_of(model, image_shape)
     except ValueError as error:
         field = "layer_decay" if count is None else "trunk"
         raise UserError(f"config.optim.{field} = {optim[field]!r}: {error} (config.model.name)") from error

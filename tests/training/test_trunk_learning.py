@@ -16,6 +16,7 @@ from test_runtime import batch, objective, optimizer
 from idml_jax import models
 from idml_jax.errors import UserError
 from idml_jax.models.depth import depths_of
+from idml_jax.models.heads import Heads
 from idml_jax.models.layers import BatchNorm
 from idml_jax.models.naming import flatten
 from idml_jax.runtime import sharding
@@ -42,8 +43,7 @@ of_depth = lambda depths, depth: [part for part, own in depths.parts if own == d
     ],
 )
 def test_every_part_has_a_depth(name, blocks, first, last):
-    trunk = models.create_model(name).trunk
-    depths = depths_of(trunk, (32, 32, 3))
+    depths = depths_of(models.create_model(name), (32, 32, 3))
     assert depths.blocks == blocks
     assert set(of_depth(depths, 0)) == first and set(of_depth(depths, blocks)) == last
     middle = [part for part, depth in depths.parts if 0 < depth < blocks]
@@ -80,7 +80,7 @@ class Inner(nn.Module):
 
 
 def test_blocks_inside_of_stages():
-    depths = depths_of(Staged(), SIZE)
+    depths = depths_of(models.EmbeddingModel(Staged(), Heads(4, 4)), SIZE)
     assert depths.blocks == 4
     assert of_depth(depths, 0) == ["stem_0"]
     assert of_depth(depths, 2) == ["stages_0/blocks_1"]
@@ -90,10 +90,10 @@ def test_blocks_inside_of_stages():
 
 
 def test_rates_fall_with_the_distance_from_the_last_block():
-    trunk = models.create_model("vit_tiny").trunk
-    shapes = jax.eval_shape(trunk.init, jax.random.key(0), jnp.zeros((1, *SIZE)))["params"]
+    model = models.create_model("vit_tiny")
+    shapes = jax.eval_shape(model.trunk.init, jax.random.key(0), jnp.zeros((1, *SIZE)))["params"]
     params = {"trunk": jax.tree.map(lambda x: np.full(x.shape, 2, np.float32), shapes), "heads": np.ones(2, np.float32)}
-    rule = optimizer(**GRADIENT | {"weight_decay": 0.5, "trunk": TrunkLearning(depths_of(trunk, SIZE), decay=0.5)})
+    rule = optimizer(**GRADIENT | {"weight_decay": 0.5, "trunk": TrunkLearning(depths_of(model, SIZE), decay=0.5)})
     grads = jax.tree.map(np.ones_like, params)
     moved, _ = jax.jit(rule.update)(grads, rule.init(params), params, 0)
     factors = {"blocks_1": 1.0, "norm": 1.0, "blocks_0": 0.5, "patch_embed": 0.25, "cls_token": 0.25, "pos_embed": 0.25}
@@ -108,7 +108,7 @@ def prepared(name, count, *, rule=GRADIENT, model=None, **changes):
     """The set-up of a step in which the last ``count`` blocks learn (``None``: everything)."""
     settings = {"embedding_dim": 8, "uncertainty_dim": 4, "uncertainty_hidden": 16, "pooling": "avg"}
     net = models.create_model(name, **settings | (model or {}))
-    depths = depths_of(net.trunk, SIZE)
+    depths = depths_of(net, SIZE)
     learning = WHOLE_TRUNK if count is None else TrunkLearning(depths, depths.blocks - count + 1)
     parts = dict(model=net, objective=objective(), optimizer=optimizer(**rule, trunk=learning))
     return steps.StepSetup(**parts, mean=(0.5,), std=(0.25,), **changes)
@@ -284,6 +284,12 @@ def test_a_trunk_that_updates_frozen_statistics_is_refused(image_folder, monkeyp
     train.build(small_config(image_folder, **{"optim.trunk": "last:1", "model.name": "foreign"}))
 
 
+class Nameless(nn.Module):
+    @nn.compact
+    def __call__(self, images, train=False):
+        return nn.Conv(4, (3, 3))(images)
+
+
 def test_a_trunk_without_named_blocks_is_refused():
-    with pytest.raises(ValueError, match="Dense has no blocks that its names tell"):
-        depths_of(nn.Dense(3), SIZE)
+    with pytest.raises(ValueError, match="Nameless has no blocks that its names tell"):
+        depths_of(models.EmbeddingModel(Nameless(), Heads(4, 4)), SIZE)
