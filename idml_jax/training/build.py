@@ -164,6 +164,7 @@ def build(config: ConfigDict) -> Run:
         seed=config.seed,
         accumulate=config.optim.accumulate,
         ema=config.optim.ema,
+        near=0 if config.sharding.partners == "any" else getattr(sampler, "per_class", 1),
     )
     total_steps = min(config.max_steps or all_steps, all_steps)
     return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)

@@ -35,6 +35,7 @@ class StepSetup:
         with one part; live statistics are computed per part, and the running statistics are updated once per part.
       loss: loss function of the batch; ``None``: ``objective.batch_loss``.
       ema: decay of the moving averages of weights and statistics used for evaluation; 0: none.
+      near: 0: partners of Mixup and CutMix from the whole batch; otherwise near ones, see ``mixing.with_partners``.
     """
 
     model: EmbeddingModel
@@ -47,6 +48,7 @@ class StepSetup:
     accumulate: int = 1
     loss: BatchLoss | None = None
     ema: float = 0.0
+    near: int = 0
 
 
 def normalize(
