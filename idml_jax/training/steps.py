@@ -13,7 +13,7 @@ from idml_jax.ism import Embedding
 from idml_jax.models import EmbeddingModel
 from idml_jax.models.layers import FROZEN_STATS
 from idml_jax.training.criterion import BatchLoss, Criterion
-from idml_jax.training.learning import TrunkLearning, replaced
+from idml_jax.training.learning import WHOLE_TRUNK, TrunkLearning, replaced
 from idml_jax.training.optim import GroupOptimizer
 from idml_jax.training.state import TrainState
 
@@ -128,7 +128,7 @@ def mean_length(out: dict[str, Array]) -> Float[Array, ""]:
     return jnp.mean(jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(out["uncertainty"])), axis=-1)))
 
 
-def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float, learning: TrunkLearning) -> Any:
+def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float, learning: TrunkLearning = WHOLE_TRUNK) -> Any:
     """Moving averages after one more step; in the first steps the decay is at most (1 + step) / (10 + step).
 
     What does not learn is its own average, without the rounding of a sum.
