@@ -107,6 +107,7 @@ class VisionTransformer(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     has_statistics = False
+    signed_maps = True
 
     def check_images(self, height: int, width: int) -> None:
         """Raises ``ValueError`` if an image of this size is not a whole number of patches."""

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from idml_jax.errors import UserError
-from idml_jax.models import MODELS, EmbeddingModel, create_model, naming
+from idml_jax.models import MODELS, EmbeddingModel, convnext_names, create_model, efficientnet_names, naming
 from idml_jax.runtime import checkpoint
 from idml_jax.runtime.files import first_line, write_bytes
 from idml_jax.training import workdir as workdir_lib
+from idml_jax.training.packaged_weights import packaged
 
 logger = logging.getLogger("idml_jax")
 
@@ -39,6 +40,10 @@ CONTAINERS = ("model_state_dict", "state_dict", "teacher", "model")
 # Prefixes of wrappers: DataParallel; a network that is an attribute (published IDML and ProxyAnchor code); DINO.
 PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
 CLASSIFIERS = ("fc.", "head.", "classifier.")
+# Of the trunk, although named like a classifier: the last LayerNorm of a ConvNeXt.
+NO_CLASSIFIERS = ("head.norm.",)
+# Parameters that a file need not have, and that may be left out: the power of GeM pooling.
+OPTIONAL = ("params/trunk/pool_p",)
 
 
 class Tensors(NamedTuple):
@@ -72,9 +77,12 @@ def read(source: str | Path) -> Tensors:
       UserError: if it is missing, has an unknown format, is damaged, or holds no tensors.
     """
     path = Path(source).expanduser().absolute()
-    if not path.exists():
-        raise UserError(f"{path}: no such weights file (config.model.init_from)")
     network = ""
+    if not path.exists():
+        file = packaged(str(source))
+        if file is None:
+            raise UserError(f"{path}: no such weights file (config.model.init_from)")
+        path, network = file, str(source)
     if path.is_dir():
         return _read_own(path)
     if path.suffix == ".safetensors":
@@ -85,8 +93,12 @@ def read(source: str | Path) -> Tensors:
         raise UserError(
             f"{path}: weights come as .safetensors, as {', '.join(TORCH_SUFFIXES)} or as a folder of this package"
         )
-    named = _without_prefixes(named)
-    left_out = tuple(n for n in named if n.startswith(CLASSIFIERS) or n.endswith("num_batches_tracked"))
+    named = efficientnet_names.canonical(convnext_names.canonical(_without_prefixes(named)))
+    left_out = tuple(
+        n
+        for n in named
+        if (n.startswith(CLASSIFIERS) and not n.startswith(NO_CLASSIFIERS)) or n.endswith("num_batches_tracked")
+    )
     values = {n: v for n, v in named.items() if n not in left_out}
     if not values:
         raise UserError(f"{path}: holds no weights of a network")
@@ -124,12 +136,15 @@ def load(
         )
     ours = naming.flatten(like)
     name_of = {path: naming.torch_name(path) if tensors.torch else path for path in ours}
-    wanted = {path for path in ours if path.startswith(PARTS[parts])}
+    absent = {path for path in OPTIONAL if name_of.get(path, path) not in tensors.values}
+    wanted = {path for path in ours if path.startswith(PARTS[parts])} - absent
     heads = {path for path in ours if path.startswith("params/heads/")}
     # Heads that are not requested may be present or absent, in any form.
     ignored = {n for n in tensors.values if _is_head(n, tensors.torch)} - {name_of[path] for path in wanted & heads}
     if parts == "all":
         ignored = set()
+    optional = {naming.torch_name(path) if tensors.torch else path for path in OPTIONAL}
+    ignored |= (optional & set(tensors.values)) - {name_of[path] for path in wanted}
     problems, loaded = [], {}
     for path in sorted(wanted):
         name, shape = name_of[path], tuple(ours[path].shape)
@@ -286,10 +301,12 @@ def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
     shape = {n: v.shape for n, v in tensors.values.items()}
     names = ("embedding", "uncertainty", "uncertainty_hidden")
     semantic, uncertainty, hidden = (shape.get(f"{name}.weight") for name in names)
+    pooling = "gem" if naming.torch_name(OPTIONAL[0]) in shape else "avg_max"
     if semantic is None:
-        return create_model(name), "trunk"
+        return create_model(name, pooling=pooling), "trunk"
     return create_model(
         name,
+        pooling=pooling,
         embedding_dim=semantic[0],
         uncertainty_dim=uncertainty[0] if uncertainty else 1,
         uncertainty_head="none" if uncertainty is None else "mlp" if hidden else "linear",
@@ -330,7 +347,10 @@ def convert(source: str | Path, out: str | Path, *, model: str = "resnet50", siz
         return f"{len(named)} tensors written to {out} in PyTorch's naming"
     if not tensors.torch:
         raise UserError(f"{source} already is in this package's format; give a .safetensors file to write to")
-    network, parts = _model_of(tensors, model)
+    try:
+        network, parts = _model_of(tensors, model)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}; --model={model}") from error
     like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     try:
         variables, told = load(tensors, like, parts)
