@@ -242,7 +242,9 @@ def test_weights_of_another_network_of_the_same_shapes_are_refused(tmp_path):
 
 def test_wrapped_weights_say_how_their_names_begin(tmp_path):
     _, variables = random_variables("resnet_tiny")
-    wrap = lambda named: {f"encoder_q.trunk.{k}": v for k, v in named.items()} | {"queue": np.ones((2, 3), np.float32)}
+    wrap = lambda named: (
+        {f"encoder_q.trunk.its_{k}": v for k, v in named.items()} | {"queue": np.ones((2, 3), np.float32)}
+    )
     source = write(tmp_path / "wrapped.safetensors", variables, wrap)
     with pytest.raises(UserError, match=r"the names there begin with encoder_q\.trunk\.\* \(\d+\), queue\.\* \(1\)"):
         pretrained.load(source, variables)

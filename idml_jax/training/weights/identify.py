@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from idml_jax.models import MODELS, catalogue, create_model, naming
 from idml_jax.training.weights import wrapped
-from idml_jax.training.weights.tensors import Tensors
+from idml_jax.training.weights.tensors import Named, Tensors
 
 # A block of a network, by the beginning of its tensors' names.
-_BLOCK = re.compile(r"^(layer\d+\.\d+|blocks\.\d+)\.")
+_BLOCK = re.compile(r"^(layer\d+\.\d+|stages\.\d+\.blocks\.\d+|blocks\.\d+)\.")
 _SIZE = 224  # px, of the images that shapes are computed for where the catalogue has no other
 _MOST = 4  # networks named in a message
 
@@ -33,36 +33,55 @@ def networks(tensors: Tensors) -> list[str]:
 
     Different networks may have the same tensors (ResNets v1 and v1.5, activations of vision transformers).
     """
-    fitting = [name for name in MODELS if _fits(tensors, name)]
-    usual = [name for name in fitting if not _is_toy(name)] or fitting
-    return usual[:_MOST]
+    trees = _trees(tensors)
+    for toys in (False, True):
+        fitting = [n for n in MODELS if _is_toy(n) == toys and any(_holds(values, n) for values in trees)]
+        if fitting:
+            return fitting[:_MOST]
+    return []
 
 
 def _is_toy(name: str) -> bool:
     return (name.endswith(("_tiny", "_toy")) and name != "convnext_tiny") or "_tiny_" in name
 
 
-def _fits(tensors: Tensors, name: str) -> bool:
-    blocks = _blocks(MODELS[name]())
+def _trees(tensors: Tensors) -> list[Named]:
+    """The tensors under timm's names, for every place where a network may begin."""
     if not tensors.torch:
-        values = {naming.torch_name(p): naming.to_torch(p, v) for p, v in tensors.values.items()}
-        return _holds(values, name, blocks)
-    trees = wrapped.sub_trees(tensors.containers or {"": tensors.values})
-    return any(_holds(tree.values, name, blocks) for tree in trees)
+        return [{naming.torch_name(p): naming.to_torch(p, v) for p, v in tensors.values.items()}]
+    return [tree.values for tree in wrapped.sub_trees(tensors.containers or {"": tensors.values})]
 
 
-def _holds(values: Any, name: str, blocks: int | None) -> bool:
-    if blocks is not None and blocks != len({match[1] for n in values if (match := _BLOCK.match(n))}):
-        return False  # so that the shapes of few networks have to be computed
+def _holds(values: Named, name: str) -> bool:
+    if not _may_hold(values, MODELS[name]()):
+        return False
     wanted = shapes(name)
     rest = [n for n in values if n not in wanted and not wrapped.is_beside(n) and not is_head(n)]
     return wrapped.count(values, wanted) == len(wanted) and not rest
 
 
-def _blocks(trunk: Any) -> int | None:
-    """The number of a trunk's blocks, where its settings tell it."""
-    if hasattr(trunk, "stage_sizes"):
-        return sum(trunk.stage_sizes)
+def _may_hold(values: Named, trunk: Any) -> bool:
+    """Whether number of blocks and size of the first kernel are a trunk's: few shapes then have to be computed."""
+    if _number_of_blocks(trunk) not in (None, len(_blocks_in(values))):
+        return False
+    side = getattr(trunk, "patch", {"imagenet": 7, "small": 3}.get(getattr(trunk, "stem", ""), 0))
+    first = values.get("patch_embed.proj.weight" if hasattr(trunk, "patch") else "conv1.weight")
+    return not side or (first is not None and (first.shape[0], first.shape[-1]) == (trunk.width, side))
+
+
+def _blocks_in(values: Named) -> set[str]:
+    return {match[1] for name in values if (match := _BLOCK.match(name))}
+
+
+def _number_of_blocks(trunk: Any) -> int | None:
+    """The number of a trunk's blocks, as far as its settings tell it."""
+    for sizes in ("stage_sizes", "depths"):
+        if hasattr(trunk, sizes):
+            return sum(getattr(trunk, sizes))
+    if hasattr(trunk, "stages"):  # EfficientNet, whose blocks are counted by stage
+        return len(trunk.stages)
+    if hasattr(trunk, "bottleneck"):  # PyramidNet
+        return (trunk.depth - 2) // (3 if trunk.bottleneck else 2)
     return trunk.depth if hasattr(trunk, "heads") else None
 
 
@@ -93,15 +112,12 @@ def size_of(tensors: Tensors, name: str) -> int:
 def looks_like(tensors: Tensors) -> str:
     """What tensors look like, for the message about an unknown network."""
     values = _named(tensors)
-    blocks = len({match[1] for n in values if (match := _BLOCK.match(n))})
+    blocks = len(_blocks_in(values))
     first = next((f"{n} {tuple(v.shape)}" for n, v in values.items() if v.ndim == 4), "no convolution")
     return f"{len(values)} tensors{f', {blocks} blocks' if blocks else ''}, first {first}"
 
 
-def _named(tensors: Tensors) -> Any:
+def _named(tensors: Tensors) -> Named:
     """The tensors under timm's names, of the place in the file where most is known."""
-    if not tensors.torch:
-        return {naming.torch_name(p): naming.to_torch(p, v) for p, v in tensors.values.items()}
-    trees = wrapped.sub_trees(tensors.containers or {"": tensors.values})
-    known = lambda tree: sum(bool(_BLOCK.match(n)) or n == "pos_embed" for n in tree.values)
-    return max(trees, key=known).values
+    known = lambda values: sum(bool(_BLOCK.match(n)) or n == "pos_embed" for n in values)
+    return max(_trees(tensors), key=known)
