@@ -18,10 +18,10 @@ from idml_jax.models import naming
 from idml_jax.training import train
 
 
-def random_variables(name, size=32, seed=0, **options):
+def random_variables(name, size=32, seed=0, channels=3, **options):
     """A model and variables none of which is 0 or 1, as numpy arrays."""
     model = models.create_model(name, embedding_dim=6, uncertainty_dim=5, uncertainty_hidden=7, **options)
-    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, channels)))
     rng = np.random.default_rng(seed)
     return model, jax.tree.map(lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32), dict(like))
 
