@@ -10,7 +10,6 @@ BatchNorm's batch counters and heads that are not requested are left out silentl
 """
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from idml_jax.errors import UserError
-from idml_jax.models import MODELS, EmbeddingModel, create_model, naming
+from idml_jax.models import MODELS, EmbeddingModel, create_model, naming, vit
 from idml_jax.runtime import checkpoint
 from idml_jax.runtime.files import first_line, write_bytes
 from idml_jax.training import workdir as workdir_lib
@@ -138,8 +137,8 @@ def load(
             continue
         value = tensors.values[name]
         expected = naming.shape_in_torch(path, shape) if tensors.torch else shape
-        if path.endswith("/pos_embed") and _resizable(value.shape, expected):
-            value = _resize_positions(value, expected)
+        if path.endswith("/pos_embed"):
+            value = vit.fit_positions(value, expected, network)
         if value.shape != expected:
             problems.append(f"{name} is {value.shape} there, {expected} here")
         elif not np.isfinite(value).all():
@@ -186,25 +185,6 @@ def _prefixes_there(tensors: Tensors) -> str:
 
 def _is_head(name: str, torch: bool) -> bool:
     return name.startswith(tuple(f"{n}." for n in naming.HEADS.values()) if torch else "params/heads/")
-
-
-def _resizable(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    square = lambda n: math.isqrt(max(n, 0)) ** 2 == n
-    return (
-        len(stored) == 3
-        and stored[2] == expected[2]
-        and stored[1] != expected[1]
-        and square(stored[1] - 1)
-        and square(expected[1] - 1)
-    )
-
-
-def _resize_positions(value: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
-    """Resizes position embeddings bicubically to another image size; that of the class token is kept."""
-    old, new = math.isqrt(value.shape[1] - 1), math.isqrt(expected[1] - 1)
-    grid = value[:, 1:].reshape(1, old, old, -1)
-    grid = np.asarray(jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic", antialias=False))
-    return np.concatenate([value[:, :1], grid.reshape(1, new * new, -1)], axis=1)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -333,7 +313,7 @@ def convert(source: str | Path, out: str | Path, *, model: str = "resnet50", siz
     network, parts = _model_of(tensors, model)
     like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     try:
-        variables, told = load(tensors, like, parts)
+        variables, told = load(tensors, like, parts, network=model)
     except UserError as error:
         raise UserError(f"{str(error).replace('the given tensors', str(source))}; --model={model}") from error
     checkpoint.save_variables(out, variables)
