@@ -31,15 +31,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet110": resnet.CifarResNet110,
     "pyramidnet200": pyramidnet.PyramidNet200,
     "pyramidnet110": pyramidnet.PyramidNet110,
-    "vit_s16": vit.ViTS16,
-    "vit_b16": vit.ViTB16,
+    **vit.TRUNKS,
     "convnet4": convnet.ConvNet,
     "resnet_tiny": resnet._ResNetTiny,
     "pyramidnet_tiny": pyramidnet._PyramidNetTiny,
-    "vit_tiny": vit._ViTTiny,
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Poolings that are the trunk's own, and what a trunk needs for them.
+VECTORS = {"token": "a class token", "mean_tokens": "tokens"}
 
 
 class EmbeddingModel(nn.Module):
@@ -50,7 +50,7 @@ class EmbeddingModel(nn.Module):
     Attributes:
       trunk: network from images to feature maps.
       heads: network from pooled features to embeddings.
-      pooling: see ``pool_global``; ``token`` if the trunk returns one vector per image.
+      pooling: see ``pool_global``; other names are of vectors that the trunk itself returns, such as ``token``.
     """
 
     trunk: nn.Module
@@ -79,7 +79,7 @@ class EmbeddingModel(nn.Module):
     def features(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n f"]:
         """Pooled features of normalised images."""
         maps = self.trunk(images, train=train)
-        return maps.astype(jnp.float32) if self.pooling == "token" else pool_global(maps, self.pooling)
+        return maps.astype(jnp.float32) if self.pooling in VECTORS else pool_global(maps, self.pooling)
 
     def embed(self, features: Float[Array, "n f"]) -> dict[str, Float[Array, "n ..."]]:
         """Embeddings from pooled features: the heads only."""
@@ -108,7 +108,8 @@ def create_model(
       uncertainty_head: see ``Heads``.
       uncertainty_hidden: see ``Heads``.
       uncertainty_scale: see ``Heads``.
-      pooling: ``avg``, ``max``, ``avg_max``, or ``token`` (of a vision transformer).
+      pooling: ``avg``, ``max`` or ``avg_max`` of the feature map; of a vision transformer also ``token`` (the class
+        token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of class token and patches).
       frozen_statistics: BatchNorm uses its running statistics in training too.
       dtype: ``float32`` or ``bfloat16``, of the trunk; heads are always float32.
       remat: recompute activations inside a block for the gradient instead of keeping them.
@@ -172,10 +173,10 @@ def _create_trunk(name: str, pooling: str, frozen_statistics: bool, dtype: str, 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     trunk = MODELS[name](frozen_statistics=frozen_statistics, dtype=DTYPES[dtype])
-    if pooling == "token":
-        if not hasattr(trunk, "class_token"):
-            raise ValueError(f"pooling 'token' needs a class token, which {name} does not have")
-        trunk = trunk.clone(class_token=True)
+    if pooling in VECTORS:
+        if pooling not in getattr(trunk, "vectors", ()):
+            raise ValueError(f"pooling {pooling!r} needs {VECTORS[pooling]}, which {name} does not have")
+        trunk = trunk.clone(output=pooling)
     if remat:
         if not hasattr(trunk, "remat"):
             raise ValueError(f"remat: {name} has no blocks to compute again")

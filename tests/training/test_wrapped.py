@@ -1,19 +1,14 @@
 """Weights inside of checkpoints: the sub-tree of the network, what lies beside it, and the cures of mismatches."""
 
-import json
-
-import jax
 import numpy as np
 import pytest
-from safetensors import numpy as safetensors
 from test_pretrained import assert_same, random_variables, write
 
 from idml_jax import pretrained
 from idml_jax.errors import UserError
-from idml_jax.models import MODELS, naming
+from idml_jax.models import naming
 from idml_jax.training import auto, weights
 from idml_jax.training.config import default_config
-from idml_jax.training.weights import identify, wrapped
 from idml_jax.training.weights.tensors import Native, Tensors
 
 
@@ -95,7 +90,9 @@ def test_what_may_change_the_function_is_never_left_out(extra, tiny):
 def test_what_does_not_fit_says_what_is_there(tiny):
     variables, named = tiny
     tensors = Tensors({}, (), True, containers={"model": under("a.b.its_", named), "extra": {"x.y": np.ones(2)}})
-    with pytest.raises(UserError, match=r"in 'model' a\.b\.\* \(\d+\); in 'extra' x\.y\.\* \(1\); known networks: .*resnet50"):
+    with pytest.raises(
+        UserError, match=r"in 'model' a\.b\.\* \(\d+\); in 'extra' x\.y\.\* \(1\); known networks: .*resnet50"
+    ):
         weights.load(tensors._replace(values=named and under("a.b.its_", named)), variables)
 
 
@@ -104,7 +101,9 @@ class TestCures:
         variables, named = tiny
         _, bigger = random_variables("pyramidnet_tiny")
         tensors = Tensors(named, (), torch=True, containers={"": named})
-        with pytest.raises(UserError, match=r"tensors are those of resnet_tiny: config.model.name=resnet_tiny is a net"):
+        with pytest.raises(
+            UserError, match=r"tensors are those of resnet_tiny: config.model.name=resnet_tiny is a net"
+        ):
             weights.load(tensors, bigger)
 
     def test_colour_weights_for_grey_images(self, tiny):
@@ -117,7 +116,9 @@ class TestCures:
         kernel, colour = (v["params"]["trunk"]["conv1"]["kernel"] for v in (loaded, variables))
         np.testing.assert_allclose(kernel, np.sum(colour, axis=2, keepdims=True), rtol=1e-6)
         back, _ = weights.load(Tensors(naming.flatten(loaded), (), torch=False), variables, input_layer="sum")
-        np.testing.assert_allclose(np.sum(back["params"]["trunk"]["conv1"]["kernel"], axis=2, keepdims=True), kernel, rtol=1e-6)
+        np.testing.assert_allclose(
+            np.sum(back["params"]["trunk"]["conv1"]["kernel"], axis=2, keepdims=True), kernel, rtol=1e-6
+        )
 
     def test_another_normalisation_is_warned_of(self):
         config = default_config()

@@ -1,15 +1,13 @@
 """Puts the tensors of weights into a model's variables, strictly: every tensor, and no others."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from idml_jax.errors import UserError
-from idml_jax.models import MODELS, naming
+from idml_jax.models import MODELS, naming, vit
 from idml_jax.training.weights import identify, wrapped
 from idml_jax.training.weights.reading import read
 from idml_jax.training.weights.tensors import Named, Tensors, is_counter
@@ -96,7 +94,7 @@ def load(
                 problems.append(f"{name} is missing there")
             continue
         expected = _shape(path, ours[path], tensors.torch)
-        value = _adapted(path, found.values[name], expected, input_layer)
+        value = _adapted(path, found.values[name], expected, input_layer, network)
         if value.shape != expected:
             problems.append(f"{name} is {value.shape} there, {expected} here")
         elif not np.isfinite(value).all():
@@ -146,10 +144,10 @@ def _shape(path: str, leaf: Any, torch: bool) -> tuple[int, ...]:
     return naming.shape_in_torch(path, tuple(leaf.shape)) if torch else tuple(leaf.shape)
 
 
-def _adapted(path: str, value: np.ndarray, expected: tuple[int, ...], input_layer: str) -> np.ndarray:
+def _adapted(path: str, value: np.ndarray, expected: tuple[int, ...], input_layer: str, network: str) -> np.ndarray:
     """A tensor with the model's number of positions and, where that is wanted, of colour channels."""
-    if path.endswith("/pos_embed") and _resizable(value.shape, expected):
-        return _resize_positions(value, expected)
+    if path.endswith("/pos_embed"):
+        return vit.fit_positions(value, expected, network)
     axis = _channel_axis(value.shape, expected)
     if axis is None or input_layer != "sum":
         return value
@@ -213,22 +211,3 @@ def _prefixes_there(tensors: Tensors) -> str:
             for place, named in list(tensors.containers.items())[:4]
         )
     return f" (the names there begin with {begin}; known networks: {identify.known()})"
-
-
-def _resizable(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    square = lambda n: math.isqrt(max(n, 0)) ** 2 == n
-    return (
-        len(stored) == 3
-        and stored[2] == expected[2]
-        and stored[1] != expected[1]
-        and square(stored[1] - 1)
-        and square(expected[1] - 1)
-    )
-
-
-def _resize_positions(value: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
-    """Resizes position embeddings bicubically to another image size; that of the class token is kept."""
-    old, new = math.isqrt(value.shape[1] - 1), math.isqrt(expected[1] - 1)
-    grid = value[:, 1:].reshape(1, old, old, -1)
-    grid = np.asarray(jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic", antialias=False))
-    return np.concatenate([value[:, :1], grid.reshape(1, new * new, -1)], axis=1)
