@@ -31,21 +31,21 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet110": resnet.CifarResNet110,
     "pyramidnet200": pyramidnet.PyramidNet200,
     "pyramidnet110": pyramidnet.PyramidNet110,
-    "vit_s16": vit.ViTS16,
-    "vit_b16": vit.ViTB16,
     "convnext_tiny": convnext.ConvNeXtTiny,
     "convnext_small": convnext.ConvNeXtSmall,
     "convnext_base": convnext.ConvNeXtBase,
     "efficientnet_lite0": efficientnet.EfficientNetLite0,
+    **vit.TRUNKS,
     "convnet4": convnet.ConvNet,
     "resnet_tiny": resnet._ResNetTiny,
     "pyramidnet_tiny": pyramidnet._PyramidNetTiny,
-    "vit_tiny": vit._ViTTiny,
     "convnext_toy": convnext._ConvNeXtToy,
     "efficientnet_toy": efficientnet._EfficientNetToy,
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Poolings that are the trunk's own, and what a trunk needs for them.
+VECTORS = {"token": "a class token", "mean_tokens": "tokens"}
 
 
 class EmbeddingModel(nn.Module):
@@ -56,8 +56,8 @@ class EmbeddingModel(nn.Module):
     Attributes:
       trunk: network from images to feature maps.
       heads: network from pooled features to embeddings.
-      pooling: see ``pool_global``; ``gem``, whose power is a parameter of the trunk; ``token`` if the trunk returns one
-        vector per image.
+      pooling: see ``pool_global``; ``gem``, whose power is a parameter of the trunk; other names are of vectors that
+        the trunk itself returns, such as ``token``.
     """
 
     trunk: nn.Module
@@ -92,7 +92,7 @@ class EmbeddingModel(nn.Module):
     def features(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n f"]:
         """Pooled features of normalised images."""
         maps = self.trunk(images, train=train)
-        if self.pooling == "token":
+        if self.pooling in VECTORS:
             return maps.astype(jnp.float32)
         pooled = self.pool(maps) if self.pooling == "gem" else pool_global(maps, self.pooling)
         return self.trunk.finish(pooled) if hasattr(self.trunk, "finish") else pooled
@@ -124,7 +124,9 @@ def create_model(
       uncertainty_head: see ``Heads``.
       uncertainty_hidden: see ``Heads``.
       uncertainty_scale: see ``Heads``.
-      pooling: ``avg``, ``max``, ``avg_max``, ``gem`` (learned power), or ``token`` (of a vision transformer).
+      pooling: ``avg``, ``max``, ``avg_max`` or ``gem`` (learned power) of the feature map; of a vision transformer
+        also ``token`` (the class token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of
+        class token and patches).
       frozen_statistics: BatchNorm uses its running statistics in training too.
       dtype: ``float32`` or ``bfloat16``, of the trunk; heads are always float32.
       remat: recompute activations inside a block for the gradient instead of keeping them.
@@ -188,10 +190,10 @@ def _create_trunk(name: str, pooling: str, frozen_statistics: bool, dtype: str, 
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     trunk = MODELS[name](frozen_statistics=frozen_statistics, dtype=DTYPES[dtype])
-    if pooling == "token":
-        if not hasattr(trunk, "class_token"):
-            raise ValueError(f"pooling 'token' needs a class token, which {name} does not have")
-        trunk = trunk.clone(class_token=True)
+    if pooling in VECTORS:
+        if pooling not in getattr(trunk, "vectors", ()):
+            raise ValueError(f"pooling {pooling!r} needs {VECTORS[pooling]}, which {name} does not have")
+        trunk = trunk.clone(output=pooling)
     if pooling == "gem" and getattr(trunk, "signed_maps", False):
         raise ValueError(
             f"pooling 'gem' takes powers of the feature maps, and those of {name} may be negative; "
