@@ -1,6 +1,7 @@
 """Writes weights in another format, and says what a file or a name on the hub holds."""
 
 import json
+import logging
 from pathlib import Path
 
 import jax
@@ -11,10 +12,12 @@ from idml_jax.models import MODELS, EmbeddingModel, create_model, naming
 from idml_jax.runtime import checkpoint
 from idml_jax.runtime.files import check_target, user_path
 from idml_jax.training.weights import about, files, identify
-from idml_jax.training.weights.loading import OWN_LEAVES, load
+from idml_jax.training.weights.loading import OWN_LEAVES, OWN_NAMES, load
 from idml_jax.training.weights.locate import Located, locate, sha256
 from idml_jax.training.weights.reading import read, read_located
 from idml_jax.training.weights.tensors import Native, Tensors
+
+logger = logging.getLogger("idml_jax")
 
 
 def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
@@ -22,10 +25,12 @@ def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
     shape = {n: v.shape for n, v in tensors.values.items()}
     names = ("embedding", "uncertainty", "uncertainty_hidden")
     semantic, uncertainty, hidden = (shape.get(f"{name}.weight") for name in names)
+    pooling = "gem" if shape.keys() & set(OWN_NAMES) else "avg_max"
     if semantic is None:
-        return create_model(name), "trunk"
+        return create_model(name, pooling=pooling), "trunk"
     return create_model(
         name,
+        pooling=pooling,
         embedding_dim=semantic[0],
         uncertainty_dim=uncertainty[0] if uncertainty else 1,
         uncertainty_head="none" if uncertainty is None else "mlp" if hidden else "linear",
@@ -67,7 +72,10 @@ def convert(source: str | Path, out: str | Path, *, model: str = "", size: int =
     if not tensors.torch:
         raise UserError(f"{source} already is in this package's format; give a .safetensors file to write to")
     model = model or (tensors.network if tensors.network in MODELS else "resnet50")
-    network, parts = _model_of(tensors, model)
+    try:
+        network, parts = _model_of(tensors, model)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}; --model={model}") from error
     like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     try:
         variables, told = load(tensors, like, parts, network=model)
@@ -87,6 +95,11 @@ def network_of(tensors: Tensors) -> str:
         return tensors.network
     found = identify.networks(tensors)
     if found:
+        if tensors.native.called:
+            logger.warning(
+                "warning: %s: %s is not known here by its name; its tensors are those of %s",
+                tensors.name, tensors.native.called, found[0],
+            )  # fmt: skip
         return found[0]
     called = f"{tensors.native.called}, " if tensors.native.called else ""
     raise UserError(

@@ -18,8 +18,9 @@ PARTS = {
     "all": ("params/trunk/", "batch_stats/", "params/heads/"),
 }
 INPUT_LAYERS = ("match", "sum")
-# Parameters of a trunk that no published weights have: the power of the pooling.
+# Parameters of a trunk that weights need not have, and that may be left out: the power of GeM pooling.
 OWN_LEAVES = ("/pool_p",)
+OWN_NAMES = ("params/trunk/pool_p", naming.torch_name("params/trunk/pool_p"))
 
 
 class _Source(NamedTuple):
@@ -84,6 +85,7 @@ def load(
     }
     if parts == "all":
         ignored = set()
+    ignored |= {n for n in found.values if n in OWN_NAMES} - {name_of[path] for path in wanted}
     problems, loaded, fresh = [], {}, []
     for path in sorted(wanted):
         name = name_of[path]

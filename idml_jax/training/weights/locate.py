@@ -13,6 +13,7 @@ from idml_jax.errors import UserError
 from idml_jax.runtime import checkpoint
 from idml_jax.runtime.files import first_line
 from idml_jax.training import workdir as workdir_lib
+from idml_jax.training.packaged_weights import packaged
 from idml_jax.training.weights import hub
 
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
@@ -37,6 +38,7 @@ class Located(NamedTuple):
       files: the files of the tensors; empty for a run or a folder of ``convert``.
       folder: the folder of settings such as ``config.json``; ``None`` if there is none.
       commit: of the repository on the hub; empty elsewhere.
+      network: key of ``MODELS`` that the name itself says; empty if it does not.
     """
 
     name: str
@@ -44,14 +46,16 @@ class Located(NamedTuple):
     files: tuple[Path, ...] = ()
     folder: Path | None = None
     commit: str = ""
+    network: str = ""
 
 
 def locate(source: str | Path) -> Located:
     """Finds weights by path or name, and downloads them if need be. An existing path comes before a name.
 
     Args:
-      source: a file; a folder in the layout of the hub, of a run, of one of its checkpoints, or of ``convert``; or
-        ``owner/name`` on the hub, with or without ``hf://`` before and ``@revision`` behind it.
+      source: a file; a folder in the layout of the hub, of a run, of one of its checkpoints, or of ``convert``; the
+        name of weights that are installed as a package; or ``owner/name`` on the hub, with or without ``hf://``
+        before and ``@revision`` behind it.
 
     Raises:
       UserError: if there is nothing of that name, or it cannot be downloaded.
@@ -60,6 +64,9 @@ def locate(source: str | Path) -> Located:
     path = Path(text).expanduser().absolute()
     if not text.startswith(hub.SCHEME) and path.exists():
         return _local(path)
+    package = packaged(text)
+    if package is not None:
+        return _local(package)._replace(name=f"{text} ({package})", network=text)
     name = hub.parse(text, SUFFIXES)
     if name is None:
         if text.startswith(hub.SCHEME):

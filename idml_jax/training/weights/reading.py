@@ -7,7 +7,7 @@ from idml_jax.models import naming
 from idml_jax.runtime import checkpoint
 from idml_jax.training.weights import about, files, names
 from idml_jax.training.weights.locate import Located, locate, state_of
-from idml_jax.training.weights.tensors import CLASSIFIERS, CONTAINERS, Named, Tensors, is_counter, without_prefixes
+from idml_jax.training.weights.tensors import CONTAINERS, Named, Tensors, is_classifier, is_counter, without_prefixes
 
 
 def read(source: str | Path) -> Tensors:
@@ -33,9 +33,11 @@ def read_located(located: Located) -> Tensors:
         return _read_own(located)
     containers, metadata = files.read_files(located.files)
     native = about.native_of(located.folder, metadata, located.path)
+    if located.network and not native.network:
+        native = about.of_catalogue(located.network)
     named = without_prefixes(_default(containers))
     named = names.canonical(named).values
-    left_out = tuple(n for n in named if n.startswith(CLASSIFIERS) or is_counter(n))
+    left_out = tuple(n for n in named if is_classifier(n) or is_counter(n))
     values = {n: v for n, v in named.items() if n not in left_out}
     if not values:
         raise UserError(f"{located.path}: holds no weights of a network")

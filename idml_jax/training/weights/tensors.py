@@ -13,6 +13,8 @@ CONTAINERS = ("model_state_dict", "state_dict", "teacher", "model")
 # Prefixes of wrappers: DataParallel; a network that is an attribute (published IDML and ProxyAnchor code); DINO.
 PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
 CLASSIFIERS = ("fc.", "head.", "classifier.")
+# Of the trunk, although named like a classifier: the last LayerNorm of a ConvNeXt.
+NO_CLASSIFIERS = ("head.norm.",)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ def without_prefixes(named: Named) -> Named:
         if prefix is None:
             return named
         named = {name.removeprefix(prefix): value for name, value in named.items()}
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a tensor belongs to a classifier, by its name in timm or torchvision."""
+    return name.startswith(CLASSIFIERS) and not name.startswith(NO_CLASSIFIERS)
 
 
 def is_counter(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from idml_jax.training.weights import names as names_lib
-from idml_jax.training.weights.tensors import CLASSIFIERS, CONTAINERS, Named, is_counter
+from idml_jax.training.weights.tensors import CONTAINERS, NO_CLASSIFIERS, Named, is_counter
 
 Shapes = Mapping[str, tuple[int, ...]]
 Value = TypeVar("Value")
@@ -66,7 +66,7 @@ class SubTree:
 
 def is_beside(name: str) -> bool:
     """Whether a tensor belongs to a head or a counter, which may be left out of a trunk."""
-    return is_counter(name) or name.startswith(CLASSIFIERS) or bool(_BESIDE.match(name))
+    return is_counter(name) or (bool(_BESIDE.match(name)) and not name.startswith(NO_CLASSIFIERS))
 
 
 def roots(named: Mapping[str, np.ndarray]) -> list[str]:
