@@ -91,18 +91,13 @@ def _of_timm(settings: Mapping[str, Any], path: Path) -> Native:
     images = {**settings, **_mapping(settings.get("pretrained_cfg"))}
     architecture, tag = str(settings["architecture"]), str(images.get("tag") or "")
     architecture, _, own_tag = architecture.partition(".")
-    known = catalogue.for_timm(architecture, tag or own_tag)
-    # Where both libraries agree on the name, the catalogue need not know it.
-    network = known or (architecture if architecture in _SAME_NAME else "")
+    network = catalogue.for_timm(architecture, tag or own_tag) or ""
     size = _size((list(images.get("input_size") or []) or [0])[-1])
-    crop = images.get("crop_pct")
-    resize = math.floor(size / crop) if isinstance(crop, int | float) and crop > 0 else 0
+    share = images.get("crop_pct")
+    resize = math.floor(size / share) if isinstance(share, int | float) and share > 0 else 0
     pooling = _POOLING.get(str(settings.get("global_pool", images.get("global_pool", ""))), "")
     native = Native(network, f"{architecture} of timm", pooling=pooling, told_by=str(path))
     return _with_images(native, size, resize, images.get("mean"), images.get("std"))
-
-
-_SAME_NAME = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def _of_transformers(settings: Mapping[str, Any], images: Mapping[str, Any], path: Path) -> Native:
@@ -115,6 +110,9 @@ def _of_transformers(settings: Mapping[str, Any], images: Mapping[str, Any], pat
     crop = _size(images.get("crop_size")) if images.get("do_center_crop", True) else 0
     side = _size(images.get("size"))
     size = crop or side or _size(tower.get("image_size"))
+    share = images.get("crop_pct")  # of a ConvNeXt
+    if isinstance(share, int | float) and 0 < share < 1 and not crop:
+        side = math.floor(size / share)
     native = Native(
         network, f"{kind} of transformers{f' ({dims})' if dims else ''}", pooling=entry.pooling if entry else "",
         told_by=str(path),

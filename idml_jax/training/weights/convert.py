@@ -1,6 +1,7 @@
 """Writes weights in another format, and says what a file or a name on the hub holds."""
 
 import json
+import logging
 from pathlib import Path
 
 import jax
@@ -16,13 +17,15 @@ from idml_jax.training.weights.locate import Located, locate, sha256
 from idml_jax.training.weights.reading import read, read_located
 from idml_jax.training.weights.tensors import Native, Tensors
 
+logger = logging.getLogger("idml_jax")
+
 
 def _model_of(tensors: Tensors, name: str) -> tuple[EmbeddingModel, str]:
     """A model with the heads found in the tensors, and the parts to load."""
     shape = {n: v.shape for n, v in tensors.values.items()}
     names = ("embedding", "uncertainty", "uncertainty_hidden")
     semantic, uncertainty, hidden = (shape.get(f"{name}.weight") for name in names)
-    pooling = "gem" if any(n in shape for n in OWN_NAMES) else "avg_max"
+    pooling = "gem" if shape.keys() & set(OWN_NAMES) else "avg_max"
     if semantic is None:
         return create_model(name, pooling=pooling), "trunk"
     return create_model(
@@ -92,6 +95,11 @@ def network_of(tensors: Tensors) -> str:
         return tensors.network
     found = identify.networks(tensors)
     if found:
+        if tensors.native.called:
+            logger.warning(
+                "warning: %s: %s is not known here by its name; its tensors are those of %s",
+                tensors.name, tensors.native.called, found[0],
+            )  # fmt: skip
         return found[0]
     called = f"{tensors.native.called}, " if tensors.native.called else ""
     raise UserError(

@@ -18,9 +18,9 @@ PARTS = {
     "all": ("params/trunk/", "batch_stats/", "params/heads/"),
 }
 INPUT_LAYERS = ("match", "sum")
-# Parameters of a trunk that no published weights have: the power of the pooling.
+# Parameters of a trunk that weights need not have, and that may be left out: the power of GeM pooling.
 OWN_LEAVES = ("/pool_p",)
-OWN_NAMES = ("pool.p",)  # of the same in PyTorch
+OWN_NAMES = ("params/trunk/pool_p", naming.torch_name("params/trunk/pool_p"))
 
 
 class _Source(NamedTuple):
@@ -77,8 +77,7 @@ def load(
     ours = naming.flatten(like)
     wanted = {path for path in ours if path.startswith(PARTS[parts])}
     name_of = {path: naming.torch_name(path) if tensors.torch else path for path in ours}
-    published = {path for path in wanted if not path.endswith(OWN_LEAVES)}
-    found = _chosen(tensors, {name_of[p]: _shape(p, ours[p], tensors.torch) for p in published})
+    found = _chosen(tensors, {name_of[p]: _shape(p, ours[p], tensors.torch) for p in wanted})
     heads = {path for path in ours if path.startswith("params/heads/")}
     # Heads that are not requested may be present or absent, in any form.
     ignored = {n for n in found.values if identify.is_head(n, tensors.torch)} - {
@@ -86,6 +85,7 @@ def load(
     }
     if parts == "all":
         ignored = set()
+    ignored |= {n for n in found.values if n in OWN_NAMES} - {name_of[path] for path in wanted}
     problems, loaded, fresh = [], {}, []
     for path in sorted(wanted):
         name = name_of[path]
@@ -105,7 +105,7 @@ def load(
             loaded[path] = naming.from_torch(path, value) if tensors.torch else value
     used = {name_of[path] for path in wanted} | ignored
     rest = set(found.values) - used
-    beside = {n for n in rest if n.endswith(OWN_LEAVES) or (tensors.torch and wrapped.is_beside(n))}
+    beside = {n for n in rest if tensors.torch and wrapped.is_beside(n)}
     problems += [f"{name} is only there" for name in sorted(rest - beside)]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

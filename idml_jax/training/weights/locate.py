@@ -38,7 +38,7 @@ class Located(NamedTuple):
       files: the files of the tensors; empty for a run or a folder of ``convert``.
       folder: the folder of settings such as ``config.json``; ``None`` if there is none.
       commit: of the repository on the hub; empty elsewhere.
-      network: key of ``MODELS``, where the name is that of installed weights; else empty.
+      network: key of ``MODELS`` that the name itself says; empty if it does not.
     """
 
     name: str
@@ -53,9 +53,9 @@ def locate(source: str | Path) -> Located:
     """Finds weights by path or name, and downloads them if need be. An existing path comes before a name.
 
     Args:
-      source: a file; a folder in the layout of the hub, of a run, of one of its checkpoints, or of ``convert``; a word
-        of ``packaged_weights``; or ``owner/name`` on the hub, with or without ``hf://`` before and ``@revision`` behind
-        it.
+      source: a file; a folder in the layout of the hub, of a run, of one of its checkpoints, or of ``convert``; the
+        name of weights that are installed as a package; or ``owner/name`` on the hub, with or without ``hf://``
+        before and ``@revision`` behind it.
 
     Raises:
       UserError: if there is nothing of that name, or it cannot be downloaded.
@@ -64,9 +64,9 @@ def locate(source: str | Path) -> Located:
     path = Path(text).expanduser().absolute()
     if not text.startswith(hub.SCHEME) and path.exists():
         return _local(path)
-    installed = packaged(text)
-    if installed is not None:
-        return Located(text, installed, (installed,), network=text)
+    package = packaged(text)
+    if package is not None:
+        return _local(package)._replace(name=f"{text} ({package})", network=text)
     name = hub.parse(text, SUFFIXES)
     if name is None:
         if text.startswith(hub.SCHEME):

@@ -32,11 +32,9 @@ def read_located(located: Located) -> Tensors:
     if not located.files:
         return _read_own(located)
     containers, metadata = files.read_files(located.files)
-    native = (
-        about.of_catalogue(located.network)
-        if located.network
-        else about.native_of(located.folder, metadata, located.path)
-    )
+    native = about.native_of(located.folder, metadata, located.path)
+    if located.network and not native.network:
+        native = about.of_catalogue(located.network)
     named = without_prefixes(_default(containers))
     named = names.canonical(named).values
     left_out = tuple(n for n in named if is_classifier(n) or is_counter(n))

@@ -13,6 +13,8 @@ CONTAINERS = ("model_state_dict", "state_dict", "teacher", "model")
 # Prefixes of wrappers: DataParallel; a network that is an attribute (published IDML and ProxyAnchor code); DINO.
 PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
 CLASSIFIERS = ("fc.", "head.", "classifier.")
+# Of the trunk, although named like a classifier: the last LayerNorm of a ConvNeXt.
+NO_CLASSIFIERS = ("head.norm.",)
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ def without_prefixes(named: Named) -> Named:
 
 
 def is_classifier(name: str) -> bool:
-    """Whether a tensor belongs to a classifier; the last LayerNorm of a ConvNeXt is only named like one."""
-    return name.startswith(CLASSIFIERS) and not name.startswith("head.norm.")
+    """Whether a tensor belongs to a classifier, by its name in timm or torchvision."""
+    return name.startswith(CLASSIFIERS) and not name.startswith(NO_CLASSIFIERS)
 
 
 def is_counter(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from idml_jax.training.weights import names as names_lib
-from idml_jax.training.weights.tensors import CLASSIFIERS, CONTAINERS, Named, is_counter
+from idml_jax.training.weights.tensors import CONTAINERS, NO_CLASSIFIERS, Named, is_counter
 
 Shapes = Mapping[str, tuple[int, ...]]
 Value = TypeVar("Value")
@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 _BESIDE = re.compile(
     r"(projection_head|projection|projector|proj_head|head_proj|predictor|prediction_head|prototypes|queue|queue_ptr"
     r"|mask_token|fc|head|heads|head_dist|classifier|last_layer|pre_logits|pooler|logit_scale|logit_bias"
-    r"|pool\.p|text_model|text_projection|visual_projection|decoder\w*|proxies|criterion|loss)(\.|$)"
+    r"|text_model|text_projection|visual_projection|decoder\w*|proxies|criterion|loss)(\.|$)"
 )
 # Which of several networks that fit is taken: the averaged one before the others, a student last.
 _RANKS = (("teacher", 0), ("ema", 1), ("student", 3), ("encoder_k", 4), ("momentum", 4))
@@ -66,7 +66,7 @@ class SubTree:
 
 def is_beside(name: str) -> bool:
     """Whether a tensor belongs to a head or a counter, which may be left out of a trunk."""
-    return is_counter(name) or name.startswith(CLASSIFIERS) or bool(_BESIDE.match(name))
+    return is_counter(name) or (bool(_BESIDE.match(name)) and not name.startswith(NO_CLASSIFIERS))
 
 
 def roots(named: Mapping[str, np.ndarray]) -> list[str]:
