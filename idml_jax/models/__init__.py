@@ -39,7 +39,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Poolings that are the trunk's own, and what a trunk needs for them.
-VECTORS = {"token": "a class token", "mean_tokens": "tokens"}
+VECTORS = {"token": "a class token", "mean_tokens": "tokens", "projection": "a space shared with texts"}
 
 
 class EmbeddingModel(nn.Module):
@@ -109,7 +109,8 @@ def create_model(
       uncertainty_hidden: see ``Heads``.
       uncertainty_scale: see ``Heads``.
       pooling: ``avg``, ``max`` or ``avg_max`` of the feature map; of a vision transformer also ``token`` (the class
-        token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of class token and patches).
+        token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of class token and patches),
+        and of CLIP ``projection`` (the class token in the space shared with texts).
       frozen_statistics: BatchNorm uses its running statistics in training too.
       dtype: ``float32`` or ``bfloat16``, of the trunk; heads are always float32.
       remat: recompute activations inside a block for the gradient instead of keeping them.

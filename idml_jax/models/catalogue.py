@@ -63,8 +63,8 @@ class Entry:
     layout: str
 
 
-def _vit(timm: str, width: int, depth: int, patch: int) -> Entry:
-    names = (f"vit_{timm}_patch{patch}_224", f"vit_{timm}_patch{patch}_384")
+def _vit(timm: str, width: int, depth: int, patch: int, *more: str) -> Entry:
+    names = (f"vit_{timm}_patch{patch}_224", f"vit_{timm}_patch{patch}_384", *more)
     return Entry(names, Transformers("vit", width, depth, patch), 224, *HALVES, "token", "vit")
 
 
@@ -80,16 +80,17 @@ def _dinov3(timm: str, width: int, depth: int) -> Entry:
     return Entry(names, Transformers("dinov3_vit", width, depth, 16, registers=4), 256, *IMAGENET, "token", "eva")
 
 
-def _clip(timm: str, width: int, depth: int, patch: int) -> Entry:
-    # timm's own ".openai" files without "quickgelu" in their name hold the same tensors, for the same activation.
-    names = (f"vit_{timm}_patch{patch}_clip_quickgelu_224", f"vit_{timm}_patch{patch}_clip_224.openai")
+def _clip(timm: str, width: int, depth: int, patch: int, *sizes: int) -> Entry:
+    # OpenAI's weights are for the quick GELU, also where timm has them under a name without "quickgelu".
+    names = [f"vit_{timm}_patch{patch}_clip_quickgelu_{size}" for size in sizes]
+    names = (*names, *(f"vit_{timm}_patch{patch}_clip_{size}.openai" for size in sizes))
     there = Transformers("clip_vision_model", width, depth, patch, "quick_gelu")
     return Entry(names, there, 224, *OPENAI, "token", "vit")
 
 
-def _openclip(timm: str, width: int, depth: int, patch: int) -> Entry:
+def _openclip(timm: str, width: int, depth: int, patch: int, *sizes: int) -> Entry:
     there = Transformers("clip_vision_model", width, depth, patch, "gelu")
-    return Entry((f"vit_{timm}_patch{patch}_clip_224",), there, 224, *OPENAI, "token", "vit")
+    return Entry(tuple(f"vit_{timm}_patch{patch}_clip_{size}" for size in sizes), there, 224, *OPENAI, "token", "vit")
 
 
 def _siglip(timm: str, width: int, depth: int, patch: int, sizes: tuple[int, ...], native: int) -> Entry:
@@ -99,8 +100,8 @@ def _siglip(timm: str, width: int, depth: int, patch: int, sizes: tuple[int, ...
 
 
 CATALOGUE: dict[str, Entry] = {
-    "vit_s16": _vit("small", 384, 12, 16),
-    "vit_b16": _vit("base", 768, 12, 16),
+    "vit_s16": _vit("small", 384, 12, 16, "deit_small_patch16_224"),
+    "vit_b16": _vit("base", 768, 12, 16, "deit_base_patch16_224", "deit_base_patch16_384"),
     "vit_l16": _vit("large", 1024, 24, 16),
     "vit_b32": _vit("base", 768, 12, 32),
     "vit_s14_dinov2": _dinov2("small", 384, 12),
@@ -112,12 +113,12 @@ CATALOGUE: dict[str, Entry] = {
     "vit_s16_dinov3": _dinov3("small", 384, 12),
     "vit_b16_dinov3": _dinov3("base", 768, 12),
     "vit_l16_dinov3": _dinov3("large", 1024, 24),
-    "clip_vit_b32": _clip("base", 768, 12, 32),
-    "clip_vit_b16": _clip("base", 768, 12, 16),
-    "clip_vit_l14": _clip("large", 1024, 24, 14),
-    "openclip_vit_b32": _openclip("base", 768, 12, 32),
-    "openclip_vit_b16": _openclip("base", 768, 12, 16),
-    "openclip_vit_l14": _openclip("large", 1024, 24, 14),
+    "clip_vit_b32": _clip("base", 768, 12, 32, 224),
+    "clip_vit_b16": _clip("base", 768, 12, 16, 224),
+    "clip_vit_l14": _clip("large", 1024, 24, 14, 224, 336),
+    "openclip_vit_b32": _openclip("base", 768, 12, 32, 224, 256, 384, 448),
+    "openclip_vit_b16": _openclip("base", 768, 12, 16, 224, 384),
+    "openclip_vit_l14": _openclip("large", 1024, 24, 14, 224, 336),
     "siglip_vit_b16": _siglip("base", 768, 12, 16, (224, 256, 384, 512), 224),
     "siglip_vit_l16": _siglip("large", 1024, 24, 16, (256, 384, 512), 256),
     # transformers calls the size 384, of which 27 patches of 14 pixels cover 378.
