@@ -45,7 +45,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Poolings that are the trunk's own, and what a trunk needs for them.
-VECTORS = {"token": "a class token", "mean_tokens": "tokens"}
+VECTORS = {"token": "a class token", "mean_tokens": "tokens", "projection": "a space shared with texts"}
 
 
 class EmbeddingModel(nn.Module):
@@ -126,7 +126,7 @@ def create_model(
       uncertainty_scale: see ``Heads``.
       pooling: ``avg``, ``max``, ``avg_max`` or ``gem`` (learned power) of the feature map; of a vision transformer
         also ``token`` (the class token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of
-        class token and patches).
+        class token and patches), and of CLIP ``projection`` (the class token in the space shared with texts).
       frozen_statistics: BatchNorm uses its running statistics in training too.
       dtype: ``float32`` or ``bfloat16``, of the trunk; heads are always float32.
       remat: recompute activations inside a block for the gradient instead of keeping them.

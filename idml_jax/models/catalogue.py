@@ -12,6 +12,7 @@ from typing import Any
 Channels = tuple[float, float, float]
 IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+LITE: tuple[Channels, Channels] = ((127 / 255, 127 / 255, 127 / 255), (128 / 255, 128 / 255, 128 / 255))
 OPENAI: tuple[Channels, Channels] = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
@@ -63,8 +64,8 @@ class Entry:
     layout: str
 
 
-def _vit(timm: str, width: int, depth: int, patch: int) -> Entry:
-    names = (f"vit_{timm}_patch{patch}_224", f"vit_{timm}_patch{patch}_384")
+def _vit(timm: str, width: int, depth: int, patch: int, *more: str) -> Entry:
+    names = (f"vit_{timm}_patch{patch}_224", f"vit_{timm}_patch{patch}_384", *more)
     return Entry(names, Transformers("vit", width, depth, patch), 224, *HALVES, "token", "vit")
 
 
@@ -80,16 +81,17 @@ def _dinov3(timm: str, width: int, depth: int) -> Entry:
     return Entry(names, Transformers("dinov3_vit", width, depth, 16, registers=4), 256, *IMAGENET, "token", "eva")
 
 
-def _clip(timm: str, width: int, depth: int, patch: int) -> Entry:
-    # timm's own ".openai" files without "quickgelu" in their name hold the same tensors, for the same activation.
-    names = (f"vit_{timm}_patch{patch}_clip_quickgelu_224", f"vit_{timm}_patch{patch}_clip_224.openai")
+def _clip(timm: str, width: int, depth: int, patch: int, *sizes: int) -> Entry:
+    # OpenAI's weights are for the quick GELU, also where timm has them under a name without "quickgelu".
+    names = [f"vit_{timm}_patch{patch}_clip_quickgelu_{size}" for size in sizes]
+    names = (*names, *(f"vit_{timm}_patch{patch}_clip_{size}.openai" for size in sizes))
     there = Transformers("clip_vision_model", width, depth, patch, "quick_gelu")
     return Entry(names, there, 224, *OPENAI, "token", "vit")
 
 
-def _openclip(timm: str, width: int, depth: int, patch: int) -> Entry:
+def _openclip(timm: str, width: int, depth: int, patch: int, *sizes: int) -> Entry:
     there = Transformers("clip_vision_model", width, depth, patch, "gelu")
-    return Entry((f"vit_{timm}_patch{patch}_clip_224",), there, 224, *OPENAI, "token", "vit")
+    return Entry(tuple(f"vit_{timm}_patch{patch}_clip_{size}" for size in sizes), there, 224, *OPENAI, "token", "vit")
 
 
 def _siglip(timm: str, width: int, depth: int, patch: int, sizes: tuple[int, ...], native: int) -> Entry:
@@ -106,9 +108,9 @@ CATALOGUE: dict[str, Entry] = {
     **{name: _convolutional(name, "resnet") for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
     **{name: _convolutional(name, "convnext") for name in ("convnext_tiny", "convnext_small", "convnext_base")},
     # timm's efficientnet_lite0 pads its convolutions in another way.
-    "efficientnet_lite0": _convolutional("efficientnet_lite0", "efficientnet", HALVES, "tf_efficientnet_lite0"),
-    "vit_s16": _vit("small", 384, 12, 16),
-    "vit_b16": _vit("base", 768, 12, 16),
+    "efficientnet_lite0": _convolutional("efficientnet_lite0", "efficientnet", LITE, "tf_efficientnet_lite0"),
+    "vit_s16": _vit("small", 384, 12, 16, "deit_small_patch16_224"),
+    "vit_b16": _vit("base", 768, 12, 16, "deit_base_patch16_224", "deit_base_patch16_384"),
     "vit_l16": _vit("large", 1024, 24, 16),
     "vit_b32": _vit("base", 768, 12, 32),
     "vit_s14_dinov2": _dinov2("small", 384, 12),
@@ -120,12 +122,12 @@ CATALOGUE: dict[str, Entry] = {
     "vit_s16_dinov3": _dinov3("small", 384, 12),
     "vit_b16_dinov3": _dinov3("base", 768, 12),
     "vit_l16_dinov3": _dinov3("large", 1024, 24),
-    "clip_vit_b32": _clip("base", 768, 12, 32),
-    "clip_vit_b16": _clip("base", 768, 12, 16),
-    "clip_vit_l14": _clip("large", 1024, 24, 14),
-    "openclip_vit_b32": _openclip("base", 768, 12, 32),
-    "openclip_vit_b16": _openclip("base", 768, 12, 16),
-    "openclip_vit_l14": _openclip("large", 1024, 24, 14),
+    "clip_vit_b32": _clip("base", 768, 12, 32, 224),
+    "clip_vit_b16": _clip("base", 768, 12, 16, 224),
+    "clip_vit_l14": _clip("large", 1024, 24, 14, 224, 336),
+    "openclip_vit_b32": _openclip("base", 768, 12, 32, 224, 256, 384, 448),
+    "openclip_vit_b16": _openclip("base", 768, 12, 16, 224, 384),
+    "openclip_vit_l14": _openclip("large", 1024, 24, 14, 224, 336),
     "siglip_vit_b16": _siglip("base", 768, 12, 16, (224, 256, 384, 512), 224),
     "siglip_vit_l16": _siglip("large", 1024, 24, 16, (256, 384, 512), 256),
     # transformers calls the size 384, of which 27 patches of 14 pixels cover 378.

@@ -1,70 +1,18 @@
 """Vision transformers (Dosovitskiy et al., ICLR 2021), laid out and named as in timm.
 
-One network with options: ``Family`` says what tells DINOv2, DINOv3, CLIP and SigLIP from the plain network, and the
-partial functions at the end give their sizes.
+One network with options: a ``Family`` says what tells DINOv2, DINOv3, CLIP and SigLIP from the plain network, and
+``TRUNKS`` gives the sizes.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from idml_jax.models import positions
-
-_truncated = nn.initializers.truncated_normal(0.02)
-_zeros = nn.initializers.zeros
-ACTIVATIONS = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """What tells a family of vision transformers from the others.
-
-    Attributes:
-      activation: between the two layers of a block's network: ``gelu`` (exact), ``gelu_tanh`` or ``quick_gelu``.
-      epsilon: added to the variance by every LayerNorm.
-      layer_scale: initial value of the learned factors on what a block adds; 0: no such factors.
-      class_token: whether there is one.
-      registers: number of tokens that only the network itself reads (Darcet et al., ICLR 2024).
-      learned: position embeddings of ``all`` tokens (class token and patches), of the ``patches``, or ``none``.
-      rotary: positions by rotating queries and keys in every block, with this base; 0: not so.
-      antialias: how learned positions are resized to another image size; see ``positions``.
-      patch_bias: whether the projection of the patches has a bias.
-      first_norm: whether a LayerNorm comes before the first block.
-      attention_pool: whether the vector of an image is read from the patches by attention (SigLIP).
-      key_bias: whether the keys have a bias; without, queries and values have theirs under timm's names for DINOv3.
-    """
-
-    activation: str = "gelu"
-    epsilon: float = 1e-6
-    layer_scale: float = 0.0
-    class_token: bool = True
-    registers: int = 0
-    learned: str = "all"
-    rotary: float = 0.0
-    antialias: bool = True
-    patch_bias: bool = True
-    first_norm: bool = False
-    attention_pool: bool = False
-    key_bias: bool = True
-
-    @property
-    def prefix(self) -> int:
-        """Number of tokens before the patches."""
-        return int(self.class_token) + self.registers
-
-    def norm(self, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-        """A LayerNorm of this family."""
-        return nn.LayerNorm(epsilon=self.epsilon, dtype=dtype, use_fast_variance=False, name=name)
-
+from idml_jax.models.vit_parts import AttentionPool, Block, Family, PatchEmbed, truncated
 
 PLAIN = Family()
 # timm antialiases here too, which Meta's code and transformers do not.
@@ -74,143 +22,6 @@ DINOV3 = Family(epsilon=1e-5, layer_scale=1e-5, registers=4, learned="none", rot
 CLIP = Family(activation="quick_gelu", epsilon=1e-5, patch_bias=False, first_norm=True)
 OPENCLIP = Family(epsilon=1e-5, patch_bias=False, first_norm=True)
 SIGLIP = Family(activation="gelu_tanh", class_token=False, learned="patches", attention_pool=True)
-
-
-class Block(nn.Module):
-    """Attention and a two-layer network, each after a LayerNorm and with a shortcut."""
-
-    heads: int
-    hidden: int
-    family: Family
-    grid: positions.Grid
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
-        family, dtype = self.family, self.dtype
-        y = Attention(self.heads, family, self.grid, dtype, name="attn")(family.norm(dtype, "norm1")(x))
-        x = x + self.scaled(y, 1)
-        y = Mlp(self.hidden, family.activation, dtype, name="mlp")(family.norm(dtype, "norm2")(x))
-        return x + self.scaled(y, 2)
-
-    def scaled(self, y: Float[Array, "n t d"], part: int) -> Float[Array, "n t d"]:
-        """With the learned factors of the first or second part of the block, if the family has them."""
-        if not self.family.layer_scale:
-            return y
-        start = nn.initializers.constant(self.family.layer_scale)
-        if self.family.key_bias:
-            return _Scale(start, self.dtype, name=f"ls{part}")(y)
-        return y * self.param(f"gamma_{part}", start, (y.shape[-1],), jnp.float32).astype(self.dtype)[None, None]
-
-
-class _Scale(nn.Module):
-    """A learned factor for each channel."""
-
-    start: nn.initializers.Initializer
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
-        return x * self.param("gamma", self.start, (x.shape[-1],), jnp.float32).astype(self.dtype)[None, None]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention; the softmax is float32."""
-
-    heads: int
-    family: Family
-    grid: positions.Grid
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n t d"]:
-        n, tokens, width = x.shape
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=_truncated)
-        parts = dense(3 * width, use_bias=self.family.key_bias, name="qkv")(x).reshape(n, tokens, 3, width)
-        query, key, value = parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
-        if not self.family.key_bias:
-            query = query + self.param("q_bias", _zeros, (width,), jnp.float32).astype(self.dtype)[None, None]
-            value = value + self.param("v_bias", _zeros, (width,), jnp.float32).astype(self.dtype)[None, None]
-        query, key, value = (part.reshape(n, tokens, self.heads, -1) for part in (query, key, value))
-        if self.family.rotary:
-            angles = positions.rotary_angles(self.grid, width // self.heads, self.family.rotary)
-            query, key = positions.rotate(query, angles), positions.rotate(key, angles)
-        out = jax.nn.dot_product_attention(query, key, value)
-        return dense(width, name="proj")(out.reshape(n, tokens, width))
-
-
-class AttentionPool(nn.Module):
-    """One vector per image: a learned query attends to all tokens, and a two-layer network follows (SigLIP)."""
-
-    heads: int
-    hidden: int
-    family: Family
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n t d"]) -> Float[Array, "n d"]:
-        n, tokens, width = x.shape
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=_truncated)
-        latent = self.param("latent", nn.initializers.normal(width**-0.5), (1, 1, width), jnp.float32)
-        query = dense(width, name="q")(latent.astype(self.dtype)).reshape(1, 1, self.heads, -1)
-        pair = dense(2 * width, name="kv")(x).reshape(n, tokens, 2, self.heads, -1)
-        query = jnp.broadcast_to(query, (n, *query.shape[1:]))
-        y = jax.nn.dot_product_attention(query, pair[:, :, 0], pair[:, :, 1]).reshape(n, width)
-        y = dense(width, name="proj")(y)
-        normed = self.family.norm(self.dtype, "norm")(y)
-        return y + Mlp(self.hidden, self.family.activation, self.dtype, name="mlp")(normed)
-
-
-class Mlp(nn.Module):
-    """Two layers with an activation between them."""
-
-    hidden: int
-    activation: str
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        dense = partial(nn.Dense, dtype=self.dtype, kernel_init=_truncated)
-        y = ACTIVATIONS[self.activation](dense(self.hidden, name="fc1")(x))
-        return dense(x.shape[-1], name="fc2")(y)
-
-
-class PatchEmbed(nn.Module):
-    """Patches to tokens: a convolution with stride equal to its size, computed as a matrix product.
-
-    XLA's CPU compiler takes twice as long for the gradient of the convolution, and a hundred times inside a loop.
-    """
-
-    width: int
-    patch: int
-    bias: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, images: Float[Array, "n h w c"]) -> Float[Array, "n t d"]:
-        n, height, width, channels = images.shape
-        side = self.patch
-        x = images.reshape(n, height // side, side, width // side, side, channels).swapaxes(2, 3)
-        x = x.reshape(n, -1, side * side * channels)
-        return _PatchProjection(self.width, side, self.bias, self.dtype, name="proj")(x)
-
-
-class _PatchProjection(nn.Module):
-    """A linear layer whose kernel has the shape of the convolution's, ``[side, side, channels, width]``."""
-
-    width: int
-    side: int
-    bias: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, patches: Float[Array, "n t p"]) -> Float[Array, "n t d"]:
-        shape = (self.side, self.side, patches.shape[-1] // self.side**2, self.width)
-        kernel = self.param("kernel", _truncated, shape, jnp.float32).astype(self.dtype)
-        tokens = patches.astype(self.dtype) @ kernel.reshape(-1, self.width)
-        if not self.bias:
-            return tokens
-        return tokens + self.param("bias", _zeros, (self.width,), jnp.float32).astype(self.dtype)[None, None]
 
 
 class VisionTransformer(nn.Module):
@@ -226,6 +37,7 @@ class VisionTransformer(nn.Module):
       image_size: side of the images that the learned positions belong to, in pixels; they are resized to those of
         other images. 0: the images at hand have this size.
       output: ``map`` (of the patches), or one of ``vectors``.
+      projection: width of the space that images share with texts (CLIP); 0: there is none.
       frozen_statistics: without effect; there are no statistics.
       remat: keep only the input of every block for the gradient and compute the rest again.
       dtype: of layers and activations; parameters and softmax stay float32.
@@ -239,6 +51,7 @@ class VisionTransformer(nn.Module):
     family: Family = PLAIN
     image_size: int = 0
     output: str = "map"
+    projection: int = 0
     frozen_statistics: bool = False
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -250,9 +63,10 @@ class VisionTransformer(nn.Module):
         """What the network can give as one vector per image, besides pooling its map.
 
         ``token`` is the class token or, in SigLIP, what attention reads from the patches; ``mean_tokens`` is the mean
-        of class token and patches (registers do not count).
+        of class token and patches (registers do not count); ``projection`` is CLIP's vector in the space of its texts.
         """
-        return ("token", "mean_tokens") if self.family.class_token or self.family.attention_pool else ("mean_tokens",)
+        own_vector = self.family.class_token or self.family.attention_pool
+        return (*["token"] * own_vector, "mean_tokens", *["projection"] * bool(self.projection))
 
     def check_images(self, height: int, width: int) -> None:
         """Raises ``ValueError`` if an image of this size is not a whole number of patches."""
@@ -292,6 +106,8 @@ class VisionTransformer(nn.Module):
             pooled = AttentionPool(self.heads, hidden, family, dtype, name="attn_pool")(x)
         if self.output == "token":
             return pooled if family.attention_pool else x[:, 0]
+        if self.output == "projection":
+            return nn.Dense(self.projection, use_bias=False, dtype=dtype, kernel_init=truncated, name="head")(x[:, 0])
         patches = x[:, family.prefix :]
         if self.output == "mean_tokens":
             tokens = jnp.concatenate([x[:, : int(family.class_token)], patches], axis=1)
@@ -312,7 +128,7 @@ class VisionTransformer(nn.Module):
             own = (self.image_size // self.patch,) * 2 if self.image_size else grid
             shape = (1, x.shape[1] - len(patches[0]) + own[0] * own[1], self.width)
             self._check_positions(shape)
-            table = self.param("pos_embed", _truncated, shape, jnp.float32)
+            table = self.param("pos_embed", truncated, shape, jnp.float32)
             x = x + positions.resize(table, own, grid, family.antialias).astype(self.dtype)
         if family.registers:
             shape = (1, family.registers, self.width)
@@ -374,12 +190,12 @@ TRUNKS = {
     "vit_s16_dinov3": partial(ViTS16, family=DINOV3),
     "vit_b16_dinov3": partial(ViTB16, family=DINOV3),
     "vit_l16_dinov3": partial(ViTL16, family=DINOV3),
-    "clip_vit_b32": partial(ViTB32, family=CLIP),
-    "clip_vit_b16": partial(ViTB16, family=CLIP),
-    "clip_vit_l14": partial(ViTL16, patch=14, family=CLIP),
-    "openclip_vit_b32": partial(ViTB32, family=OPENCLIP),
-    "openclip_vit_b16": partial(ViTB16, family=OPENCLIP),
-    "openclip_vit_l14": partial(ViTL16, patch=14, family=OPENCLIP),
+    "clip_vit_b32": partial(ViTB32, family=CLIP, projection=512),
+    "clip_vit_b16": partial(ViTB16, family=CLIP, projection=512),
+    "clip_vit_l14": partial(ViTL16, patch=14, family=CLIP, projection=768),
+    "openclip_vit_b32": partial(ViTB32, family=OPENCLIP, projection=512),
+    "openclip_vit_b16": partial(ViTB16, family=OPENCLIP, projection=512),
+    "openclip_vit_l14": partial(ViTL16, patch=14, family=OPENCLIP, projection=768),
     "siglip_vit_b16": partial(ViTB16, family=SIGLIP),
     "siglip_vit_l16": partial(ViTL16, family=SIGLIP),
     "siglip_so400m14": partial(ViTSO14, family=SIGLIP),
@@ -387,6 +203,6 @@ TRUNKS = {
     "vit_tiny_dinov2": partial(_ViTTiny, family=DINOV2),
     "vit_tiny_dinov2_reg": partial(_ViTTiny, family=DINOV2_REGISTERS),
     "vit_tiny_dinov3": partial(_ViTTiny, family=DINOV3),
-    "vit_tiny_clip": partial(_ViTTiny, family=CLIP),
+    "vit_tiny_clip": partial(_ViTTiny, family=CLIP, projection=8),
     "vit_tiny_siglip": partial(_ViTTiny, family=SIGLIP),
 }

@@ -82,7 +82,8 @@ def default_config() -> ConfigDict:
     config.model.uncertainty_head = "mlp"  # or linear, none
     config.model.uncertainty_hidden = 128
     config.model.uncertainty_scale = 1.0  # factor on the initial weights of the last uncertainty layer
-    config.model.pooling = "avg_max"  # or avg, max, gem (learned power); of a transformer also token, mean_tokens
+    # avg, max, avg_max, gem (learned power); of a transformer also token, mean_tokens, projection
+    config.model.pooling = "avg_max"
     config.model.batchnorm = "frozen"  # or frozen_statistics (scale and bias learn), live
     config.model.dtype = "float32"  # or bfloat16, of the trunk
     config.model.remat = False  # recompute activations inside a block for the gradient: less memory, slower

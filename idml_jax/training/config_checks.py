@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.batchnorm": ("frozen", "frozen_statistics", "live"),
     "model.dtype": ("float32", "bfloat16"),
     "model.uncertainty_head": ("mlp", "linear", "none"),
-    "model.pooling": ("avg", "max", "avg_max", "gem", "token", "mean_tokens"),
+    "model.pooling": ("avg", "max", "avg_max", "gem", "token", "mean_tokens", "projection"),
     "model.init_parts": ("trunk", "semantic", "all"),
     "model.input_layer": ("match", "sum"),
     "sharding.proxies": ("auto", "split", "whole"),

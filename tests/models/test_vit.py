@@ -28,11 +28,14 @@ def random_variables(trunk, images):
     return jax.tree_util.tree_map_with_path(draw, like)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_dinov2_reg", "vit_tiny_siglip"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_dinov2_reg", "vit_tiny_siglip", pytest.param("vit_tiny_clip", marks=pytest.mark.slow)]
+)
 def test_every_pooling_is_of_the_same_tokens(name):
     images = images_of(16, 24)
     trunk = models.MODELS[name](depth=1)
-    variables = random_variables(trunk, images)
+    # The projection has parameters only where it is asked for.
+    variables = random_variables(trunk.clone(output=trunk.vectors[-1]), images)
 
     @jax.jit
     def tokens_and_outputs(variables, images):
@@ -42,18 +45,24 @@ def test_every_pooling_is_of_the_same_tokens(name):
 
     tokens, out, pooled = tokens_and_outputs(variables, images)
     prefix = trunk.family.prefix
-    assert tokens.shape == (3, prefix + 6, 24) and prefix == (0 if "siglip" in name else 5)
+    assert tokens.shape == (3, prefix + 6, 24) and prefix == {"siglip": 0, "clip": 1}.get(name.split("_")[2], 5)
     chex.assert_trees_all_close(out["map"].reshape(3, 6, 24), tokens[:, prefix:])
     chex.assert_trees_all_close(out["token"], pooled[0] if pooled else tokens[:, 0])
     own = tokens[:, prefix:] if pooled else jnp.concatenate([tokens[:, :1], tokens[:, prefix:]], axis=1)
     chex.assert_trees_all_close(out["mean_tokens"], own.mean(1), rtol=1e-5, atol=1e-6)
+    if "projection" in out:
+        head = variables["params"]["head"]["kernel"]
+        chex.assert_trees_all_close(out["projection"], tokens[:, 0] @ head, rtol=1e-4, atol=1e-5)
 
 
 def test_a_pooling_that_a_trunk_does_not_give_is_refused():
     with pytest.raises(ValueError, match="pooling 'mean_tokens' needs tokens, which resnet_tiny does not have"):
         models.create_model("resnet_tiny", pooling="mean_tokens")
+    with pytest.raises(ValueError, match="'projection' needs a space shared with texts, which vit_b16 does not have"):
+        models.create_model("vit_b16", pooling="projection")
     for name in CATALOGUE:
         if name in vit.TRUNKS:
+            assert ("projection" in models.MODELS[name]().vectors) is ("clip_" in name)
             for pooling in ("avg", "max", "avg_max", "token", "mean_tokens"):
                 assert models.create_model(name, pooling=pooling).pooling == pooling
 

@@ -195,6 +195,8 @@ def test_the_same_function_as_transformers(key, grid, tmp_path):
         "siglip_vit_b16": towers | {"logit_bias"},
     }[key]  # fmt: skip
     assert names - {"vision_model"} == expected
+    if "clip" in key and "siglip" not in key:
+        assert (found.values["head.weight"] == net.visual_projection.weight.detach().numpy()).all()
 
 
 @pytest.mark.parametrize("antialias", [False, True])
