@@ -47,6 +47,10 @@ class EmbeddingModel(nn.Module):
 
     The parameters have two top-level entries, ``trunk`` and ``heads``, which are also the optimizer's groups.
 
+    A trunk takes ``frozen_statistics`` and ``dtype``. It may also have ``vectors``, names of poolings of its own, and
+    ``output``, which selects one of them instead of the map; ``remat`` and ``looped``; ``has_statistics``, false if
+    without BatchNorm; and ``check_images``.
+
     Attributes:
       trunk: network from images to feature maps.
       heads: network from pooled features to embeddings.
