@@ -167,6 +167,40 @@ def test_a_checkpoint_of_lightning(tiny, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_names_of_transformers_below_a_wrapper(tmp_path):
+    """As ``ViTForImageClassification`` in a wrapper: queries, keys and values apart, and a text tower beside it."""
+    _, variables = random_variables("vit_tiny")
+    named = {
+        naming.torch_name(p): naming.to_torch(p, v) for p, v in naming.flatten(variables).items() if "/trunk/" in p
+    }
+    theirs = {
+        "text_model.embeddings.weight": ones(2, 2),
+        "classifier.weight": ones(5, 24),
+        "pooler.dense.bias": ones(24),
+    }
+    words = (
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("cls_token", "embeddings.cls_token"),
+        ("pos_embed", "embeddings.position_embeddings"), ("blocks.", "encoder.layer."), ("norm1", "layernorm_before"),
+        ("norm2", "layernorm_after"), ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
+        ("mlp.fc2", "output.dense"),
+    )  # fmt: skip
+    for name, value in named.items():
+        name = f"layernorm.{name[5:]}" if name.startswith("norm.") else name
+        for old, new in words:
+            name = name.replace(old, new)
+        parts = {name: value}
+        if ".attn.qkv." in name:
+            split = zip(("query", "key", "value"), np.split(value, 3), strict=True)
+            parts = {name.replace("attn.qkv", f"attention.attention.{part}"): piece for part, piece in split}
+        theirs |= parts
+    source = tmp_path / "model.safetensors"
+    safetensors.save_file({n: np.ascontiguousarray(v) for n, v in under("net.vit.", theirs).items()}, source)
+    loaded, told = pretrained.load(source, variables, network="vit_tiny")
+    assert_same(loaded["params"]["trunk"], variables["params"]["trunk"])
+    assert "text_model.embeddings.weight" in told and "(3 in total)" in told
+    assert pretrained.read(source).network == "" and "vit_tiny" in weights.show(source)
+
+
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 DINOV2 = {"model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "patch_size": 14, "image_size": 518}
 CLIP = {"model_type": "clip", "vision_config": {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32}}
@@ -206,6 +240,11 @@ STATISTICS = {"image_mean": IMAGENET["mean"], "image_std": IMAGENET["std"]}
                 "clip_vit_b32", "clip of transformers (hidden_size 768, num_hidden_layers 12, patch_size 32)",
                 224, 224, **IMAGENET, pooling="token",
             ),
+        ),
+        (
+            {"model_type": "convnext", "depths": [3, 3, 27, 3], "hidden_sizes": [128, 256, 512, 1024]},
+            {"size": {"shortest_edge": 224}, "crop_pct": 0.875, **STATISTICS},
+            Native("convnext_base", "convnext of transformers", 224, 256, **IMAGENET, pooling="avg"),
         ),
         ({"model_type": "swin"}, {"size": "large", "image_mean": "no"}, Native("", "swin of transformers")),
         ({"architecture": "resnest50d"}, {}, Native("", "resnest50d of timm")),
