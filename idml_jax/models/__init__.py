@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from idml_jax.models import convnet, pyramidnet, resnet, vit
+from idml_jax.models import convnet, convnext, efficientnet, pyramidnet, resnet, vit
 from idml_jax.models.heads import ClassifierHead, Heads, init_proxies
-from idml_jax.models.layers import pool_global
+from idml_jax.models.layers import GeM, pool_global
 
 __all__ = ["MODELS", "EmbeddingModel", "create_classifier", "create_model", "init_proxies"]
 
@@ -32,9 +32,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "pyramidnet200": pyramidnet.PyramidNet200,
     "pyramidnet110": pyramidnet.PyramidNet110,
     **vit.TRUNKS,
+    "convnext_tiny": convnext.ConvNeXtTiny,
+    "convnext_small": convnext.ConvNeXtSmall,
+    "convnext_base": convnext.ConvNeXtBase,
+    "efficientnet_lite0": efficientnet.EfficientNetLite0,
     "convnet4": convnet.ConvNet,
     "resnet_tiny": resnet._ResNetTiny,
     "pyramidnet_tiny": pyramidnet._PyramidNetTiny,
+    "convnext_toy": convnext._ConvNeXtToy,
+    "efficientnet_toy": efficientnet._EfficientNetToy,
 }
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -54,12 +60,19 @@ class EmbeddingModel(nn.Module):
     Attributes:
       trunk: network from images to feature maps.
       heads: network from pooled features to embeddings.
-      pooling: see ``pool_global``; other names are of vectors that the trunk itself returns, such as ``token``.
+      pooling: see ``pool_global``; ``gem``, whose power is a parameter of the trunk; other names are of vectors that
+        the trunk itself returns, such as ``token``.
     """
 
     trunk: nn.Module
     heads: nn.Module
     pooling: str = "avg_max"
+
+    def setup(self) -> None:
+        if self.pooling == "gem":
+            self.pool = GeM()
+            # Its power belongs to the trunk: where features are computed, only the parameters of the trunk are given.
+            nn.share_scope(self.pool, self.trunk)
 
     @property
     def independent_rows(self) -> bool:
@@ -83,7 +96,10 @@ class EmbeddingModel(nn.Module):
     def features(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n f"]:
         """Pooled features of normalised images."""
         maps = self.trunk(images, train=train)
-        return maps.astype(jnp.float32) if self.pooling in VECTORS else pool_global(maps, self.pooling)
+        if self.pooling in VECTORS:
+            return maps.astype(jnp.float32)
+        pooled = self.pool(maps) if self.pooling == "gem" else pool_global(maps, self.pooling)
+        return self.trunk.finish(pooled) if hasattr(self.trunk, "finish") else pooled
 
     def embed(self, features: Float[Array, "n f"]) -> dict[str, Float[Array, "n ..."]]:
         """Embeddings from pooled features: the heads only."""
@@ -112,9 +128,9 @@ def create_model(
       uncertainty_head: see ``Heads``.
       uncertainty_hidden: see ``Heads``.
       uncertainty_scale: see ``Heads``.
-      pooling: ``avg``, ``max`` or ``avg_max`` of the feature map; of a vision transformer also ``token`` (the class
-        token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of class token and patches),
-        and of CLIP ``projection`` (the class token in the space shared with texts).
+      pooling: ``avg``, ``max``, ``avg_max`` or ``gem`` (learned power) of the feature map; of a vision transformer also
+        ``token`` (the class token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of
+        class token and patches), and of CLIP ``projection`` (the class token in the space shared with texts).
       frozen_statistics: BatchNorm uses its running statistics in training too.
       dtype: ``float32`` or ``bfloat16``, of the trunk; heads are always float32.
       remat: recompute activations inside a block for the gradient instead of keeping them.
@@ -182,6 +198,11 @@ def _create_trunk(name: str, pooling: str, frozen_statistics: bool, dtype: str, 
         if pooling not in getattr(trunk, "vectors", ()):
             raise ValueError(f"pooling {pooling!r} needs {VECTORS[pooling]}, which {name} does not have")
         trunk = trunk.clone(output=pooling)
+    if pooling == "gem" and getattr(trunk, "signed_maps", False):
+        raise ValueError(
+            f"pooling 'gem' takes powers of the feature maps, and those of {name} may be negative; "
+            "use avg, max or avg_max"
+        )
     if remat:
         if not hasattr(trunk, "remat"):
             raise ValueError(f"remat: {name} has no blocks to compute again")

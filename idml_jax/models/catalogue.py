@@ -100,7 +100,15 @@ def _siglip(timm: str, width: int, depth: int, patch: int, sizes: tuple[int, ...
     return Entry(names, there, native, *HALVES, "token", "vit")
 
 
+def _convolutional(name: str, layout: str, statistics: tuple[Channels, Channels] = IMAGENET, timm: str = "") -> Entry:
+    return Entry((timm or name,), None, 224, *statistics, "avg", layout)
+
+
 CATALOGUE: dict[str, Entry] = {
+    **{name: _convolutional(name, "resnet") for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
+    **{name: _convolutional(name, "convnext") for name in ("convnext_tiny", "convnext_small", "convnext_base")},
+    # timm's efficientnet_lite0 pads its convolutions in another way.
+    "efficientnet_lite0": _convolutional("efficientnet_lite0", "efficientnet", HALVES, "tf_efficientnet_lite0"),
     "vit_s16": _vit("small", 384, 12, 16, "deit_small_patch16_224"),
     "vit_b16": _vit("base", 768, 12, 16, "deit_base_patch16_224", "deit_base_patch16_384"),
     "vit_l16": _vit("large", 1024, 24, 16),
@@ -135,6 +143,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {"hidden_act": "quick_gelu", "patch_size": 32},
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh"},
 }
+# Blocks per stage and width of the first, of transformers' ConvNextModel.
+_CONVNEXT = {
+    ((3, 3, 9, 3), 96): "convnext_tiny", ((3, 3, 27, 3), 96): "convnext_small",
+    ((3, 3, 27, 3), 128): "convnext_base",
+}  # fmt: skip
 # Models of two towers, by the type of the tower for images.
 _TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
@@ -156,6 +169,9 @@ def for_timm(architecture: str, tag: str = "") -> str | None:
 def for_transformers(config: Mapping[str, Any]) -> str | None:
     """The trunk of a ``config.json`` of transformers, as a key of ``CATALOGUE``; ``None`` if it is not among them."""
     kind = config.get("model_type")
+    if kind == "convnext":
+        depths, widths = config.get("depths") or (3, 3, 9, 3), config.get("hidden_sizes") or (96,)
+        return _CONVNEXT.get((tuple(depths), widths[0]))
     if kind in _TOWERS:
         config, kind = config.get("vision_config") or {}, _TOWERS[str(kind)]
     there = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 16, "num_register_tokens": 0}

@@ -56,6 +56,7 @@ class VisionTransformer(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
     has_statistics = False
+    signed_maps = True
 
     @property
     def vectors(self) -> tuple[str, ...]:
