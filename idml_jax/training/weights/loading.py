@@ -113,7 +113,8 @@ def load(
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         hint = _hint(tensors, found, {name_of[p]: _shape(p, ours[p], tensors.torch) for p in wanted}, parts, network)
         raise UserError(f"{where} does not fit the network: {'; '.join(problems[:4])}{more}{hint}")
-    left_out = [n for n in {*tensors.left_out, *found.beside, *beside, *ignored} if not is_counter(n)]
+    taken = {name_of[path] for path in loaded}
+    left_out = [n for n in {*tensors.left_out, *found.beside, *beside, *ignored} - taken if not is_counter(n)]
     told = [*found.told, *([f"not in the file: {', '.join(fresh)}"] if fresh else [])]
     if left_out:
         told.append(f"left out: {wrapped.listed(left_out)} ({len(left_out)} in total)")
