@@ -12,6 +12,7 @@ from typing import Any
 Channels = tuple[float, float, float]
 IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+LITE: tuple[Channels, Channels] = ((127 / 255, 127 / 255, 127 / 255), (128 / 255, 128 / 255, 128 / 255))
 OPENAI: tuple[Channels, Channels] = (
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
@@ -108,7 +109,7 @@ CATALOGUE: dict[str, Entry] = {
     **{name: _convolutional(name, "resnet") for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
     **{name: _convolutional(name, "convnext") for name in ("convnext_tiny", "convnext_small", "convnext_base")},
     # timm's efficientnet_lite0 pads its convolutions in another way.
-    "efficientnet_lite0": _convolutional("efficientnet_lite0", "efficientnet", HALVES, "tf_efficientnet_lite0"),
+    "efficientnet_lite0": _convolutional("efficientnet_lite0", "efficientnet", LITE, "tf_efficientnet_lite0"),
     "vit_s16": _vit("small", 384, 12, 16, "deit_small_patch16_224"),
     "vit_b16": _vit("base", 768, 12, 16, "deit_base_patch16_224", "deit_base_patch16_384"),
     "vit_l16": _vit("large", 1024, 24, 16),

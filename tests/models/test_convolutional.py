@@ -10,7 +10,8 @@ from idml_jax import models, pretrained
 from idml_jax.errors import UserError
 from idml_jax.models import convnext_names, depthwise, efficientnet_names, naming
 from idml_jax.models.efficientnet import LITE0, relu6
-from idml_jax.training import packaged_weights, weights
+from idml_jax.training import packaged_weights
+from idml_jax.training.weights import files
 
 TOYS = ("convnext_toy", "efficientnet_toy")
 
@@ -154,7 +155,7 @@ def test_a_word_stands_for_an_installed_package(tmp_path, monkeypatch):
     file = package / "models" / "efficientnet-lite0-57934424.pth"
     file.write_bytes(b"")
     assert packaged_weights.packaged("efficientnet_lite0") == file
-    monkeypatch.setattr(weights, "_read_torch", lambda path: {"conv_stem.weight": np.ones(1, np.float32)})
+    monkeypatch.setattr(files, "read_files", lambda paths: ({"": {"conv_stem.weight": np.ones(1, np.float32)}}, {}))
     like = {"params": {"trunk": {"conv1": {"kernel": jnp.ones(1)}}}}
     with pytest.raises(UserError, match="config.model.name=efficientnet_lite0 is the network that fits"):
         pretrained.load("efficientnet_lite0", like, network="resnet50")

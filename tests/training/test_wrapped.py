@@ -135,6 +135,23 @@ class TestCures:
             np.sum(back["params"]["trunk"]["conv1"]["kernel"], axis=2, keepdims=True), kernel, rtol=1e-6
         )
 
+    def test_a_projection_is_kept_where_there_is_one(self, tmp_path):
+        _, variables = random_variables("vit_tiny_clip", pooling="projection")
+        source = write(tmp_path / "a.safetensors", variables)
+        told = pretrained.fetch(source, tmp_path / "b.safetensors")
+        assert "vit_tiny_clip written" in told
+        projected = pretrained.load(tmp_path / "b.safetensors", variables)[0]
+        assert_same(projected["params"]["trunk"], variables["params"]["trunk"])
+        _, without = random_variables("vit_tiny_clip", pooling="token")
+        assert "left out: head.weight (1 in total)" in pretrained.load(source, without)[1]
+        own = Tensors(naming.flatten(projected), (), torch=False)
+        assert_same(
+            weights.load(own, without)[0]["params"]["trunk"], weights.load(source, without)[0]["params"]["trunk"]
+        )
+        source = write(tmp_path / "c.safetensors", without)
+        with pytest.raises(UserError, match=r"head.weight is missing there .*config.model.pooling=token does without"):
+            weights.load(source, variables, network="vit_tiny_clip")
+
     def test_another_normalisation_is_warned_of(self):
         config = default_config()
         native = Native("vit_b16", "vit", 224, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "token", "config.json")
