@@ -54,6 +54,10 @@ class EmbeddingModel(nn.Module):
 
     The parameters have two top-level entries, ``trunk`` and ``heads``, which are also the optimizer's groups.
 
+    A trunk takes ``frozen_statistics`` and ``dtype``. It may also have ``vectors``, names of poolings of its own, and
+    ``output``, which selects one of them instead of the map; ``remat`` and ``looped``; ``has_statistics``, false if
+    without BatchNorm; and ``check_images``.
+
     Attributes:
       trunk: network from images to feature maps.
       heads: network from pooled features to embeddings.
@@ -125,8 +129,8 @@ def create_model(
       uncertainty_head: see ``Heads``.
       uncertainty_hidden: see ``Heads``.
       uncertainty_scale: see ``Heads``.
-      pooling: ``avg``, ``max``, ``avg_max`` or ``gem`` (learned power) of the feature map; of a vision transformer
-        also ``token`` (the class token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of
+      pooling: ``avg``, ``max``, ``avg_max`` or ``gem`` (learned power) of the feature map; of a vision transformer also
+        ``token`` (the class token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of
         class token and patches), and of CLIP ``projection`` (the class token in the space shared with texts).
       frozen_statistics: BatchNorm uses its running statistics in training too.
       dtype: ``float32`` or ``bfloat16``, of the trunk; heads are always float32.

@@ -91,7 +91,8 @@ def _clip(timm: str, width: int, depth: int, patch: int, *sizes: int) -> Entry:
 
 def _openclip(timm: str, width: int, depth: int, patch: int, *sizes: int) -> Entry:
     there = Transformers("clip_vision_model", width, depth, patch, "gelu")
-    return Entry(tuple(f"vit_{timm}_patch{patch}_clip_{size}" for size in sizes), there, 224, *OPENAI, "token", "vit")
+    usual = HALVES if timm == "large" else OPENAI  # of the weights from LAION-2B
+    return Entry(tuple(f"vit_{timm}_patch{patch}_clip_{size}" for size in sizes), there, 224, *usual, "token", "vit")
 
 
 def _siglip(timm: str, width: int, depth: int, patch: int, sizes: tuple[int, ...], native: int) -> Entry:

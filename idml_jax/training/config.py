@@ -82,7 +82,7 @@ def default_config() -> ConfigDict:
     config.model.uncertainty_head = "mlp"  # or linear, none
     config.model.uncertainty_hidden = 128
     config.model.uncertainty_scale = 1.0  # factor on the initial weights of the last uncertainty layer
-    # avg, max, avg_max, gem (learned power); of a transformer also token, mean_tokens, projection
+    # or avg, max, gem (learned power); of a transformer also token, mean_tokens; of CLIP projection
     config.model.pooling = "avg_max"
     config.model.batchnorm = "frozen"  # or frozen_statistics (scale and bias learn), live
     config.model.dtype = "float32"  # or bfloat16, of the trunk

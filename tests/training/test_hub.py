@@ -100,7 +100,7 @@ def test_a_name_is_downloaded_once_and_then_read_without_a_network(hub, tiny, tm
     same_trunk(pretrained.load("owner/tiny-vit", tiny)[0], tiny)
     assert weights.locate("owner/tiny-vit") == located
     with pytest.raises(
-        UserError, match=r"owner/sharded: is not in the cache .* HF_HUB_OFFLINE forbids .*fetch owner/sharded"
+        UserError, match=r"owner/sharded: no such .* not in the cache .* HF_HUB_OFFLINE forbids .*fetch owner/sharded"
     ):
         weights.locate("owner/sharded")
     assert hub.asked == []
@@ -108,7 +108,7 @@ def test_a_name_is_downloaded_once_and_then_read_without_a_network(hub, tiny, tm
     monkeypatch.setattr(hub, "endpoint", "http://127.0.0.1:9")
     hub_served.use(monkeypatch, hub, tmp_path / "home")
     same_trunk(pretrained.load("owner/tiny-vit", tiny)[0], tiny)
-    with pytest.raises(UserError, match=r"owner/two: cannot be downloaded from http://127.0.0.1:9 \(.*nothing is left"):
+    with pytest.raises(UserError, match=r"owner/two: .* downloaded from http://127.0.0.1:9 \(.*nothing is left"):
         weights.locate("owner/two")
 
 
@@ -127,7 +127,7 @@ def test_a_cut_download_leaves_no_weights_behind(hub, tiny, tmp_path, monkeypatc
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(hub, "cut", {"model.safetensors"})
     with pytest.raises(
-        UserError, match=r"owner/tiny-vit: cannot be downloaded .* run the same command again"
+        UserError, match=r"owner/tiny-vit: .* cannot be downloaded .* run the same command again"
     ) as caught:
         pretrained.load("owner/tiny-vit", tiny)
     assert "\n" not in str(caught.value)

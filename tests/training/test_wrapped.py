@@ -135,6 +135,23 @@ class TestCures:
             np.sum(back["params"]["trunk"]["conv1"]["kernel"], axis=2, keepdims=True), kernel, rtol=1e-6
         )
 
+    def test_a_projection_is_kept_where_there_is_one(self, tmp_path):
+        _, variables = random_variables("vit_tiny_clip", pooling="projection")
+        source = write(tmp_path / "a.safetensors", variables)
+        told = pretrained.fetch(source, tmp_path / "b.safetensors")
+        assert "vit_tiny_clip written" in told
+        projected = pretrained.load(tmp_path / "b.safetensors", variables)[0]
+        assert_same(projected["params"]["trunk"], variables["params"]["trunk"])
+        _, without = random_variables("vit_tiny_clip", pooling="token")
+        assert "left out: head.weight (1 in total)" in pretrained.load(source, without)[1]
+        own = Tensors(naming.flatten(projected), (), torch=False)
+        assert_same(
+            weights.load(own, without)[0]["params"]["trunk"], weights.load(source, without)[0]["params"]["trunk"]
+        )
+        source = write(tmp_path / "c.safetensors", without)
+        with pytest.raises(UserError, match=r"head.weight is missing there .*config.model.pooling=token does without"):
+            weights.load(source, variables, network="vit_tiny_clip")
+
     def test_another_normalisation_is_warned_of(self):
         config = default_config()
         native = Native("vit_b16", "vit", 224, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "token", "config.json")
@@ -165,6 +182,40 @@ def test_a_checkpoint_of_lightning(tiny, tmp_path):
     ) as caught:
         pretrained.read(tmp_path / "refused.ckpt")
     assert "\n" not in str(caught.value)
+
+
+def test_names_of_transformers_below_a_wrapper(tmp_path):
+    """As ``ViTForImageClassification`` in a wrapper: queries, keys and values apart, and a text tower beside it."""
+    _, variables = random_variables("vit_tiny")
+    named = {
+        naming.torch_name(p): naming.to_torch(p, v) for p, v in naming.flatten(variables).items() if "/trunk/" in p
+    }
+    theirs = {
+        "text_model.embeddings.weight": ones(2, 2),
+        "classifier.weight": ones(5, 24),
+        "pooler.dense.bias": ones(24),
+    }
+    words = (
+        ("patch_embed.proj", "embeddings.patch_embeddings.projection"), ("cls_token", "embeddings.cls_token"),
+        ("pos_embed", "embeddings.position_embeddings"), ("blocks.", "encoder.layer."), ("norm1", "layernorm_before"),
+        ("norm2", "layernorm_after"), ("attn.proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
+        ("mlp.fc2", "output.dense"),
+    )  # fmt: skip
+    for name, value in named.items():
+        name = f"layernorm.{name[5:]}" if name.startswith("norm.") else name
+        for old, new in words:
+            name = name.replace(old, new)
+        parts = {name: value}
+        if ".attn.qkv." in name:
+            split = zip(("query", "key", "value"), np.split(value, 3), strict=True)
+            parts = {name.replace("attn.qkv", f"attention.attention.{part}"): piece for part, piece in split}
+        theirs |= parts
+    source = tmp_path / "model.safetensors"
+    safetensors.save_file({n: np.ascontiguousarray(v) for n, v in under("net.vit.", theirs).items()}, source)
+    loaded, told = pretrained.load(source, variables, network="vit_tiny")
+    assert_same(loaded["params"]["trunk"], variables["params"]["trunk"])
+    assert "text_model.embeddings.weight" in told and "(3 in total)" in told
+    assert pretrained.read(source).network == "" and "vit_tiny" in weights.show(source)
 
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -206,6 +257,11 @@ STATISTICS = {"image_mean": IMAGENET["mean"], "image_std": IMAGENET["std"]}
                 "clip_vit_b32", "clip of transformers (hidden_size 768, num_hidden_layers 12, patch_size 32)",
                 224, 224, **IMAGENET, pooling="token",
             ),
+        ),
+        (
+            {"model_type": "convnext", "depths": [3, 3, 27, 3], "hidden_sizes": [128, 256, 512, 1024]},
+            {"size": {"shortest_edge": 224}, "crop_pct": 0.875, **STATISTICS},
+            Native("convnext_base", "convnext of transformers", 224, 256, **IMAGENET, pooling="avg"),
         ),
         ({"model_type": "swin"}, {"size": "large", "image_mean": "no"}, Native("", "swin of transformers")),
         ({"architecture": "resnest50d"}, {}, Native("", "resnest50d of timm")),

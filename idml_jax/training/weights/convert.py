@@ -12,7 +12,7 @@ from idml_jax.models import MODELS, EmbeddingModel, create_model, naming
 from idml_jax.runtime import checkpoint
 from idml_jax.runtime.files import check_target, user_path
 from idml_jax.training.weights import about, files, identify
-from idml_jax.training.weights.loading import OWN_LEAVES, OWN_NAMES, load
+from idml_jax.training.weights.loading import OWN_LEAVES, OWN_NAMES, PROJECTION, load
 from idml_jax.training.weights.locate import Located, locate, sha256
 from idml_jax.training.weights.reading import read, read_located
 from idml_jax.training.weights.tensors import Native, Tensors
@@ -145,7 +145,9 @@ def fetch(source: str | Path, out: str | Path) -> str:
     tensors = read_located(located)
     native = native_of(tensors)
     size = _checked_size(native)
-    model = create_model(native.network)
+    width = getattr(MODELS[native.network](), "projection", 0)
+    projected = width and identify.shape_of(tensors, PROJECTION[1])[:1] == (width,)
+    model = create_model(native.network, pooling="projection" if projected else "avg")
     like = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
     variables, told = load(tensors, like, "trunk", network=native.network)
     flat = {p: v for p, v in naming.flatten(variables).items() if not p.endswith(OWN_LEAVES)}

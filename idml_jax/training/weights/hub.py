@@ -142,8 +142,9 @@ def _problem(name: HubName, error: Exception, errors: Any) -> _Problem:
     endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
     if isinstance(error, errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
         return _Problem(
-            f"{name}: is not in the cache ({cache}) and HF_HUB_OFFLINE forbids downloads; unset it, or run "
-            f"python -m idml_jax.pretrained fetch {name} --out=FILE.safetensors where there is a network",
+            f"{name}: no such file here, and it is not in the cache of the hub ({cache}), while HF_HUB_OFFLINE forbids "
+            "downloads; unset it, or where there is a network run "
+            f"python -m idml_jax.pretrained fetch {name} --out=FILE.safetensors",
             "HF_HUB_OFFLINE is set",
             reachable=False,
         )
@@ -166,8 +167,8 @@ def _problem(name: HubName, error: Exception, errors: Any) -> _Problem:
         line = f"{name}: {endpoint} answers {status} ({first_line(error)})"
     else:
         line = (
-            f"{name}: cannot be downloaded from {endpoint} ({_reason(error)}); nothing is left behind, run the same "
-            "command again once there is a network"
+            f"{name}: no such file here, and it cannot be downloaded from {endpoint} ({_reason(error)}); "
+            "nothing is left behind, run the same command again once there is a network"
         )
         return _Problem(line, f"{endpoint} cannot be reached ({_reason(error)})", reachable=False)
     return _Problem(line, line)

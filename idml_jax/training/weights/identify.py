@@ -109,6 +109,12 @@ def size_of(tensors: Tensors, name: str) -> int:
     return 0
 
 
+def shape_of(tensors: Tensors, name: str) -> tuple[int, ...]:
+    """The shape of the tensor of a name in timm; empty if there is none."""
+    named = _named(tensors)
+    return tuple(named[name].shape) if name in named else ()
+
+
 def looks_like(tensors: Tensors) -> str:
     """What tensors look like, for the message about an unknown network."""
     values = _named(tensors)

@@ -21,6 +21,8 @@ INPUT_LAYERS = ("match", "sum")
 # Parameters of a trunk that weights need not have, and that may be left out: the power of GeM pooling.
 OWN_LEAVES = ("/pool_p",)
 OWN_NAMES = ("params/trunk/pool_p", naming.torch_name("params/trunk/pool_p"))
+# The projection of CLIP, which only its own pooling uses.
+PROJECTION = ("params/trunk/head/kernel", naming.torch_name("params/trunk/head/kernel"))
 
 
 class _Source(NamedTuple):
@@ -85,7 +87,7 @@ def load(
     }
     if parts == "all":
         ignored = set()
-    ignored |= {n for n in found.values if n in OWN_NAMES} - {name_of[path] for path in wanted}
+    ignored |= {n for n in found.values if n in (*OWN_NAMES, *PROJECTION)} - {name_of[path] for path in wanted}
     problems, loaded, fresh = [], {}, []
     for path in sorted(wanted):
         name = name_of[path]
@@ -109,9 +111,10 @@ def load(
     problems += [f"{name} is only there" for name in sorted(rest - beside)]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        hint = _hint(tensors, found, {name_of[p]: _shape(p, ours[p], tensors.torch) for p in wanted}, parts)
+        hint = _hint(tensors, found, {name_of[p]: _shape(p, ours[p], tensors.torch) for p in wanted}, parts, network)
         raise UserError(f"{where} does not fit the network: {'; '.join(problems[:4])}{more}{hint}")
-    left_out = [n for n in {*tensors.left_out, *found.beside, *beside, *ignored} if not is_counter(n)]
+    taken = {name_of[path] for path in loaded}
+    left_out = [n for n in {*tensors.left_out, *found.beside, *beside, *ignored} - taken if not is_counter(n)]
     told = [*found.told, *([f"not in the file: {', '.join(fresh)}"] if fresh else [])]
     if left_out:
         told.append(f"left out: {wrapped.listed(left_out)} ({len(left_out)} in total)")
@@ -167,7 +170,7 @@ def _channel_axis(there: tuple[int, ...], here: tuple[int, ...]) -> int | None:
     return different[0] if fits else None
 
 
-def _hint(tensors: Tensors, found: _Source, wanted: wrapped.Shapes, parts: str) -> str:
+def _hint(tensors: Tensors, found: _Source, wanted: wrapped.Shapes, parts: str, network: str) -> str:
     """The cure for weights that do not fit: other channels, another network, other heads, or what is there."""
     there = {n: found.values[n].shape for n in wanted if n in found.values}
     channels = [n for n, shape in there.items() if _channel_axis(shape, wanted[n]) is not None]
@@ -180,7 +183,9 @@ def _hint(tensors: Tensors, found: _Source, wanted: wrapped.Shapes, parts: str) 
     trunk_differs = any(not identify.is_head(n, tensors.torch) and there.get(n) != shape for n, shape in wanted.items())
     if trunk_differs:
         fitting = identify.networks(tensors)
-        if fitting:
+        if network in fitting and any(there.get(n) != wanted[n] for n in PROJECTION if n in wanted):
+            return " (the weights have no projection of this kind; config.model.pooling=token does without)"
+        if fitting and network not in fitting:
             return (
                 f" (the tensors are those of {' or '.join(fitting)}: config.model.name={fitting[0]} is a network that "
                 "fits)"
