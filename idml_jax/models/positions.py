@@ -66,7 +66,7 @@ def resize(table: Table, old: Grid, new: Grid, antialias: bool) -> Table:
         grid = columns @ grid.reshape(new[0], old[1], width)
     grid = grid.reshape(1, new[0] * new[1], width)
     join = np.concatenate if isinstance(table, np.ndarray) else jnp.concatenate
-    return join([table[:, :prefix], grid], axis=1)  # type: ignore[operator, no-any-return]
+    return join([table[:, :prefix], grid], axis=1)
 
 
 def square_grids(stored: int, wanted: int) -> tuple[Grid, Grid] | None:

@@ -1,5 +1,6 @@
 """Blocks of vision transformers: patches, attention, the network inside a block, attention pooling."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,7 @@ from idml_jax.models import positions
 
 truncated = nn.initializers.truncated_normal(0.02)
 zeros = nn.initializers.zeros
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
     "gelu_tanh": partial(nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
