@@ -108,7 +108,6 @@ def _convolutional(name: str, layout: str, statistics: tuple[Channels, Channels]
 CATALOGUE: dict[str, Entry] = {
     **{name: _convolutional(name, "resnet") for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
     **{name: _convolutional(name, "convnext") for name in ("convnext_tiny", "convnext_small", "convnext_base")},
-    # timm's efficientnet_lite0 pads its convolutions in another way.
     "efficientnet_lite0": _convolutional("efficientnet_lite0", "efficientnet", LITE, "tf_efficientnet_lite0"),
     "vit_s16": _vit("small", 384, 12, 16, "deit_small_patch16_224"),
     "vit_b16": _vit("base", 768, 12, 16, "deit_base_patch16_224", "deit_base_patch16_384"),
@@ -133,6 +132,12 @@ CATALOGUE: dict[str, Entry] = {
     "siglip_vit_l16": _siglip("large", 1024, 24, 16, (256, 384, 512), 256),
     # transformers calls the size 384, of which 27 patches of 14 pixels cover 378.
     "siglip_so400m14": _siglip("so400m", 1152, 27, 14, (224, 378, 384), 378),
+}
+
+# Architectures of timm whose tensors fit one of our networks by name and shape, and which are another function.
+OTHERS = {
+    "efficientnet_lite0": "pads its convolutions alike on all sides, which efficientnet_lite0 here does not; weights "
+    "of timm/tf_efficientnet_lite0.in1k fit it",
 }
 
 # What a config.json of transformers leaves out because it is that class's default.

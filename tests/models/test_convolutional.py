@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from idml_jax import models, pretrained
 from idml_jax.errors import UserError
@@ -159,6 +160,13 @@ def test_a_word_stands_for_an_installed_package(tmp_path, monkeypatch):
     like = {"params": {"trunk": {"conv1": {"kernel": jnp.ones(1)}}}}
     with pytest.raises(UserError, match="config.model.name=efficientnet_lite0 is the network that fits"):
         pretrained.load("efficientnet_lite0", like, network="resnet50")
+
+
+def test_weights_of_another_padding_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "efficientnet_lite0"}')
+    save_file({"conv_stem.weight": np.ones((32, 3, 3, 3), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="pads its convolutions alike .* timm/tf_efficientnet_lite0.in1k fit"):
+        pretrained.read(tmp_path)
 
 
 def test_images_that_are_too_small_are_refused():

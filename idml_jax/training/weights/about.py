@@ -91,6 +91,8 @@ def _of_timm(settings: Mapping[str, Any], path: Path) -> Native:
     images = {**settings, **_mapping(settings.get("pretrained_cfg"))}
     architecture, tag = str(settings["architecture"]), str(images.get("tag") or "")
     architecture, _, own_tag = architecture.partition(".")
+    if architecture in catalogue.OTHERS:
+        raise UserError(f"{path}: {architecture} of timm {catalogue.OTHERS[architecture]}")
     network = catalogue.for_timm(architecture, tag or own_tag) or ""
     size = _size((list(images.get("input_size") or []) or [0])[-1])
     share = images.get("crop_pct")
