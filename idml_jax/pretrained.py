@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 
 from idml_jax.errors import printable, run_command
-from idml_jax.models import MODELS
+from idml_jax.models import known_models
 from idml_jax.training.weights import convert, fetch, load, merge, read, show
 
 __all__ = ["convert", "fetch", "load", "main", "merge", "read", "show"]
@@ -32,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = commands.add_parser("convert", help="write weights in another format")
     command.add_argument("source", help=_SOURCE)
     command.add_argument("out", help=".safetensors file (PyTorch's naming) or folder (this package's format)")
-    known = ", ".join(sorted(MODELS))
-    command.add_argument("--model", default="", help=f"network, by default the weights' own or resnet50: {known}")
+    command.add_argument("--model", default="", help=f"default: the weights' own, or resnet50; known: {known_models()}")
     command.add_argument("--size", type=int, default=224, help="image size in pixels, for a vision transformer")
     command.add_argument("--prefix", default="", help="prefix of every PyTorch name, e.g. model.")
     command = commands.add_parser("fetch", help="write the trunk of weights to one file that says what it is")

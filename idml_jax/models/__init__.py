@@ -44,9 +44,22 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_toy": efficientnet._EfficientNetToy,
 }
 
+# Parts of the names of networks that are for tests alone.
+_FOR_TESTS = ("resnet_tiny", "pyramidnet_tiny", "vit_tiny", "_toy")
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Poolings that are the trunk's own, and what a trunk needs for them.
 VECTORS = {"token": "a class token", "mean_tokens": "tokens", "projection": "a space shared with texts"}
+
+
+def is_for_tests(name: str) -> bool:
+    """Whether a key of ``MODELS`` is of a network for tests."""
+    return any(part in name for part in _FOR_TESTS)
+
+
+def known_models() -> str:
+    """The keys of ``MODELS`` for messages, without those for tests."""
+    return ", ".join(sorted(name for name in MODELS if not is_for_tests(name)))
 
 
 class EmbeddingModel(nn.Module):
@@ -191,7 +204,7 @@ def create_classifier(
 
 def _create_trunk(name: str, pooling: str, frozen_statistics: bool, dtype: str, remat: bool) -> nn.Module:
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+        raise ValueError(f"unknown model {name!r}; known: {known_models()}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     trunk = MODELS[name](frozen_statistics=frozen_statistics, dtype=DTYPES[dtype])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from idml_jax.errors import UserError
-from idml_jax.models import MODELS, EmbeddingModel, create_model, naming
+from idml_jax.models import MODELS, EmbeddingModel, create_model, known_models, naming
 from idml_jax.runtime import checkpoint
 from idml_jax.runtime.files import check_target, user_path
 from idml_jax.training.weights import about, files, identify
@@ -59,7 +59,7 @@ def convert(source: str | Path, out: str | Path, *, model: str = "", size: int =
     if out.exists():
         raise UserError(f"{out} already exists")
     if model and model not in MODELS:
-        raise UserError(f"--model={model}; known: {', '.join(sorted(MODELS))}")
+        raise UserError(f"--model={model}; known: {known_models()}")
     tensors = read(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":
@@ -104,7 +104,7 @@ def network_of(tensors: Tensors) -> str:
     called = f"{tensors.native.called}, " if tensors.native.called else ""
     raise UserError(
         f"{tensors.name}: none of this package's networks has these tensors ({called}{identify.looks_like(tensors)}); "
-        f"known: {identify.known()}"
+        f"known: {known_models()}"
     )
 
 
@@ -189,7 +189,7 @@ def show(source: str | Path) -> str:
     lines += ["", f"what        {tensors.name}: {own.called or identify.looks_like(tensors)}"]
     if located.files:
         lines.append(f"sha256      {sha256(located)}")
-    lines.append(f"fits        {', '.join(fitting) or f'no network of this package; known: {identify.known()}'}")
+    lines.append(f"fits        {', '.join(fitting) or f'no network of this package; known: {known_models()}'}")
     if tensors.network in MODELS or fitting:
         native = native_of(tensors)
         side = lambda value: f"{value} px" if value else "unknown"

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from idml_jax.models import MODELS, catalogue, create_model, naming
+from idml_jax.models import MODELS, catalogue, create_model, is_for_tests, naming
 from idml_jax.training.weights import wrapped
 from idml_jax.training.weights.tensors import Named, Tensors
 
@@ -23,11 +23,6 @@ def is_head(name: str, torch: bool = True) -> bool:
     return name.startswith(tuple(f"{n}." for n in naming.HEADS.values()) if torch else "params/heads/")
 
 
-def known() -> str:
-    """The networks of this package, for messages."""
-    return ", ".join(sorted(name for name in MODELS if not _is_toy(name)))
-
-
 def networks(tensors: Tensors) -> list[str]:
     """Keys of ``MODELS`` whose trunk has these tensors, the most usual first; networks for tests only if no other.
 
@@ -35,14 +30,10 @@ def networks(tensors: Tensors) -> list[str]:
     """
     trees = _trees(tensors)
     for toys in (False, True):
-        fitting = [n for n in MODELS if _is_toy(n) == toys and any(_holds(values, n) for values in trees)]
+        fitting = [n for n in MODELS if is_for_tests(n) == toys and any(_holds(values, n) for values in trees)]
         if fitting:
             return fitting[:_MOST]
     return []
-
-
-def _is_toy(name: str) -> bool:
-    return (name.endswith(("_tiny", "_toy")) and name != "convnext_tiny") or "_tiny_" in name
 
 
 def _trees(tensors: Tensors) -> list[Named]:

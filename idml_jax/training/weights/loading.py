@@ -214,7 +214,7 @@ def _prefixes_there(tensors: Tensors) -> str:
         begin = wrapped.beginnings(tensors.values, "." if tensors.torch else "/")
     else:
         begin = "; ".join(
-            (f"in {place!r} " if place else "") + wrapped.beginnings(named)
+            wrapped.beginnings(named) + (f" in {place!r}" if place else "")
             for place, named in list(tensors.containers.items())[:4]
         )
-    return f" (the names there begin with {begin}; known networks: {identify.known()})"
+    return f" (the names there begin with {begin})"
