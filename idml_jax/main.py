@@ -92,7 +92,7 @@ def _check_config(config: Any) -> None:
 
 def _run() -> None:
     from idml_jax.runtime import hosts  # imported late, so that wrong flags fail fast
-    from idml_jax.training import train
+    from idml_jax.training import auto, train
 
     interrupt.as_exception()
     workdir = str(user_path(str(_WORKDIR.value)))
@@ -102,7 +102,8 @@ def _run() -> None:
         if _MODE.value == "eval":
             train.evaluate_checkpoint(workdir, _CONFIG.value)
         else:
-            train.train_and_evaluate(_CONFIG.value, workdir)
+            chosen = config_flags.get_override_values(flags.FLAGS["config"])
+            train.train_and_evaluate(auto.resolved(_CONFIG.value, workdir, chosen), workdir)
     except interrupt.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(interrupt.EXIT_CODE)

@@ -30,8 +30,9 @@ EDGES = {
     "orbax": {"runtime.checkpoint"},
     "clu": {"runtime.writers"},
     "tensorflow": set(),
-    "torch": {"training.weights"},
-    "safetensors": {"training.weights"},
+    "torch": {"training.weights.files"},
+    "safetensors": {"training.weights.files"},
+    "huggingface_hub": {"training.weights.hub"},
     "tensorflow_datasets": {
         "data.glyphs.builder",
         "data.stored.shards",

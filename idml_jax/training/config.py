@@ -76,18 +76,24 @@ def default_config() -> ConfigDict:
     config.data.workers = 0  # number of decoding processes, for hosts with many cores
 
     config.model = ConfigDict()
-    config.model.name = "resnet50"
+    config.model.name = "resnet50"  # or auto: network and image settings of the weights in init_from
     config.model.embedding_dim = 512
     config.model.uncertainty_dim = 512
     config.model.uncertainty_head = "mlp"  # or linear, none
     config.model.uncertainty_hidden = 128
     config.model.uncertainty_scale = 1.0  # factor on the initial weights of the last uncertainty layer
-    config.model.pooling = "avg_max"  # or avg, max, token (class token of a transformer)
+    # or avg, max, gem (learned power); of a transformer also token, mean_tokens; of CLIP projection
+    config.model.pooling = "avg_max"
     config.model.batchnorm = "frozen"  # or frozen_statistics (scale and bias learn), live
     config.model.dtype = "float32"  # or bfloat16, of the trunk
     config.model.remat = False  # recompute activations inside a block for the gradient: less memory, slower
-    config.model.init_from = ""  # weights to start from: .safetensors, .pth, a run's folder; see idml_jax.pretrained
+    config.model.init_from = ""  # weights to start from: owner/name on the hub, .safetensors, .pth, a run's folder
     config.model.init_parts = "trunk"  # or semantic (trunk and semantic head), all (trunk and both heads)
+    config.model.input_layer = "match"  # or sum: kernels of colour weights summed for grey images
+    config.model.init_origin = ConfigDict()  # written by a run; what is set must be true of the weights
+    config.model.init_origin.file = ""  # name of the file
+    config.model.init_origin.commit = ""  # of a repository on the hub
+    config.model.init_origin.sha256 = ""  # of the file
 
     config.ism = ConfigDict()
     config.ism.enabled = True

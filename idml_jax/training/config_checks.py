@@ -29,8 +29,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.batchnorm": ("frozen", "frozen_statistics", "live"),
     "model.dtype": ("float32", "bfloat16"),
     "model.uncertainty_head": ("mlp", "linear", "none"),
-    "model.pooling": ("avg", "max", "avg_max", "token"),
+    "model.pooling": ("avg", "max", "avg_max", "gem", "token", "mean_tokens", "projection"),
     "model.init_parts": ("trunk", "semantic", "all"),
+    "model.input_layer": ("match", "sum"),
     "sharding.proxies": ("auto", "split", "whole"),
     "sharding.partners": PARTNERS,
     "eval.split": ("test", "validation"),
@@ -53,13 +54,29 @@ def validate(config: ConfigDict) -> None:
         if not 0 <= value_of(config, field) <= 1:
             raise UserError(f"config.{field} = {value_of(config, field)} must be in [0, 1]")
     watch.debug_checks(config.debug)
+    if config.model.name == "auto":
+        raise UserError("config.model.name=auto is for training; the network's name stands in the run's config.json")
     # Registries may get entries from outside the package, so they are read at call time.
     for field, known in {"loss.name": tuple(sorted(LOSSES)), "task": tuple(TASKS), **CHOICES}.items():
         choice(config, field, known)
+    _check_start(config.model)
     _check_data(config.data)
     _check_learning(config)
     _check_evaluation(config)
     task_of(config).check(config)
+
+
+def _check_start(model: ConfigDict) -> None:
+    """Checks that what is said about weights has weights to be said about."""
+    if model.init_from:
+        return
+    if model.input_layer != "match":
+        raise UserError(
+            f"config.model.input_layer = {model.input_layer!r} needs weights: config.model.init_from is empty"
+        )
+    for field, value in model.init_origin.items():
+        if value:
+            raise UserError(f"config.model.init_origin.{field} = {value!r}, but config.model.init_from is empty")
 
 
 def _check_data(data: ConfigDict) -> None:

@@ -20,7 +20,7 @@ from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoin
 from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.writers import MetricWriter
-from idml_jax.training import data_record
+from idml_jax.training import auto, data_record
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.loop import Speed, Trainer
@@ -76,7 +76,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = b
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, build: Build) -> dict[str, Any]:
     speed = Speed(time.monotonic())
-    run = build(config)
+    run = build(auto.resolved(config, workdir))
     if stop.requested:
         raise Stopped(f"stopped by {stop.requested} before the first step; nothing was changed in {workdir}")
     finished = workdir / "result.json"
@@ -296,6 +296,7 @@ def _evaluate_checkpoint(
 ) -> dict[str, Any]:
     stored = workdir_lib.read(workdir)
     if overrides is not None:
+        overrides = auto.resolved(overrides, workdir)
         remember(overrides, workdir)
     run = build(stored if overrides is None else overrides)
     for line in data_record.check(run.splits, workdir):
