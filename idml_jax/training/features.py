@@ -98,7 +98,7 @@ class SeededView:
 @partial(jax.jit, static_argnames=("network",))
 def feature_step(variables: Any, images: UInt8[Array, "n h w c"], *, network: Network) -> dict[str, Array]:
     """Pooled ``features`` [n, f] of uint8 images."""
-    found = network.model.apply(variables, network.normal(images), False, method=EmbeddingModel.features)
+    found: Any = network.model.apply(variables, network.normal(images), False, method=EmbeddingModel.features)
     return {"features": found}
 
 

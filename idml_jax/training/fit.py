@@ -255,8 +255,9 @@ class _Fitted:
             best = chosen.best.get(method, {"zero_shot": heads.ZERO_SHOT, "random": heads.RANDOM}.get(method))
             assert best is not None
             projection = {**self._fixed, **self._projections}.get(method)
-            searched = (None, None) if gallery is None else (_embedded(gallery, projection), gallery.labels)
-            found = retrieval_metrics(_embedded(queries, projection), queries.labels, *searched, ks=config.eval.ks)
+            near = None if gallery is None else _embedded(gallery, projection)
+            labels = None if gallery is None else gallery.labels
+            found = retrieval_metrics(_embedded(queries, projection), queries.labels, near, labels, ks=config.eval.ks)
             peers.append(
                 {
                     "method": method,
@@ -321,7 +322,7 @@ def _save(run: Run, state: TrainState, workdir: Path, result: dict[str, Any], me
         writer.sync()
         checkpoints = Checkpoints(workdir / "checkpoints", config.eval.best_metric)
         try:
-            record = {"untrained": result.get("untrained"), "history": [], "rows": writer.rows}
+            record: dict[str, Any] = {"untrained": result.get("untrained"), "history": [], "rows": writer.rows}
             checkpoints.save(0, state, without_nan(record), {config.eval.best_metric: metric})
             checkpoints.wait()
         finally:
