@@ -91,7 +91,7 @@ class TestFit:
         measured = json.loads((tmp_path / "m.json").read_text())
         assert measured["MAP@R"] == pytest.approx(result["final"]["MAP@R"], abs=1e-6)
         query = next((image_folder / "test").rglob("*.png"))
-        search.main([f"--index={out}", f"--workdir={workdir}", f"--query={query}", f"--out={tmp_path / 'a.json'}"])
+        search.main([f"--index={out}", f"--workdir={workdir}", f"--query={query}", f"--out={tmp_path / 'a.jsonl'}"])
         report.main([f"--workdir={workdir}", f"--out={tmp_path / 'r.html'}"])
         assert "plain within-class whitening, 16-d" in (tmp_path / "r.html").read_text()
         assert not {"uncertainty", "pair_uncertainty"} & set(look(workdir).scores)
