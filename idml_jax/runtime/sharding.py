@@ -88,7 +88,7 @@ def to_host(tree: Any) -> Any:
     """Gathers complete arrays as numpy on every host, even if they are spread over hosts."""
 
     def fetch(x: jax.Array) -> np.ndarray:
-        if x.is_fully_addressable:
+        if x.is_fully_addressable or x.is_fully_replicated:  # every host has all of it
             return np.asarray(x)
         from jax.experimental import multihost_utils
 

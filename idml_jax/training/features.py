@@ -150,9 +150,10 @@ def features_of(embedder: Embedder, network: str, source: Source, folder: Path) 
 
     def known_parts() -> dict[str, np.ndarray]:
         _claim(folder, identity)
-        return {"known": np.asarray([_read(folder, number, len(source)) is not None for number in range(count)])}
+        found = [_read(folder, number, len(source)) is not None for number in range(count)]
+        return {"known": np.asarray(found, np.int32)}
 
-    known = hosts.from_first(known_parts, {"known": np.zeros(count, bool)})["known"]
+    known = hosts.from_first(known_parts, {"known": np.zeros(count, np.int32)})["known"] > 0
     progress = _Progress(folder.name, len(source), min(int(known.sum()) * ROWS, len(source)))
     for number in np.flatnonzero(~known).tolist():
         records = np.arange(number * ROWS, min((number + 1) * ROWS, len(source)))
