@@ -145,7 +145,7 @@ def default_config() -> ConfigDict:
     config.fit = ConfigDict()  # the metric in closed form, for idml_jax.fit and model.semantic_init
     config.fit.only = False  # set by idml_jax.fit: the run is the closed form, nothing is trained
     config.fit.method = "whiten"  # or lda, pca; for idml_jax.fit
-    config.fit.shrinkage = (0.1, 0.3, 1.0, 3.0)  # lambdas to choose from on held-out training classes
+    config.fit.shrinkage = (0.1, 0.3, 1.0, 3.0, 10.0)  # lambdas to choose from on held-out training classes
     config.fit.widths = ()  # for idml_jax.fit: widths to choose from in the same way; empty: model.embedding_dim
     config.fit.folds = 4  # folds of training classes, each held out once
     config.fit.select = "MAP@R"  # or R@1: the metric that chooses

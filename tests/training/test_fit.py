@@ -74,7 +74,7 @@ class TestFit:
         assert by_method["random"]["test"]["R@1"] == pytest.approx(result["untrained"]["R@1"])
         assert by_method["lda"]["width"] == 7 and by_method["zero_shot"]["width"] == 64
         tried = {one["shrinkage"]: one["MAP@R"] for one in result["closed_form"]["tried"]}
-        assert max(tried, key=tried.get) == result["closed_form"]["shrinkage"] and len(tried) == 4
+        assert max(tried, key=tried.get) == result["closed_form"]["shrinkage"] and len(tried) == 5
         assert result["uncertainty"].startswith("none")
         assert "uncertainty_mean" not in result["final"]
         assert [row["step"] for row in rows(workdir)] == [0]
