@@ -94,7 +94,7 @@ class Run(NamedTuple):
 
     def place(self, state: TrainState) -> TrainState:
         """A state on the mesh."""
-        return jax.device_put(state, sharding.placement(state, self.mesh, self.setup.objective.split))
+        return sharding.place(state, sharding.placement(state, self.mesh, self.setup.objective.split))
 
     def with_variables(self, state: TrainState, variables: dict[str, Any]) -> TrainState:
         """A fresh state with weights and statistics from ``weights.load`` substituted."""

@@ -34,6 +34,14 @@ def learns_uncertainty(config: ConfigDict) -> bool:
     return bool(config.ism.enabled or config.ism.ranking)
 
 
+def starts_whitened(config: ConfigDict) -> bool:
+    """Whether training starts from the semantic head in closed form (``model.semantic_init``)."""
+    model = config.model
+    if model.semantic_init == "auto":
+        return bool(model.init_from) and model.init_parts == "trunk" and config.task == "retrieval"
+    return model.semantic_init == "whiten"
+
+
 def default_config() -> ConfigDict:
     """Every setting with its default: the paper's protocol for retrieval (METHOD: ResNet-50, AdamW, ProxyAnchor)."""
     config = ConfigDict()
@@ -94,6 +102,7 @@ def default_config() -> ConfigDict:
     config.model.init_origin.file = ""  # name of the file
     config.model.init_origin.commit = ""  # of a repository on the hub
     config.model.init_origin.sha256 = ""  # of the file
+    config.model.semantic_init = "random"  # or whiten (closed form on the training images), auto; docs/closed_form.md
 
     config.ism = ConfigDict()
     config.ism.enabled = True
@@ -140,6 +149,16 @@ def default_config() -> ConfigDict:
     config.optim.loss_lr_factor = 1.0  # factor for other numbers that a loss learns
     config.optim.clip_value = 10.0
     config.optim.accumulate = 1  # number of parts of a batch in the trunk; the loss still sees the whole batch
+
+    config.fit = ConfigDict()  # the metric in closed form, for idml_jax.fit and model.semantic_init
+    config.fit.only = False  # set by idml_jax.fit: the run is the closed form, nothing is trained
+    config.fit.method = "whiten"  # or lda, pca; for idml_jax.fit
+    config.fit.shrinkage = (0.1, 0.3, 1.0, 3.0, 10.0)  # lambdas to choose from on held-out training classes
+    config.fit.widths = ()  # for idml_jax.fit: widths to choose from in the same way; empty: model.embedding_dim
+    config.fit.folds = 4  # folds of training classes, each held out once
+    config.fit.select = "MAP@R"  # or R@1: the metric that chooses
+    config.fit.views = 1  # features per training image: the test transform's and, above 1, the training transform's
+    config.fit.unit = False  # statistics of features at length 1, without a mean
 
     config.sharding = ConfigDict()
     config.sharding.proxies = (

@@ -78,6 +78,7 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     # Settings that did not exist when the run started take their defaults.
     config = default_config()
+    config.model.semantic_init = "random"  # what older runs did, whatever the default is today
     try:
         _check_types(values, config.to_dict())
         with config.unlocked():
