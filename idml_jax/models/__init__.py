@@ -37,6 +37,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "convnext_base": convnext.ConvNeXtBase,
     "efficientnet_lite0": efficientnet.EfficientNetLite0,
     "convnet4": convnet.ConvNet,
+    "convnet_tiny": convnet._ConvNetTiny,
     "resnet_tiny": resnet._ResNetTiny,
     "pyramidnet_tiny": pyramidnet._PyramidNetTiny,
     "convnext_toy": convnext._ConvNeXtToy,

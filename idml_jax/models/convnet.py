@@ -1,5 +1,7 @@
 """The four-layer convolutional network of the few-shot literature (Vinyals et al., NeurIPS 2016)."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -24,6 +26,11 @@ class ConvNet(nn.Module):
     looped: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def block_entries(self) -> tuple[tuple[str, str], ...]:
+        """The entries of every layer; see ``models.depth``."""
+        return tuple((f"conv{layer + 1}", f"bn{layer + 1}") for layer in range(self.depth))
+
     def check_images(self, height: int, width: int) -> None:
         """Raises ``ValueError`` if pooling would reduce an image of this size to nothing."""
         if min(height, width) < 2**self.depth:
@@ -42,3 +49,7 @@ class ConvNet(nn.Module):
             x = BatchNorm(not train or self.frozen_statistics, dtype=self.dtype, name=f"bn{layer + 1}")(x)
             x = max_pool_2x2(nn.relu(x))
         return x
+
+
+# For tests.
+_ConvNetTiny = partial(ConvNet, depth=2, width=16)

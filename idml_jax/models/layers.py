@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+# Collection of the running statistics of frozen layers; see ``BatchNorm``.
+FROZEN_STATS = "frozen_stats"
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -103,7 +105,8 @@ class BatchNorm(nn.Module):
 
     Flax's own layer keeps the biased variance as running statistics; PyTorch (and so every published weight file and
     schedule) the unbiased one. Statistics are float32 for every ``dtype``. Under jit the batch is global, so the
-    statistics are those of the whole batch over all devices.
+    statistics are those of the whole batch over all devices. A layer that has an entry in the collection
+    ``frozen_stats`` is frozen: it uses its running statistics in training too.
 
     Attributes:
       use_running_average: normalise with the running statistics and do not update them.
@@ -126,7 +129,7 @@ class BatchNorm(nn.Module):
         variance = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        if self.use_running_average:
+        if self.use_running_average or self.has_variable(FROZEN_STATS, "mean"):
             center, spread = mean.value, variance.value
         else:
             axes = tuple(range(x.ndim - 1))

@@ -18,6 +18,7 @@ from idml_jax.training import auto, steps, weights
 from idml_jax.training.config import learns_uncertainty
 from idml_jax.training.config_checks import validate
 from idml_jax.training.embedder import Embedder, Network
+from idml_jax.training.learning import WHOLE_TRUNK, TrunkLearning, learning_of
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.state import TrainState, create_state_on
 from idml_jax.training.tasks import Evaluation, Task, task_of
@@ -154,16 +155,24 @@ def build(config: ConfigDict) -> Run:
         model.check_images(*image_shape(config)[:2])
     except ValueError as error:
         raise UserError(f"{error} (config.model.name = {config.model.name!r}, config.data.image_size)") from error
+    learning = learning_of(config, model, image_shape(config))
+    if not learning.everything and not config.model.init_from:
+        logger.warning(
+            "warning: config.optim.trunk = %r freezes random weights; name pretrained ones (config.model.init_from) or "
+            "let all of the trunk learn (config.optim.trunk=all)",
+            config.optim.trunk,
+        )
     setup = steps.StepSetup(
         model=model,
         objective=task.criterion(config, num_classes, per_epoch, mesh),
-        optimizer=optimizer_of(config, per_epoch),
+        optimizer=optimizer_of(config, per_epoch, learning),
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         mixup_alpha=task.mixup_alpha(config),
         seed=config.seed,
         accumulate=config.optim.accumulate,
         ema=config.optim.ema,
+        near=0 if config.sharding.partners == "any" else getattr(sampler, "per_class", 1),
     )
     total_steps = min(config.max_steps or all_steps, all_steps)
     return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)
@@ -230,8 +239,14 @@ def transforms_of(config: ConfigDict) -> tuple[transforms.Transform, transforms.
     return train, test
 
 
-def optimizer_of(config: ConfigDict, steps_per_epoch: int) -> GroupOptimizer:
-    """The update rule of ``config.optim``."""
+def optimizer_of(config: ConfigDict, steps_per_epoch: int, trunk: TrunkLearning = WHOLE_TRUNK) -> GroupOptimizer:
+    """The update rule of ``config.optim``.
+
+    Args:
+      config: settings of the run.
+      steps_per_epoch: number of steps per epoch, for the schedule.
+      trunk: which parts of the trunk learn, see ``learning_of``.
+    """
     optim = config.optim
     return GroupOptimizer(
         name=optim.name,
@@ -248,4 +263,5 @@ def optimizer_of(config: ConfigDict, steps_per_epoch: int) -> GroupOptimizer:
         momentum=optim.momentum,
         clip_value=optim.clip_value,
         frozen_norm=config.model.batchnorm == "frozen",
+        trunk=trunk,
     )

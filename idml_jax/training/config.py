@@ -134,6 +134,8 @@ def default_config() -> ConfigDict:
     config.optim.step_at = ()  # epochs at which schedule step drops the rate, instead of every step_epochs
     config.optim.ema = 0.0  # decay of the moving averages of the weights used for evaluation; 0: none
     config.optim.warmup_epochs = 5  # epochs in which only heads and proxies train
+    config.optim.trunk = "all"  # or none, last:N (the last N blocks): the part of the trunk that learns
+    config.optim.layer_decay = 1.0  # factor on the rate per block of the trunk, from the last one back; 1: none
     config.optim.proxy_lr_factor = 100.0
     config.optim.loss_lr_factor = 1.0  # factor for other numbers that a loss learns
     config.optim.clip_value = 10.0
@@ -143,6 +145,7 @@ def default_config() -> ConfigDict:
     config.sharding.proxies = (
         "auto"  # split over devices from 50,000 classes on; or split, whole (a copy on every device)
     )
+    config.sharding.partners = "any"  # partners of Mixup and CutMix, from the whole batch; or near: a few rows away
 
     config.eval = ConfigDict()
     config.eval.every_epochs = 1

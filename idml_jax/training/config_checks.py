@@ -6,7 +6,8 @@ from idml_jax.data.images.resample import METHODS
 from idml_jax.data.images.transforms import CHANGES, TRANSFORMS
 from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES
-from idml_jax.training import watch
+from idml_jax.mixing import PARTNERS
+from idml_jax.training import learning, watch
 from idml_jax.training.config import learns_uncertainty
 from idml_jax.training.fields import at_least, choice, value_of
 from idml_jax.training.tasks import TASKS, task_of
@@ -32,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.init_parts": ("trunk", "semantic", "all"),
     "model.input_layer": ("match", "sum"),
     "sharding.proxies": ("auto", "split", "whole"),
+    "sharding.partners": PARTNERS,
     "eval.split": ("test", "validation"),
     "data.transform": TRANSFORMS,
     "data.resample": METHODS,
@@ -126,6 +128,12 @@ def _check_learning(config: ConfigDict) -> None:
         raise UserError(f"config.optim.step_at = {tuple(config.optim.step_at)} must be epochs, whole numbers from 1 on")
     if not 0 <= config.optim.ema < 1:
         raise UserError(f"config.optim.ema = {config.optim.ema} must be at least 0 and below 1")
+    learning.check(config.optim)
+    field = "classification.mixing" if config.task == "classification" else "mixup.enabled"
+    if config.sharding.partners != "any" and value_of(config, field) in ("none", False):
+        raise UserError(
+            f"config.sharding.partners = {config.sharding.partners!r} needs Mixup or CutMix (config.{field})"
+        )
 
 
 def _check_evaluation(config: ConfigDict) -> None:

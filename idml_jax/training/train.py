@@ -156,6 +156,12 @@ def _started(
         config.epochs,
         run.sampler.steps_per_epoch,
     )
+    learning = run.setup.optimizer.trunk
+    if not learning.everything:
+        trunk = state.params["trunk"]
+        some, whole = (sum(x.size for x in jax.tree.leaves(t)) / 1e6 for t in (learning.learning(trunk), trunk))
+        start = f", from {learning.start} on" if learning.anything else ""
+        logger.info("%.1f M of the trunk's %.1f M parameters learn%s", some, whole, start)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         config.eval.best_metric,
