@@ -476,7 +476,7 @@ def enter(door, arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["idml_jax", *arguments])
     with pytest.raises(SystemExit) as stop:
         if door == "main":
-            main_lib._main(main_lib._parse(["main", *arguments]))
+            main_lib._main(main_lib.parse(["main", *arguments]))
         else:
             DOORS[door](list(arguments))
     return stop.value.code

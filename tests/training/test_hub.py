@@ -228,7 +228,7 @@ def test_a_run_takes_its_network_from_a_name_and_remembers_it(
     monkeypatch.setattr(sys, "argv", arguments)
 
     def train(*more):
-        main_lib._main(main_lib._parse([*arguments, *more]))
+        main_lib._main(main_lib.parse([*arguments, *more]))
         return capsys.readouterr().out
 
     told = train()
