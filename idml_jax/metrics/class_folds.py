@@ -77,7 +77,7 @@ def held_out_scores(
     folds = len(sums.scatter)
     found: dict[Candidate, list[dict[str, float]]] = {candidate: [] for candidate in candidates}
     for fold in range(folds):
-        form = ClosedForm(statistics(sums, np.arange(folds) != fold), centre, np.float32)
+        form = ClosedForm(statistics(sums, np.arange(folds) != fold), centre)
         chosen = np.flatnonzero(sums.fold_of[labels] == fold)
         rows = rows_of(chosen)
         for candidate in candidates:

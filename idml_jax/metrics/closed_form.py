@@ -4,8 +4,8 @@
     W = V diag(1/sqrt(w));  to fewer dimensions W U, U the principal axes of (f - mu) W;  s = l2((f - mu) W U)
 
 Sources: within-class covariance normalisation (Hatch, Kajarekar and Stolcke, Interspeech 2006); whitening for retrieval
-(Jegou and Chum, ECCV 2012; Radenovic, Tolias and Chum, TPAMI 2018); linear discriminants (Fisher 1936; Rao 1948). Sums
-are in float64. Memory is d^2 and one chunk of features, whatever the number of images.
+(Jegou and Chum, ECCV 2012; Radenovic, Tolias and Chum, TPAMI 2018); linear discriminants (Fisher 1936; Rao 1948). All
+in float64. Memory is d^2 and one chunk of features, whatever the number of images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from numpy.typing import DTypeLike
 
 METHODS = ("whiten", "lda", "pca")
 # Features [m, d] of some images, and their labels [m]; iterated over more than once.
@@ -163,12 +162,10 @@ class ClosedForm:
     Args:
       found: mean and covariances.
       centre: whether embeddings are of ``f - mu``; otherwise the bias is 0 and the length of a feature has no effect.
-      dtype: precision of the eigenvectors; float32 takes half the time and is enough to compare shrinkages.
     """
 
-    def __init__(self, found: Statistics, centre: bool = True, dtype: DTypeLike = np.float64):
-        exact = {name: getattr(found, name).astype(dtype, copy=False) for name in ("mean", "within", "between")}
-        self._found, self._centre = found._replace(**exact), centre
+    def __init__(self, found: Statistics, centre: bool = True):
+        self._found, self._centre = found, centre
 
     def project(self, method: str, shrinkage: float, width: int) -> Projection:
         """The projection of one of ``METHODS``.
@@ -255,4 +252,4 @@ def _largest(values: Float[np.ndarray, "d"], axes: Float[np.ndarray, "e d"], wid
 
 def _rank(values: Float[np.ndarray, "d"]) -> int:
     """Number of eigenvalues, in ascending order, that are more than rounding."""
-    return int((values > max(1e-10, 10 * np.finfo(values.dtype).eps) * values[-1]).sum())
+    return int((values > 1e-10 * values[-1]).sum())

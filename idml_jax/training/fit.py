@@ -23,8 +23,8 @@ from idml_jax.runtime.checkpoint import Checkpoints, has_checkpoints
 from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.writers import MetricWriter
+from idml_jax.training import auto, train
 from idml_jax.training import semantic_init as heads
-from idml_jax.training import train
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.features import FeatureEmbedder, Features, Views, features_of
@@ -100,7 +100,8 @@ def settings_of(config: ConfigDict) -> ConfigDict:
 
 def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, build: train.Build) -> dict[str, Any]:
     started = time.monotonic()
-    config = settings_of(config)
+    # What the weights tell (model.name=auto) stays for a call that goes on, not for a run that is replaced.
+    config = auto.resolved(settings_of(config), workdir / heads.FOLDER if overwrite else workdir)
     stored = None if overwrite else _stored(config, workdir)
     if stored is not None:
         logger.info("this run is finished: %s", workdir / "result.json")
