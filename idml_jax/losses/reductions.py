@@ -91,7 +91,9 @@ def log_sum_exp(logits: Float[Array, "n m"], where: Bool[Array, "n m"]) -> Float
     largest = jnp.max(jnp.where(where, logits, -jnp.inf), axis=1, initial=-jnp.inf)
     largest = jax.lax.stop_gradient(jnp.where(some, largest, 0.0))
     terms = jnp.where(where, jnp.exp(jnp.where(where, logits - largest[:, None], 0.0)), 0.0)
-    return largest + jnp.log(jnp.where(some, jnp.sum(terms, axis=1), 1.0))
+    sums = jnp.sum(terms, axis=1)
+    # The largest term is 1, except where the compiler rounds huge logits differently in its two uses.
+    return largest + jnp.log(jnp.where(sums > 0, sums, 1.0))
 
 
 def mean_of_rows(

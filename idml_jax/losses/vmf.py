@@ -65,7 +65,8 @@ def angle(uniform: Float[Array, "k"], kappa: Float[Array, "k"], dimension: int) 
     Returns:
       ``[k]`` angles in [0, pi].
 
-    >>> jax.jit(angle, static_argnums=2)(jnp.array([0.5]), jnp.array([1e-3]), 3).round(2).tolist()  # the equator halves the sphere
+    >>> draw = jax.jit(angle, static_argnums=2)
+    >>> draw(jnp.array([0.5]), jnp.array([1e-3]), 3).round(2).tolist()  # the equator halves the sphere
     [1.57]
     """
     return _angle_and_slope(uniform, kappa, dimension)[0]

@@ -21,7 +21,8 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     "seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay", "optim.clip_value",
     "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation", "data.pad", "ism.ranking",
-    "ism.prior", "loss.centre_spread", "loss.embedding_norm", "mixup.alpha", "memory.size", "memory.warmup_epochs", "eval.ambiguity_images",
+    "ism.prior", "loss.centre_spread", "loss.embedding_norm", "mixup.alpha", "memory.size", "memory.warmup_epochs",
+    "eval.ambiguity_images",
 )  # fmt: skip
 SHARES = ("data.corrupt", "data.color_jitter", "data.lighting")
 CHOICES: dict[str, tuple[str, ...]] = {

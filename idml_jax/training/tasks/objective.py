@@ -154,7 +154,7 @@ class Objective(Criterion):
         return embedding_loss(*arguments)
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """The parameter groups of the loss: ``proxies`` [rows, centres * dim] and ``loss``, its learned scalars, if any.
+        """The parameter groups of the loss: ``proxies`` [rows, centres * dim] and ``loss``, its learned scalars.
 
         A row holds all proxies of a class, so a table that is split by rows keeps them together.
         """

@@ -120,6 +120,6 @@ def _check_options(terms: tuple[Term, ...]) -> None:
     if len(counts) > 1:
         told = ", ".join(f"{term.loss}: {term.centres}" for term in terms if term.spec.references == "proxies")
         raise UserError(
-            f"config.loss.name: all losses over proxies share them, and these need different numbers per class ({told}); "
+            f"config.loss.name: losses over proxies share them, and these need different numbers per class ({told}); "
             "sum losses that need the same number"
         )
