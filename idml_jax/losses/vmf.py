@@ -82,7 +82,8 @@ def _angle_and_slope(uniform: Array, kappa: Array, dimension: int) -> tuple[Arra
     """The angle and its derivative by the concentration."""
     power = dimension - 2.0
     # Mode of kappa cos t + power log sin t, written without cancellation, and its curvature.
-    cosine = 2.0 * kappa / (power + jnp.sqrt(power * power + 4.0 * kappa * kappa))
+    root = jnp.sqrt(power * power + 4.0 * kappa * kappa) if power else 2.0 * kappa
+    cosine = 2.0 * kappa / (power + root)
     square = power / kappa * cosine  # sin^2 at the mode
     # Half an angle's sine keeps small angles exact.
     mode = 2.0 * jnp.arcsin(jnp.sqrt(jnp.clip(square / (2.0 * (1.0 + cosine)), 0.0, 1.0)))
