@@ -281,7 +281,12 @@ class TestTrainStep:
         assert float(first) != float(later)
 
 
-ROWS = [(name, True) for name in sorted(losses.LOSSES)] + [
+# The first losses, one with several proxies per class; the others differ in a row's formula alone (tests/losses).
+QUICK = (
+    "contrastive", "triplet_semihard", "margin_distance_weighted", "multi_similarity", "fast_ap", "proxy_nca",
+    "proxy_anchor", "soft_triple",
+)  # fmt: skip
+ROWS = [pytest.param(name, True, marks=[] if name in QUICK else pytest.mark.slow) for name in sorted(losses.LOSSES)] + [
     # The plain losses by themselves are in tests/losses; here the metric is all that differs.
     pytest.param(name, False, marks=[] if name == "proxy_anchor" else pytest.mark.slow)
     for name in sorted(losses.LOSSES)

@@ -10,7 +10,7 @@ from test_runtime import objective
 from idml_jax import ism
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
-from idml_jax.losses import LOSSES, auxiliary
+from idml_jax.losses import LOSSES
 from idml_jax.runtime import sharding
 from idml_jax.training.config_checks import validate
 from idml_jax.training.tasks import TASKS
@@ -25,10 +25,11 @@ def batch(seed=0):
     return Embedding(ism.l2_normalize(jax.random.normal(keys[0], (8, 8))), jax.random.normal(keys[1], (8, 4)))
 
 
-def value(rule, params, embedding, **more):
-    return jax.jit(lambda params, embedding: rule(params, embedding, LABELS, key=jax.random.key(5), **more))(
-        params, embedding
-    )
+def values(rules, params, embedding, stores=None):
+    """The losses of several objectives, compiled together."""
+    key, stores = jax.random.key(5), stores or [()] * len(rules)
+    every = lambda *given: [r(*given, LABELS, key=key, store=s) for r, s in zip(rules, stores, strict=True)]
+    return jax.jit(every)(params, embedding)
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
@@ -45,33 +46,30 @@ def test_every_loss_is_made_from_its_name(name):
 
 
 def test_a_sum_is_the_sum_on_one_matrix():
-    names, weights = ("proxy_anchor", "normalized_softmax", "sup_con", "mc_info_nce"), (1.0, 0.5, 2.0, 0.3)
+    names, weights = ("proxy_anchor", "normalized_softmax", "sup_con"), (1.0, 0.5, 2.0)
     config = small_config("x", **{"loss.name": "+".join(names), "loss.weights": weights})
     config.model.embedding_dim, config.model.uncertainty_dim = 8, 4
     validate(config)
     rule = TASKS["retrieval"].criterion(config, 4, 3, MESH)
     assert TASKS["retrieval"].images_per_class(config) == 4
     assert [(term.loss, term.weight) for term in rule.terms] == list(zip(names, weights, strict=True))
-    params, embedding = rule.init(jax.random.key(0)), batch()
+    params, embedding = jax.jit(rule.init)(jax.random.key(0)), batch()
     assert params["proxies"].shape == (4, 8)
-    alone = [value(objective(loss=name), params, embedding) for name in names[:3]]
-    expected = sum(weight * one for weight, one in zip(weights[:3], alone, strict=True))
-    without = objective(loss="+".join(names[:3]), terms=rule.terms[:3])
-    np.testing.assert_allclose(value(without, params, embedding), expected, rtol=1e-6)
-    assert value(rule, params, embedding) > expected
+    found, *alone = values([rule, *(objective(loss=name) for name in names)], params, embedding)
+    np.testing.assert_allclose(found, np.dot(weights, alone), rtol=1e-6)
     products = [str(jax.make_jaxpr(lambda p, e, r=r: r(p, e, LABELS))(params, embedding)).count("dot_general")
-                for r in (without, objective(loss="proxy_anchor"), objective(loss="sup_con"))]  # fmt: skip
+                for r in (rule, objective(loss="proxy_anchor"), objective(loss="sup_con"))]  # fmt: skip
     assert products[0] == products[1] + products[2]  # two losses share the matrix of the proxies
 
 
 def test_a_sum_with_a_memory():
     terms = (Term("proxy_anchor"), Term("info_nce", 0.5, (("temperature", 0.2),)))
     rule = objective(loss="proxy_anchor+info_nce", terms=terms, memory_size=16)
-    params, embedding = rule.init(jax.random.key(0)), batch()
+    params, embedding = jax.jit(rule.init)(jax.random.key(0)), batch()
     store = rule.remember(rule.init_memory(), batch(1), jnp.asarray(LABELS))
     alone = objective(loss="info_nce", options=terms[1].options, memory_size=16)
-    expected = value(objective(), params, embedding) + 0.5 * value(alone, params, embedding, store=store)
-    np.testing.assert_allclose(value(rule, params, embedding, store=store), expected, rtol=1e-6)
+    found, first, second = values([rule, objective(), alone], params, embedding, [store, (), store])
+    np.testing.assert_allclose(found, first + 0.5 * second, rtol=1e-6)
 
 
 @pytest.mark.parametrize("share", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
@@ -81,10 +79,10 @@ def test_several_proxies_per_class_whole_and_split(share):
     embedding, options = batch(), (("centres", 3),)
     for split in (False, True):
         rule = objective(
-            loss="soft_triple", options=options, centre_spread=0.2, num_classes=9, mesh=mesh if split else None,
+            loss="soft_triple", options=options, centre_spread=100.0, num_classes=9, mesh=mesh if split else None,
             class_share=share,
         )  # fmt: skip
-        params = rule.init(jax.random.key(0))
+        params = jax.jit(rule.init)(jax.random.key(0))
         assert params["proxies"].shape == (3840 if split else 9, 24)
         params = jax.device_put(params, sharding.placement(params, mesh, rule.split))
         function = jax.jit(jax.value_and_grad(lambda p, e, r=rule: r(p, e, LABELS, key=jax.random.key(5))))
@@ -92,9 +90,8 @@ def test_several_proxies_per_class_whole_and_split(share):
         gradient = np.asarray(gradient["proxies"])
         assert not np.any(gradient[9:])
         found.append((loss, gradient[:9]))
-        spread = auxiliary.centre_spread(np.asarray(params["proxies"])[:9].reshape(9, 3, 8))
-        assert 0.1 < spread < 1.0
     (loss, gradient), (split_loss, split_gradient) = found
+    assert 10.0 < loss < 110.0  # the mean distance of random directions is about 1.4, halved
     assert np.abs(gradient.reshape(9, 3, 8)).max(2).min() > 0
     if share == 1:  # another number of devices draws other classes
         np.testing.assert_allclose(split_loss, loss, rtol=1e-5)
@@ -103,10 +100,9 @@ def test_several_proxies_per_class_whole_and_split(share):
 
 def test_a_share_of_the_classes_is_a_smaller_matrix():
     rule = objective(loss="cosface", num_classes=101, class_share=0.3)
-    params, embedding = rule.init(jax.random.key(0)), batch()
+    params, embedding = jax.eval_shape(rule.init, jax.random.key(0)), batch()
     text = str(jax.make_jaxpr(lambda p, e: rule(p, e, LABELS, key=jax.random.key(0)))(params, embedding))
     assert "f32[8,31]" in text and "f32[8,101]" not in text
-    assert np.isfinite(value(rule, params, embedding))
 
 
 @pytest.mark.parametrize(
