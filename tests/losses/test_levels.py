@@ -38,6 +38,16 @@ def test_arcface_falls_with_the_similarity_and_has_a_finite_gradient():
     assert np.isfinite(slopes).all() and (np.asarray(slopes) < 0).all()
 
 
+def test_ranks_need_no_cube():
+    """The compiled program of the losses on ranks holds some matrices, not one for each column."""
+    n = 128
+    same = jnp.arange(n)[:, None] // 4 == jnp.arange(n)[None, :] // 4
+    for name in ("smooth_ap", "recall_at_k"):
+        loss = lambda s, name=name: losses.LOSSES[name].function(s, losses.pairs_from_relation(same))
+        program = jax.jit(jax.value_and_grad(loss)).lower(jnp.zeros((n, n))).compile()
+        assert program.memory_analysis().temp_size_in_bytes < 16 * 4 * n * n
+
+
 def test_levels_are_summed():
     rng = np.random.default_rng(0)
     labels = np.stack([rng.integers(0, 2, 6), rng.integers(0, 2, 6)], axis=1)
