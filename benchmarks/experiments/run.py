@@ -3,14 +3,16 @@
     python benchmarks/experiments/run.py --table=A --data=omniglot --seeds=0,1,2 --root=data --out=runs/experiments
     python benchmarks/experiments/tables.py --out=runs/experiments
 
-Tables: A accuracy of the first seven losses, L of the others, B uncertainty, K classification, U what keeps u alive, P a trunk for
-``--data=tiny_pretrained``. ``--data=birds_imagenet`` needs ROOT/resnet50_v1.safetensors (imagenet_trunk.py).
+Tables: A accuracy of the first seven losses, L of the others, B uncertainty, K classification, U what keeps u alive,
+P a trunk for ``--data=tiny_pretrained``. ``--data=birds_imagenet`` needs ROOT/resnet50_v1.safetensors
+(imagenet_trunk.py).
 
 Every other loss, plain and introspective, on Omniglot, with the table at the end:
 
     python benchmarks/experiments/run.py --table=L --data=omniglot --seeds=0,1 --root=data --out=runs/experiments
 
-``--steps=1`` makes each run one step, to see that all rows work. ``--only=ism`` selects the rows whose name contains it; ``--list`` prints the commands and runs nothing.
+``--steps=1`` ends each run after one step, to see that all rows work. ``--only=ism`` selects the rows whose name
+contains it; ``--list`` prints the commands and runs nothing.
 """
 
 import argparse
