@@ -1,6 +1,7 @@
 """Options of every loss: weights, reductions, clear errors, jit, and its registry entry."""
 
 import inspect
+from pathlib import Path
 
 import chex
 import jax
@@ -106,6 +107,17 @@ def test_registry_describes_the_function(name):
     assert ("references" in options) == (spec.reads == "embeddings")
     for parameter, described in spec.parameters.items():
         assert options[parameter].default == described.initial
+
+
+def test_every_loss_is_in_the_tables_of_the_documentation():
+    root = Path(__file__).resolve().parent.parent.parent
+    page, readme = (root / "docs" / "losses.md").read_text(), (root / "README.md").read_text().splitlines()
+    for name, spec in LOSSES.items():
+        assert f"\n| `{name}` | " in page, name
+        (row,) = [line for line in readme if f"| `{name}` |" in line]
+        assert {"embeddings": "samples"}.get(spec.reads, spec.reads) in row
+        assert ("proxies" in row) == (spec.references == "proxies")
+        assert spec.centres == 1 or f"{spec.centres} per class" in row
 
 
 def test_learned_parameters_once_or_per_class():

@@ -217,21 +217,10 @@ class Objective(Criterion):
                     else self._with_batch(embedding, labels, store, step)
                 )
             found = compared[place]
-            options = dict(term.options)
-            learned = {name: params["loss"][name] for name in spec.parameters if name in params.get("loss", {})}
-            options.update(losses.parameters_of_rows(learned, labels))
-            if spec.needs_dimension:
-                options["dimension"] = self.dim
-            if spec.needs_key:
-                options["key"] = key if index == 0 or key is None else jax.random.fold_in(key, index)
-            if spec.needs_count:
-                options["num_proxies"] = self.num_classes
-            if found.stands_for is not None:
-                options["stands_for"] = found.stands_for
+            own_key = key if index == 0 or key is None else jax.random.fold_in(key, index)
+            options = self._options_of(term, found, params.get("loss", {}), labels, own_key)
             if spec.reads == "embeddings":
-                plain = lambda one: one if one is None or self.introspective else Embedding(one.semantic)
-                options["references"] = plain(found.references)
-                read = plain(found.embedding)
+                read = self._seen(found.embedding)
             else:
                 if (place, spec.reads) not in matrices:
                     metric = self.metric.similarity if spec.reads == "similarity" else self.metric
@@ -247,6 +236,34 @@ class Objective(Criterion):
             assert embedding.uncertainty is not None  # see config.validate
             loss += self.prior * auxiliary.length_prior(embedding.uncertainty)
         return loss
+
+    def _options_of(
+        self,
+        term: Term,
+        found: Compared,
+        learned: dict[str, Float[Array, "..."]],
+        labels: Int[Array, "n"],
+        key: PRNGKeyArray | None,
+    ) -> dict[str, Any]:
+        """The keyword arguments of a term's function."""
+        spec, options = term.spec, dict(term.options)
+        own = {name: learned[name] for name in spec.parameters if name in learned}
+        options.update(losses.parameters_of_rows(own, labels))
+        if spec.needs_dimension:
+            options["dimension"] = self.dim
+        if spec.needs_key:
+            options["key"] = key
+        if spec.needs_count:
+            options["num_proxies"] = self.num_classes
+        if found.stands_for is not None:
+            options["stands_for"] = found.stands_for
+        if spec.reads == "embeddings":
+            options["references"] = None if found.references is None else self._seen(found.references)
+        return options
+
+    def _seen(self, embedding: Embedding) -> Embedding:
+        """An embedding as a loss on embeddings sees it: certain if the metric is plain."""
+        return embedding if self.introspective else Embedding(embedding.semantic)
 
     def _split(self, matrix: Any) -> Any:
         """Splits image-proxy matrices so that every device has the columns of its proxies."""
@@ -277,7 +294,8 @@ class Objective(Criterion):
         """The images with the proxies; each device has some of the proxies and all images."""
         sample = None
         if self.class_share < 1:
-            assert key is not None  # the step has one
+            if key is None:
+                raise ValueError("a share of the classes is drawn at random: the objective needs a key")
             sample = class_sampling.sample_classes(
                 jax.random.fold_in(key, len(self.parts)),
                 labels,
