@@ -38,7 +38,7 @@ def test_the_classes_of_the_batch_are_always_in(groups):
     assert seen[others].max() / total < 2.5
 
 
-@pytest.mark.parametrize("name", ["normalized_softmax", "proxy_nca"])
+@pytest.mark.parametrize("name", ["normalized_softmax", pytest.param("proxy_nca", marks=pytest.mark.slow)])
 def test_the_denominator_is_that_of_all_classes_in_expectation(name):
     """exp of an image's loss is 1 + (sum over negatives) / exp(positive): its mean over draws is the full one's."""
     rng = np.random.default_rng(0)

@@ -23,7 +23,7 @@ def batch(seed=0, spread=0.5):
     return Embedding(ism.l2_normalize(rng.normal(size=(N, D))), spread * rng.normal(size=(N, K)))
 
 
-@pytest.mark.parametrize("dimension", [2, 64])
+@pytest.mark.parametrize("dimension", [pytest.param(2, marks=pytest.mark.slow), 64])
 def test_angles_have_the_mean_and_the_derivative_of_the_distribution(dimension):
     """The mean cosine is a ratio of Bessel functions A, and A' = 1 - A^2 - A (d - 1) / kappa."""
     ive = pytest.importorskip("scipy.special").ive
@@ -43,7 +43,7 @@ def test_angles_have_the_mean_and_the_derivative_of_the_distribution(dimension):
 
 def test_angles_in_float32_at_the_ends():
     uniform, kappa = (x.ravel() for x in np.meshgrid([0.0, 0.5, 1.0 - 2**-24], [1e-20, 1e-3, 1.0, 1e6, 1e12]))
-    for dimension in (2, 3, 512):
+    for dimension in (2, 512):
         found = jax.jit(vmf._angle_and_slope, static_argnums=2)(jnp.float32(uniform), jnp.float32(kappa), dimension)
         assert np.isfinite(found).all()
         assert (found[0] >= 0).all() and (found[0] <= 3.1416).all()
