@@ -34,6 +34,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit_s16": vit.ViTS16,
     "vit_b16": vit.ViTB16,
     "convnet4": convnet.ConvNet,
+    "convnet_tiny": convnet._ConvNetTiny,
     "resnet_tiny": resnet._ResNetTiny,
     "pyramidnet_tiny": pyramidnet._PyramidNetTiny,
     "vit_tiny": vit._ViTTiny,

@@ -34,14 +34,20 @@ def test_a_command_that_has_just_started_ends_in_one_line(tmp_path, name, code):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A job that a script starts in the background ignores Ctrl-C, and so would this child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    started = time.monotonic()
-    # Python itself listens to SIGINT from the start; both handlers are set together.
-    while not listens(process.pid, signal.SIGTERM) and time.monotonic() < started + 60:
-        time.sleep(0.005)
-    time.sleep(0.1)
-    process.send_signal(number)
-    told = process.communicate(timeout=60)
+    try:
+        started = time.monotonic()
+        # Python itself listens to SIGINT from the start; both handlers are set together.
+        while not listens(process.pid, signal.SIGTERM) and time.monotonic() < started + 60:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        process.send_signal(number)
+        told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == code
     shown = "Ctrl-C" if name == "SIGINT" else name
     assert told == ("", f"stopped by {shown} before there was anything to save; the same command starts again\n")
@@ -49,7 +55,7 @@ def test_a_command_that_has_just_started_ends_in_one_line(tmp_path, name, code):
 
 
 def test_a_ctrl_c_that_was_lost_comes_at_the_next_check():
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         interrupt.as_exception()
         with interrupt.StopRequest() as stop:
