@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs_made import small_config
-from test_runtime import objective
+from test_runtime import batch as images
+from test_runtime import fresh, objective, setup
 
 from idml_jax import ism
 from idml_jax.errors import UserError
@@ -14,6 +15,7 @@ from idml_jax.losses import LOSSES
 from idml_jax.runtime import sharding
 from idml_jax.training.config_checks import validate
 from idml_jax.training.tasks import TASKS
+from idml_jax.training.tasks.embedding_loss import embedding_loss
 from idml_jax.training.tasks.terms import Term
 
 LABELS = np.repeat(np.arange(4), 2).astype(np.int32)
@@ -96,6 +98,16 @@ def test_several_proxies_per_class_whole_and_split(share):
     if share == 1:  # another number of devices draws other classes
         np.testing.assert_allclose(split_loss, loss, rtol=1e-5)
         np.testing.assert_allclose(split_gradient, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_embedding_norm_adds_the_mean_squared_length():
+    rules = [objective(embedding_norm=weight) for weight in (0.0, 0.1)]
+    setups = [setup(objective=rule, mixup_alpha=0.0) for rule in rules]
+    state = fresh(setups[0])
+    both = jax.jit(lambda state, data: [embedding_loss(state.params, {}, state, data, s, True) for s in setups])
+    (plain, (_, out, _)), (loss, _) = both(state, images())
+    assert np.mean(out["semantic_norm"] ** 2) > 0
+    np.testing.assert_allclose(loss - plain, 0.1 * np.mean(out["semantic_norm"] ** 2), rtol=1e-3)
 
 
 def test_a_share_of_the_classes_is_a_smaller_matrix():
