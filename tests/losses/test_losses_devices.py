@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from loss_helpers import of_families, one_centre
+from loss_helpers import FIRST, of_families, one_centre
 
 from idml_jax import ism, losses
 from idml_jax.ism import Embedding
@@ -69,7 +69,7 @@ def check(result, expected):
 
 
 @needs_devices
-@pytest.mark.parametrize("name", of_families())
+@pytest.mark.parametrize("name", of_families(FIRST))
 def test_jit_with_a_sharded_batch(name, on_one_device):
     params, batch = problem()
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
@@ -93,7 +93,7 @@ def test_shard_map(name, on_one_device):
 
 
 @needs_devices
-@pytest.mark.parametrize("name", of_families())
+@pytest.mark.parametrize("name", of_families(FIRST))
 def test_pmap(name, on_one_device):
     local = jax.value_and_grad(partial(loss, name=name, axis_name="data"))
 

@@ -100,6 +100,7 @@ def test_several_proxies_per_class_whole_and_split(share):
         np.testing.assert_allclose(split_gradient, gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_embedding_norm_adds_the_mean_squared_length():
     rules = [objective(embedding_norm=weight) for weight in (0.0, 0.1)]
     setups = [setup(objective=rule, mixup_alpha=0.0) for rule in rules]
