@@ -14,6 +14,7 @@ from idml_jax.ism import Embedding
 from idml_jax.losses import LOSSES
 from idml_jax.runtime import sharding
 from idml_jax.training.config_checks import validate
+from idml_jax.training.semantic_init import proxy_rows
 from idml_jax.training.tasks import TASKS
 from idml_jax.training.tasks.embedding_loss import embedding_loss
 from idml_jax.training.tasks.terms import Term
@@ -109,6 +110,18 @@ def test_embedding_norm_adds_the_mean_squared_length():
     (plain, (_, out, _)), (loss, _) = both(state, images())
     assert np.mean(out["semantic_norm"] ** 2) > 0
     np.testing.assert_allclose(loss - plain, 0.1 * np.mean(out["semantic_norm"] ** 2), rtol=1e-3)
+
+
+def test_proxies_at_the_class_means_are_distinct():
+    """A run that starts from the closed form: also with several proxies per class, and with rows of padding."""
+    rng = np.random.default_rng(0)
+    means, fresh = rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=(5, 8)).astype(np.float32)
+    rows = proxy_rows(means, fresh)
+    both = rows[:3].reshape(3, 2, 4)
+    assert not np.any(rows[3:]) and np.abs(both[:, 0] - both[:, 1]).max(1).min() > 0
+    lengths = np.linalg.norm(means, axis=1)[:, None]
+    np.testing.assert_allclose(np.linalg.norm(both - means[:, None], axis=2), 0.1 * lengths.repeat(2, 1), rtol=1e-5)
+    np.testing.assert_array_equal(proxy_rows(means, fresh[:, :4])[:3], means)
 
 
 def test_a_share_of_the_classes_is_a_smaller_matrix():
