@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import hub_served
 import numpy as np
@@ -119,6 +120,16 @@ def test_weights_in_several_files(hub, tiny):
     located.files[1].unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors is missing, one of the 2 files"):
         weights.locate(located.folder)
+
+
+def test_readers_at_the_same_time_share_one_download(hub, tiny):
+    """As several processes of a host do: the cache's locks are of files."""
+    import huggingface_hub.file_download  # noqa: F401  once, not in every thread
+
+    with ThreadPoolExecutor(3) as pool:
+        for loaded, _ in pool.map(lambda _: pretrained.load("owner/tiny-vit", tiny), range(3)):
+            same_trunk(loaded, tiny)
+    assert downloads(hub).count("model.safetensors") == 1
 
 
 def test_a_cut_download_leaves_no_weights_behind(hub, tiny, tmp_path, monkeypatch):
