@@ -47,7 +47,11 @@ def as_similarity(name, matrix):
     return 1 - matrix if losses.LOSSES[name].reads == "similarity" else matrix
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The peer's values cover these quickly (test_losses_torch.py).
+WITH_PEER = ("normalized_softmax", "cosface", "arcface", "info_nce", "sup_con", "lifted_structure", "triplet_hard")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in WITH_PEER else n for n in NAMES])
 def test_value_and_gradient_in_float64(name):
     reference = getattr(naive, name)
     with jax.enable_x64(True):
