@@ -1,5 +1,6 @@
 """The metric-learning objective: which matrix a loss reads, and its references."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -65,6 +66,8 @@ class Objective(Criterion):
       ranking: weight of the loss that orders images by difficulty through the length of the uncertainty embedding.
       prior: weight of the loss that pulls the length of the uncertainty embedding towards 1.
       mesh: devices over which the proxies, and the matrix along them, are split; ``None``: replicated.
+      rows: devices over which a batch is split; each computes its rows of the matrix of a loss on pairs, and embeddings
+        are all that they exchange. ``None``: the compiler places the matrix.
     """
 
     loss: str
@@ -79,6 +82,7 @@ class Objective(Criterion):
     ranking: float = 0.0
     prior: float = 0.0
     mesh: Mesh | None = None
+    rows: Mesh | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -169,28 +173,56 @@ class Objective(Criterion):
           The loss, a scalar.
         """
         if self.spec.references == "proxies":
-            proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
-            # Proxies are certain and, except in the released form, compared by direction like the embeddings.
-            references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
-        elif self.memory_size:
-            kept = cast(memory.Memory, store)
-            references = memory.with_batch(kept, embedding)
-            pairs = memory.pairs_with_batch(kept, labels, active=step >= self.memory_warmup)
+            loss = self._loss_on_proxies(params, embedding, labels, key)
         else:
-            references, pairs = None, losses.pairs_from_labels(labels)
-        options = dict(self.options)
-        options.update(losses.parameters_of_rows(params.get("loss", {}), labels))
-        if self.spec.needs_dimension:
-            options["dimension"] = self.dim
-        if self.spec.needs_key:
-            options["key"] = key
-        if self.spec.needs_count:
-            options["num_proxies"] = self.num_classes
-        loss = self.spec.function(self._split(self.matrix(embedding, references)), pairs, **options)
+            known = embedding if self.introspective else Embedding(embedding.semantic)
+            able = "axis_name" in inspect.signature(self.spec.function).parameters  # a loss of the user's may lack it
+            whole = (params.get("loss", {}), key, store, step)
+            loss = sharding.over_rows(self._loss_on_pairs, self.rows if able else None, (known, labels), whole)
         if self.prior:
             assert embedding.uncertainty is not None  # see config.validate
             loss += self.prior * auxiliary.length_prior(embedding.uncertainty)
         return loss
+
+    def _loss_on_proxies(
+        self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"], key: PRNGKeyArray | None
+    ) -> Float[Array, ""]:
+        """The loss of a batch compared with proxies."""
+        proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
+        # Proxies are certain and, except in the released form, compared by direction like the embeddings.
+        references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
+        matrix = self._split(self.matrix(embedding, references))
+        return self.spec.function(matrix, pairs, **self._settings(params.get("loss", {}), labels, key))
+
+    def _loss_on_pairs(
+        self, rows: tuple[Embedding, Int[Array, "n"]], whole: tuple[Any, ...], axis_name: str | None
+    ) -> Float[Array, ""]:
+        """The loss of rows of a batch compared with the whole batch and the memory; see ``sharding.over_rows``."""
+        (embedding, labels), (learned, key, store, step) = rows, whole
+        if self.memory_size:
+            references: Embedding | None = memory.with_batch(store, embedding, axis_name)
+            pairs = memory.pairs_with_batch(store, labels, active=step >= self.memory_warmup, axis_name=axis_name)
+        else:
+            references = None if axis_name is None else losses.gather(embedding, axis_name)
+            pairs = losses.pairs_from_labels(labels, axis_name=axis_name)
+        settings = self._settings(learned, labels, key)
+        if axis_name is not None:
+            settings["axis_name"] = axis_name
+        return self.spec.function(self.matrix(embedding, references), pairs, **settings)
+
+    def _settings(
+        self, learned: dict[str, Array], labels: Int[Array, "n"], key: PRNGKeyArray | None
+    ) -> dict[str, Any]:
+        """Keyword arguments of the loss function."""
+        settings = dict(self.options)
+        settings.update(losses.parameters_of_rows(learned, labels))
+        if self.spec.needs_dimension:
+            settings["dimension"] = self.dim
+        if self.spec.needs_key:
+            settings["key"] = key
+        if self.spec.needs_count:
+            settings["num_proxies"] = self.num_classes
+        return settings
 
     def _split(self, matrix: Any) -> Any:
         """Splits image-proxy matrices so that every device has the columns of its proxies."""
@@ -211,8 +243,14 @@ class Objective(Criterion):
 
     def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
         """How close each image is to a wrong answer, by the plain similarity; see ``auxiliary.confusion``."""
-        references, pairs = None, None
         if self.spec.references == "proxies":
-            references, embedding, pairs = self._against_proxies(params, embedding, labels)
-        similarity = self._split(ism.cosine_similarity(embedding.semantic, references))
-        return auxiliary.confusion(similarity, losses.pairs_from_labels(labels) if pairs is None else pairs)
+            proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
+            return auxiliary.confusion(self._split(ism.cosine_similarity(embedding.semantic, proxies)), pairs)
+
+        def of_rows(rows: tuple[Array, Array], _: tuple[()], axis_name: str | None) -> Array:
+            semantic, own = rows
+            everyone = None if axis_name is None else losses.gather(semantic, axis_name)
+            similarity = ism.cosine_similarity(semantic, everyone)
+            return auxiliary.confusion(similarity, losses.pairs_from_labels(own, axis_name=axis_name))
+
+        return cast(Array, sharding.over_rows(of_rows, self.rows, (embedding.semantic, labels), (), "data"))

@@ -82,6 +82,7 @@ class Retrieval:
             ranking=config.ism.ranking,
             prior=config.ism.prior,
             mesh=mesh if split else None,
+            rows=mesh,
         )
 
     def _splits_proxies(self, config: ConfigDict, num_classes: int) -> bool:

@@ -1,0 +1,217 @@
+"""Reads a compiled program: its collectives with their bytes, and what chips could do with it at best.
+
+Used by benchmarks/aot.py. Pure functions of the compiler's text and numbers; imports nothing but the standard library.
+"""
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
+_OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\(")
+_HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) (?:\(.*\) -> .*)?\{$")
+_ARRAY = re.compile(r"\b(?P<type>[a-z]+\d*\w*)\[(?P<sizes>[\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)")
+_TURNS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
+_CHAIN = re.compile(r'chain_id="?(\w+)')
+_GROUPS = re.compile(r"replica_groups=(?:\{\{(?P<first>[\d,]*)\}|\[(?P<groups>\d+),(?P<size>\d+)\])")
+
+
+class Chip(NamedTuple):
+    """Numbers of a chip from its data sheet.
+
+    Attributes:
+      name: what it is called.
+      peak: dense bfloat16 arithmetic in TFLOP/s.
+      memory: memory in GB, of 10^9 bytes.
+      bandwidth: bandwidth of the memory in GB/s.
+      link: GB/s that it receives from other chips over all of its links together, half of what it exchanges.
+      source: where the numbers are from.
+    """
+
+    name: str
+    peak: float
+    memory: float
+    bandwidth: float
+    link: float
+    source: str
+
+
+_GOOGLE, _NVIDIA = "Google Cloud, TPU system architecture", "NVIDIA data sheet"
+CHIPS = {
+    "v4": Chip("TPU v4", 275, 32, 1228, 300, _GOOGLE),
+    "v5e": Chip("TPU v5e", 197, 16, 819, 200, _GOOGLE),
+    "v5p": Chip("TPU v5p", 459, 95, 2765, 600, _GOOGLE),
+    "v6e": Chip("TPU v6e", 918, 32, 1600, 400, _GOOGLE),
+    "h100": Chip("H100 SXM", 989, 80, 3350, 450, _NVIDIA),
+    "a100": Chip("A100 SXM 80 GB", 312, 80, 2039, 300, _NVIDIA),
+}
+
+
+class Collective(NamedTuple):
+    """An exchange between devices.
+
+    Attributes:
+      kind: one of ``KINDS``.
+      shape: types and sizes of its results on one device.
+      bytes: of its results on one device.
+      group: number of devices that exchange.
+      count: how often it runs in one run of the program.
+    """
+
+    kind: str
+    shape: str
+    bytes: int
+    group: int
+    count: int
+
+    @property
+    def received(self) -> float:
+        """Bytes that a device has to receive, all runs together, by the best algorithm (a ring)."""
+        rest = (self.group - 1) / self.group
+        share = {"all-reduce": 2 * rest, "reduce-scatter": self.group - 1, "collective-permute": 1.0}
+        return self.count * self.bytes * share.get(self.kind, rest)
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """All collectives of a compiled program, equal ones as one entry; the most bytes first.
+
+    Args:
+      text: the program as the compiler prints it.
+      devices: number of devices, the group of a collective that names none.
+    """
+    bodies, entry = _computations(text)
+    found: Counter[tuple[str, str, int, int]] = Counter()
+    chains: set[tuple[str, str, str]] = set()
+    for name, times in _runs(bodies, entry).items():
+        for line in bodies[name]:
+            if (match := _OPERATION.match(line)) is None:
+                continue
+            kind, arrays = match["kind"], _ARRAY.findall(match["type"])
+            if match["start"] and kind in ("all-gather", "collective-permute", "reduce-scatter", "all-to-all"):
+                # (operands, results, and for some kinds two or more numbers of the runtime's)
+                while len(arrays) > 2 and arrays[-1] in (("u32", ""), ("s32", "")):
+                    arrays.pop()
+                arrays = arrays[len(arrays) // 2 :]
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                # The TPU compiler's form of a reduce-scatter: a fusion whose root is this device's part of the sum.
+                kind, arrays = "reduce-scatter", _ARRAY.findall(_type_of_root(bodies[name]))
+            shape = " ".join(f"{t}[{sizes}]" for t, sizes in arrays)
+            if chain := _CHAIN.search(line):
+                # The TPU compiler writes one collective into every fusion during which a part of it is under way.
+                if (part := (chain[1], kind, shape)) in chains:
+                    continue
+                chains.add(part)
+            found[kind, shape, sum(_bytes(*array) for array in arrays), _group(line, devices)] += times
+    every = [Collective(*what, count) for what, count in found.items()]
+    return sorted(every, key=lambda c: (-c.received, c))
+
+
+def totals(every: list[Collective]) -> dict[str, tuple[int, float]]:
+    """Number of collectives and bytes received, by kind."""
+    return {
+        kind: (sum(c.count for c in every if c.kind == kind), sum(c.received for c in every if c.kind == kind))
+        for kind in KINDS
+        if any(c.kind == kind for c in every)
+    }
+
+
+def largest_matrix(every: list[Collective]) -> int:
+    """Number of entries of the largest array that a collective returns."""
+    return max((_entries(sizes) for c in every for _, sizes in _ARRAY.findall(c.shape)), default=0)
+
+
+class Bounds(NamedTuple):
+    """The times in seconds that a step takes at least, if arithmetic, memory or links alone mattered.
+
+    Attributes:
+      arithmetic: at the chip's peak.
+      memory: at the bandwidth of its memory.
+      links: at the bandwidth of its links.
+    """
+
+    arithmetic: float
+    memory: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """The longest of them."""
+        return max(self)
+
+    @property
+    def binds(self) -> str:
+        """Which one that is."""
+        return self._fields[self.index(self.seconds)]
+
+
+def bounds(chip: Chip, operations: float, read: float, received: float) -> Bounds:
+    """The bounds of a program on a chip.
+
+    Args:
+      chip: the chip.
+      operations: arithmetic on one chip.
+      read: bytes read and written on one chip.
+      received: bytes received by one chip.
+    """
+    return Bounds(operations / chip.peak / 1e12, read / chip.bandwidth / 1e9, received / chip.link / 1e9)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation by its name, and the name of the one that runs first."""
+    bodies: dict[str, list[str]] = {}
+    entry, body = "", None
+    for line in text.splitlines():
+        if line and not line[0].isspace() and (match := _HEADER.match(line)):
+            body = bodies.setdefault(match["name"], [])
+            entry = match["name"] if match["entry"] else entry
+        elif line.startswith("}"):
+            body = None
+        elif body is not None:
+            body.append(line)
+    return bodies, entry
+
+
+def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs; a loop whose number of turns the compiler does not know counts once."""
+    runs: Counter[str] = Counter()
+
+    def visit(name: str, times: int) -> None:
+        runs[name] += times
+        for line in bodies[name]:
+            if "-done(" in line or "-update(" in line:
+                continue
+            turns = _TURNS.search(line) if " while(" in line else None
+            for called in _CALLED.findall(line):
+                for inner in re.findall(r"[\w.-]+", called):
+                    if inner in bodies:
+                        visit(inner, times * (int(turns[1]) if turns else 1))
+
+    visit(entry, 1)
+    return dict(runs)
+
+
+def _type_of_root(body: list[str]) -> str:
+    root = next(line for line in body if line.lstrip().startswith("ROOT "))
+    return root.split(" = ", 1)[1].split("(", 1)[0] if " = (" not in root else root.split(" = ", 1)[1]
+
+
+def _entries(sizes: str) -> int:
+    count = 1
+    for size in filter(None, sizes.split(",")):
+        count *= int(size)
+    return count
+
+
+def _bytes(kind: str, sizes: str) -> int:
+    bits = BITS.get(kind) or int(re.sub(r"^[a-z]+(\d+).*", r"\1", kind))
+    return _entries(sizes) * bits // 8
+
+
+def _group(line: str, devices: int) -> int:
+    if (match := _GROUPS.search(line)) is None:
+        return devices
+    if match["size"]:
+        return int(match["size"])
+    return len(match["first"].split(",")) if match["first"] else devices
