@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Trains an introspective embedding on the built-in data and writes a report. Needs only Python 3.11 to 3.13 and network
-# access for the packages. Can be run again; arguments are passed to the training command.
+# access for the packages. On a machine with NVIDIA GPUs or TPUs it installs jax for them (ACCELERATOR=cuda, tpu or cpu
+# decides otherwise). Can be run again; arguments are passed to the training command.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 make_venv
+install_accelerator
 
 WORKDIR="$ROOT/runs/quickstart"
 if [ -f "$WORKDIR/result.json" ]; then
