@@ -107,7 +107,9 @@ def devices_of(target: str):
 
     name, _, arrangement = target.partition(":")
     if name not in compiled.CHIPS or not re.fullmatch(r"\d+(x\d+)*", arrangement):
-        raise SystemExit(f"{target!r} is not a chip and its arrangement; chips: {', '.join(compiled.CHIPS)}; v5e:2x4, h100:8")
+        raise SystemExit(
+            f"{target!r} is not a chip and its arrangement; chips: {', '.join(compiled.CHIPS)}; v5e:2x4, h100:8"
+        )
     try:
         if name in GPUS:
             described = topologies.get_topology_desc(
@@ -153,6 +155,7 @@ def settings_of(options):
             plain[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             plain[name] = value
+    config.lock()
     try:
         config.update_from_flattened_dict({k: v for k, v in plain.items() if v is not None})
     except (KeyError, TypeError) as error:
@@ -291,7 +294,7 @@ def useful_operations(config, classes: int, step: str, mesh) -> float:
 
 def room(name: str) -> float:
     """Bytes of a chip that a program may use; for a TPU its compiler decides."""
-    return compiled.CHIPS[name].memory * 1e9 * GPU_SHARE if name in GPUS else float("inf")
+    return compiled.CHIPS[name].memory * 2**30 * GPU_SHARE if name in GPUS else float("inf")
 
 
 def checked(program: Program, name: str) -> Program:
@@ -351,7 +354,7 @@ def report(target: str, options, config, batch: int, program: Program, useful: f
     print(
         f"  memory of a chip: arguments {program.arguments / gib:.3f} GiB, temporaries {program.temporaries / gib:.3f} GiB, "
         f"output {program.outputs / gib:.3f} GiB, code {program.code / gib:.3f} GiB; together {program.memory / gib:.2f} "
-        f"of {chip.memory * 1e9 / gib:.1f} GiB"
+        f"of {chip.memory:g} GiB"
     )
     print(
         f"  work of a chip: {program.operations / 1e12:.3f} TFLOP (of which {useful * batch / devices / 1e12:.3f} of the "
@@ -419,6 +422,8 @@ def arguments(words=None):
 
 
 def main(options) -> None:
+    if options.target.split(":")[0] in GPUS:  # before jax is imported; there is nothing to try algorithms on
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     from idml_jax.errors import UserError
     from idml_jax.runtime import sharding
 
@@ -437,7 +442,7 @@ def main(options) -> None:
             if options.largest and step != "retrieval":
                 batch, program = largest_batch(attempt, batch, count * max(1, config.optim.accumulate))
                 if program is None:
-                    raise SystemExit(f"not even one image a chip fits into the {chip.memory:.0f} GB of a {chip.name}")
+                    raise SystemExit(f"not even one image a chip fits into the {chip.memory:g} GiB of a {chip.name}")
             else:
                 program = attempt(batch)
         except DoesNotFit as error:

@@ -9,10 +9,15 @@ from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
-_OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\(")
+_OPERATION = re.compile(
+    r"""^\s*(?:ROOT )?%?[\w.-]+ = (?P<type>[^"]*?) (?P<kind>""" + "|".join(KINDS) + r""")(?P<start>-start)?\("""
+)
+_ROOT = re.compile(r"^\s*ROOT %?[\w.-]+ = (.*?) [\w-]+\(")
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) (?:\(.*\) -> .*)?\{$")
 _ARRAY = re.compile(r"\b(?P<type>[a-z]+\d*\w*)\[(?P<sizes>[\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)"
+)
 _TURNS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _CHAIN = re.compile(r'chain_id="?(\w+)')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{(?P<first>[\d,]*)\}|\[(?P<groups>\d+),(?P<size>\d+)\])")
@@ -24,7 +29,7 @@ class Chip(NamedTuple):
     Attributes:
       name: what it is called.
       peak: dense bfloat16 arithmetic in TFLOP/s.
-      memory: memory in GB, of 10^9 bytes.
+      memory: memory in GiB.
       bandwidth: bandwidth of the memory in GB/s.
       link: GB/s that it receives from other chips over all of its links together, half of what it exchanges.
       source: where the numbers are from.
@@ -44,8 +49,8 @@ CHIPS = {
     "v5e": Chip("TPU v5e", 197, 16, 819, 200, _GOOGLE),
     "v5p": Chip("TPU v5p", 459, 95, 2765, 600, _GOOGLE),
     "v6e": Chip("TPU v6e", 918, 32, 1600, 400, _GOOGLE),
-    "h100": Chip("H100 SXM", 989, 80, 3350, 450, _NVIDIA),
-    "a100": Chip("A100 SXM 80 GB", 312, 80, 2039, 300, _NVIDIA),
+    "h100": Chip("H100 SXM", 989, 79.1, 3350, 450, _NVIDIA),
+    "a100": Chip("A100 SXM 80 GB", 312, 79.2, 2039, 300, _NVIDIA),
 }
 
 
@@ -193,8 +198,7 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _type_of_root(body: list[str]) -> str:
-    root = next(line for line in body if line.lstrip().startswith("ROOT "))
-    return root.split(" = ", 1)[1].split("(", 1)[0] if " = (" not in root else root.split(" = ", 1)[1]
+    return next(match[1] for line in body if (match := _ROOT.match(line)))
 
 
 def _entries(sizes: str) -> int:

@@ -210,9 +210,7 @@ class Objective(Criterion):
             settings["axis_name"] = axis_name
         return self.spec.function(self.matrix(embedding, references), pairs, **settings)
 
-    def _settings(
-        self, learned: dict[str, Array], labels: Int[Array, "n"], key: PRNGKeyArray | None
-    ) -> dict[str, Any]:
+    def _settings(self, learned: dict[str, Array], labels: Int[Array, "n"], key: PRNGKeyArray | None) -> dict[str, Any]:
         """Keyword arguments of the loss function."""
         settings = dict(self.options)
         settings.update(losses.parameters_of_rows(learned, labels))
