@@ -7,9 +7,9 @@
     python benchmarks/aot.py h100:8 --trunk vit_b16 --largest
     python benchmarks/aot.py v5e:2x4 --step embed retrieval --set eval.batch_size=1024
 
-The first argument is a chip and its arrangement: v4:2x2x1, v5p:2x2x2, v5e:4x4, v6e:8x8 as Cloud TPU calls them; h100:1,
-h100:8, a100:1, a100:8. Printed are memory per chip, arithmetic, bytes, every collective, the time that each of the three
-would take alone at the data sheet's number, which one is longest, and the images per second that follow: an upper bound,
+The first argument is a chip and its arrangement: v4:2x2x1, v5p:2x2x2, v5e:4x4, v6e:8x8 as Cloud TPU calls them; h100:8,
+a100:1. Printed are memory per chip, arithmetic, bytes, every collective, the time that arithmetic, memory and links
+would take alone at the data sheet's numbers, which of them is longest, and the images/s that follow: an upper bound,
 since the three do not overlap completely and nothing reaches its data sheet. A step that does not fit is refused;
 --largest looks for the largest batch that does.
 
@@ -22,11 +22,9 @@ import argparse
 import ast
 import json
 import os
-import re
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu then describes TPUs without looking for one; an instance of it that another process uses is not in the way.
@@ -39,89 +37,10 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import chips  # noqa: E402
 import compiled  # noqa: E402
 
 STEPS = ("train", "embed", "retrieval")
-# What the GPU compiler wants to know of a GPU: properties that the driver reports, from NVIDIA's documentation.
-_GPU = """
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {shared}
-  threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {units} block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: {cache}
-  clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: {optin}
-  cuda_compute_capability {{ major: {major} minor: 0 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-device_description_str: "{name}"
-"""
-GPUS = {
-    "h100": _GPU.format(
-        name="NVIDIA H100 80GB HBM3", cores=132, units=128, clock=1.98, cache=52428800, major=9, shared=233472,
-        optin=232448, bandwidth=3352320000000, memory=84978434048,
-    ),
-    "a100": _GPU.format(
-        name="NVIDIA A100-SXM4-80GB", cores=108, units=64, clock=1.41, cache=41943040, major=8, shared=167936,
-        optin=166912, bandwidth=2039000000000, memory=85095874560,
-    ),
-}  # fmt: skip
-GPU_SHARE = 0.75  # of a GPU's memory, which jax reserves by default
-
-
-class DoesNotFit(Exception):
-    """The compiler found no way to fit a program into a chip's memory; the message says how much it wants."""
-
-
-class Program(NamedTuple):
-    """What the compiler says of a step on one chip, in bytes.
-
-    Attributes:
-      arguments: images, weights, state of the optimizer, which stay.
-      temporaries: activations and other intermediate arrays.
-      outputs: results that are not written over the arguments.
-      code: the program itself.
-      operations: arithmetic; the body of a loop counts once.
-      read: bytes read and written; the body of a loop counts once.
-      exchanges: collectives.
-      seconds: time to compile it.
-    """
-
-    arguments: int
-    temporaries: int
-    outputs: int
-    code: int
-    operations: float
-    read: float
-    exchanges: list[compiled.Collective]
-    seconds: float
-
-    @property
-    def memory(self) -> int:
-        """Bytes of the chip's memory that it needs."""
-        return self.arguments + self.temporaries + self.outputs + self.code
-
-
-def devices_of(target: str):
-    """Chip and (described) devices of ``v5e:2x4``, ``h100:8``."""
-    from jax.experimental import topologies
-
-    name, _, arrangement = target.partition(":")
-    if name not in compiled.CHIPS or not re.fullmatch(r"\d+(x\d+)*", arrangement):
-        raise SystemExit(
-            f"{target!r} is not a chip and its arrangement; chips: {', '.join(compiled.CHIPS)}; v5e:2x4, h100:8"
-        )
-    try:
-        if name in GPUS:
-            described = topologies.get_topology_desc(
-                platform="cuda", topology_name="", target_config=GPUS[name], topology=f"1x1x{arrangement}"
-            )
-        else:
-            described = topologies.get_topology_desc(platform="tpu", topology_name=target)
-    except Exception as error:  # jax raises several kinds
-        needed = "jax-cuda13-plugin and jax-cuda13-pjrt" if name in GPUS else "libtpu (pip install -e '.[tpu]')"
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SystemExit(f"no compiler for {target}: {text}; it needs {needed}") from None
-    return compiled.CHIPS[name], list(described.devices)
 
 
 def settings_of(options):
@@ -198,6 +117,11 @@ def shapes(tree, places):
 
 def lowered(step: str, config, batch: int, classes: int, gallery: int, mesh):
     """A step traced for the mesh, ready to be compiled."""
+    with mock.patch("jax.default_backend", lambda: mesh.devices.flat[0].platform):  # which layers ask while they trace
+        return _lowered(step, config, batch, classes, gallery, mesh)
+
+
+def _lowered(step: str, config, batch: int, classes: int, gallery: int, mesh):
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -241,41 +165,6 @@ def lowered(step: str, config, batch: int, classes: int, gallery: int, mesh):
     return steps.jit_train_step.lower(state, data, setup=setup)
 
 
-def compile_step(what, devices: int, keep: str = "") -> Program:
-    """Compiles a traced step.
-
-    Args:
-      what: the traced step.
-      devices: number of devices.
-      keep: file for the compiled text; empty: none.
-
-    Raises:
-      DoesNotFit: if the compiler says that memory does not suffice.
-    """
-    start = time.perf_counter()
-    try:
-        program = what.compile()
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
-            wanted = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error))
-            raise DoesNotFit(f"it needs {wanted[1]} of {wanted[2]}" if wanted else str(error).splitlines()[0]) from None
-        raise
-    seconds = time.perf_counter() - start
-    text, memory, cost = program.as_text(), program.memory_analysis(), program.cost_analysis() or {}
-    if keep:
-        Path(keep).write_text(text)
-    return Program(
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        memory.generated_code_size_in_bytes,
-        float(cost.get("flops", 0.0)),
-        float(cost.get("bytes accessed", 0.0)),
-        compiled.collectives(text, devices),
-        seconds,
-    )
-
-
 def useful_operations(config, classes: int, step: str, mesh) -> float:
     """Arithmetic that an image needs: the trunk's forward pass, three times for a train step, twice that with Mixup."""
     import jax
@@ -294,21 +183,23 @@ def useful_operations(config, classes: int, step: str, mesh) -> float:
 
 def room(name: str) -> float:
     """Bytes of a chip that a program may use; for a TPU its compiler decides."""
-    return compiled.CHIPS[name].memory * 2**30 * GPU_SHARE if name in GPUS else float("inf")
+    return chips.CHIPS[name].memory * 2**30 * chips.GPU_SHARE if name in chips.GPUS else float("inf")
 
 
-def checked(program: Program, name: str) -> Program:
+def checked(program: compiled.Program, name: str) -> compiled.Program:
     """The program, if it fits.
 
     Raises:
       DoesNotFit: otherwise.
     """
     if program.memory > room(name):
-        raise DoesNotFit(f"it needs {program.memory / 2**30:.1f} GiB of {room(name) / 2**30:.1f} GiB that jax reserves")
+        raise compiled.DoesNotFit(
+            f"it needs {program.memory / 2**30:.1f} GiB of {room(name) / 2**30:.1f} GiB that jax reserves"
+        )
     return program
 
 
-def largest_batch(attempt, first: int, multiple: int, most: int = 6) -> tuple[int, Program | None]:
+def largest_batch(attempt, first: int, multiple: int, most: int = 6) -> tuple[int, compiled.Program | None]:
     """The largest batch that fits, to a sixteenth of itself, by bisection; memory of the first try guides the second.
 
     Args:
@@ -324,7 +215,7 @@ def largest_batch(attempt, first: int, multiple: int, most: int = 6) -> tuple[in
     for _ in range(most):
         try:
             found, low = attempt(batch), batch
-        except DoesNotFit:
+        except compiled.DoesNotFit:
             high = batch
         if high and high - low <= max(multiple, low // 16):
             break
@@ -335,15 +226,14 @@ def largest_batch(attempt, first: int, multiple: int, most: int = 6) -> tuple[in
     return low, found
 
 
-def report(target: str, options, config, batch: int, program: Program, useful: float, step: str, devices: int) -> dict:
+def report(options, config, batch: int, program: compiled.Program, useful: float, step: str, devices: int) -> dict:
     """The numbers of a step as a dictionary, and printed."""
-    name = target.split(":")[0]
-    chip = compiled.CHIPS[name]
+    target = options.target
+    chip = chips.CHIPS[target.split(":")[0]]
     received = sum(c.received for c in program.exchanges)
-    limit = compiled.bounds(chip, max(program.operations, useful * batch / devices), program.read, received)
+    limit = chips.bounds(chip, max(program.operations, useful * batch / devices), program.read, received)
     images = batch / limit.seconds if step != "retrieval" else 0.0
     mfu = useful * images / devices / chip.peak / 1e12
-    gib = 2**30
     what = f"{config.model.name}, {config.data.image_size} px, batch {batch} ({batch // devices} a chip)"
     if step == "train":
         what += f", {config.loss.name if config.task == 'retrieval' else config.task}"
@@ -351,22 +241,17 @@ def report(target: str, options, config, batch: int, program: Program, useful: f
     if step == "retrieval":
         what = f"{options.gallery} images, {config.model.embedding_dim} numbers each"
     print(f"{step} step on {target} ({devices} x {chip.name}): {what}; compiled in {program.seconds:.0f} s")
+    parts = ", ".join(f"{k} {getattr(program, k) / 2**30:.3f}" for k in ("arguments", "temporaries", "outputs", "code"))
+    print(f"  memory of a chip: {program.memory / 2**30:.2f} of {chip.memory:g} GiB; {parts}")
     print(
-        f"  memory of a chip: arguments {program.arguments / gib:.3f} GiB, temporaries {program.temporaries / gib:.3f} GiB, "
-        f"output {program.outputs / gib:.3f} GiB, code {program.code / gib:.3f} GiB; together {program.memory / gib:.2f} "
-        f"of {chip.memory:g} GiB"
-    )
-    print(
-        f"  work of a chip: {program.operations / 1e12:.3f} TFLOP (of which {useful * batch / devices / 1e12:.3f} of the "
-        f"trunk's model), {program.read / 1e9:.2f} GB read and written, {received / 1e9:.4f} GB received"
+        f"  work of a chip: {program.operations / 1e12:.3f} TFLOP (model: {useful * batch / devices / 1e12:.3f}), "
+        f"{program.read / 1e9:.2f} GB read and written, {received / 1e9:.4f} GB received"
     )
     for c in program.exchanges:
         shape = c.shape if len(c.shape) <= 90 else c.shape[:80] + f" ... {len(c.shape.split())} arrays"
         print(f"    {c.count:4d} x {c.kind:18} {c.bytes / 2**20:10.3f} MiB over {c.group}: {shape}")
-    print(
-        f"  at best: arithmetic {limit.arithmetic * 1e3:.2f} ms, memory {limit.memory * 1e3:.2f} ms, links "
-        f"{limit.links * 1e3:.2f} ms; {limit.binds} binds"
-    )
+    times = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in limit._asdict().items())
+    print(f"  at best: {times}; {limit.binds} binds")
     if step != "retrieval":
         print(f"  upper bound: {images:,.0f} images/s, {images / devices:,.0f} a chip, MFU {100 * mfu:.0f} %")
     row = {
@@ -422,20 +307,20 @@ def arguments(words=None):
 
 
 def main(options) -> None:
-    if options.target.split(":")[0] in GPUS:  # before jax is imported; there is nothing to try algorithms on
+    if options.target.split(":")[0] in chips.GPUS:  # before jax is imported; there is nothing to try algorithms on
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     from idml_jax.errors import UserError
     from idml_jax.runtime import sharding
 
     config = settings_of(options)
-    chip, devices = devices_of(options.target)
+    chip, devices = chips.devices_of(options.target)
     mesh, count, name = sharding.data_mesh(devices), len(devices), options.target.split(":")[0]
     for step in options.step:
 
-        def attempt(batch: int, step: str = step) -> Program:
+        def attempt(batch: int, step: str = step) -> compiled.Program:
             config.batch_size = batch
             what = lowered(step, config, batch, options.classes, options.gallery, mesh)
-            return checked(compile_step(what, count, options.keep), name)
+            return checked(compiled.compile_step(what, count, options.keep), name)
 
         batch = options.per_chip * count
         try:
@@ -445,15 +330,15 @@ def main(options) -> None:
                     raise SystemExit(f"not even one image a chip fits into the {chip.memory:g} GiB of a {chip.name}")
             else:
                 program = attempt(batch)
-        except DoesNotFit as error:
+        except compiled.DoesNotFit as error:
             raise SystemExit(
-                f"the {step} step with {batch} images ({options.per_chip} a chip) does not fit into a {chip.name}: {error}; "
-                "--largest finds the largest batch that does; --remat or --accumulate N need less memory"
+                f"the {step} step with {batch} images ({options.per_chip} a chip) does not fit into a {chip.name}: "
+                f"{error}; --largest finds the largest batch that does; --remat or --accumulate N need less memory"
             ) from None
         except UserError as error:
             raise SystemExit(str(error)) from None
         useful = 0.0 if step == "retrieval" else useful_operations(config, options.classes, step, mesh)
-        report(options.target, options, config, batch, program, useful, step, count)
+        report(options, config, batch, program, useful, step, count)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Reads a compiled program: its collectives with their bytes, and what chips could do with it at best.
+"""Compiles a step and reads what the compiler says of it: memory, arithmetic, collectives with their bytes.
 
-Used by benchmarks/aot.py. Pure functions of the compiler's text and numbers; imports nothing but the standard library.
+Used by benchmarks/aot.py.
 """
 
 import re
+import time
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
@@ -21,37 +23,6 @@ _CALLED = re.compile(
 _TURNS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _CHAIN = re.compile(r'chain_id="?(\w+)')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{(?P<first>[\d,]*)\}|\[(?P<groups>\d+),(?P<size>\d+)\])")
-
-
-class Chip(NamedTuple):
-    """Numbers of a chip from its data sheet.
-
-    Attributes:
-      name: what it is called.
-      peak: dense bfloat16 arithmetic in TFLOP/s.
-      memory: memory in GiB.
-      bandwidth: bandwidth of the memory in GB/s.
-      link: GB/s that it receives from other chips over all of its links together, half of what it exchanges.
-      source: where the numbers are from.
-    """
-
-    name: str
-    peak: float
-    memory: float
-    bandwidth: float
-    link: float
-    source: str
-
-
-_GOOGLE, _NVIDIA = "Google Cloud, TPU system architecture", "NVIDIA data sheet"
-CHIPS = {
-    "v4": Chip("TPU v4", 275, 32, 1228, 300, _GOOGLE),
-    "v5e": Chip("TPU v5e", 197, 16, 819, 200, _GOOGLE),
-    "v5p": Chip("TPU v5p", 459, 95, 2765, 600, _GOOGLE),
-    "v6e": Chip("TPU v6e", 918, 32, 1600, 400, _GOOGLE),
-    "h100": Chip("H100 SXM", 989, 79.1, 3350, 450, _NVIDIA),
-    "a100": Chip("A100 SXM 80 GB", 312, 79.2, 2039, 300, _NVIDIA),
-}
 
 
 class Collective(NamedTuple):
@@ -127,40 +98,72 @@ def largest_matrix(every: list[Collective]) -> int:
     return max((_entries(sizes) for c in every for _, sizes in _ARRAY.findall(c.shape)), default=0)
 
 
-class Bounds(NamedTuple):
-    """The times in seconds that a step takes at least, if arithmetic, memory or links alone mattered.
+class DoesNotFit(Exception):
+    """The compiler found no way to fit a program into a chip's memory; the message says how much it wants."""
+
+
+class Program(NamedTuple):
+    """What the compiler says of a step on one chip, in bytes.
 
     Attributes:
-      arithmetic: at the chip's peak.
-      memory: at the bandwidth of its memory.
-      links: at the bandwidth of its links.
+      arguments: images, weights, state of the optimizer, which stay.
+      temporaries: activations and other intermediate arrays.
+      outputs: results that are not written over the arguments.
+      code: the program itself.
+      operations: arithmetic; the body of a loop counts once.
+      read: bytes read and written; the body of a loop counts once.
+      exchanges: collectives.
+      seconds: time to compile it.
     """
 
-    arithmetic: float
-    memory: float
-    links: float
+    arguments: int
+    temporaries: int
+    outputs: int
+    code: int
+    operations: float
+    read: float
+    exchanges: list[Collective]
+    seconds: float
 
     @property
-    def seconds(self) -> float:
-        """The longest of them."""
-        return max(self)
-
-    @property
-    def binds(self) -> str:
-        """Which one that is."""
-        return self._fields[self.index(self.seconds)]
+    def memory(self) -> int:
+        """Bytes of the chip's memory that it needs."""
+        return self.arguments + self.temporaries + self.outputs + self.code
 
 
-def bounds(chip: Chip, operations: float, read: float, received: float) -> Bounds:
-    """The bounds of a program on a chip.
+def compile_step(what, devices: int, keep: str = "") -> Program:
+    """Compiles a traced step.
 
     Args:
-      chip: the chip.
-      operations: arithmetic on one chip.
-      read: bytes read and written on one chip.
-      received: bytes received by one chip.
+      what: the traced step.
+      devices: number of devices.
+      keep: file for the compiled text; empty: none.
+
+    Raises:
+      DoesNotFit: if the compiler says that memory does not suffice.
     """
-    return Bounds(operations / chip.peak / 1e12, read / chip.bandwidth / 1e9, received / chip.link / 1e9)
+    start = time.perf_counter()
+    try:
+        program = what.compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
+            wanted = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error))
+            raise DoesNotFit(f"it needs {wanted[1]} of {wanted[2]}" if wanted else str(error).splitlines()[0]) from None
+        raise
+    seconds = time.perf_counter() - start
+    text, memory, cost = program.as_text(), program.memory_analysis(), program.cost_analysis() or {}
+    if keep:
+        Path(keep).write_text(text)
+    return Program(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        float(cost.get("flops", 0.0)),
+        float(cost.get("bytes accessed", 0.0)),
+        collectives(text, devices),
+        seconds,
+    )
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

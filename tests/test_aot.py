@@ -20,6 +20,7 @@ from idml_jax.training.tasks.objective import Objective
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import aot  # noqa: E402
+import chips  # noqa: E402
 import compiled  # noqa: E402
 
 TEXT = """
@@ -84,8 +85,8 @@ def test_collectives_are_read_from_the_text():
 
 
 def test_bounds_name_what_binds():
-    chip = compiled.Chip("a chip", peak=100, memory=16, bandwidth=1000, link=200, source="")
-    limit = compiled.bounds(chip, operations=1e12, read=5e9, received=4e9)
+    chip = chips.Chip("a chip", peak=100, memory=16, bandwidth=1000, link=200, source="")
+    limit = chips.bounds(chip, operations=1e12, read=5e9, received=4e9)
     assert limit == (0.01, 0.005, 0.02) and limit.binds == "links" and limit.seconds == 0.02
 
 
@@ -96,7 +97,7 @@ def test_the_largest_batch_is_found_with_few_compilations(room, first, expected)
     def attempt(batch):
         tried.append(batch)
         if 3 * batch + 10 > room:
-            raise aot.DoesNotFit
+            raise compiled.DoesNotFit
         return batch
 
     batch, program = aot.largest_batch(attempt, first, multiple=8)
@@ -107,7 +108,7 @@ def test_the_largest_batch_is_found_with_few_compilations(room, first, expected)
 @pytest.mark.parametrize("target,message", [("v9:2x4", "'v9:2x4' is not a chip"), ("v5e", "is not a chip")])
 def test_an_unknown_target_is_refused(target, message):
     with pytest.raises(SystemExit, match=message):
-        aot.devices_of(target)
+        chips.devices_of(target)
 
 
 def test_options_become_settings():

@@ -92,7 +92,8 @@ def test_jax_is_installed_for_the_accelerator_of_the_machine(tmp_path, given, sm
         (devices / device).parent.mkdir(exist_ok=True)
         (devices / device).touch()
     log = tmp_path / "pip.log"
-    line = "source launch/common.sh; make_venv; install_accelerator; install_accelerator; echo platforms=${JAX_PLATFORMS:-}"
+    twice = "install_accelerator; install_accelerator"
+    line = f"source launch/common.sh; make_venv; {twice}; echo platforms=${{JAX_PLATFORMS:-}}"
     environment = {"PATH": str(tools), "PIP_LOG": str(log), "IDML_DEVICES": str(devices), "ACCELERATOR": given}
     done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, cwd=root)
     extras = [words for words in log.read_text().splitlines() if "checkout[" in words]
