@@ -4,7 +4,6 @@ With very many classes the proxies and their optimizer state are also split alon
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -78,7 +77,7 @@ def over_rows(
     if mesh is None or mesh.size == 1:
         return function(rows, whole, None)
     mapped = jax.shard_map(
-        partial(function, axis_name="data"),
+        lambda rows, whole: function(rows, whole, "data"),
         mesh=mesh,
         in_specs=(PartitionSpec("data"), PartitionSpec()),
         out_specs=PartitionSpec() if result is None else PartitionSpec(result),
