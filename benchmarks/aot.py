@@ -231,7 +231,9 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
     target = options.target
     chip = chips.CHIPS[target.split(":")[0]]
     received = sum(c.received for c in program.exchanges)
-    limit = chips.bounds(chip, max(program.operations, useful * batch / devices), program.read, received)
+    # Without the compiler's word at least the trunk's model is computed, and whatever lies in memory is used.
+    read = program.read or program.arguments + 2.0 * program.temporaries
+    limit = chips.bounds(chip, max(program.operations, useful * batch / devices), read, received)
     images = batch / limit.seconds if step != "retrieval" else 0.0
     mfu = useful * images / devices / chip.peak / 1e12
     what = f"{config.model.name}, {config.data.image_size} px, batch {batch} ({batch // devices} a chip)"
@@ -243,9 +245,10 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
     print(f"{step} step on {target} ({devices} x {chip.name}): {what}; compiled in {program.seconds:.0f} s")
     parts = ", ".join(f"{k} {getattr(program, k) / 2**30:.3f}" for k in ("arguments", "temporaries", "outputs", "code"))
     print(f"  memory of a chip: {program.memory / 2**30:.2f} of {chip.memory:g} GiB; {parts}")
+    total = f"{program.operations / 1e12:.3f} TFLOP" if program.operations else "arithmetic unknown"
     print(
-        f"  work of a chip: {program.operations / 1e12:.3f} TFLOP (model: {useful * batch / devices / 1e12:.3f}), "
-        f"{program.read / 1e9:.2f} GB read and written, {received / 1e9:.4f} GB received"
+        f"  work of a chip: {total} (trunk: {useful * batch / devices / 1e12:.3f}), "
+        f"{'' if program.read else 'at least '}{read / 1e9:.2f} GB read and written, {received / 1e9:.4f} GB received"
     )
     for c in program.exchanges:
         shape = c.shape if len(c.shape) <= 90 else c.shape[:80] + f" ... {len(c.shape.split())} arrays"
@@ -264,7 +267,7 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
         "devices": devices,
         **{k: getattr(program, k) for k in ("arguments", "temporaries", "outputs", "code", "memory", "seconds")},
         "operations": program.operations,
-        "read": program.read,
+        "read": read,
         "received": received,
         "useful": useful * batch / devices,
         "bounds": limit._asdict(),

@@ -110,8 +110,8 @@ class Program(NamedTuple):
       temporaries: activations and other intermediate arrays.
       outputs: results that are not written over the arguments.
       code: the program itself.
-      operations: arithmetic; the body of a loop counts once.
-      read: bytes read and written; the body of a loop counts once.
+      operations: arithmetic; the body of a loop counts once; 0: the compiler does not say (that of GPUs).
+      read: bytes read and written; as the arithmetic.
       exchanges: collectives.
       seconds: time to compile it.
     """
