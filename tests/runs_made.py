@@ -21,7 +21,7 @@ def small_config(folder, **changes):
     config.data.mean, config.data.std = (0.5,), (0.25,)
     config.data.crop_scale = (0.6, 1.0)
     config.data.flip = False
-    config.model.name = "convnet4"
+    config.model.name = "convnet_tiny"
     config.model.embedding_dim = config.model.uncertainty_dim = 16
     config.model.uncertainty_hidden = 16
     config.model.batchnorm = "live"

@@ -55,7 +55,7 @@ def assert_same(got, expected, tolerance):
         assert got == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
-RARE = ("retrieval_released", "margin_learned", "contrastive_plain")
+RARE = ("retrieval_released", "margin_learned", "contrastive_plain", "retrieval_ranking")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The four-layer convolutional network of the few-shot literature (Vinyals et al., NeurIPS 2016)."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -47,3 +49,7 @@ class ConvNet(nn.Module):
             x = BatchNorm(not train or self.frozen_statistics, dtype=self.dtype, name=f"bn{layer + 1}")(x)
             x = max_pool_2x2(nn.relu(x))
         return x
+
+
+# For tests.
+_ConvNetTiny = partial(ConvNet, depth=2, width=16)

@@ -14,7 +14,7 @@ from idml_jax.data.images import transforms
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 from idml_jax.runtime import sharding
-from idml_jax.training import steps, weights
+from idml_jax.training import auto, steps, weights
 from idml_jax.training.config import learns_uncertainty
 from idml_jax.training.config_checks import validate
 from idml_jax.training.embedder import Embedder, Network
@@ -94,7 +94,7 @@ class Run(NamedTuple):
 
     def place(self, state: TrainState) -> TrainState:
         """A state on the mesh."""
-        return jax.device_put(state, sharding.placement(state, self.mesh, self.setup.objective.split))
+        return sharding.place(state, sharding.placement(state, self.mesh, self.setup.objective.split))
 
     def with_variables(self, state: TrainState, variables: dict[str, Any]) -> TrainState:
         """A fresh state with weights and statistics from ``weights.load`` substituted."""
@@ -107,13 +107,21 @@ class Run(NamedTuple):
     def pretrained(self) -> tuple[dict[str, Any], str]:
         """Loads the pretrained weights that the settings name; also returns a line that describes them.
 
+        Where they come from is written into the settings (``model.init_origin``).
+
         Raises:
-          UserError: if the weights do not match the network.
+          UserError: if the weights do not match the network, or are not those of the settings' ``init_origin``.
         """
+        located = weights.locate(self.config.model.init_from)
+        auto.record_origin(self.config, located)
+        tensors = weights.read_located(located)
+        warning = auto.check_statistics(self.config, tensors.native)
+        if warning:
+            logger.warning("warning: %s: %s", located.name, warning)
         images = jax.ShapeDtypeStruct((1, *image_shape(self.config)), jnp.float32)
         like = jax.eval_shape(self.setup.model.init, jax.random.key(0), images)
         model = self.config.model
-        return weights.load(model.init_from, like, model.init_parts, network=model.name)
+        return weights.load(tensors, like, model.init_parts, network=model.name, input_layer=model.input_layer)
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:

@@ -66,7 +66,7 @@ def small(dataset, data_dir):
     config.data.variant = "mine" if dataset == "folder" else ""
     config.batch_size = config.eval.batch_size = 8
     config.data.image_size = config.data.resize = 16
-    config.model.name, config.model.batchnorm = "convnet4", "live"
+    config.model.name, config.model.batchnorm = "convnet_tiny", "live"
     config.model.embedding_dim = config.model.uncertainty_dim = 8
     config.model.uncertainty_hidden = 8
     config.mixup.enabled = False

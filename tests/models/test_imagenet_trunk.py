@@ -78,6 +78,7 @@ def keras_features(keras, rgb, blocks, mean_bgr):
 
 
 @pytest.mark.torch
+@pytest.mark.slow  # ResNet-50 at its full size
 def test_the_converted_file_is_the_same_function(script, tmp_path):
     from safetensors.numpy import save_file
 

@@ -38,7 +38,7 @@ def assert_close(got, expected, relative=1e-4):
     np.testing.assert_allclose(got, expected, rtol=relative, atol=relative * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("size", [224, 227])
+@pytest.mark.parametrize("size", [224, pytest.param(227, marks=pytest.mark.slow)])
 def test_features_after_every_stage_and_pooled_agree(size):
     net = random_resnet50()
     x, same = pictures(2, size)
@@ -110,7 +110,7 @@ def test_training_statistics_and_gradients_agree():
         assert np.linalg.norm(got - exact) < 5 * noise, path
 
 
-@pytest.mark.parametrize("size", [32, 26])
+@pytest.mark.parametrize("size", [32, pytest.param(26, marks=pytest.mark.slow)])
 def test_pyramidnet_agrees(size):
     torch.manual_seed(3)
     net = random_weights(PyramidNet11())

@@ -40,7 +40,7 @@ def two_steps(parts, model, **changes):
     [
         pytest.param("proxies", 1.0, marks=pytest.mark.slow),  # in parts on eight devices: test_golden.py
         pytest.param("learned", 1.0, marks=pytest.mark.slow),
-        ("memory", 1.0),
+        pytest.param("memory", 1.0, marks=pytest.mark.slow),
         pytest.param("memory", 0.0, marks=pytest.mark.slow),
     ],
 )
@@ -160,7 +160,7 @@ def test_settings_reach_the_step_and_impossible_ones_are_refused(image_folder):
     assert run.setup.accumulate == 4
     with pytest.raises(UserError, match=r"batch_size \(32\) must be a multiple of config.optim.accumulate \(3\)"):
         train.build(small_config(image_folder, **{"optim.accumulate": 3}))
-    with pytest.raises(UserError, match="remat: convnet4 has no blocks to compute again"):
+    with pytest.raises(UserError, match="remat: convnet_tiny has no blocks to compute again"):
         train.build(small_config(image_folder, **{"model.remat": True}))
-    with pytest.raises(UserError, match="pooling 'token' needs a class token, which convnet4 does not have"):
+    with pytest.raises(UserError, match="pooling 'token' needs a class token, which convnet_tiny does not have"):
         train.build(small_config(image_folder, **{"model.pooling": "token"}))

@@ -136,7 +136,7 @@ def test_the_trunk_starts_a_retrieval_run(folder, image_folder, finished, tmp_pa
     # Of a run that keeps averages those, by which its best was chosen.
     jax.tree.map(np.testing.assert_array_equal, state.params["trunk"], stored.variables["params"]["trunk"])
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, stored.variables["batch_stats"])
-    assert "trunk" in told and state.params["heads"]["semantic"]["kernel"].shape == (64, 16)
+    assert "trunk" in told and state.params["heads"]["semantic"]["kernel"].shape == (16, 16)
 
 
 def test_a_finished_run_is_evaluated_again_and_exported(finished, tmp_path):
@@ -145,7 +145,7 @@ def test_a_finished_run_is_evaluated_again_and_exported(finished, tmp_path):
     assert again == pytest.approx(result["best"], rel=1e-5)
     pretrained.convert(workdir, tmp_path / "weights.safetensors")
     named = safetensors.numpy.load_file(tmp_path / "weights.safetensors")
-    assert named["fc.weight"].shape == (8, 64) and named["uncertainty.weight"].shape == (16, 64)
+    assert named["fc.weight"].shape == (8, 16) and named["uncertainty.weight"].shape == (16, 16)
 
 
 @pytest.mark.parametrize("step", ["jit_predict_step", "jit_predict_mixed_step"])

@@ -200,6 +200,7 @@ def test_mixup_blends_rows_with_their_partners():
 
 
 class TestTrainStep:
+    @pytest.mark.slow  # three steps of every kind are in test_golden.py
     def test_golden_step(self):
         """The step equals its parts: loss of originals plus weighted loss of mixtures, and one AdamW step."""
         s = setup()
@@ -261,6 +262,7 @@ class TestTrainStep:
         moved = changed(before.params["trunk"], state.params["trunk"])
         assert moved and not any("bn" in name for name in moved)
 
+    @pytest.mark.slow  # other steps on one and on eight devices: test_devices.py
     def test_same_on_one_device_and_on_eight(self):
         s = setup()
         results = []
@@ -281,10 +283,12 @@ class TestTrainStep:
         assert float(first) != float(later)
 
 
-ROWS = [(name, True) for name in sorted(losses.LOSSES)] + [
-    # The plain losses by themselves are in tests/losses; here the metric is all that differs.
-    pytest.param(name, False, marks=[] if name == "proxy_anchor" else pytest.mark.slow)
+# One loss for each kind of matrix and of mining; the losses by themselves are in tests/losses.
+QUICK = (("contrastive", True), ("margin_distance_weighted", True), ("proxy_anchor", True), ("proxy_anchor", False))
+ROWS = [
+    pytest.param(name, introspective, marks=() if (name, introspective) in QUICK else pytest.mark.slow)
     for name in sorted(losses.LOSSES)
+    for introspective in (True, False)
 ]
 
 
@@ -305,7 +309,7 @@ def test_every_loss_trains_plain_and_introspective(name, introspective):
     assert any("uncertainty" in k for k in moved) is introspective and any("semantic" in k for k in moved)
 
 
-@pytest.mark.parametrize("learned,shape", [("shared", ()), ("per_class", (4,))])
+@pytest.mark.parametrize("learned,shape", [pytest.param("shared", (), marks=pytest.mark.slow), ("per_class", (4,))])
 def test_a_learned_boundary_is_a_parameter(learned, shape):
     rule = objective(loss="margin_distance_weighted", learned=learned, options=(("beta", 1.1),))
     s = setup(objective=rule)

@@ -93,6 +93,7 @@ def wait_for(process, condition, seconds=600):  # a guard, for machines that are
     return True
 
 
+@pytest.mark.slow  # so are some of the twenty moments below
 def test_killed_while_saving(image_folder, finished, tmp_path):
     workdir = tmp_path / "run"
     process = start(image_folder, workdir, 3)
@@ -142,7 +143,8 @@ def contents(workdir):
     return sorted(p for p in (workdir / "checkpoints" / "9").rglob("*") if p.is_file())
 
 
-def test_every_truncation_of_the_newest_checkpoint_is_noticed_or_harmless(image_folder, finished, copied, caplog):
+@pytest.mark.parametrize("share", [pytest.param(0, marks=pytest.mark.slow), 0.5])
+def test_every_truncation_of_the_newest_checkpoint_is_noticed_or_harmless(image_folder, finished, copied, share):
     config = small_config(image_folder)
     like = train.build(config).initial_state()
     original = Checkpoints(finished[0] / "checkpoints", "R@1", read_only=True)
@@ -151,24 +153,24 @@ def test_every_truncation_of_the_newest_checkpoint_is_noticed_or_harmless(image_
     moved = 0
     for path in contents(finished[0]):
         relative, data = path.relative_to(finished[0]), path.read_bytes()
-        for kept in {0, len(data) // 2}:
-            (copied / relative).write_bytes(data[:kept])
-            checkpoints = Checkpoints(copied / "checkpoints", "R@1")
-            state, got = checkpoints.resume(like)
-            checkpoints.close()
-            aside = copied / "damaged" / "9"
-            if aside.exists():
-                moved += 1
-                assert int(state.step) < 9 and len(got["history"]) < 3, relative
-                # Nothing is lost: what was moved is as it was found.
-                assert (aside / path.relative_to(finished[0] / "checkpoints" / "9")).read_bytes() == data[:kept]
-                shutil.rmtree(copied / "damaged")
-                shutil.copytree(finished[0] / "checkpoints" / "9", copied / "checkpoints" / "9", dirs_exist_ok=True)
-            else:
-                jax.tree.map(np.testing.assert_array_equal, expected, state)
-                assert got == record, relative
-            (copied / relative).write_bytes(data)
-    assert moved >= 6
+        kept = int(share * len(data))
+        (copied / relative).write_bytes(data[:kept])
+        checkpoints = Checkpoints(copied / "checkpoints", "R@1")
+        state, got = checkpoints.resume(like)
+        checkpoints.close()
+        aside = copied / "damaged" / "9"
+        if aside.exists():
+            moved += 1
+            assert int(state.step) < 9 and len(got["history"]) < 3, relative
+            # Nothing is lost: what was moved is as it was found.
+            assert (aside / path.relative_to(finished[0] / "checkpoints" / "9")).read_bytes() == data[:kept]
+            shutil.rmtree(copied / "damaged")
+            shutil.copytree(finished[0] / "checkpoints" / "9", copied / "checkpoints" / "9", dirs_exist_ok=True)
+        else:
+            jax.tree.map(np.testing.assert_array_equal, expected, state)
+            assert got == record, relative
+        (copied / relative).write_bytes(data)
+    assert moved >= 3
 
 
 def test_a_truncated_checkpoint_costs_an_epoch_and_nothing_else(image_folder, finished, copied, caplog):
@@ -277,6 +279,7 @@ def test_a_non_finite_loss_names_step_images_and_checkpoint(image_folder, tmp_pa
     assert train.train_and_evaluate(config, tmp_path)["history"][-1]["step"] == 9
 
 
+@pytest.mark.slow
 def test_debug_checks_find_the_step(image_folder, finished, tmp_path):
     quick = {"eval.untrained": False, "max_steps": 2, "eval.cluster": False, "eval.ambiguity_images": 0}
     # An implicit transfer or a promoted rank in a step would raise; 8 devices, Mixup, proxies.

@@ -30,6 +30,7 @@ SIZE = (16, 16, 1)
 GRADIENT = dict(
     name="sgd", momentum=0.0, weight_decay=0.0, clip_value=0.0, factors=(), schedule=Schedule("constant", 0.1, 100)
 )
+four_layers = lambda folder, **changes: small_config(folder, **{"model.name": "convnet4"} | changes)
 of_depth = lambda depths, depth: [part for part, own in depths.parts if own == depth]
 
 
@@ -204,7 +205,7 @@ def test_a_frozen_layer_normalises_by_its_running_statistics():
 
 def test_settings_reach_the_step_and_belong_to_the_run(image_folder, tmp_path, caplog):
     changes = {"optim.trunk": "last:3", "optim.layer_decay": 0.5}
-    run = train.build(small_config(image_folder, **changes))
+    run = train.build(four_layers(image_folder, **changes))
     learning = run.setup.optimizer.trunk
     assert (learning.first, learning.decay, learning.start) == (2, 0.5, "conv2")
     assert "freezes random weights" in caplog.text
@@ -219,13 +220,13 @@ def test_settings_reach_the_step_and_belong_to_the_run(image_folder, tmp_path, c
     workdir.remember(run.config, tmp_path)
     for field, value in (("optim.trunk", "all"), ("optim.layer_decay", 1.0)):
         with pytest.raises(UserError, match=f"config.{field} = .* there, .* here"):
-            workdir.remember(small_config(image_folder, **{**changes, field: value}), tmp_path)
+            workdir.remember(four_layers(image_folder, **{**changes, field: value}), tmp_path)
 
 
 @pytest.mark.slow
 def test_a_run_of_which_a_part_learns_is_stopped_and_resumed(image_folder, tmp_path, caplog, monkeypatch):
     settings = {"epochs": 2, "eval.cluster": False, "eval.ambiguity_images": 0, "optim.ema": 0.5, "optim.accumulate": 2}
-    config = small_config(image_folder, **settings, **{"optim.trunk": "last:2", "optim.layer_decay": 0.5})
+    config = four_layers(image_folder, **settings, **{"optim.trunk": "last:2", "optim.layer_decay": 0.5})
     start = flat(train.build(config).initial_state().params["trunk"])
     with caplog.at_level("INFO", "idml_jax"):
         train.train_and_evaluate(config, tmp_path / "whole")
@@ -262,7 +263,7 @@ def test_a_run_of_which_a_part_learns_is_stopped_and_resumed(image_folder, tmp_p
 )
 def test_settings_that_cannot_work_are_refused(image_folder, changes, message):
     with pytest.raises(UserError, match=message):
-        train.build(small_config(image_folder, **changes))
+        train.build(four_layers(image_folder, **changes))
 
 
 class Foreign(nn.Module):
@@ -280,8 +281,8 @@ class Foreign(nn.Module):
 def test_a_trunk_that_updates_frozen_statistics_is_refused(image_folder, monkeypatch):
     monkeypatch.setitem(models.MODELS, "foreign", Foreign)
     with pytest.raises(UserError, match="'none': foreign updates layer_1/mean although it is frozen"):
-        train.build(small_config(image_folder, **{"optim.trunk": "none", "model.name": "foreign"}))
-    train.build(small_config(image_folder, **{"optim.trunk": "last:1", "model.name": "foreign"}))
+        train.build(four_layers(image_folder, **{"optim.trunk": "none", "model.name": "foreign"}))
+    train.build(four_layers(image_folder, **{"optim.trunk": "last:1", "model.name": "foreign"}))
 
 
 class Nameless(nn.Module):

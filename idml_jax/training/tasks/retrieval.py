@@ -19,6 +19,9 @@ from idml_jax.training.tasks import retrieval_summary as summary
 from idml_jax.training.tasks.objective import Objective, training_metric
 from idml_jax.training.tasks.task import Arrays, Evaluation
 
+# What a run of idml_jax.fit is called in place of a loss.
+CLOSED_FORMS = {"whiten": "within-class whitening", "lda": "LDA", "pca": "whitening"}
+
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -98,7 +101,8 @@ class Retrieval:
         return {f"R@{k}": f"R@{k}" for k in config.eval.ks}
 
     def loss_text(self, config: ConfigDict) -> str:
-        return f"{config.loss.name}, {config.model.embedding_dim}-d"
+        name = CLOSED_FORMS[config.fit.method] if config.fit.only else config.loss.name
+        return f"{name}, {config.model.embedding_dim}-d"
 
     def measure(self, evaluation: Evaluation) -> dict[str, float]:
         return summary.measure(evaluation)
