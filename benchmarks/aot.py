@@ -26,22 +26,21 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import chips
+import compiled
+
+TILE = 4096  # rows of a tile of distances on an accelerator
+STEPS = ("train", "embed", "retrieval")
 # libtpu then describes TPUs without looking for one; an instance of it that another process uses is not in the way.
-for _name, _value in {
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-}.items():
-    os.environ.setdefault(_name, _value)
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import chips  # noqa: E402
-import compiled  # noqa: E402
-
-TILE = 4096  # rows of a tile of distances on an accelerator
-STEPS = ("train", "embed", "retrieval")
+}
 
 
 def settings_of(options):
@@ -316,7 +315,9 @@ def arguments(words=None):
 
 
 def main(options) -> None:
-    if options.target.split(":")[0] in chips.GPUS:  # before jax is imported; there is nothing to try algorithms on
+    for variable, value in ENVIRONMENT.items():  # before jax is imported
+        os.environ.setdefault(variable, value)
+    if options.target.split(":")[0] in chips.GPUS:  # there is none to try algorithms on
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     from idml_jax.errors import UserError
     from idml_jax.runtime import sharding

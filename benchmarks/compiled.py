@@ -131,6 +131,12 @@ class Program(NamedTuple):
         return self.arguments + self.temporaries + self.outputs + self.code
 
 
+def wanted(message: str) -> str:
+    """How much memory the TPU's compiler wants, from its message."""
+    sizes = re.findall(r"\b(\d[\d.]*[KMGT])\b", message)
+    return f"it needs {sizes[0]}iB of {sizes[1]}iB" if len(sizes) > 1 else message.strip().splitlines()[0]
+
+
 def compile_step(what, devices: int, keep: str = "") -> Program:
     """Compiles a traced step.
 
@@ -147,8 +153,7 @@ def compile_step(what, devices: int, keep: str = "") -> Program:
         program = what.compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error):
-            wanted = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error))
-            raise DoesNotFit(f"it needs {wanted[1]} of {wanted[2]}" if wanted else str(error).splitlines()[0]) from None
+            raise DoesNotFit(wanted(str(error))) from None
         raise
     seconds = time.perf_counter() - start
     text, memory, cost = program.as_text(), program.memory_analysis(), program.cost_analysis() or {}

@@ -105,6 +105,21 @@ def test_the_largest_batch_is_found_with_few_compilations(room, first, expected)
     assert 0.9 * expected <= batch <= expected
 
 
+@pytest.mark.parametrize(
+    "message,expected",
+    [
+        (
+            "RESOURCE_EXHAUSTED: the total memory (196.83G) exceeds available HBM (15.75G).",
+            "it needs 196.83GiB of 15.75GiB",
+        ),
+        ("RESOURCE_EXHAUSTED: Used 23.5G of 15.7G hbm. Exceeded hbm by 7.8G", "it needs 23.5GiB of 15.7GiB"),
+        ("RESOURCE_EXHAUSTED: no\nmore", "RESOURCE_EXHAUSTED: no"),
+    ],
+)
+def test_a_refusal_says_how_much_is_missing(message, expected):
+    assert compiled.wanted(message) == expected
+
+
 @pytest.mark.parametrize("target,message", [("v9:2x4", "'v9:2x4' is not a chip"), ("v5e", "is not a chip")])
 def test_an_unknown_target_is_refused(target, message):
     with pytest.raises(SystemExit, match=message):
