@@ -19,7 +19,7 @@ def loss_options(name: str) -> dict[str, Any]:
     return {
         p.name: p.default
         for p in parameters
-        if p.kind is p.KEYWORD_ONLY and isinstance(p.default, int | float) and p.name != "dimension"
+        if p.kind is p.KEYWORD_ONLY and isinstance(p.default, int | float | tuple) and p.name != "dimension"
     }
 
 
@@ -112,8 +112,12 @@ def default_config() -> ConfigDict:
     config.ism.prior = 0.0  # weight of the pull of u's length towards 1, for losses under which u collapses
 
     config.loss = ConfigDict()
-    config.loss.name = "proxy_anchor"
-    config.loss.learned = "none"  # or shared, per_class: beta of the margin loss
+    config.loss.name = "proxy_anchor"  # or several joined by +, as in proxy_anchor+sup_con; see docs/losses.md
+    config.loss.weights = ()  # of the losses that are joined by +; empty: 1 each
+    config.loss.learned = "none"  # or shared, per_class: beta of the margin loss, slope and offset of hedged_instance
+    config.loss.class_share = 1.0  # share of the classes that a batch is compared with in a step, for softmax losses
+    config.loss.centre_spread = 0.0  # weight of the loss that merges proxies of a class (0.2 in SoftTriple's paper)
+    config.loss.embedding_norm = 0.0  # weight of the mean squared length of s before it is normalised
     for name in LOSSES:
         config.loss[name] = ConfigDict(loss_options(name))
 

@@ -7,13 +7,13 @@ from ml_collections import ConfigDict
 from idml_jax.data.images.resample import METHODS
 from idml_jax.data.images.transforms import CHANGES, TRANSFORMS
 from idml_jax.errors import UserError
-from idml_jax.losses import LOSSES
 from idml_jax.metrics.closed_form import METHODS as CLOSED_FORMS
 from idml_jax.mixing import PARTNERS
 from idml_jax.training import learning, watch
 from idml_jax.training.config import learns_uncertainty, starts_whitened
 from idml_jax.training.fields import at_least, choice, value_of
 from idml_jax.training.tasks import TASKS, task_of
+from idml_jax.training.tasks.terms import check_loss
 
 # Fields that must be at least 1, and at least 0; all must be finite.
 AT_LEAST_ONE = (
@@ -25,7 +25,8 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     "seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay", "optim.clip_value",
     "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation", "data.pad", "ism.ranking",
-    "ism.prior", "mixup.alpha", "memory.size", "memory.warmup_epochs", "eval.ambiguity_images",
+    "ism.prior", "loss.centre_spread", "loss.embedding_norm", "mixup.alpha", "memory.size", "memory.warmup_epochs",
+    "eval.ambiguity_images",
 )  # fmt: skip
 SHARES = ("data.corrupt", "data.color_jitter", "data.lighting")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -63,7 +64,8 @@ def validate(config: ConfigDict) -> None:
     if config.model.name == "auto":
         raise UserError("config.model.name=auto is for training; the network's name stands in the run's config.json")
     # Registries may get entries from outside the package, so they are read at call time.
-    for field, known in {"loss.name": tuple(sorted(LOSSES)), "task": tuple(TASKS), **CHOICES}.items():
+    check_loss(config)
+    for field, known in {"task": tuple(TASKS), **CHOICES}.items():
         choice(config, field, known)
     _check_start(config.model)
     _check_data(config.data)

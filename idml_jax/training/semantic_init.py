@@ -177,17 +177,31 @@ def head_arrays(
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 
+def proxy_rows(means: Float[np.ndarray, "c d"], fresh: Float[np.ndarray, "rows kd"]) -> Float[np.ndarray, "rows kd"]:
+    """The table of proxies with those of each class at its mean; if they are split, the last rows are padding.
+
+    Several proxies of a class are moved a tenth of the mean's length apart, each in the direction of its ``fresh`` one:
+    equal proxies would get equal gradients for ever.
+    """
+    rows, (classes, width) = np.zeros(fresh.shape, np.float32), means.shape
+    centres = fresh.shape[1] // width
+    if centres == 1:
+        rows[:classes] = means
+        return rows
+    apart = fresh[:classes].reshape(classes, centres, width)
+    apart = apart / np.maximum(np.linalg.norm(apart, axis=2, keepdims=True), 1e-12)
+    length = np.linalg.norm(means, axis=1)[:, None, None]
+    rows[:classes] = (means[:, None, :] + 0.1 * length * apart).reshape(classes, -1)
+    return rows
+
+
 def with_head(run: Run, state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
     """The state with the semantic head of ``head_arrays`` and, if the loss has proxies, with these."""
     params = dict(state.params)
     semantic = {"kernel": arrays["kernel"], "bias": arrays["bias"]}
     params["heads"] = {**params["heads"], "semantic": semantic}
     if "proxies" in params:
-        rows = np.zeros(
-            params["proxies"].shape, np.float32
-        )  # if they are split over devices, the last rows are padding
-        rows[: len(arrays["proxies"])] = arrays["proxies"]
-        params["proxies"] = rows
+        params["proxies"] = proxy_rows(arrays["proxies"], sharding.to_host(params["proxies"]))
     state = state.replace(params=params)
     return run.place(state.averaging() if run.setup.ema else state)
 

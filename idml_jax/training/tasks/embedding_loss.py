@@ -21,6 +21,8 @@ class OnEmbeddings(Protocol):
 
     @property
     def ranking(self) -> float: ...
+    @property
+    def embedding_norm(self) -> float: ...
 
     def __call__(
         self,
@@ -57,7 +59,10 @@ def embedding_loss(
         return setup.model.apply({"params": {"heads": params["heads"]}}, features, method=EmbeddingModel.embed)
 
     def criterion(out: dict[str, Array], labels: Array, key: Array) -> Array:
-        return objective(params, embedding_of(out), labels, key=key, store=state.memory, step=state.step)
+        loss = objective(params, embedding_of(out), labels, key=key, store=state.memory, step=state.step)
+        if objective.embedding_norm:
+            loss += objective.embedding_norm * jnp.mean(jnp.square(out["semantic_norm"]))
+        return loss
 
     def confusion(out: dict[str, Array], labels: Array) -> Array:
         return objective.confusion(params, embedding_of(out), labels)
