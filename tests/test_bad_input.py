@@ -21,7 +21,7 @@ from idml_jax import evaluate, prepare, pretrained
 from idml_jax import main as main_lib
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = f"--config={ROOT}/configs/folder.py"
+FOLDER = f"--config={ROOT}/configs/folder.py:scratch"
 SMALL = (
     FOLDER,
     "--config.batch_size=32",

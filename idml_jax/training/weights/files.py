@@ -1,13 +1,15 @@
 """Reads the tensors of files: safetensors, and PyTorch's formats. The only importer of both packages for reading."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from idml_jax.data.stored.plain_pickle import PickleError
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import first_line, write_bytes
+from idml_jax.training.weights import plain_torch
 from idml_jax.training.weights.tensors import CONTAINERS, Named
 
 # Dictionaries of tensors lie at most so deep in a checkpoint ({"state": {"model": {...}}}).
@@ -69,13 +71,24 @@ def write_safetensors(path: Path, named: Mapping[str, np.ndarray], metadata: dic
 
 def read_torch(path: Path) -> dict[str, Named]:
     """The dictionaries of tensors in a file of PyTorch, by their place in it."""
+    content, kind, dense = _content(path)
+    found = {
+        place: {name: dense(name, value) for name, value in named.items()}
+        for place, named in _dictionaries(content, kind)
+    }
+    if not found and content == {}:
+        return {"": {}}
+    if not found:
+        raise UserError(f"{path}: holds no state_dict, alone or under {', '.join(CONTAINERS)}")
+    return found
+
+
+def _content(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:
+    """What a file of PyTorch holds, the type of a tensor in it, and the function that gives a tensor's numbers."""
     try:
         import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path}: {path.suffix} files are read by PyTorch, which is not installed; install it (pip install torch) "
-            "or convert the file to .safetensors"
-        ) from error
+    except ImportError:
+        return _content_without_torch(path)
     try:
         # Only tensors and plain containers are unpickled: a weights file cannot run code.
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,15 +97,18 @@ def read_torch(path: Path) -> dict[str, Named]:
             f"{path}: is damaged, or holds more than tensors and is refused ({first_line(error)}); "
             "save the state_dict alone"
         ) from error
-    found = {
-        place: {name: _dense(path, name, value) for name, value in named.items()}
-        for place, named in _dictionaries(content, torch.Tensor)
-    }
-    if not found and content == {}:
-        return {"": {}}
-    if not found:
-        raise UserError(f"{path}: holds no state_dict, alone or under {', '.join(CONTAINERS)}")
-    return found
+    return content, torch.Tensor, lambda name, value: _dense(path, name, value)
+
+
+def _content_without_torch(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:
+    try:
+        content, array = plain_torch.read(path)
+    except (PickleError, OSError) as error:
+        raise UserError(
+            f"{path}: is damaged, or holds more than dense tensors ({first_line(error)}); save the state_dict alone, "
+            "or install PyTorch, which reads more (pip install torch)"
+        ) from error
+    return content, plain_torch.PlainTensor, lambda name, value: array(value)
 
 
 def _dictionaries(content: Any, tensor: type, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
