@@ -1,5 +1,6 @@
 # Shared by quickstart.sh and test.sh: finds a Python, makes .venv and installs the pinned requirements into it.
 # To be sourced. Sets ROOT (folder of the checkout) and VENV_PYTHON.
+# install_accelerator adds jax for a GPU or TPU; $ACCELERATOR (cuda, tpu, cpu) decides, otherwise what the machine has.
 
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -61,4 +62,35 @@ make_venv() {
   # Compiled programs are cached, so that a second start is fast.
   export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
   export PYTHONUNBUFFERED=1
+}
+
+# The accelerator to install jax for: $ACCELERATOR (cuda, tpu or cpu), otherwise what this machine has.
+find_accelerator() {
+  local devices="${IDML_DEVICES:-/dev}"
+  case "${ACCELERATOR:-}" in
+    cuda | tpu | cpu) echo "$ACCELERATOR" ;;
+    "")
+      if nvidia-smi >/dev/null 2>&1; then
+        echo cuda
+      elif compgen -G "$devices/accel[0-9]*" >/dev/null || compgen -G "$devices/vfio/[0-9]*" >/dev/null; then
+        echo tpu # a TPU VM has one of the two, with a file for each chip
+      else
+        echo cpu
+      fi
+      ;;
+    *) fail "ACCELERATOR=$ACCELERATOR is unknown; it is cuda, tpu or cpu, and unset it is found out" ;;
+  esac
+}
+
+# install_accelerator: jax's part for the accelerator, as pip install "idml_jax[cuda]" or "idml_jax[tpu]" would add it.
+install_accelerator() {
+  local accelerator
+  accelerator="$(find_accelerator)" || exit 1
+  if [ "$accelerator" = cpu ]; then
+    # Also where an earlier start has installed jax for an accelerator.
+    if [ "${ACCELERATOR:-}" = cpu ]; then export JAX_PLATFORMS=cpu; fi
+    return
+  fi
+  echo "jax for $accelerator (ACCELERATOR=cpu to do without)"
+  install_into_venv "$accelerator" -e "$ROOT[$accelerator]" -c "$ROOT/requirements.txt"
 }

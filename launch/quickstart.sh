@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains an introspective embedding on the built-in data and writes a report. Needs only Python 3.11 to 3.13 and network
-# access for the packages. Can be run again; arguments are passed to the training command.
+# access for the packages. On a machine with NVIDIA GPUs or TPUs it installs jax for them (ACCELERATOR=cuda, tpu or cpu
+# decides otherwise). Can be run again; arguments are passed to the training command.
 #
 #   bash launch/quickstart.sh --photos=FOLDER
 #
@@ -13,6 +14,7 @@ case "${1:-}" in
   --photos=*) PHOTOS="${1#--photos=}"; shift; [ -d "$PHOTOS" ] || fail "--photos=$PHOTOS: no such folder" ;;
 esac
 make_venv
+install_accelerator
 
 WORKDIR="$ROOT/runs/quickstart"
 [ -z "$PHOTOS" ] || WORKDIR="$ROOT/runs/photos"

@@ -56,6 +56,59 @@ def test_a_missing_network_is_reported(tmp_path):
     assert not (root / "runs").exists()
 
 
+# Stands for the Python of a .venv: notes what pip is asked for.
+PIP_STUB = '#!/bin/sh\n[ "$2" = pip ] && echo "$@" >>"$PIP_LOG"\nexit 0\n'
+
+
+@pytest.mark.parametrize(
+    "given,smi,device,wanted",
+    [
+        ("", 0, None, "cuda"),
+        ("", 9, None, "cpu"),  # a driver that is broken
+        ("", None, None, "cpu"),
+        ("", None, "accel0", "tpu"),
+        ("", None, "vfio/1", "tpu"),
+        ("", None, "vfio/vfio", "cpu"),
+        ("", None, "accel/accel0", "cpu"),  # Linux's folder for accelerators of other kinds
+        ("cpu", 0, None, "cpu"),
+        ("tpu", 0, None, "tpu"),
+        ("cuda", None, None, "cuda"),
+        ("gpu", 0, None, "error: ACCELERATOR=gpu is unknown; it is cuda, tpu or cpu"),
+    ],
+)
+def test_jax_is_installed_for_the_accelerator_of_the_machine(tmp_path, given, smi, device, wanted):
+    root, tools, devices = checkout(tmp_path / "checkout"), tmp_path / "bin", tmp_path / "dev"
+    for folder in (tools, devices, root / ".venv" / "bin"):
+        folder.mkdir(parents=True)
+    for tool in ("bash", "cat", "cksum", "dirname", "rm", "tail", "grep"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    stubs = {root / ".venv" / "bin" / "python": PIP_STUB, tools / "python3": PIP_STUB}
+    if smi is not None:
+        stubs[tools / "nvidia-smi"] = f"#!/bin/sh\nexit {smi}\n"
+    for path, text in stubs.items():
+        path.write_text(text)
+        path.chmod(0o755)
+    if device:
+        (devices / device).parent.mkdir(exist_ok=True)
+        (devices / device).touch()
+    log = tmp_path / "pip.log"
+    twice = "install_accelerator; install_accelerator"
+    line = f"source launch/common.sh; make_venv; {twice}; echo platforms=${{JAX_PLATFORMS:-}}"
+    environment = {"PATH": str(tools), "PIP_LOG": str(log), "IDML_DEVICES": str(devices), "ACCELERATOR": given}
+    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, cwd=root)
+    extras = [words for words in log.read_text().splitlines() if "checkout[" in words]
+    if wanted.startswith("error"):
+        assert done.returncode == 1 and done.stderr.startswith(wanted) and done.stderr.count("\n") == 1 and not extras
+        return
+    assert done.returncode == 0, done.stderr
+    assert f"platforms={given if given == 'cpu' else ''}\n" in done.stdout
+    if wanted == "cpu":
+        assert not extras
+    else:  # once, although asked twice
+        (words,) = extras
+        assert words.endswith(f"-e {root}[{wanted}] -c {root}/requirements.txt")
+
+
 def call(script, *words, path=os.environ["PATH"], **environment):
     return subprocess.run(
         ["bash", str(ROOT / "launch" / script), *words],

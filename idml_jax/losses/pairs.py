@@ -4,7 +4,8 @@ A loss sees labels only through ``Pairs``. Padding, several labels per image, hi
 past embeddings and the shards of a batch are all expressed by building ``Pairs``.
 """
 
-from typing import NamedTuple, TypeVar
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,22 @@ def gather(tree: Tree, axis_name: AxisName | None) -> Tree:
     """
     if axis_name is None:
         return tree
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, axis=0, tiled=True), tree)
+    everyone = lambda x: jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
+    leaves, structure = jax.tree.flatten(tree)
+    # Matrices of one type, such as s and u, are gathered side by side: one collective here and one for the gradient.
+    together: dict[Any, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        together.setdefault(leaf.dtype if leaf.ndim == 2 else index, []).append(index)
+    for group in together.values():
+        if len(group) == 1:
+            leaves[group[0]] = everyone(leaves[group[0]])
+            continue
+        matrices = [leaves[index] for index in group]
+        ends = list(accumulate(matrix.shape[1] for matrix in matrices))
+        parts = jnp.split(everyone(jnp.concatenate(matrices, axis=1)), ends[:-1], axis=1)
+        for index, part in zip(group, parts, strict=True):
+            leaves[index] = part
+    return cast(Tree, jax.tree.unflatten(structure, leaves))
 
 
 def row_offset(rows: int, axis_name: AxisName | None) -> Int[Array, ""] | int:

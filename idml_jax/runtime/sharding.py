@@ -3,9 +3,11 @@
 With very many classes the proxies and their optimizer state are also split along ``data``, by class.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -52,6 +54,35 @@ def check_rows(rows: int, mesh: Mesh) -> None:
 def constrain(x: jax.Array, mesh: Mesh, *axes: str | None) -> jax.Array:
     """Constrains, inside ``jit``, which axes of an array (and of its gradient) are split; ``None``: not split."""
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def over_rows(
+    function: Callable[[Any, Any, str | None], Any], mesh: Mesh | None, rows: Any, whole: Any, result: str | None = None
+) -> Any:
+    """A function of a batch, computed on every device for its rows of the batch.
+
+    The compiler then decides nothing about the matrix of all pairs: each device has its rows of it, and only what the
+    function itself gathers or sums over the axis is exchanged.
+
+    Args:
+      function: ``(rows, whole, axis_name)``; without an axis (``None``) the rows are the whole batch.
+      mesh: devices; ``None``, or one device: the function is called with the batch as it is.
+      rows: pytree of arrays, split by their first axis.
+      whole: pytree of arrays that every device has.
+      result: ``"data"`` if the result has a row for each row of the batch; ``None`` if it is the same on every device.
+
+    Returns:
+      The function's result, for the whole batch.
+    """
+    if mesh is None or mesh.size == 1:
+        return function(rows, whole, None)
+    mapped = jax.shard_map(
+        lambda rows, whole: function(rows, whole, "data"),
+        mesh=mesh,
+        in_specs=(PartitionSpec("data"), PartitionSpec()),
+        out_specs=PartitionSpec() if result is None else PartitionSpec(result),
+    )
+    return mapped(rows, jax.tree.map(jnp.asarray, whole))
 
 
 def placement(tree: Any, mesh: Mesh, split: tuple[str, ...] = ()) -> Any:

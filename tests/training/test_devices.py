@@ -5,6 +5,8 @@ shows gradients; running statistics) the largest change may differ by 1e-3 of it
 by 1e-4, embeddings and metrics of an evaluation by 1e-4.
 """
 
+from dataclasses import replace
+
 import chex
 import jax
 import numpy as np
@@ -35,6 +37,7 @@ def marked(case):
 def one_step(s, devices):
     """The state before and after a step on the given devices, and its metrics."""
     mesh = sharding.data_mesh(jax.devices()[:devices])
+    s = replace(s, objective=replace(s.objective, rows=mesh))  # as a run does
     state = sharding.replicate(fresh(s), mesh)
     before = jax.tree.map(np.asarray, state)
     data = {k: np.asarray(v) for k, v in batch().items()}
@@ -49,7 +52,16 @@ def one_step(s, devices):
 @pytest.mark.parametrize("name,introspective", [marked(case) for case in CASES])
 def test_a_step_is_the_same_on_one_and_on_eight_devices(name, introspective):
     learned = "per_class" if name == "margin_distance_weighted" else "none"
-    what = objective(loss=name, introspective=introspective, learned=learned)
+    check_step(objective(loss=name, introspective=introspective, learned=learned, ranking=0.1))
+
+
+@pytest.mark.slow
+def test_a_step_with_a_memory_is_the_same_on_one_and_on_eight_devices():
+    check_step(objective(loss="contrastive", memory_size=32, ranking=0.1))
+
+
+def check_step(what):
+    """The step with an objective, and what it changes, are those of one device."""
     s = setup(tiny(), objective=what, optimizer=RULE)  # live BatchNorm, Mixup
     (before, one, metrics), (start, eight, others) = one_step(s, 1), one_step(s, 8)
     chex.assert_trees_all_equal(before, start)

@@ -1,5 +1,6 @@
 """The metric-learning objective: which matrix a loss reads, and its references."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -82,6 +83,8 @@ class Objective(Criterion):
       ranking: weight of the loss that orders images by difficulty through the length of the uncertainty embedding.
       prior: weight of the loss that pulls the length of the uncertainty embedding towards 1.
       mesh: devices over which the proxies, and the matrix along them, are split; ``None``: replicated.
+      rows: devices over which a batch is split; each computes its rows of the matrix of a loss on pairs, and embeddings
+        are all that they exchange. ``None``: the compiler places the matrix.
       terms: losses with weights and options, all on the matrices of one metric; empty: ``loss`` alone.
       class_share: share of the classes that a batch is compared with in a step; 1: all.
       centre_spread: weight of the loss that merges proxies of a class.
@@ -100,6 +103,7 @@ class Objective(Criterion):
     ranking: float = 0.0
     prior: float = 0.0
     mesh: Mesh | None = None
+    rows: Mesh | None = None
     terms: tuple[Term, ...] = ()
     class_share: float = 1.0
     centre_spread: float = 0.0
@@ -205,37 +209,61 @@ class Objective(Criterion):
         Returns:
           The loss, a scalar.
         """
-        compared: dict[str, Compared] = {}
-        matrices: dict[tuple[str, str], Any] = {}
-        values = []
-        for index, term in enumerate(self.parts):
-            spec, place = term.spec, term.spec.references
-            if place not in compared:
-                compared[place] = (
-                    self._with_proxies(params, embedding, labels, key)
-                    if place == "proxies"
-                    else self._with_batch(embedding, labels, store, step)
-                )
-            found = compared[place]
-            own_key = key if index == 0 or key is None else jax.random.fold_in(key, index)
-            options = self._options_of(term, found, params.get("loss", {}), labels, own_key)
-            if spec.reads == "embeddings":
-                read = self._seen(found.embedding)
-            else:
-                if (place, spec.reads) not in matrices:
-                    metric = self.metric.similarity if spec.reads == "similarity" else self.metric
-                    matrix = metric(found.embedding, found.references)
-                    matrices[place, spec.reads] = self._split(matrix) if place == "proxies" else matrix
-                read = matrices[place, spec.reads]
-            value = spec.function(read, found.pairs, **options)
-            values.append(value if term.weight == 1 else term.weight * value)
-        loss = sum(values[1:], start=values[0])
+        learned, values = params.get("loss", {}), {}
+        numbered = list(enumerate(self.parts))
+        if on_proxies := [(i, term) for i, term in numbered if term.spec.references == "proxies"]:
+            compared = self._with_proxies(params, embedding, labels, key)
+            values.update(self._values(on_proxies, compared, learned, labels, key))
+        if on_pairs := [(i, term) for i, term in numbered if term.spec.references == "batch"]:
+
+            def of_rows(
+                rows: tuple[Embedding, Array], whole: tuple[Any, ...], axis_name: str | None
+            ) -> dict[int, Array]:
+                (own, of_own), (learned, key, store, step) = rows, whole
+                compared = self._with_batch(own, of_own, store, step, axis_name)
+                return self._values(on_pairs, compared, learned, of_own, key, axis_name)
+
+            # A loss of the user's may not know the axis.
+            able = all("axis_name" in inspect.signature(term.spec.function).parameters for _, term in on_pairs)
+            rows, whole = (self._seen(embedding), labels), (learned, key, store, step)
+            values.update(sharding.over_rows(of_rows, self.rows if able else None, rows, whole))
+        first, *others = (values[i] if term.weight == 1 else term.weight * values[i] for i, term in numbered)
+        loss = sum(others, start=first)
         if self.centre_spread:
             loss += self.centre_spread * auxiliary.centre_spread(self._centres_of(params["proxies"]), self._real())
         if self.prior:
             assert embedding.uncertainty is not None  # see config.validate
             loss += self.prior * auxiliary.length_prior(embedding.uncertainty)
         return loss
+
+    def _values(
+        self,
+        terms: list[tuple[int, Term]],
+        found: Compared,
+        learned: dict[str, Float[Array, "..."]],
+        labels: Int[Array, "n"],
+        key: PRNGKeyArray | None,
+        axis_name: str | None = None,
+    ) -> dict[int, Float[Array, ""]]:
+        """The losses of terms with the same references, by their numbers."""
+        matrices: dict[str, Any] = {}
+        values = {}
+        for index, term in terms:
+            spec = term.spec
+            own_key = key if index == 0 or key is None else jax.random.fold_in(key, index)
+            options = self._options_of(term, found, learned, labels, own_key)
+            if axis_name is not None:
+                options["axis_name"] = axis_name
+            if spec.reads == "embeddings":
+                read: Any = self._seen(found.embedding)
+            else:
+                if spec.reads not in matrices:
+                    metric = self.metric.similarity if spec.reads == "similarity" else self.metric
+                    matrix = metric(found.embedding, found.references)
+                    matrices[spec.reads] = self._split(matrix) if spec.references == "proxies" else matrix
+                read = matrices[spec.reads]
+            values[index] = spec.function(read, found.pairs, **options)
+        return values
 
     def _options_of(
         self,
@@ -279,14 +307,20 @@ class Objective(Criterion):
         return rows.reshape(rows.shape[0], self.centres, self.dim)
 
     def _with_batch(
-        self, embedding: Embedding, labels: Int[Array, "n"], store: memory.Memory | tuple[()], step: Any
+        self,
+        embedding: Embedding,
+        labels: Int[Array, "n"],
+        store: memory.Memory | tuple[()],
+        step: Any,
+        axis_name: str | None,
     ) -> Compared:
-        """The images with each other and, if there is one, with the memory."""
+        """Images with the whole batch (which they are, or are rows of) and, if there is one, with the memory."""
         if not self.memory_size:
-            return Compared(embedding, None, losses.pairs_from_labels(labels))
+            references = None if axis_name is None else losses.gather(embedding, axis_name)
+            return Compared(embedding, references, losses.pairs_from_labels(labels, axis_name=axis_name))
         kept = cast(memory.Memory, store)
-        pairs = memory.pairs_with_batch(kept, labels, active=step >= self.memory_warmup)
-        return Compared(embedding, memory.with_batch(kept, embedding), pairs)
+        pairs = memory.pairs_with_batch(kept, labels, active=step >= self.memory_warmup, axis_name=axis_name)
+        return Compared(embedding, memory.with_batch(kept, embedding, axis_name), pairs)
 
     def _with_proxies(
         self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"], key: PRNGKeyArray | None
@@ -334,8 +368,14 @@ class Objective(Criterion):
 
     def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
         """How close each image is to a wrong answer, by the plain similarity; see ``auxiliary.confusion``."""
-        references, pairs = None, None
         if self._has("proxies"):
-            references, embedding, pairs = self._against_proxies(params, embedding, labels)
-        similarity = self._split(ism.cosine_similarity(embedding.semantic, references))
-        return auxiliary.confusion(similarity, losses.pairs_from_labels(labels) if pairs is None else pairs)
+            proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
+            return auxiliary.confusion(self._split(ism.cosine_similarity(embedding.semantic, proxies)), pairs)
+
+        def of_rows(rows: tuple[Array, Array], _: tuple[()], axis_name: str | None) -> Array:
+            semantic, own = rows
+            everyone = None if axis_name is None else losses.gather(semantic, axis_name)
+            similarity = ism.cosine_similarity(semantic, everyone)
+            return auxiliary.confusion(similarity, losses.pairs_from_labels(own, axis_name=axis_name))
+
+        return cast(Array, sharding.over_rows(of_rows, self.rows, (embedding.semantic, labels), (), "data"))

@@ -88,6 +88,7 @@ class Retrieval:
             ranking=config.ism.ranking,
             prior=config.ism.prior,
             mesh=mesh if split else None,
+            rows=mesh,
             class_share=config.loss.class_share,
             centre_spread=config.loss.centre_spread,
             embedding_norm=config.loss.embedding_norm,

@@ -1,0 +1,187 @@
+"""Costs of a step as read from the compiler: what is read from its text, and what the text of our steps says."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from idml_jax.ism import Embedding, Metric
+from idml_jax.losses import LOSSES
+from idml_jax.runtime import sharding
+from idml_jax.training.tasks.objective import Objective
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import aot  # noqa: E402
+import chips  # noqa: E402
+import compiled  # noqa: E402
+
+TEXT = """
+HloModule jit_step, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.3 (p: f32[1024,512]) -> f32[128,512] {
+  %all-reduce.7 = f32[1024,512]{1,0:T(8,128)} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
+  ROOT %dynamic-slice.2 = f32[128,512]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.7, %i, %zero)
+}
+
+%chain_of_a_collective (p: f32[4,2]) -> f32[32,2] {
+  ROOT %all-gather.1 = f32[32,2]{1,0} all-gather(%p), replica_groups=[1,8]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%chain_of_a_collective.1 (p: f32[4,2]) -> f32[32,2] {
+  ROOT %all-gather.2 = f32[32,2]{1,0} all-gather(%p), replica_groups=[1,8]<=[8], frontend_attributes={chain_id="0"}
+}
+
+%turn (t: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %all-reduce.8 = bf16[4]{0} all-reduce(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%sum
+  ROOT %tuple = (s32[], bf16[4]) tuple(%i, %all-reduce.8)
+}
+
+%more (t: (s32[], bf16[4])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %five), direction=LT
+}
+
+ENTRY %main (images: u8[16,4,4,3]) -> f32[] {
+  %ar = (f32[8,4]{1,0:T(8,128)}, f32[], /*index=2*/f32[3]) all-reduce(%a, %b, %c), replica_groups={}, to_apply=%sum
+  %start = (f32[4,8]{1,0}, f32[32,8]{1,0}) all-gather-start(%d), replica_groups=[1,8]<=[8], dimensions={0}
+  %done = f32[32,8]{1,0} all-gather-done(%start)
+  %send = (u8[1,4,4,3]{3,2,1,0}, u8[1,4,4,3]{3,2,1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%e)
+  %f.1 = f32[128,512]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
+  %f.2 = f32[32,2]{1,0} fusion(%g), kind=kCustom, calls=%chain_of_a_collective
+  %f.3 = f32[32,2]{1,0} fusion(%g), kind=kCustom, calls=%chain_of_a_collective.1
+  %w = (s32[], bf16[4]) while(%t), condition=%more, body=%turn, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %r = f32[] constant(0), metadata={op_name="an all-reduce(x) in a name"}
+}
+"""
+
+
+def test_collectives_are_read_from_the_text():
+    found = {(c.kind, c.shape): c for c in compiled.collectives(TEXT, 8)}
+    assert {key: tuple(c[2:]) for key, c in found.items()} == {
+        ("all-reduce", "f32[8,4] f32[] f32[3]"): (144, 8, 1),  # names no group: all devices
+        ("all-gather", "f32[32,8]"): (1024, 8, 1),
+        ("collective-permute", "u8[1,4,4,3]"): (48, 8, 1),
+        ("reduce-scatter", "f32[128,512]"): (128 * 512 * 4, 8, 1),
+        ("all-gather", "f32[32,2]"): (256, 8, 1),  # in two fusions, but one collective
+        ("all-reduce", "bf16[4]"): (8, 2, 5),  # in a loop of five turns, of pairs of devices
+    }
+    assert found["all-gather", "f32[32,8]"].received == 1024 * 7 / 8
+    assert found["all-reduce", "bf16[4]"].received == 5 * 2 * 8 * 1 / 2
+    assert found["reduce-scatter", "f32[128,512]"].received == 7 * 128 * 512 * 4
+    every = compiled.collectives(TEXT, 8)
+    assert compiled.largest_matrix(every) == 128 * 512
+    assert compiled.totals(every)["all-reduce"] == (6, 2 * 7 / 8 * 144 + 40)
+
+
+def test_bounds_name_what_binds():
+    chip = chips.Chip("a chip", peak=100, memory=16, bandwidth=1000, link=200, source="")
+    limit = chips.bounds(chip, operations=1e12, read=5e9, received=4e9)
+    assert limit == (0.01, 0.005, 0.02) and limit.binds == "links" and limit.seconds == 0.02
+
+
+@pytest.mark.parametrize("room,first,expected", [(1000, 128, 328), (1000, 1024, 320), (100, 64, 24), (20, 64, 0)])
+def test_the_largest_batch_is_found_with_few_compilations(room, first, expected):
+    tried = []
+
+    def attempt(batch):
+        tried.append(batch)
+        if 3 * batch + 10 > room:
+            raise compiled.DoesNotFit
+        return batch
+
+    batch, program = aot.largest_batch(attempt, first, multiple=8)
+    assert batch == (program or 0) and len(tried) <= 6 and all(b % 8 == 0 for b in tried)
+    assert 0.9 * expected <= batch <= expected
+
+
+@pytest.mark.parametrize(
+    "message,expected",
+    [
+        (
+            "RESOURCE_EXHAUSTED: the total memory (196.83G) exceeds available HBM (15.75G).",
+            "it needs 196.83GiB of 15.75GiB",
+        ),
+        ("RESOURCE_EXHAUSTED: Used 23.5G of 15.7G hbm. Exceeded hbm by 7.8G", "it needs 23.5GiB of 15.7GiB"),
+        ("RESOURCE_EXHAUSTED: no\nmore", "RESOURCE_EXHAUSTED: no"),
+    ],
+)
+def test_a_refusal_says_how_much_is_missing(message, expected):
+    assert compiled.wanted(message) == expected
+
+
+@pytest.mark.parametrize("target,message", [("v9:2x4", "'v9:2x4' is not a chip"), ("v5e", "is not a chip")])
+def test_an_unknown_target_is_refused(target, message):
+    with pytest.raises(SystemExit, match=message):
+        chips.devices_of(target)
+
+
+def test_options_become_settings():
+    words = ["v5e:2x4", "--loss", "fast_ap", "--plain", "--remat", "--accumulate", "2", "--set", "model.pooling=max"]
+    config = aot.settings_of(aot.arguments(words))
+    assert config.loss.name == "fast_ap" and not config.ism.enabled and config.model.remat
+    assert config.optim.accumulate == 2 and config.model.pooling == "max" and config.model.dtype == "bfloat16"
+    with pytest.raises(SystemExit, match="no such setting"):
+        aot.settings_of(aot.arguments(["v5e:2x4", "--set", "model.nmae=1"]))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [pytest.param(n, marks=() if n in ("contrastive", "multi_similarity") else pytest.mark.slow) for n in LOSSES],
+)
+def test_devices_exchange_embeddings_and_no_matrix(loss):
+    """In the compiled loss and its gradient, on eight devices: no [n, n], and few [n, d]."""
+    if LOSSES[loss].references != "batch":
+        pytest.skip("compares with proxies")
+    n, d, k = 128, 3, 2
+    mesh = sharding.data_mesh()
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    what = Objective(loss, (), Metric(), 4, d, k, rows=mesh)
+    batch = Embedding(*(jax.ShapeDtypeStruct((n, width), jnp.float32, sharding=rows) for width in (d, k)))
+    labels = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=rows)
+    step = jax.jit(jax.value_and_grad(lambda e, labels: what({}, e, labels, key=jax.random.key(0))))
+    every = compiled.collectives(step.lower(batch, labels).compile().as_text(), mesh.size)
+    assert 0 < compiled.largest_matrix(every) <= n * (d + k) < n * n // mesh.size
+    assert sum(c.count for c in every if "," in c.shape) <= 2  # s and u there, their gradient back
+
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+def of_tpu(tmp_path, target, *words):
+    """The numbers of the train step of a tiny network, as the TPU's compiler says."""
+    out = tmp_path / "rows.jsonl"
+    command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), target, "--trunk", "resnet_tiny", "--pixels", "32"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *words, "--json", str(out)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["contrastive", "multi_similarity", "fast_ap"])
+def test_a_tpu_gathers_once_per_matrix(tmp_path, loss):
+    row = of_tpu(tmp_path, "v5e:2x4", "--loss", loss, "--partners", "near")
+    counts = {kind: count for kind, (count, _) in row["collectives"].items()}
+    # Two matrices, of the originals and of the mixed images; labels, original and of the partners, are gathered too.
+    assert counts["all-gather"] <= 6 and counts["reduce-scatter"] <= 3 and "all-to-all" not in counts
+    assert 0 < row["memory"] < 16e9 and row["operations"] > 0 and row["images_per_second"] > 0
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_pod_holds_a_batch_of_32768(tmp_path):
+    row = of_tpu(tmp_path, "v5e:16x16", "--loss", "contrastive", "--partners", "near")
+    assert row["batch"] == 32_768 and row["devices"] == 256
+    assert row["memory"] < 2 * 2**30
