@@ -160,7 +160,7 @@ def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
     model = fit_model(known, names)
     parts, changed_parts = _parts(known)
     strangers = known.strangers
-    shared = None if strangers is None else _shared(known, strangers, names)
+    shared = [] if strangers is None else _shared(known, strangers, names)
     if not shared:
         strangers = None
     knowing = None if strangers is None else _fit_knowing(known, strangers, shared)

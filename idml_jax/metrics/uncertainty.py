@@ -306,7 +306,7 @@ def threshold_for_precision(
         last = np.unique(last[np.maximum(np.searchsorted(last + 1, _COVERAGES * len(scores), side="right") - 1, 0)])
         share = rights[last] / (last + 1)
         risk = 1.0 - confidence
-        tails = [binomial.upper_tail(kept, precision) for kept in last + 1]
+        tails = [binomial.upper_tail(int(kept), precision) for kept in last + 1]
         passed = np.asarray([tail[right] < risk for tail, right in zip(tails, rights[last], strict=True)])
         start = _first_to_test(tails, risk)
         good = start + np.flatnonzero(np.logical_and.accumulate(passed[start:]))

@@ -18,7 +18,7 @@ from idml_jax.metrics.classification import ECE_BINS
 from idml_jax.metrics.retrieval import Neighbours
 
 # Scores of an answer that need the classes of the gallery.
-LABELLED = ("vote_share", "agreement", "class_margin")
+LABELLED = ("vote_share", "vote_rival", "agreement", "class_margin")
 # What `chosen` tries.
 NEIGHBOURS, TEMPERATURES = (5, 10, 20), (10.0, 20.0, 40.0)
 # Share of the probability that all classes of the gallery get alike, so that none has the probability 0; also added to
@@ -137,6 +137,7 @@ def label_scores(
     """Scores of the nearest image as the answer that use the classes of the gallery; larger = less certain.
 
     vote_share: log odds against the answer's class: ``log((1 - p + 0.01) / (p + 0.01))`` for its share p of the vote.
+    vote_rival: log of the largest share of another class over that of the answer's class, 0.01 added to both.
     agreement: share of the k nearest that are of another class than the answer.
     class_margin: minus the cosine similarity to the answer less that to the nearest image of another class, however far
         down the list that is. Left out if the gallery has one class.
@@ -147,8 +148,10 @@ def label_scores(
     labels = np.asarray(labels)
     ballot = cast(queries, gallery, labels, found, setting, own)
     answer = labels[found.index[:, 0]]
+    rivals = np.max(np.where(ballot.labels != answer[:, None], ballot.share, 0.0), axis=1)
     scores = {
         "vote_share": np.log((1.0 - ballot.share[:, 0] + SPREAD) / (ballot.share[:, 0] + SPREAD)),
+        "vote_rival": np.log((rivals + SPREAD) / (ballot.share[:, 0] + SPREAD)),
         "agreement": np.mean(ballot.labels != answer[:, None], axis=1),
     }
     if (labels == labels[0]).all():

@@ -27,6 +27,7 @@ SCORE_NAMES = {
     "nearest_distance": "distance to the nearest", "margin_2": "margin 1st to 2nd", "margin_10": "margin 1st to 10th",
     "margin_20": "margin 1st to 20th", "ratio_20": "distance to the 1st over that to the 20th",
     "norm": "norm before normalising", "vote_share": "vote of the nearest for the answer's class",
+    "vote_rival": "vote for another class over that for the answer's",
     "agreement": "nearest of another class than the answer", "class_margin": "margin to the nearest of another class",
     "answer_density": "similarity to the answer, less that of its 10th neighbour",
 }  # fmt: skip
