@@ -20,6 +20,8 @@ from idml_jax.metrics.uncertainty import Threshold, threshold_for_precision
 
 # Queries, half of them strangers, that the share of strangers is estimated from besides the real ones: a prior.
 PRIOR_QUERIES = 10.0
+# Choices of the classes that play strangers, for the threshold of a wanted precision: an odd number.
+CHOICES = 9
 # Risk that the share of strangers that get an answer is above the wanted one.
 RISK = 0.05
 
@@ -142,9 +144,9 @@ def rule(
     Raises:
       ValueError: for values outside (0, 1), or ``answered_strangers`` without ``calibrated.open``.
     """
-    held_out = mixture(calibrated, share)
-    first = None if precision is None else threshold_for_precision(held_out.doubt, held_out.correct, precision)
-    second = None
+    held_out, first, second = mixture(calibrated, share), None, None
+    if precision is not None:
+        held_out, first = _by_median(calibrated, share, precision)
     if answered_strangers is not None:
         if calibrated.open is None:
             raise ValueError("strangers: the held-out images are of too few classes to play strangers")
@@ -152,6 +154,15 @@ def rule(
         second = stranger_threshold(1.0 - with_share(part.strangers, share) * part.right, answered_strangers)
     limits = [limit for limit in (None if first is None else first.value, second) if limit is not None]
     return Rule(min(limits, default=float("inf")), share, first, second, held_out)
+
+
+def _by_median(calibrated: Calibration, share: float, precision: float) -> tuple[Mixture, Threshold]:
+    """The median threshold over several choices of the classes that play strangers: no single choice decides."""
+    tried = []
+    for seed in range(CHOICES if calibrated.open is not None and share > 0 else 1):
+        held_out = mixture(calibrated, share, seed)
+        tried.append((held_out, threshold_for_precision(held_out.doubt, held_out.correct, precision)))
+    return sorted(tried, key=lambda one: one[1].value)[len(tried) // 2]
 
 
 def stranger_threshold(doubt: Float[np.ndarray, "n"], wanted: float, risk: float = RISK) -> float:
