@@ -57,12 +57,11 @@ def _search(given: dict[str, Any]) -> None:
     setting = None if index.class_names is None else Vote()
     vectors = queries.embedded, index.embedded, index.metric, own
     scores = scores_of(*vectors, setting=setting)
-    wanted = Wanted(given["abstain"], given["strangers"])
-    sureness = confidence_for(given["held_out"], index, given["index"], model, scores, needed=wanted != Wanted())
+    wanted = Wanted(given["abstain"], given["strangers"], given["balanced"])
+    sureness = confidence_for(given["held_out"], index, given["index"], model, scores, wanted)
     if sureness.calibrated is not None and sureness.calibrated.setting != setting:
         setting = sureness.calibrated.setting
         scores = scores_of(*vectors, setting=setting)
-    setting = setting and setting._replace(balanced=given["balanced"])
     rule = rule_for(sureness, scores, wanted)
     answers = search(
         queries.embedded,

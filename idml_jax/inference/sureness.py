@@ -22,10 +22,17 @@ class Wanted(NamedTuple):
     Attributes:
       precision: share of right answers; ``None``: any.
       strangers: share of the queries of unknown classes that may get an answer; ``None``: any.
+      balanced: whether votes count less for classes with many images.
     """
 
     precision: float | None = None
     strangers: float | None = None
+    balanced: bool = False
+
+    @property
+    def some(self) -> bool:
+        """Whether answers may have to be left out."""
+        return self.precision is not None or self.strangers is not None
 
 
 class Confidence(NamedTuple):
@@ -75,8 +82,7 @@ def confidence_for(
     named: str,
     model: Callable[[], Trained],
     names: Collection[str],
-    *,
-    needed: bool = False,
+    wanted: Wanted = Wanted(),  # noqa: B008 (immutable)
 ) -> Confidence:
     """Fits the confidence of answers from an index, on held-out images or on the index itself.
 
@@ -86,7 +92,7 @@ def confidence_for(
       named: name of the index in messages.
       model: loads the network, if images must be embedded.
       names: names of the scores that queries will have.
-      needed: whether answers are to be left out, for which the confidence is needed.
+      wanted: what is wanted of the answers.
 
     Raises:
       UserError: if classes are needed and unknown, if there are fewer than two, or if the two sets cannot be compared.
@@ -96,7 +102,7 @@ def confidence_for(
         others, what = open_index(held_out, "--held_out", model), held_out
         check_comparable(others, index, what, named)
     if others.class_names is None:
-        if needed or held_out:
+        if wanted.some or held_out:
             raise UserError(
                 f"{held_out or named}: its classes are unknown, so nothing tells how sure an answer is; give "
                 "--held_out, a file or a folder of class folders"
@@ -105,7 +111,7 @@ def confidence_for(
     if len(np.unique(others.embedded.labels)) < 2:
         raise UserError("the held-out images are of one class; at least 2 are needed to tell right from wrong")
     found = held_out_beside(others, index)
-    known = calibration.answer(found, index.metric, labelled=index.class_names is not None)
+    known = calibration.answer(found, index.metric, labelled=index.class_names is not None, balanced=wanted.balanced)
     fitted = calibration.fit(known, names)
     return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {what}")
 

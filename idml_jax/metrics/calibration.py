@@ -97,13 +97,14 @@ class Known(NamedTuple):
     setting: Vote | None = None
 
 
-def answer(held_out: HeldOut, metric: Metric, *, labelled: bool = True) -> Known:
+def answer(held_out: HeldOut, metric: Metric, *, labelled: bool = True, balanced: bool = False) -> Known:
     """Answers the held-out queries; the result serves several fits.
 
     Args:
       held_out: queries of classes that the network was not trained on.
       metric: metric for the scores that use the uncertainty.
       labelled: whether the gallery in use will have labels; otherwise only label-free scores are computed.
+      balanced: whether the vote is corrected for the sizes of classes, ``vote.Vote.balanced``.
 
     Returns:
       Their scores and whether their answers are right.
@@ -117,7 +118,7 @@ def answer(held_out: HeldOut, metric: Metric, *, labelled: bool = True) -> Known
         own = np.arange(len(queries.labels))
     found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
     vectors = queries.semantic, queries.labels, gallery.semantic, gallery.labels
-    setting = votes.chosen(*vectors, found, own) if labelled else None
+    setting = votes.chosen(*vectors, found, own, balanced=balanced) if labelled else None
 
     def answers(queries: Embedded, own: Int[np.ndarray, "n"] | None, found: uncertainty.Neighbours) -> Known:
         scores = scores_of(queries, gallery, metric, own, found, setting=setting)

@@ -215,6 +215,8 @@ def chosen(
     labels: Int[Array, "m"],
     found: Neighbours,
     own: Int[Array, "n"] | None = None,
+    *,
+    balanced: bool = False,
 ) -> Vote:
     """The settings with which the vote's share detects wrong answers best (R-AUROC), among ``NEIGHBOURS`` and
     ``TEMPERATURES``.
@@ -224,7 +226,12 @@ def chosen(
     """
     right = np.asarray(labels)[found.index[:, 0]] == np.asarray(truth)
     if uncertainty.r_auroc_undefined(right) is not None:
-        return Vote()
-    settings = [Vote(k, t) for k in NEIGHBOURS for t in TEMPERATURES if k <= found.index.shape[1] or k == NEIGHBOURS[0]]
+        return Vote(balanced=balanced)
+    settings = [
+        Vote(k, t, balanced)
+        for k in NEIGHBOURS
+        for t in TEMPERATURES
+        if k <= found.index.shape[1] or k == NEIGHBOURS[0]
+    ]
     quality = lambda vote: uncertainty.r_auroc(-cast(queries, gallery, labels, found, vote, own).share[:, 0], right)
     return max(settings, key=quality)

@@ -14,7 +14,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.metrics import uncertainty
 from idml_jax.metrics.summary import Embedded
 from idml_jax.reporting import html as pages
-from idml_jax.reporting import plots
+from idml_jax.reporting import open_set, plots
 from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.training.tasks import Task, task_of
 
@@ -239,6 +239,11 @@ def knowing(seen: Seen, images: Thumbnails) -> Markup:
     )
 
 
+def strangers(seen: Seen, images: Thumbnails) -> Markup:
+    """Queries whose class is not among the images searched."""
+    return open_set.table(seen.result.get("best", {}), SCORE_NAMES)
+
+
 def ambiguity(seen: Seen, images: Thumbnails) -> Markup:
     """Uncertainty against the known ambiguity, and on changed images."""
     parts, best = [], seen.result.get("best", {})
@@ -375,6 +380,7 @@ SECTIONS: dict[str, Section] = {
     "training": training,
     "predictions": predictions,
     "knowing": knowing,
+    "strangers": strangers,
     "ambiguity": ambiguity,
     "answers": answers,
     "extremes": extremes,

@@ -141,3 +141,4 @@ def test_a_balanced_vote_does_not_favour_large_classes():
     found = uncertainty.nearest_twenty(query, rows)
     assert vote.cast(query, rows, labels, found, Vote(10, 5.0)).winner == 0
     assert vote.cast(query, rows, labels, found, Vote(10, 5.0, balanced=True)).winner == 1
+    assert vote.chosen(query, np.asarray([1]), rows, labels, found, balanced=True).balanced
