@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from idml_jax.ism import Metric
-from idml_jax.metrics import calibration, clustering, introspective, open_set, retrieval, uncertainty, vote
+from idml_jax.metrics import calibration, clustering, introspective, open_set, retrieval, strangers, uncertainty, vote
 from idml_jax.metrics.calibration import Calibration, HeldOut, Known
 from idml_jax.metrics.confidence import confidence
 from idml_jax.metrics.embedded import Embedded, joined, scores_of
@@ -161,9 +161,11 @@ def _threshold_report(
 ) -> tuple[dict[str, float], Calibration]:
     """A confidence from all scores and its threshold, both fitted on held-out classes, applied to the queries."""
     report, fitted = _confidence_report(scores, ranks.nearest_correct, known)
-    threshold = uncertainty.threshold_for_precision(fitted.doubt, fitted.correct, precision)
+    share = strangers.estimated_share(fitted, scores)
+    unsure = 1.0 - strangers.judge(fitted, scores, share).sure
+    rule = strangers.rule(fitted, share, precision)
+    selected = uncertainty.selective(unsure, ranks.nearest_correct, rule.value)
     doubt = 1.0 - confidence(fitted.model, scores)
-    selected = uncertainty.selective(doubt, ranks.nearest_correct, threshold)
     curve = uncertainty.risk_coverage(doubt, ranks.nearest_correct)
     return report | {
         "AURC(confidence)": curve.aurc,

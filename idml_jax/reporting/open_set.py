@@ -27,10 +27,10 @@ def table(best: Mapping[str, float], names: Mapping[str, str]) -> Markup:
     for score in scores:
         values = [best.get(f"open_set/{measure}({score})") for measure, _ in _MEASURES]
         if all(value is not None for value in values):
-            rows.append((names.get(score, score), *(float(value) for value in values if value is not None)))
+            rows.append((names.get(score, score), [float(value) for value in values if value is not None]))
     if not rows:
         return Markup()
-    rows.sort(key=lambda row: -row[1])
+    rows.sort(key=lambda row: -row[1][0])
     said = Markup()
     answered, right = best.get("open_set/answered"), best.get("open_set/answered_precision")
     if answered is not None:
@@ -46,5 +46,5 @@ def table(best: Mapping[str, float], names: Mapping[str, str]) -> Markup:
         "queries of those classes are strangers, and every answer to them is wrong. Means over several choices of the "
         "classes.</p>{}{}",
         said,
-        pages.table(("score", *(shown for _, shown in _MEASURES)), rows),
+        pages.table(("score", *(shown for _, shown in _MEASURES)), [(name, *values) for name, values in rows]),
     )
