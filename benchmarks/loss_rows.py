@@ -2,7 +2,7 @@
 
     python benchmarks/loss_rows.py --root=data/omniglot_small --out=runs/loss_rows --epochs=5
 
-A check that all fourteen rows learn, not a comparison of losses: nothing is tuned, and one seed says little.
+A check that all rows learn, not a comparison of losses: nothing is tuned, and one seed says little.
 """
 
 import argparse

@@ -3,6 +3,7 @@
     python benchmarks/losses.py                       # the whole table in docs/losses.md, some minutes
     python benchmarks/losses.py --sizes 256 --losses contrastive fast_ap --rounds 20
     python benchmarks/losses.py --introspective       # ours on the introspective metric, theirs as it is
+    python benchmarks/losses.py --compiled --losses smooth_ap --sizes 4096    # memory of the compiled program, not run
 
 Needs the extra 'parity'. Each combination of loss, size and library runs in a separate process, so that peak memory is
 measured separately. The two processes of a loss and size alternate, so that other load on the machine affects both.
@@ -27,11 +28,30 @@ LOSSES = (
     "fast_ap",
     "proxy_nca",
     "proxy_anchor",
+    "normalized_softmax",
+    "cosface",
+    "arcface",
+    "subcenter_arcface",
+    "soft_triple",
+    "info_nce",
+    "sup_con",
+    "circle",
+    "n_pair",
+    "lifted_structure",
+    "triplet_hard",
+    "smooth_ap",
+    "recall_at_k",
+    "mc_info_nce",
+    "hedged_instance",
 )
 
 
-def our_step(name, size, introspective):
-    """A function without arguments that computes value and gradient once."""
+# Losses that pytorch-metric-learning lacks.
+OURS_ALONE = ("recall_at_k", "mc_info_nce", "hedged_instance")
+
+
+def our_loss(name, size, introspective):
+    """The jitted value and gradient, and its arguments."""
     import jax
     import jax.numpy as jnp
 
@@ -43,7 +63,7 @@ def our_step(name, size, introspective):
     if introspective:
         params["uncertainty"] = 0.1 * jax.random.normal(keys[1], (size, DIMENSION))
     if spec.references == "proxies":
-        params["proxies"] = jax.random.normal(keys[2], (size // PER_CLASS, DIMENSION))
+        params["proxies"] = jax.random.normal(keys[2], (size // PER_CLASS * spec.centres, DIMENSION))
     read = ism.introspective_distance if spec.reads == "distance" else ism.introspective_similarity
     labels = jnp.arange(size) // PER_CLASS
 
@@ -54,18 +74,33 @@ def our_step(name, size, introspective):
         references = classes = None
         if "proxies" in params:
             references = ism.Embedding(ism.l2_normalize(params["proxies"]))
-            classes = jnp.arange(size // PER_CLASS)
+            classes = jnp.repeat(jnp.arange(size // PER_CLASS), spec.centres)
         options = {"key": key} if spec.needs_key else {}
-        return spec.function(read(batch, references), losses.pairs_from_labels(labels, classes), **options)
+        compared = batch if spec.reads == "embeddings" else read(batch, references)
+        return spec.function(compared, losses.pairs_from_labels(labels, classes), **options)
 
-    key = jax.random.key(0)
-    return lambda: float(jax.block_until_ready(loss(params, key))[0])
+    return loss, (params, jax.random.key(0))
+
+
+def our_step(name, size, introspective):
+    """A function without arguments that computes value and gradient once."""
+    import jax
+
+    loss, arguments = our_loss(name, size, introspective)
+    return lambda: float(jax.block_until_ready(loss(*arguments))[0])
+
+
+def compiled(name, size, introspective):
+    """Prints the memory that the compiled program allocates besides arguments and results."""
+    loss, arguments = our_loss(name, size, introspective)
+    analysis = loss.lower(*arguments).compile().memory_analysis()
+    print(f"| {name} | {size} | {analysis.temp_size_in_bytes / 2**20:.0f} |", flush=True)
 
 
 def their_step(name, size, _):
     """The same with pytorch-metric-learning."""
     import torch
-    from pytorch_metric_learning import losses, miners
+    from pytorch_metric_learning import losses, miners, reducers
 
     torch.manual_seed(0)
     classes = size // PER_CLASS
@@ -83,6 +118,24 @@ def their_step(name, size, _):
         "fast_ap": lambda: (losses.FastAPLoss(num_bins=10), None),
         "proxy_nca": lambda: (losses.ProxyNCALoss(classes, DIMENSION, softmax_scale=32), None),
         "proxy_anchor": lambda: (losses.ProxyAnchorLoss(classes, DIMENSION), None),
+        "normalized_softmax": lambda: (losses.NormalizedSoftmaxLoss(classes, DIMENSION), None),
+        "cosface": lambda: (losses.CosFaceLoss(classes, DIMENSION), None),
+        "arcface": lambda: (losses.ArcFaceLoss(classes, DIMENSION), None),
+        "subcenter_arcface": lambda: (
+            losses.SubCenterArcFaceLoss(num_classes=classes, embedding_size=DIMENSION),
+            None,
+        ),
+        "soft_triple": lambda: (losses.SoftTripleLoss(classes, DIMENSION), None),
+        "info_nce": lambda: (losses.NTXentLoss(), None),
+        "sup_con": lambda: (losses.SupConLoss(), None),
+        "circle": lambda: (losses.CircleLoss(), None),
+        "n_pair": lambda: (losses.NPairsLoss(), None),
+        "lifted_structure": lambda: (losses.GeneralizedLiftedStructureLoss(), None),
+        "triplet_hard": lambda: (
+            losses.TripletMarginLoss(margin=0.1, reducer=reducers.MeanReducer()),
+            miners.BatchHardMiner(),
+        ),
+        "smooth_ap": lambda: (losses.SmoothAPLoss(), None),
     }[name]()
     embedding = torch.randn(size, DIMENSION, requires_grad=True)
     labels = torch.arange(size) // PER_CLASS
@@ -151,8 +204,21 @@ class Worker:
         self.process.wait()
 
 
+class Missing:
+    """In place of a worker, for a loss that the other library lacks."""
+
+    failure, seconds, mib = "none", (), 0.0
+
+    def evaluate(self, times=1, record=True):
+        pass
+
+    def close(self):
+        pass
+
+
 def compare(name, size, options):
-    workers = [Worker(library, name, size, options) for library in ("ours", "theirs")]
+    workers = [Worker("ours", name, size, options)]
+    workers.append(Missing() if name in OURS_ALONE else Worker("theirs", name, size, options))
     for worker in workers:
         worker.evaluate(record=False)  # compiles, and fills caches on both sides
     rounds = options.rounds or {256: 8, 1024: 5}.get(size, 2)
@@ -178,11 +244,20 @@ def main():
     parser.add_argument("--rounds", type=int, default=0, help="turns of each; 0: 8, 5 or 2 by size")
     parser.add_argument("--limit-gib", type=float, default=16, help="address space of one process")
     parser.add_argument("--cores", type=int, default=0, help="cores of each process; 0: all. 1 is steady under load")
+    parser.add_argument(
+        "--compiled", action="store_true", help="memory of the compiled program of ours; nothing is run"
+    )
     parser.add_argument("--introspective", action="store_true", help="ours reads the introspective metric")
     parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options.worker, options.losses[0], options.sizes[0], options)
+        return
+    if options.compiled:
+        print("| loss | N | MiB |\n|---|---|---|")
+        for name in options.losses:
+            for size in options.sizes:
+                compiled(name, size, options.introspective)
         return
     print("| loss | N | ours ms | PML ms | times faster | ours MiB | PML MiB | times less |")
     print("|---|---|---|---|---|---|---|---|")

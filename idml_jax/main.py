@@ -15,6 +15,7 @@ if __name__ == "__main__":
     interrupt.end_when_asked()  # before the imports below, which take a while
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ _INDEX = flags.DEFINE_integer("process_index", 0, "Index of this process.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the full traceback of an error.")
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags of a command line; wrong ones end it in one line."""
     try:
         rest = flags.FLAGS(_with_path(argv))
     except SystemExit:
@@ -63,6 +65,15 @@ def _with_path(argv: list[str]) -> list[str]:
 
 
 def _main(_: list[str]) -> None:
+    command(_run)
+
+
+def command(action: Callable[[Any, str], object]) -> None:
+    """Runs an action on settings and workdir as the flags give them, and turns its errors into exit codes.
+
+    Args:
+      action: called with the settings (``None`` if there are none) and the workdir.
+    """
     show_progress()
     absl_logging.set_verbosity(absl_logging.ERROR)
     hide_consequences()
@@ -72,7 +83,7 @@ def _main(_: list[str]) -> None:
         if _MODE.value == "train" and _CONFIG.value is None:
             raise UserError("--config is missing: a settings file, e.g. --config=configs/glyphs.py")
         _check_config(_CONFIG.value)
-        _run()
+        _connected(action)
     except (UserError, OSError) as error:
         if _COORDINATOR.value and not _TRACEBACK.value:
             from idml_jax.runtime import hosts
@@ -90,19 +101,32 @@ def _check_config(config: Any) -> None:
     raise UserError(f"--config: its get_config() gave {config!r}, not settings (a ConfigDict)")
 
 
-def _run() -> None:
-    from idml_jax.runtime import hosts  # imported late, so that wrong flags fail fast
-    from idml_jax.training import train
+def _run(config: Any, workdir: str) -> None:
+    from idml_jax.training import train  # imported late, so that wrong flags fail fast
+
+    if _MODE.value == "eval":
+        train.evaluate_checkpoint(workdir, config)
+    else:
+        train.train_and_evaluate(resolved(config, workdir), workdir)
+
+
+def resolved(config: Any, workdir: str) -> Any:
+    """The settings with those that the pretrained weights decide; what the command line names stays."""
+    from idml_jax.training import auto
+
+    return auto.resolved(config, workdir, config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def _connected(action: Callable[[Any, str], object]) -> None:
+    """Runs the action together with the other processes, if there are any."""
+    from idml_jax.runtime import hosts
 
     interrupt.as_exception()
     workdir = str(user_path(str(_WORKDIR.value)))
     if _COORDINATOR.value:
         hosts.connect(_COORDINATOR.value, _PROCESSES.value, _INDEX.value)
     try:
-        if _MODE.value == "eval":
-            train.evaluate_checkpoint(workdir, _CONFIG.value)
-        else:
-            train.train_and_evaluate(_CONFIG.value, workdir)
+        action(_CONFIG.value, workdir)
     except interrupt.Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(interrupt.EXIT_CODE)
@@ -114,7 +138,7 @@ def _run() -> None:
 
 def main() -> None:
     """The command line."""
-    app.run(_main, flags_parser=_parse)
+    app.run(_main, flags_parser=parse)
 
 
 if __name__ == "__main__":

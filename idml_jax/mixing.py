@@ -3,13 +3,29 @@
 A plan holds the partner, the share and the box of every row, so that images are mixed only where they are used.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-__all__ = ["METHODS", "Mixed", "Plan", "blend", "mix", "mixup", "plan", "plan_cutmix", "plan_mixup"]
+__all__ = [
+    "METHODS",
+    "PARTNERS",
+    "Mixed",
+    "Plan",
+    "blend",
+    "mix",
+    "mixup",
+    "near_rows",
+    "plan",
+    "plan_cutmix",
+    "plan_mixup",
+    "with_partners",
+]
+
+PARTNERS = ("any", "near")
 
 
 class Mixed(NamedTuple):
@@ -50,6 +66,47 @@ def mixup(key: PRNGKeyArray, images: Float[Array, "n h w c"], alpha: float = 1.0
     lam = jax.random.beta(lam_key, alpha, alpha)
     partner = jax.random.permutation(partner_key, images.shape[0])
     return Mixed(blend(images, jnp.take(images, partner, axis=0), lam), partner, lam)
+
+
+def near_rows(x: Shaped[Array, "n ..."], per_class: int = 1) -> Shaped[Array, "n ..."]:
+    """The rows of the partners that are near: a fixed permutation that moves a row by at most ``per_class ** 2``.
+
+    Row i takes row i + 1, and the last row the first. Where every ``per_class`` = K consecutive rows share a class, the
+    k-th image of a class (from 0) takes the k-th of the class k + 1 further on: partners have another class, and the K
+    images of a class have partners of K classes (of all others, if there are fewer). The samplers order images and
+    classes at random, so an image meets every other (of another class) with the same probability, as with a random
+    permutation, but never itself.
+
+    Split over devices along its first axis, a device needs ``K (K + 1) / 2 * K`` rows of others, however large the
+    batch, and the result does not depend on the number of devices.
+
+    Args:
+      x: ``[n, ...]``, n a multiple of ``per_class``.
+      per_class: K, number of consecutive rows that share a class; 1 for a batch in random order.
+
+    Returns:
+      ``[n, ...]``.
+    """
+    classes = x.shape[0] // per_class
+    ahead = [1 + k % max(classes - 1, 1) for k in range(per_class)]
+    moved = [jnp.roll(x, -per_class * count, axis=0) for count in ahead]
+    column = (jnp.arange(x.shape[0]) % per_class).reshape(-1, *[1] * (x.ndim - 1))
+    return functools.reduce(lambda y, k: jnp.where(column == k, moved[k], y), range(1, per_class), moved[0])
+
+
+def with_partners(
+    images: Shaped[Array, "n ..."], drawn: Int[Array, "n"], near: int = 0
+) -> tuple[Int[Array, "n"], Shaped[Array, "n ..."]]:
+    """Index of each row's partner, and the partners' images.
+
+    Args:
+      images: ``[n, ...]``.
+      drawn: partners from the whole batch. Split over devices, each device then needs the images of all.
+      near: 0 for the drawn partners; otherwise ``per_class`` of ``near_rows``, whose partners are taken instead.
+    """
+    if not near:
+        return drawn, jnp.take(images, drawn, axis=0)
+    return near_rows(jnp.arange(images.shape[0]), near), near_rows(images, near)
 
 
 class Plan(NamedTuple):

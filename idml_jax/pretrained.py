@@ -1,40 +1,53 @@
-"""Weights to start from: torchvision and timm files, published metric-learning checkpoints, and this package's own.
+"""Weights to start from: names on the Hugging Face hub, files of torchvision, timm and transformers, and own runs.
 
-``config.model.init_from`` names the file; ``config.model.init_parts`` says which parts to use. From the command line::
+``config.model.init_from`` names them; ``config.model.init_parts`` says which parts to use. From the command line::
 
+    python -m idml_jax.pretrained show timm/resnet50.a1_in1k                        # what it is, what fits
+    python -m idml_jax.pretrained fetch facebook/dinov2-small --out=dinov2.safetensors
     python -m idml_jax.pretrained convert resnet50.safetensors runs/imagenet        # to this package's format
     python -m idml_jax.pretrained convert runs/cub model.safetensors                # a trained run, for PyTorch
 
-Reading is strict: the file must hold every tensor of the network with its shape, and no others. Only classifiers,
-BatchNorm's batch counters and heads that are not requested are left out silently.
+Reading is strict: the part of the file that fits the network must hold every tensor with its shape, and no others.
+Classifiers, projection heads and heads that are not requested are left out and named.
 """
 
 import argparse
 from collections.abc import Sequence
 
-from idml_jax.errors import run_command
-from idml_jax.models import MODELS
-from idml_jax.training.weights import convert, load, merge, read
+from idml_jax.errors import printable, run_command
+from idml_jax.models import known_models
+from idml_jax.training.weights import convert, fetch, load, merge, read, show
 
-__all__ = ["convert", "load", "main", "merge", "read"]
+__all__ = ["convert", "fetch", "load", "main", "merge", "read", "show"]
+
+_SOURCE = "owner/name on the hub, .safetensors, .pth, a folder written by this command, or a run's folder"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m idml_jax.pretrained", description="Converts weights between formats."
+        prog="python -m idml_jax.pretrained", description="Downloads, describes and converts weights."
     )
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "convert", help="write weights in another format"
-    )
-    command.add_argument("source", help=".safetensors, .pth, a folder written by this command, or a run's folder")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("convert", help="write weights in another format")
+    command.add_argument("source", help=_SOURCE)
     command.add_argument("out", help=".safetensors file (PyTorch's naming) or folder (this package's format)")
-    command.add_argument("--model", default="resnet50", help=f"one of: {', '.join(sorted(MODELS))}")
+    command.add_argument("--model", default="", help=f"default: the weights' own, or resnet50; known: {known_models()}")
     command.add_argument("--size", type=int, default=224, help="image size in pixels, for a vision transformer")
     command.add_argument("--prefix", default="", help="prefix of every PyTorch name, e.g. model.")
+    command = commands.add_parser("fetch", help="write the trunk of weights to one file that says what it is")
+    command.add_argument("source", help=_SOURCE)
+    command.add_argument("--out", required=True, help=".safetensors file to write")
+    command = commands.add_parser("show", help="list the tensors of weights and say which networks they fit")
+    command.add_argument("source", help=_SOURCE)
     given = parser.parse_args(arguments)
-    options = {"model": given.model, "size": given.size, "prefix": given.prefix}
-    run_command(lambda: print(convert(given.source, given.out, **options)))
+    if given.command == "fetch":
+        run_command(lambda: print(printable(fetch(given.source, given.out))))
+    elif given.command == "show":
+        run_command(lambda: print("\n".join(map(printable, show(given.source).split("\n")))))
+    else:
+        options = {"model": given.model, "size": given.size, "prefix": given.prefix}
+        run_command(lambda: print(convert(given.source, given.out, **options)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up as quickstart.sh does and runs the whole test suite. --parity installs PyTorch and pytorch-metric-learning
-# too, for the tests that compare with them (on Linux plain PyPI serves PyTorch with several GB of CUDA packages; give
-# PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS for a CPU build). Other arguments are passed to pytest.
+# Sets up as quickstart.sh does and runs the whole test suite. --parity installs PyTorch, timm, transformers and
+# pytorch-metric-learning too, for the tests that compare with them (on Linux plain PyPI serves PyTorch with several GB
+# of CUDA packages; give PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS for a CPU build). Other arguments are passed to pytest.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 EXTRAS=test

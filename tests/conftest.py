@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, set before jax is imported; small data sets and runs that tests share."""
 
+import logging
 import os
 import sys
 
@@ -66,3 +67,20 @@ def finished(image_folder, tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("finished")
     return workdir, train.train_and_evaluate(small_config(image_folder), workdir)
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """Restores the state that the command line of ``main`` leaves in this process."""
+    logger = logging.getLogger("idml_jax")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+    for name in ("config", "workdir", "mode", "traceback"):
+        flags.FLAGS[name].unparse()
+        flags.FLAGS[name].value = flags.FLAGS[name].default
+    flags.FLAGS.mark_as_parsed()
+    sys.modules.pop("config_config", None)  # the settings file, into which the next one would be loaded

@@ -1,7 +1,6 @@
 """Bad input to every command: one clear line, a non-zero exit code, nothing changed and nothing half-written."""
 
 import io
-import logging
 import os
 import pickle
 import re
@@ -16,14 +15,13 @@ from pathlib import Path
 import archives_made as made
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
 from idml_jax import evaluate, prepare, pretrained
 from idml_jax import main as main_lib
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = f"--config={ROOT}/configs/folder.py"
+FOLDER = f"--config={ROOT}/configs/folder.py:scratch"
 SMALL = (
     FOLDER,
     "--config.batch_size=32",
@@ -473,29 +471,12 @@ storing(
 DOORS = {"evaluate": evaluate.main, "pretrained": pretrained.main, "prepare": prepare.main}
 
 
-@pytest.fixture
-def command_line(monkeypatch):
-    """Restores the state that the command line of ``main`` leaves in this process."""
-    logger = logging.getLogger("idml_jax")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
-    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-        delattr(flags.FLAGS, name)
-    for name in ("config", "workdir", "mode", "traceback"):
-        flags.FLAGS[name].unparse()
-        flags.FLAGS[name].value = flags.FLAGS[name].default
-    flags.FLAGS.mark_as_parsed()
-    sys.modules.pop("config_config", None)  # the settings file, into which the next one would be loaded
-
-
 def enter(door, arguments, monkeypatch):
     """Runs a command and returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["idml_jax", *arguments])
     with pytest.raises(SystemExit) as stop:
         if door == "main":
-            main_lib._main(main_lib._parse(["main", *arguments]))
+            main_lib._main(main_lib.parse(["main", *arguments]))
         else:
             DOORS[door](list(arguments))
     return stop.value.code

@@ -78,7 +78,8 @@ def flags_of(module):
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     words = {a.value for n in calls if n.func.attr == "add_argument" for a in n.args if isinstance(a, ast.Constant)}
     defined = [n for n in calls if n.func.attr.startswith("DEFINE_")]
-    return words | {f"--{n.args[0].value}" for n in defined}
+    words |= {f"--{n.args[0].value}" for n in defined}
+    return words | flags_of("main") if module == "fit" else words
 
 
 SETTINGS = set(flatten(default_config().to_dict()))
@@ -98,7 +99,7 @@ def what_is_wrong(words):
         flag, _, value = word.partition("=")
         if not flag.startswith("-"):
             continue
-        if flag.startswith("--config.") and name == "main":
+        if flag.startswith("--config.") and name in ("main", "fit"):
             if flag.removeprefix("--config.") not in SETTINGS:
                 wrong.append(f"no setting {flag}")
         elif flag not in flags_of(name):

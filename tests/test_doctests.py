@@ -13,7 +13,9 @@ from idml_jax import ism, losses
 from idml_jax.losses import auxiliary, softmax
 
 MODULES = ("geometry", "ism", "losses", "losses.auxiliary", "losses.miners", "losses.pairs", "losses.pairwise")
-MODULES += ("losses.proxy", "losses.softmax", "metrics.names")
+MODULES += ("losses.proxy", "losses.softmax", "losses.margin_softmax", "losses.batch_softmax", "losses.triplets")
+MODULES += ("losses.ranked", "losses.levels", "losses.class_sampling", "losses.probabilistic", "losses.vmf")
+MODULES += ("metrics.names",)
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 
 

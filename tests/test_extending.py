@@ -82,7 +82,7 @@ def supervised_contrastive(similarity, pairs, *, scale=10.0):
     return -jnp.mean(per_anchor / jnp.maximum(pairs.positive.sum(axis=1), 1))
 
 
-def normalized_softmax(similarity, pairs, *, scale=16.0):
+def scaled_softmax(similarity, pairs, *, scale=16.0):
     """A proxy loss: cross-entropy of the scaled similarities to the proxies (Zhai and Wu, BMVC 2019, eq. 3).
 
     Args:
@@ -104,7 +104,7 @@ def registered():
         patch.setitem(datasets.DATASETS, "gratings", load_gratings)
         patch.setitem(models.MODELS, "one_convolution", OneConvolution)
         patch.setitem(losses.LOSSES, "supervised_contrastive", LossSpec(supervised_contrastive, "similarity", "batch"))
-        patch.setitem(losses.LOSSES, "normalized_softmax", LossSpec(normalized_softmax, "similarity", "proxies"))
+        patch.setitem(losses.LOSSES, "scaled_softmax", LossSpec(scaled_softmax, "similarity", "proxies"))
         yield
 
 
@@ -147,7 +147,7 @@ def test_pair_loss(run):
 
 def test_proxy_loss(registered):
     """An entry in LOSSES whose columns are the proxies; the run makes and trains them."""
-    objective = build(config_of(**{"loss.name": "normalized_softmax"})).setup.objective
+    objective = build(config_of(**{"loss.name": "scaled_softmax"})).setup.objective
     params = objective.init(jax.random.key(0))
     assert params["proxies"].shape == (CLASSES, 16)
     embedding = ism.Embedding(np.eye(3, 16, dtype=np.float32), np.zeros((3, 16), np.float32))

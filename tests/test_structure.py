@@ -24,14 +24,15 @@ FLOORS = {
 }
 FLOORS["inference"] = FLOORS["training"] | {"training"}
 FLOORS["reporting"] = FLOORS["inference"] | {"inference"}
-DOORS = {"main", "prepare", "embed", "search", "report", "export", "evaluate", "pretrained"}
+DOORS = {"main", "fit", "prepare", "embed", "search", "report", "export", "evaluate", "pretrained"}
 # The only modules that may import a package.
 EDGES = {
     "orbax": {"runtime.checkpoint"},
     "clu": {"runtime.writers"},
     "tensorflow": set(),
-    "torch": {"training.weights"},
-    "safetensors": {"training.weights"},
+    "torch": {"training.weights.files"},
+    "safetensors": {"training.weights.files"},
+    "huggingface_hub": {"training.weights.hub"},
     "tensorflow_datasets": {
         "data.glyphs.builder",
         "data.stored.shards",

@@ -3,10 +3,16 @@
     python benchmarks/experiments/run.py --table=A --data=omniglot --seeds=0,1,2 --root=data --out=runs/experiments
     python benchmarks/experiments/tables.py --out=runs/experiments
 
-Tables: A accuracy of every loss, B uncertainty, K classification, U what keeps u alive, P a trunk for
-``--data=tiny_pretrained``. ``--data=birds_imagenet`` needs ROOT/resnet50_v1.safetensors (imagenet_trunk.py).
+Tables: A accuracy of the first seven losses, L of the others, B uncertainty, K classification, U what keeps u alive,
+P a trunk for ``--data=tiny_pretrained``. ``--data=birds_imagenet`` needs ROOT/resnet50_v1.safetensors
+(imagenet_trunk.py).
 
-``--only=ism`` selects the rows whose name contains it; ``--list`` prints the commands and runs nothing.
+Every other loss, plain and introspective, on Omniglot, with the table at the end:
+
+    python benchmarks/experiments/run.py --table=L --data=omniglot --seeds=0,1 --root=data --out=runs/experiments
+
+``--steps=1`` ends each run after one step, to see that all rows work. ``--only=ism`` selects the rows whose name
+contains it; ``--list`` prints the commands and runs nothing.
 """
 
 import argparse
@@ -15,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rows import DATA, TABLES
+from rows import DATA, LATER, TABLES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMON = {"eval.untrained": False, "eval.every_epochs": 1000, "checkpoint.every_epochs": 1000, "log.tensorboard": False}
@@ -54,11 +60,14 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the image sets")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--only", default="", help="rows whose name is or contains this; several with |")
+    parser.add_argument("--steps", type=int, default=0, help="steps after which every run ends; 0: all")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     arguments = parser.parse_args()
     failed = 0
     for seed in arguments.seeds.split(","):
         rows = TABLES[arguments.table]()
+        if arguments.steps:
+            rows = {name: {**overrides, "max_steps": arguments.steps} for name, overrides in rows.items()}
         for name, overrides in rows.items():
             if not any(part == name or (part not in rows and part in name) for part in arguments.only.split("|")):
                 continue
@@ -77,6 +86,10 @@ def main() -> None:
                 if code:
                     failed += 1
                     print(f"  exit code {code}, see {workdir}/log.txt", flush=True)
+    if arguments.table == "L" and not arguments.list:
+        from tables import accuracy_of  # it imports this module
+
+        print("\n".join(accuracy_of(arguments.out, "L", arguments.data, LATER, ("plain", "ism"))))
     sys.exit(bool(failed))
 
 

@@ -12,10 +12,8 @@ import re
 import statistics
 from pathlib import Path
 
-from rows import COLLAPSING, DATA, METRICS, TABLES
+from rows import COLLAPSING, DATA, FIRST, LATER, METRICS, TABLES
 from run import folder_of
-
-from idml_jax.losses import LOSSES
 
 ACCURACY = {"R@1": "R@1", "MAP@R": "MAP@R", "NMI": "NMI"}
 FREE = ("nearest_distance", "margin_2", "margin_10", "margin_20", "norm")
@@ -73,29 +71,32 @@ def lines_of(head: str, rows: list[tuple[str, list[dict[str, float]]]], columns:
     return lines + [f"| {row} | {len(runs)} | {' | '.join(cell(runs, k) for k in columns)} |" for row, runs in rows]
 
 
-def accuracy(out: Path, data: str) -> list[str]:
+def accuracy_of(out: Path, table: str, data: str, names: tuple[str, ...], metrics: tuple[str, ...]) -> list[str]:
     """One line per loss with R@1, MAP@R and NMI for each way of training, and the mean over the losses."""
-    lines = [f"| loss | {' | '.join(METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
+    lines = [f"| loss | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
     by_seed = {
-        (loss, metric): figures_by_seed(out, "A", data, f"{loss}/{metric}") for loss in LOSSES for metric in METRICS
+        (loss, metric): figures_by_seed(out, table, data, f"{loss}/{metric}") for loss in names for metric in metrics
     }
     found = {key: list(runs.values()) for key, runs in by_seed.items()}
     if not any(found.values()):
         return []
-    for loss in LOSSES:
-        cells = (" / ".join(cell(found[loss, metric], name) for name in ACCURACY) for metric in METRICS)
-        counts = [len(runs) for m in METRICS if (runs := found[loss, m])] or [0]
+    for loss in names:
+        cells = (" / ".join(cell(found[loss, metric], name) for name in ACCURACY) for metric in metrics)
+        counts = [len(runs) for m in metrics if (runs := found[loss, m])] or [0]
         seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
         lines.append(f"| {loss} ({seeds}) | {' | '.join(cells)} |")
     means = []
-    for metric in METRICS:
-        every = [runs for loss in LOSSES if (runs := found[loss, metric])]
+    for metric in metrics:
+        every = [runs for loss in names if (runs := found[loss, metric])]
         mean = lambda k, every=every: statistics.mean(statistics.mean(run[k] for run in runs) for runs in every)
         means.append(" / ".join(f"{100 * mean(k):.1f}" for k in ACCURACY) if every else "")
     lines.append(f"| mean | {' | '.join(means)} |")
     pairs = (("plain", "ism"), ("plain+mixup", "ism+mixup"), ("plain", "plain+mixup"), ("ism", "ism+mixup"))
-    told = [line for pair in pairs if (line := difference(by_seed, *pair, tuple(LOSSES)))]
-    alive = tuple(loss for loss in LOSSES if loss not in COLLAPSING)
+    pairs = tuple(pair for pair in pairs if set(pair) <= set(metrics))
+    told = [line for pair in pairs if (line := difference(by_seed, *pair, names))]
+    alive = tuple(loss for loss in names if loss not in COLLAPSING)
+    if alive == names:
+        return [*lines, "", *told]
     told += [f"{line}, losses with a living u" for pair in pairs[:2] if (line := difference(by_seed, *pair, alive))]
     return [*lines, "", *told]
 
@@ -122,7 +123,7 @@ def of_losses(out: Path, data: str) -> list[str]:
     scores = ("uncertainty", "introspective_distance", "nearest_distance", "margin_20")
     columns = {"R@1": "R@1", "uncertainty_mean": "mean length of u", "uncertainty_std": "its deviation"}
     columns |= {f"R-AUROC({k})": UNCERTAINTY[k] for k in scores} | AMBIGUITY
-    rows = [f"{loss}/{metric}" for metric in ("ism", "ism+mixup") for loss in LOSSES]
+    rows = [f"{loss}/{metric}" for metric in ("ism", "ism+mixup") for loss in FIRST]
     found = {row.replace("/", ", "): runs for row in rows if (runs := figures(out, "A", data, row))}
     kept = {row.replace(", ", ", ism+mixup, "): runs for row in TABLES["U"]() if (runs := figures(out, "U", data, row))}
     gains = [
@@ -166,7 +167,8 @@ def sections(out: Path) -> dict[str, list[str]]:
     corrupted = {"corrupted/R@1": "R@1"} | {f"corrupted/{k}": v for k, v in joined.items()}
     made = {}
     for data in DATA:
-        made[f"A {data}"] = accuracy(out, data)
+        made[f"A {data}"] = accuracy_of(out, "A", data, FIRST, tuple(METRICS))
+        made[f"L {data}"] = accuracy_of(out, "L", data, LATER, ("plain", "ism"))
         made[f"A {data} uncertainty"] = of_losses(out, data)
         made[f"B {data}"] = show(out, "B", data, ACCURACY | joined)
         made[f"B {data} corrupted"] = show(out, "B", data, corrupted)

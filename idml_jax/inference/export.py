@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from idml_jax.errors import UserError
-from idml_jax.inference.index import weights_digest
 from idml_jax.inference.model import Trained
 from idml_jax.runtime.files import replace_folder, user_path
+from idml_jax.training.digests import weights_digest
 from idml_jax.training.embedder import embed_step
 
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")

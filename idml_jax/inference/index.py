@@ -20,7 +20,6 @@ from idml_jax.errors import UserError
 from idml_jax.inference import arrays as stored_arrays
 from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import Embedded
-from idml_jax.models import naming
 from idml_jax.runtime.files import first_line, user_path
 
 SUFFIXES = (".npz", ".parquet")
@@ -303,18 +302,3 @@ def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
     known = {found: row for row, name in enumerate(index.files.tolist()) if (found := place(name)) is not None}
     own = np.asarray([known.get(place(name), -1) for name in queries.files.tolist()])
     return own if (own >= 0).any() else None
-
-
-def weights_digest(variables: Mapping[str, Any]) -> str:
-    """Digest of a network's weights: 16 hexadecimal digits that change with any weight.
-
-    Args:
-      variables: ``params`` (only ``trunk`` and ``heads`` count) and ``batch_stats``.
-    """
-    found = hashlib.sha256()
-    flat = naming.flatten(variables)
-    for name in sorted(n for n in flat if n.startswith(("params/trunk/", "params/heads/", "batch_stats/"))):
-        value = np.ascontiguousarray(flat[name])
-        found.update(f"{name} {value.shape} {value.dtype}\n".encode())
-        found.update(value.tobytes())
-    return found.hexdigest()[:16]

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.errors import UserError
 from idml_jax.inference import embed
 from idml_jax.inference import model as trained
-from idml_jax.inference.index import SUFFIXES, Index, read, weights_digest
+from idml_jax.inference.index import SUFFIXES, Index, read
 from idml_jax.inference.model import Trained
 from idml_jax.ism import Embedding, Metric
 from idml_jax.metrics import calibration, retrieval, strangers, uncertainty, vote
@@ -21,6 +21,7 @@ from idml_jax.metrics.strangers import Rule
 from idml_jax.metrics.summary import Embedded, scores_of
 from idml_jax.metrics.uncertainty import Threshold
 from idml_jax.metrics.vote import Ballot, Vote
+from idml_jax.training.digests import weights_digest
 
 
 class Answers(NamedTuple):

@@ -19,8 +19,9 @@ import numpy as np
 
 from idml_jax.errors import UserError
 from idml_jax.inference.arrays import arrow
-from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows, read, weights_digest
+from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows, read
 from idml_jax.runtime.files import TEMPORARY, atomic, locked, write_json
+from idml_jax.training.digests import weights_digest
 
 __all__ = [
     "SUFFIXES", "Index", "Parts", "check_finite", "check_suffix", "digest", "join", "own_rows", "read",

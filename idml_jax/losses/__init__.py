@@ -4,7 +4,8 @@ Every loss reads one matrix, of distances or of similarities, between ``n`` anch
 (columns: the batch itself, proxies, a memory, a gallery), and a ``Pairs`` relation that says which entries are of the
 same class, of different classes, or neither. The matrix decides whether a loss is introspective: on
 ``ism.introspective_distance`` it is, on ``ism.semantic_distance`` the same loss is plain. Padding, several labels per
-image, hierarchies and shards are all expressed by ``Pairs``.
+image, hierarchies and shards are all expressed by ``Pairs``. Two losses of other schools of uncertainty
+(``losses.probabilistic``) read the embeddings themselves.
 
 With several devices under ``jit`` with sharded arrays, the batch is global and nothing else is needed. Under ``pmap``
 or ``shard_map`` a device holds some of the rows; it compares them with those of all devices and names the axis::
@@ -24,27 +25,50 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from idml_jax.losses.batch_softmax import circle, info_nce, n_pair, sup_con
+from idml_jax.losses.levels import over_levels, pairs_from_levels
+from idml_jax.losses.margin_softmax import arcface, cosface, normalized_softmax, soft_triple, subcenter_arcface
 from idml_jax.losses.pairs import Pairs, concatenate_pairs, gather, pairs_from_labels, pairs_from_relation
 from idml_jax.losses.pairwise import contrastive, fast_ap, margin_distance_weighted, multi_similarity, triplet_semihard
+from idml_jax.losses.probabilistic import hedged_instance, mc_info_nce
 from idml_jax.losses.proxy import proxy_anchor, proxy_nca
+from idml_jax.losses.ranked import recall_at_k, smooth_ap
+from idml_jax.losses.triplets import lifted_structure, triplet_hard
 
 __all__ = [
     "LOSSES",
     "LossParameter",
     "LossSpec",
     "Pairs",
+    "arcface",
+    "circle",
     "concatenate_pairs",
     "contrastive",
+    "cosface",
     "fast_ap",
     "gather",
+    "hedged_instance",
+    "info_nce",
     "init_parameters",
+    "lifted_structure",
     "margin_distance_weighted",
+    "mc_info_nce",
     "multi_similarity",
+    "n_pair",
+    "normalized_softmax",
+    "over_levels",
     "pairs_from_labels",
+    "pairs_from_levels",
     "pairs_from_relation",
     "parameters_of_rows",
     "proxy_anchor",
     "proxy_nca",
+    "recall_at_k",
+    "smooth_ap",
+    "soft_triple",
+    "subcenter_arcface",
+    "sup_con",
+    "triplet_hard",
     "triplet_semihard",
 ]
 
@@ -64,21 +88,28 @@ class LossSpec(NamedTuple):
 
     Attributes:
       function: ``(matrix, pairs, **options) -> scalar``.
-      reads: whether the matrix holds distances or similarities.
-      references: meaning of the columns: learned ``proxies``, one per class, or the ``batch`` itself.
+      reads: whether the matrix holds distances or similarities; ``embeddings``: the function takes an ``Embedding``
+        instead of a matrix, and ``references=``.
+      references: meaning of the columns: learned ``proxies``, or the ``batch`` itself.
       needs_key: whether it samples and takes ``key=``.
       needs_dimension: whether it depends on the width of the embeddings and takes ``dimension=``.
       needs_count: whether it averages over its references and takes ``num_proxies=`` if some columns are padding.
       parameters: the options that can be learned, by name (see ``init_parameters``).
+      centres: number of proxies of each class, in adjacent columns; above 1 it is the default of the option
+        ``centres``.
+      takes_share: whether it is a softmax over classes that can be compared with some of them, and takes
+        ``stands_for=`` (see ``losses.class_sampling``).
     """
 
     function: Callable[..., Array]
-    reads: Literal["distance", "similarity"]
+    reads: Literal["distance", "similarity", "embeddings"]
     references: Literal["proxies", "batch"]
     needs_key: bool = False
     needs_dimension: bool = False
     needs_count: bool = False
     parameters: Mapping[str, LossParameter] = MappingProxyType({})
+    centres: int = 1
+    takes_share: bool = False
 
 
 LOSSES: dict[str, LossSpec] = {
@@ -94,8 +125,29 @@ LOSSES: dict[str, LossSpec] = {
     ),
     "multi_similarity": LossSpec(multi_similarity, "similarity", "batch"),
     "fast_ap": LossSpec(fast_ap, "distance", "batch"),
-    "proxy_nca": LossSpec(proxy_nca, "distance", "proxies"),
+    "proxy_nca": LossSpec(proxy_nca, "distance", "proxies", takes_share=True),
     "proxy_anchor": LossSpec(proxy_anchor, "similarity", "proxies", needs_count=True),
+    "normalized_softmax": LossSpec(normalized_softmax, "similarity", "proxies", takes_share=True),
+    "cosface": LossSpec(cosface, "similarity", "proxies", takes_share=True),
+    "arcface": LossSpec(arcface, "similarity", "proxies", takes_share=True),
+    "subcenter_arcface": LossSpec(subcenter_arcface, "similarity", "proxies", centres=3, takes_share=True),
+    "soft_triple": LossSpec(soft_triple, "similarity", "proxies", centres=10, takes_share=True),
+    "info_nce": LossSpec(info_nce, "similarity", "batch"),
+    "sup_con": LossSpec(sup_con, "similarity", "batch"),
+    "circle": LossSpec(circle, "similarity", "batch"),
+    "n_pair": LossSpec(n_pair, "similarity", "batch"),
+    "lifted_structure": LossSpec(lifted_structure, "distance", "batch"),
+    "triplet_hard": LossSpec(triplet_hard, "distance", "batch"),
+    "smooth_ap": LossSpec(smooth_ap, "similarity", "batch"),
+    "recall_at_k": LossSpec(recall_at_k, "similarity", "batch"),
+    "mc_info_nce": LossSpec(mc_info_nce, "embeddings", "batch", needs_key=True),
+    "hedged_instance": LossSpec(
+        hedged_instance,
+        "embeddings",
+        "batch",
+        needs_key=True,
+        parameters=MappingProxyType({"slope": LossParameter(8.0), "offset": LossParameter(8.0)}),
+    ),
 }
 
 

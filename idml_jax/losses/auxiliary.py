@@ -1,17 +1,19 @@
-"""Auxiliary losses for the uncertainty: harder images should get a longer ``u``, and no ``u`` should vanish.
+"""Auxiliary losses, which are added to a loss on a matrix.
 
 The introspective metric only trains ``u`` to slow the learning of some pairs. ``ranking_loss`` orders pairs of images
-in a batch by how likely they are to be confused; ``length_prior`` keeps lengths above 0.
+in a batch by how likely they are to be confused; ``length_prior`` keeps lengths above 0. ``centre_spread`` merges
+proxies of a class that are not needed.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from idml_jax.ism import l2_normalize
 from idml_jax.losses.pairs import Pairs
 from idml_jax.losses.reductions import ratio
 
-__all__ = ["confusion", "length_prior", "ranking_loss"]
+__all__ = ["centre_spread", "confusion", "length_prior", "ranking_loss"]
 
 # Slope of the comparison in the logarithm of the length: a factor of two is a clear order.
 SHARPNESS = 5.0
@@ -87,6 +89,35 @@ def length_prior(uncertainty: Float[Array, "n k"]) -> Float[Array, ""]:
     0.24
     """
     return jnp.mean(jnp.square(_log_length(uncertainty)))
+
+
+def centre_spread(proxies: Float[Array, "classes k d"], real: Bool[Array, "classes"] | None = None) -> Float[Array, ""]:
+    """Mean distance between proxies of one class: SoftTriple's regulariser, Qian et al., ICCV 2019, eq. 9.
+
+        sum over classes, and over pairs s < t of their K proxies, of  || w_s - w_t || / (C K (K - 1))
+
+    The distance is not squared, as in a group lasso: some proxies become equal instead of all a little closer.
+
+    Args:
+      proxies: ``[classes, k, d]``; their directions are compared.
+      real: ``[classes]``, false for rows that are padding.
+
+    Returns:
+      The mean, a scalar; 0 for one proxy per class.
+
+    >>> proxies = jnp.array([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [2.0, 0.0]]])
+    >>> round(float(centre_spread(proxies)), 3)  # (1.414 + 0) / (2 * 2 * 1)
+    0.354
+    """
+    classes, k = proxies.shape[:2]
+    real = jnp.ones(classes, bool) if real is None else real
+    unit = l2_normalize(proxies)
+    cosines = jnp.einsum("csd,ctd->cst", unit, unit, precision=jax.lax.Precision.HIGHEST)
+    square = 2.0 - 2.0 * cosines
+    # Equal proxies are at rest; rounding is no distance.
+    apart = (square > 8.0 * jnp.finfo(square.dtype).eps) & ~jnp.eye(k, dtype=bool)[None] & real[:, None, None]
+    distances = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0)
+    return 0.5 * ratio(jnp.sum(distances), jnp.sum(real) * k * (k - 1))
 
 
 def _log_length(uncertainty: Float[Array, "n k"]) -> Float[Array, "n"]:

@@ -73,6 +73,7 @@ def proxy_nca(
     weights: Float[Array, "n"] | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
+    stands_for: Float[Array, "m"] | None = None,
 ) -> Float[Array, ""] | Float[Array, "n"]:
     """ProxyNCA loss, Movshovitz-Attias et al., ICCV 2017, eq. 4, with a temperature (Teh et al., ECCV 2020).
 
@@ -93,6 +94,8 @@ def proxy_nca(
       weights: ``[n]`` at least 0, of the images, in the mean.
       reduction: ``'none'`` returns for each image its term times its weight, 0 without a positive.
       axis_name: under ``pmap`` or ``shard_map``, the mapped axis that the rows are split over.
+      stands_for: ``[m]`` number of classes that each proxy stands for as a negative, if only some are compared; see
+        ``losses.class_sampling``.
 
     Returns:
       The loss, a scalar, 0 for an empty relation; or ``[n]`` unreduced.
@@ -112,14 +115,18 @@ def proxy_nca(
     logits = -scale * distance * distance
     counted = jnp.any(pairs.positive, axis=1)
 
-    def log_sum_exp(where: Array) -> Array:
+    everything = logits
+    if stands_for is not None:
+        everything = logits + jnp.where(pairs.negative, jnp.log(stands_for.astype(logits.dtype))[None, :], 0.0)
+
+    def log_sum_exp(logits: Array, where: Array) -> Array:
         # An empty sum is replaced before the logarithm, which keeps the gradient finite.
         largest = jnp.max(jnp.where(where, logits, -jnp.inf), axis=1, initial=-jnp.inf)
         largest = jax.lax.stop_gradient(jnp.where(counted, largest, 0.0))
         terms = jnp.where(where, jnp.exp(jnp.where(where, logits - largest[:, None], 0.0)), 0.0)
         return largest + jnp.log(jnp.where(counted, jnp.sum(terms, axis=1), 1.0))
 
-    values = weights * (log_sum_exp(pairs.positive | pairs.negative) - log_sum_exp(pairs.positive))
+    values = weights * (log_sum_exp(everything, pairs.positive | pairs.negative) - log_sum_exp(logits, pairs.positive))
     if reduction == "none":
         return values
     return ratio(total(values, axis_name), total(jnp.where(counted, weights, 0.0), axis_name))

@@ -1,4 +1,4 @@
-"""Shared parts of the losses: input checks and weighted means, over one or all devices."""
+"""Shared parts of the losses: input checks, sums of exponentials, weighted means, over one or all devices."""
 
 from typing import Literal
 
@@ -8,7 +8,16 @@ from jaxtyping import Array, Bool, Float, Num
 
 from idml_jax.losses.pairs import AxisName, Pairs
 
-__all__ = ["Reduction", "log_one_plus_sum_exp", "prepare", "ratio", "total"]
+__all__ = [
+    "Reduction",
+    "log_one_plus_sum_exp",
+    "log_sum_exp",
+    "mean_of_rows",
+    "prepare",
+    "ratio",
+    "softmax_of_positives",
+    "total",
+]
 
 Reduction = Literal["mean", "none"]
 
@@ -74,3 +83,50 @@ def log_one_plus_sum_exp(
     if weights is not None:
         terms *= weights[:, None]
     return largest + jnp.log(jnp.exp(-largest) + total(terms, axis_name, axis))
+
+
+def log_sum_exp(logits: Float[Array, "n m"], where: Bool[Array, "n m"]) -> Float[Array, "n"]:
+    """``log(sum exp(logits))`` of each row's chosen entries; 0 with gradient 0 if no entry is chosen."""
+    some = jnp.any(where, axis=1)
+    largest = jnp.max(jnp.where(where, logits, -jnp.inf), axis=1, initial=-jnp.inf)
+    largest = jax.lax.stop_gradient(jnp.where(some, largest, 0.0))
+    terms = jnp.where(where, jnp.exp(jnp.where(where, logits - largest[:, None], 0.0)), 0.0)
+    sums = jnp.sum(terms, axis=1)
+    # The largest term is 1, except where the compiler rounds huge logits differently in its two uses.
+    return largest + jnp.log(jnp.where(sums > 0, sums, 1.0))
+
+
+def mean_of_rows(
+    values: Float[Array, "n"],
+    counted: Bool[Array, "n"],
+    weights: Float[Array, "n"],
+    reduction: Reduction,
+    axis_name: AxisName | None,
+) -> Float[Array, ""] | Float[Array, "n"]:
+    """The weighted mean of the rows that count, 0 without any; or each row's value times its weight, 0 elsewhere."""
+    values = jnp.where(counted, weights * values, 0.0)
+    if reduction == "none":
+        return values
+    return ratio(total(values, axis_name), total(jnp.where(counted, weights, 0.0), axis_name))
+
+
+def softmax_of_positives(
+    logits: Float[Array, "n m"],
+    pairs: Pairs,
+    weights: Float[Array, "n"],
+    reduction: Reduction,
+    axis_name: AxisName | None,
+    stands_for: Float[Array, "m"] | None = None,
+) -> Float[Array, ""] | Float[Array, "n"]:
+    """Mean over rows with a positive of the mean over their positives of ``-log softmax``, over the row's pairs.
+
+    It is the cross-entropy of a target that is spread evenly over the positives. ``stands_for`` multiplies the
+    exponential of each column's negatives.
+    """
+    everything = logits
+    if stands_for is not None:
+        everything = logits + jnp.where(pairs.negative, jnp.log(stands_for.astype(logits.dtype))[None, :], 0.0)
+    positives = jnp.sum(pairs.positive, axis=1).astype(logits.dtype)
+    of_positives = ratio(jnp.sum(jnp.where(pairs.positive, logits, 0.0), axis=1), positives)
+    values = log_sum_exp(everything, pairs.positive | pairs.negative) - of_positives
+    return mean_of_rows(values, positives > 0, weights, reduction, axis_name)

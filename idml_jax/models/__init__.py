@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from idml_jax.models import convnet, pyramidnet, resnet, vit
+from idml_jax.models import convnet, convnext, efficientnet, pyramidnet, resnet, vit
 from idml_jax.models.heads import ClassifierHead, Heads, init_proxies
-from idml_jax.models.layers import pool_global
+from idml_jax.models.layers import GeM, pool_global
 
 __all__ = ["MODELS", "EmbeddingModel", "create_classifier", "create_model", "init_proxies"]
 
@@ -31,16 +31,35 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet110": resnet.CifarResNet110,
     "pyramidnet200": pyramidnet.PyramidNet200,
     "pyramidnet110": pyramidnet.PyramidNet110,
-    "vit_s16": vit.ViTS16,
-    "vit_b16": vit.ViTB16,
+    **vit.TRUNKS,
+    "convnext_tiny": convnext.ConvNeXtTiny,
+    "convnext_small": convnext.ConvNeXtSmall,
+    "convnext_base": convnext.ConvNeXtBase,
+    "efficientnet_lite0": efficientnet.EfficientNetLite0,
     "convnet4": convnet.ConvNet,
     "convnet_tiny": convnet._ConvNetTiny,
     "resnet_tiny": resnet._ResNetTiny,
     "pyramidnet_tiny": pyramidnet._PyramidNetTiny,
-    "vit_tiny": vit._ViTTiny,
+    "convnext_toy": convnext._ConvNeXtToy,
+    "efficientnet_toy": efficientnet._EfficientNetToy,
 }
 
+# Parts of the names of networks that are for tests alone.
+_FOR_TESTS = ("resnet_tiny", "pyramidnet_tiny", "vit_tiny", "_toy")
+
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Poolings that are the trunk's own, and what a trunk needs for them.
+VECTORS = {"token": "a class token", "mean_tokens": "tokens", "projection": "a space shared with texts"}
+
+
+def is_for_tests(name: str) -> bool:
+    """Whether a key of ``MODELS`` is of a network for tests."""
+    return any(part in name for part in _FOR_TESTS)
+
+
+def known_models() -> str:
+    """The keys of ``MODELS`` for messages, without those for tests."""
+    return ", ".join(sorted(name for name in MODELS if not is_for_tests(name)))
 
 
 class EmbeddingModel(nn.Module):
@@ -48,15 +67,26 @@ class EmbeddingModel(nn.Module):
 
     The parameters have two top-level entries, ``trunk`` and ``heads``, which are also the optimizer's groups.
 
+    A trunk takes ``frozen_statistics`` and ``dtype``. It may also have ``vectors``, names of poolings of its own, and
+    ``output``, which selects one of them instead of the map; ``remat`` and ``looped``; ``has_statistics``, false if
+    without BatchNorm; and ``check_images``.
+
     Attributes:
       trunk: network from images to feature maps.
       heads: network from pooled features to embeddings.
-      pooling: see ``pool_global``; ``token`` if the trunk returns one vector per image.
+      pooling: see ``pool_global``; ``gem``, whose power is a parameter of the trunk; other names are of vectors that
+        the trunk itself returns, such as ``token``.
     """
 
     trunk: nn.Module
     heads: nn.Module
     pooling: str = "avg_max"
+
+    def setup(self) -> None:
+        if self.pooling == "gem":
+            self.pool = GeM()
+            # Its power belongs to the trunk: where features are computed, only the parameters of the trunk are given.
+            nn.share_scope(self.pool, self.trunk)
 
     @property
     def independent_rows(self) -> bool:
@@ -80,7 +110,10 @@ class EmbeddingModel(nn.Module):
     def features(self, images: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n f"]:
         """Pooled features of normalised images."""
         maps = self.trunk(images, train=train)
-        return maps.astype(jnp.float32) if self.pooling == "token" else pool_global(maps, self.pooling)
+        if self.pooling in VECTORS:
+            return maps.astype(jnp.float32)
+        pooled = self.pool(maps) if self.pooling == "gem" else pool_global(maps, self.pooling)
+        return self.trunk.finish(pooled) if hasattr(self.trunk, "finish") else pooled
 
     def embed(self, features: Float[Array, "n f"]) -> dict[str, Float[Array, "n ..."]]:
         """Embeddings from pooled features: the heads only."""
@@ -109,7 +142,9 @@ def create_model(
       uncertainty_head: see ``Heads``.
       uncertainty_hidden: see ``Heads``.
       uncertainty_scale: see ``Heads``.
-      pooling: ``avg``, ``max``, ``avg_max``, or ``token`` (of a vision transformer).
+      pooling: ``avg``, ``max``, ``avg_max`` or ``gem`` (learned power) of the feature map; of a vision transformer also
+        ``token`` (the class token, or what SigLIP's attention reads from the patches) and ``mean_tokens`` (mean of
+        class token and patches), and of CLIP ``projection`` (the class token in the space shared with texts).
       frozen_statistics: BatchNorm uses its running statistics in training too.
       dtype: ``float32`` or ``bfloat16``, of the trunk; heads are always float32.
       remat: recompute activations inside a block for the gradient instead of keeping them.
@@ -169,14 +204,19 @@ def create_classifier(
 
 def _create_trunk(name: str, pooling: str, frozen_statistics: bool, dtype: str, remat: bool) -> nn.Module:
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(sorted(MODELS))}")
+        raise ValueError(f"unknown model {name!r}; known: {known_models()}")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     trunk = MODELS[name](frozen_statistics=frozen_statistics, dtype=DTYPES[dtype])
-    if pooling == "token":
-        if not hasattr(trunk, "class_token"):
-            raise ValueError(f"pooling 'token' needs a class token, which {name} does not have")
-        trunk = trunk.clone(class_token=True)
+    if pooling in VECTORS:
+        if pooling not in getattr(trunk, "vectors", ()):
+            raise ValueError(f"pooling {pooling!r} needs {VECTORS[pooling]}, which {name} does not have")
+        trunk = trunk.clone(output=pooling)
+    if pooling == "gem" and getattr(trunk, "signed_maps", False):
+        raise ValueError(
+            f"pooling 'gem' takes powers of the feature maps, and those of {name} may be negative; "
+            "use avg, max or avg_max"
+        )
     if remat:
         if not hasattr(trunk, "remat"):
             raise ValueError(f"remat: {name} has no blocks to compute again")

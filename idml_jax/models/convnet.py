@@ -26,6 +26,11 @@ class ConvNet(nn.Module):
     looped: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    @property
+    def block_entries(self) -> tuple[tuple[str, str], ...]:
+        """The entries of every layer; see ``models.depth``."""
+        return tuple((f"conv{layer + 1}", f"bn{layer + 1}") for layer in range(self.depth))
+
     def check_images(self, height: int, width: int) -> None:
         """Raises ``ValueError`` if pooling would reduce an image of this size to nothing."""
         if min(height, width) < 2**self.depth:

@@ -1,5 +1,6 @@
 """Layers with PyTorch's conventions, so that published weights and settings keep their meaning."""
 
+import math
 from functools import partial
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+# Collection of the running statistics of frozen layers; see ``BatchNorm``.
+FROZEN_STATS = "frozen_stats"
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -102,7 +105,8 @@ class BatchNorm(nn.Module):
 
     Flax's own layer keeps the biased variance as running statistics; PyTorch (and so every published weight file and
     schedule) the unbiased one. Statistics are float32 for every ``dtype``. Under jit the batch is global, so the
-    statistics are those of the whole batch over all devices.
+    statistics are those of the whole batch over all devices. A layer that has an entry in the collection
+    ``frozen_stats`` is frozen: it uses its running statistics in training too.
 
     Attributes:
       use_running_average: normalise with the running statistics and do not update them.
@@ -125,7 +129,7 @@ class BatchNorm(nn.Module):
         variance = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        if self.use_running_average:
+        if self.use_running_average or self.has_variable(FROZEN_STATS, "mean"):
             center, spread = mean.value, variance.value
         else:
             axes = tuple(range(x.ndim - 1))
@@ -176,12 +180,56 @@ def max_pool_3x3(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     return x
 
 
+@jax.custom_jvp
+def max_global(x: Float[Array, "n h w c"]) -> Float[Array, "n c"]:
+    """Maximum over the places of a map; its gradient is divided among equal maxima, as by ``jnp.max``.
+
+    A compiler may compute the map twice, rounded in two ways, and compare one with the maximum of the other. If then no
+    place equals the maximum, the gradient of ``jnp.max`` is 0 / 0; here it is 0.
+    """
+    return jnp.max(x, axis=(1, 2))
+
+
+@max_global.defjvp
+def _max_global_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    largest = max_global(x)
+    reached = (x == largest[:, None, None]).astype(tangent.dtype)
+    count = jnp.maximum(jnp.sum(reached, axis=(1, 2)), 1.0)
+    return largest, jnp.sum(tangent * reached, axis=(1, 2)) / count
+
+
+def generalized_mean(x: Float[Array, "n h w c"], power: Float[Array, "1"]) -> Float[Array, "n c"]:
+    """``mean(max(x, 1e-6) ** p) ** (1 / p)`` over the places of a map, in float32 (Radenovic et al., TPAMI 2019).
+
+    Computed with logarithms: ``1e-6 ** p`` is 0 in float32 from p = 7.5 on, and the root of 0 has no gradient.
+
+    Args:
+      x: ``[n, h, w, c]`` feature maps that are not negative.
+      power: ``[1]``, p; 1 is the average, and the maximum is approached as it grows.
+
+    Returns:
+      ``[n, c]`` float32.
+    """
+    logarithms = jnp.log(jnp.maximum(x.astype(jnp.float32), 1e-6))
+    sums = jax.nn.logsumexp(power[None, None, None] * logarithms, axis=(1, 2))
+    return jnp.exp((sums - math.log(x.shape[1] * x.shape[2])) / power[None])
+
+
+class GeM(nn.Module):
+    """Global pooling by ``generalized_mean`` with a learned power that starts at 3."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n c"]:
+        return generalized_mean(x, self.param("pool_p", nn.initializers.constant(3.0), (1,), jnp.float32))
+
+
 def pool_global(x: Float[Array, "n h w c"], pooling: str) -> Float[Array, "n c"]:
     """Global pooling in float32: ``avg``, ``max`` or their sum ``avg_max`` (the paper's).
 
     Args:
       x: ``[n, h, w, c]`` feature maps.
-      pooling: one of the three names.
+      pooling: one of the three names; ``GeM``, which has a parameter, is a layer of its own.
 
     Returns:
       ``[n, c]`` float32.
@@ -190,11 +238,11 @@ def pool_global(x: Float[Array, "n h w c"], pooling: str) -> Float[Array, "n c"]
       ValueError: for another name.
     """
     if pooling not in ("avg", "max", "avg_max"):
-        raise ValueError(f"unknown pooling {pooling!r}; known: avg, max, avg_max")
+        raise ValueError(f"unknown pooling {pooling!r}; known: avg, max, avg_max, gem")
     x = x.astype(jnp.float32)
     pooled = jnp.zeros((), jnp.float32)
     if "avg" in pooling:
         pooled = pooled + jnp.mean(x, axis=(1, 2))
     if "max" in pooling:
-        pooled = pooled + jnp.max(x, axis=(1, 2))
+        pooled = pooled + max_global(x)
     return pooled

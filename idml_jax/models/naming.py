@@ -18,11 +18,13 @@ HEADS = {
     "semantic": "embedding", "uncertainty": "uncertainty", "uncertainty_hidden": "uncertainty_hidden",
     "classifier": "fc",
 }  # fmt: skip
-SHORTCUT = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1"}
+# Modules of trunks whose name is another in PyTorch.
+SHORTCUT = {"downsample_conv": "downsample.0", "downsample_bn": "downsample.1", "head_norm": "head.norm"}
 LEAVES = {
     "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var",
+    "pool_p": "pool.p",
 }  # fmt: skip
-_INDEXED = re.compile(r"^(layer\d+|blocks)_(\d+)$")
+_INDEXED = re.compile(r"^(layer\d+|blocks|stem|stages|downsample)_(\d+)(?:_(\d+))?$")
 Leaf = TypeVar("Leaf")  # an array, or a shape with a type
 
 
@@ -55,8 +57,12 @@ def torch_name(path: str) -> str:
     if part == "heads":
         inner = [HEADS[name] for name in inner]
     else:
-        inner = [_INDEXED.sub(r"\1.\2", SHORTCUT.get(name, name)) for name in inner]
+        inner = [_INDEXED.sub(_dotted, SHORTCUT.get(name, name)) for name in inner]
     return ".".join([*inner, LEAVES.get(leaf, leaf)])
+
+
+def _dotted(match: re.Match[str]) -> str:
+    return ".".join(part for part in match.groups() if part)
 
 
 def to_torch(path: str, value: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

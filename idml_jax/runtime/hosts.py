@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -10,6 +11,8 @@ from jax.experimental import multihost_utils
 
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import first_line
+
+Arrays = dict[str, np.ndarray]
 
 
 def connect(coordinator: str, processes: int, index: int, timeout: int = 300) -> None:
@@ -67,6 +70,28 @@ def agree(problem: Exception | None) -> None:
         raise problem
     if failed is not None:
         raise UserError(f"process {failed} of this run has stopped with an error; see its output")
+
+
+def from_first(make: Callable[[], Arrays], like: Arrays) -> Arrays:
+    """Arrays that process 0 makes, on all processes. All processes must call it.
+
+    Args:
+      make: called by process 0 alone.
+      like: arrays of the same shapes and types.
+
+    Raises:
+      UserError: on all processes if ``make`` raises one.
+    """
+    if jax.process_count() == 1:
+        return make()
+    made, problem = like, None
+    if jax.process_index() == 0:
+        try:
+            made = make()
+        except UserError as error:
+            problem = error
+    agree(problem)
+    return {name: np.asarray(value) for name, value in multihost_utils.broadcast_one_to_all(made).items()}
 
 
 def lost(error: Exception) -> NoReturn:

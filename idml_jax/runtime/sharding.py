@@ -73,9 +73,28 @@ def placement(tree: Any, mesh: Mesh, split: tuple[str, ...] = ()) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def place(tree: Any, placement: Any) -> Any:
+    """A tree with every array placed as ``placement`` says; those that already are stay."""
+
+    def one(x: Any, wanted: NamedSharding) -> jax.Array:
+        there = isinstance(x, jax.Array) and x.sharding.is_equivalent_to(wanted, x.ndim)
+        return x if there else _put(x, wanted)
+
+    return jax.tree.map(one, tree, placement)
+
+
+def _put(x: Any, wanted: NamedSharding) -> jax.Array:
+    """An array that every host has all of, placed on the devices of all hosts."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, wanted)
+    value = np.asarray(x)  # device_put across hosts gives arrays that cannot be saved before a step has changed them
+    return jax.make_array_from_callback(value.shape, wanted, lambda index: value[index])
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of every array on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    wanted = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: _put(x, wanted), tree) if jax.process_count() > 1 else jax.device_put(tree, wanted)
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
@@ -88,7 +107,7 @@ def to_host(tree: Any) -> Any:
     """Gathers complete arrays as numpy on every host, even if they are spread over hosts."""
 
     def fetch(x: jax.Array) -> np.ndarray:
-        if x.is_fully_addressable:
+        if x.is_fully_addressable or x.is_fully_replicated:  # every host has all of it
             return np.asarray(x)
         from jax.experimental import multihost_utils
 

@@ -14,10 +14,11 @@ from idml_jax.data.images import transforms
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 from idml_jax.runtime import sharding
-from idml_jax.training import steps, weights
+from idml_jax.training import auto, steps, weights
 from idml_jax.training.config import learns_uncertainty
 from idml_jax.training.config_checks import validate
 from idml_jax.training.embedder import Embedder, Network
+from idml_jax.training.learning import WHOLE_TRUNK, TrunkLearning, learning_of
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.state import TrainState, create_state_on
 from idml_jax.training.tasks import Evaluation, Task, task_of
@@ -93,7 +94,7 @@ class Run(NamedTuple):
 
     def place(self, state: TrainState) -> TrainState:
         """A state on the mesh."""
-        return jax.device_put(state, sharding.placement(state, self.mesh, self.setup.objective.split))
+        return sharding.place(state, sharding.placement(state, self.mesh, self.setup.objective.split))
 
     def with_variables(self, state: TrainState, variables: dict[str, Any]) -> TrainState:
         """A fresh state with weights and statistics from ``weights.load`` substituted."""
@@ -106,13 +107,21 @@ class Run(NamedTuple):
     def pretrained(self) -> tuple[dict[str, Any], str]:
         """Loads the pretrained weights that the settings name; also returns a line that describes them.
 
+        Where they come from is written into the settings (``model.init_origin``).
+
         Raises:
-          UserError: if the weights do not match the network.
+          UserError: if the weights do not match the network, or are not those of the settings' ``init_origin``.
         """
+        located = weights.locate(self.config.model.init_from)
+        auto.record_origin(self.config, located)
+        tensors = weights.read_located(located)
+        warning = auto.check_statistics(self.config, tensors.native)
+        if warning:
+            logger.warning("warning: %s: %s", located.name, warning)
         images = jax.ShapeDtypeStruct((1, *image_shape(self.config)), jnp.float32)
         like = jax.eval_shape(self.setup.model.init, jax.random.key(0), images)
         model = self.config.model
-        return weights.load(model.init_from, like, model.init_parts, network=model.name)
+        return weights.load(tensors, like, model.init_parts, network=model.name, input_layer=model.input_layer)
 
 
 def image_shape(config: ConfigDict) -> tuple[int, int, int]:
@@ -146,16 +155,24 @@ def build(config: ConfigDict) -> Run:
         model.check_images(*image_shape(config)[:2])
     except ValueError as error:
         raise UserError(f"{error} (config.model.name = {config.model.name!r}, config.data.image_size)") from error
+    learning = learning_of(config, model, image_shape(config))
+    if not learning.everything and not config.model.init_from:
+        logger.warning(
+            "warning: config.optim.trunk = %r freezes random weights; name pretrained ones (config.model.init_from) or "
+            "let all of the trunk learn (config.optim.trunk=all)",
+            config.optim.trunk,
+        )
     setup = steps.StepSetup(
         model=model,
         objective=task.criterion(config, num_classes, per_epoch, mesh),
-        optimizer=optimizer_of(config, per_epoch),
+        optimizer=optimizer_of(config, per_epoch, learning),
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         mixup_alpha=task.mixup_alpha(config),
         seed=config.seed,
         accumulate=config.optim.accumulate,
         ema=config.optim.ema,
+        near=0 if config.sharding.partners == "any" else getattr(sampler, "per_class", 1),
     )
     total_steps = min(config.max_steps or all_steps, all_steps)
     return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)
@@ -222,8 +239,14 @@ def transforms_of(config: ConfigDict) -> tuple[transforms.Transform, transforms.
     return train, test
 
 
-def optimizer_of(config: ConfigDict, steps_per_epoch: int) -> GroupOptimizer:
-    """The update rule of ``config.optim``."""
+def optimizer_of(config: ConfigDict, steps_per_epoch: int, trunk: TrunkLearning = WHOLE_TRUNK) -> GroupOptimizer:
+    """The update rule of ``config.optim``.
+
+    Args:
+      config: settings of the run.
+      steps_per_epoch: number of steps per epoch, for the schedule.
+      trunk: which parts of the trunk learn, see ``learning_of``.
+    """
     optim = config.optim
     return GroupOptimizer(
         name=optim.name,
@@ -240,4 +263,5 @@ def optimizer_of(config: ConfigDict, steps_per_epoch: int) -> GroupOptimizer:
         momentum=optim.momentum,
         clip_value=optim.clip_value,
         frozen_norm=config.model.batchnorm == "frozen",
+        trunk=trunk,
     )

@@ -19,7 +19,7 @@ def loss_options(name: str) -> dict[str, Any]:
     return {
         p.name: p.default
         for p in parameters
-        if p.kind is p.KEYWORD_ONLY and isinstance(p.default, int | float) and p.name != "dimension"
+        if p.kind is p.KEYWORD_ONLY and isinstance(p.default, int | float | tuple) and p.name != "dimension"
     }
 
 
@@ -32,6 +32,14 @@ def network_options(model: ConfigDict) -> dict[str, Any]:
 def learns_uncertainty(config: ConfigDict) -> bool:
     """Whether any loss trains the uncertainty head: through the metric or the ranking loss."""
     return bool(config.ism.enabled or config.ism.ranking)
+
+
+def starts_whitened(config: ConfigDict) -> bool:
+    """Whether training starts from the semantic head in closed form (``model.semantic_init``)."""
+    model = config.model
+    if model.semantic_init == "auto":
+        return bool(model.init_from) and model.init_parts == "trunk" and config.task == "retrieval"
+    return model.semantic_init == "whiten"
 
 
 def default_config() -> ConfigDict:
@@ -76,18 +84,25 @@ def default_config() -> ConfigDict:
     config.data.workers = 0  # number of decoding processes, for hosts with many cores
 
     config.model = ConfigDict()
-    config.model.name = "resnet50"
+    config.model.name = "resnet50"  # or auto: network and image settings of the weights in init_from
     config.model.embedding_dim = 512
     config.model.uncertainty_dim = 512
     config.model.uncertainty_head = "mlp"  # or linear, none
     config.model.uncertainty_hidden = 128
     config.model.uncertainty_scale = 1.0  # factor on the initial weights of the last uncertainty layer
-    config.model.pooling = "avg_max"  # or avg, max, token (class token of a transformer)
+    # or avg, max, gem (learned power); of a transformer also token, mean_tokens; of CLIP projection
+    config.model.pooling = "avg_max"
     config.model.batchnorm = "frozen"  # or frozen_statistics (scale and bias learn), live
     config.model.dtype = "float32"  # or bfloat16, of the trunk
     config.model.remat = False  # recompute activations inside a block for the gradient: less memory, slower
-    config.model.init_from = ""  # weights to start from: .safetensors, .pth, a run's folder; see idml_jax.pretrained
+    config.model.init_from = ""  # weights to start from: owner/name on the hub, .safetensors, .pth, a run's folder
     config.model.init_parts = "trunk"  # or semantic (trunk and semantic head), all (trunk and both heads)
+    config.model.input_layer = "match"  # or sum: kernels of colour weights summed for grey images
+    config.model.init_origin = ConfigDict()  # written by a run; what is set must be true of the weights
+    config.model.init_origin.file = ""  # name of the file
+    config.model.init_origin.commit = ""  # of a repository on the hub
+    config.model.init_origin.sha256 = ""  # of the file
+    config.model.semantic_init = "random"  # or whiten (closed form on the training images), auto; docs/closed_form.md
 
     config.ism = ConfigDict()
     config.ism.enabled = True
@@ -97,8 +112,12 @@ def default_config() -> ConfigDict:
     config.ism.prior = 0.0  # weight of the pull of u's length towards 1, for losses under which u collapses
 
     config.loss = ConfigDict()
-    config.loss.name = "proxy_anchor"
-    config.loss.learned = "none"  # or shared, per_class: beta of the margin loss
+    config.loss.name = "proxy_anchor"  # or several joined by +, as in proxy_anchor+sup_con; see docs/losses.md
+    config.loss.weights = ()  # of the losses that are joined by +; empty: 1 each
+    config.loss.learned = "none"  # or shared, per_class: beta of the margin loss, slope and offset of hedged_instance
+    config.loss.class_share = 1.0  # share of the classes that a batch is compared with in a step, for softmax losses
+    config.loss.centre_spread = 0.0  # weight of the loss that merges proxies of a class (0.2 in SoftTriple's paper)
+    config.loss.embedding_norm = 0.0  # weight of the mean squared length of s before it is normalised
     for name in LOSSES:
         config.loss[name] = ConfigDict(loss_options(name))
 
@@ -128,15 +147,28 @@ def default_config() -> ConfigDict:
     config.optim.step_at = ()  # epochs at which schedule step drops the rate, instead of every step_epochs
     config.optim.ema = 0.0  # decay of the moving averages of the weights used for evaluation; 0: none
     config.optim.warmup_epochs = 5  # epochs in which only heads and proxies train
+    config.optim.trunk = "all"  # or none, last:N (the last N blocks): the part of the trunk that learns
+    config.optim.layer_decay = 1.0  # factor on the rate per block of the trunk, from the last one back; 1: none
     config.optim.proxy_lr_factor = 100.0
     config.optim.loss_lr_factor = 1.0  # factor for other numbers that a loss learns
     config.optim.clip_value = 10.0
     config.optim.accumulate = 1  # number of parts of a batch in the trunk; the loss still sees the whole batch
 
+    config.fit = ConfigDict()  # the metric in closed form, for idml_jax.fit and model.semantic_init
+    config.fit.only = False  # set by idml_jax.fit: the run is the closed form, nothing is trained
+    config.fit.method = "whiten"  # or lda, pca; for idml_jax.fit
+    config.fit.shrinkage = (0.1, 0.3, 1.0, 3.0, 10.0)  # lambdas to choose from on held-out training classes
+    config.fit.widths = ()  # for idml_jax.fit: widths to choose from in the same way; empty: model.embedding_dim
+    config.fit.folds = 4  # folds of training classes, each held out once
+    config.fit.select = "MAP@R"  # or R@1: the metric that chooses
+    config.fit.views = 1  # features per training image: the test transform's and, above 1, the training transform's
+    config.fit.unit = False  # statistics of features at length 1, without a mean
+
     config.sharding = ConfigDict()
     config.sharding.proxies = (
         "auto"  # split over devices from 50,000 classes on; or split, whole (a copy on every device)
     )
+    config.sharding.partners = "any"  # partners of Mixup and CutMix, from the whole batch; or near: a few rows away
 
     config.eval = ConfigDict()
     config.eval.every_epochs = 1

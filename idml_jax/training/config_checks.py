@@ -1,36 +1,46 @@
 """Checks of settings, also of their combinations."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from idml_jax.data.images.resample import METHODS
 from idml_jax.data.images.transforms import CHANGES, TRANSFORMS
 from idml_jax.errors import UserError
-from idml_jax.losses import LOSSES
-from idml_jax.training import watch
-from idml_jax.training.config import learns_uncertainty
+from idml_jax.metrics.closed_form import METHODS as CLOSED_FORMS
+from idml_jax.mixing import PARTNERS
+from idml_jax.training import learning, watch
+from idml_jax.training.config import learns_uncertainty, starts_whitened
 from idml_jax.training.fields import at_least, choice, value_of
 from idml_jax.training.tasks import TASKS, task_of
+from idml_jax.training.tasks.terms import check_loss
 
 # Fields that must be at least 1, and at least 0; all must be finite.
 AT_LEAST_ONE = (
     "batch_size", "epochs", "data.threads", "data.prefetch", "eval.every_epochs", "eval.batch_size",
     "checkpoint.every_epochs", "checkpoint.keep_latest", "checkpoint.keep_best", "log.every_steps",
     "model.embedding_dim", "model.uncertainty_dim", "model.uncertainty_hidden", "data.image_size", "optim.step_epochs",
-    "optim.accumulate",
+    "optim.accumulate", "fit.views",
 )  # fmt: skip
 AT_LEAST_ZERO = (
     "seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay", "optim.clip_value",
     "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation", "data.pad", "ism.ranking",
-    "ism.prior", "mixup.alpha", "memory.size", "memory.warmup_epochs", "eval.ambiguity_images",
+    "ism.prior", "loss.centre_spread", "loss.embedding_norm", "mixup.alpha", "memory.size", "memory.warmup_epochs",
+    "eval.ambiguity_images",
 )  # fmt: skip
 SHARES = ("data.corrupt", "data.color_jitter", "data.lighting")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.batchnorm": ("frozen", "frozen_statistics", "live"),
     "model.dtype": ("float32", "bfloat16"),
     "model.uncertainty_head": ("mlp", "linear", "none"),
-    "model.pooling": ("avg", "max", "avg_max", "token"),
+    "model.pooling": ("avg", "max", "avg_max", "gem", "token", "mean_tokens", "projection"),
     "model.init_parts": ("trunk", "semantic", "all"),
+    "model.input_layer": ("match", "sum"),
+    "model.semantic_init": ("random", "whiten", "auto"),
+    "fit.method": CLOSED_FORMS,
+    "fit.select": ("MAP@R", "R@1"),
     "sharding.proxies": ("auto", "split", "whole"),
+    "sharding.partners": PARTNERS,
     "eval.split": ("test", "validation"),
     "data.transform": TRANSFORMS,
     "data.resample": METHODS,
@@ -51,13 +61,31 @@ def validate(config: ConfigDict) -> None:
         if not 0 <= value_of(config, field) <= 1:
             raise UserError(f"config.{field} = {value_of(config, field)} must be in [0, 1]")
     watch.debug_checks(config.debug)
+    if config.model.name == "auto":
+        raise UserError("config.model.name=auto is for training; the network's name stands in the run's config.json")
     # Registries may get entries from outside the package, so they are read at call time.
-    for field, known in {"loss.name": tuple(sorted(LOSSES)), "task": tuple(TASKS), **CHOICES}.items():
+    check_loss(config)
+    for field, known in {"task": tuple(TASKS), **CHOICES}.items():
         choice(config, field, known)
+    _check_start(config.model)
     _check_data(config.data)
     _check_learning(config)
     _check_evaluation(config)
+    _check_closed_form(config)
     task_of(config).check(config)
+
+
+def _check_start(model: ConfigDict) -> None:
+    """Checks that what is said about weights has weights to be said about."""
+    if model.init_from:
+        return
+    if model.input_layer != "match":
+        raise UserError(
+            f"config.model.input_layer = {model.input_layer!r} needs weights: config.model.init_from is empty"
+        )
+    for field, value in model.init_origin.items():
+        if value:
+            raise UserError(f"config.model.init_origin.{field} = {value!r}, but config.model.init_from is empty")
 
 
 def _check_data(data: ConfigDict) -> None:
@@ -109,6 +137,12 @@ def _check_learning(config: ConfigDict) -> None:
         raise UserError(f"config.optim.step_at = {tuple(config.optim.step_at)} must be epochs, whole numbers from 1 on")
     if not 0 <= config.optim.ema < 1:
         raise UserError(f"config.optim.ema = {config.optim.ema} must be at least 0 and below 1")
+    learning.check(config.optim)
+    field = "classification.mixing" if config.task == "classification" else "mixup.enabled"
+    if config.sharding.partners != "any" and value_of(config, field) in ("none", False):
+        raise UserError(
+            f"config.sharding.partners = {config.sharding.partners!r} needs Mixup or CutMix (config.{field})"
+        )
 
 
 def _check_evaluation(config: ConfigDict) -> None:
@@ -121,4 +155,29 @@ def _check_evaluation(config: ConfigDict) -> None:
         raise UserError(
             "config.eval.split = 'validation' needs config.data.validation_classes (classification: "
             "config.data.validation_images) above 0"
+        )
+
+
+def _check_closed_form(config: ConfigDict) -> None:
+    """Checks the metric in closed form, ``config.fit``, and the start of training from it."""
+    fit, model = config.fit, config.model
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < math.inf for x in fit.shrinkage)
+    if not fit.shrinkage or not numbers:
+        raise UserError(f"config.fit.shrinkage = {tuple(fit.shrinkage)} must be numbers above 0")
+    if any(not isinstance(width, int) or width < 1 for width in fit.widths):
+        raise UserError(f"config.fit.widths = {tuple(fit.widths)} must be whole numbers of at least 1")
+    at_least(config, "fit.folds", 2)
+    if fit.only:
+        return
+    for field, default in (("widths", ()), ("method", "whiten")):
+        if fit[field] != default:
+            raise UserError(f"config.fit.{field} is for python -m idml_jax.fit, which trains nothing")
+    if starts_whitened(config) and config.task != "retrieval":
+        raise UserError(
+            "config.model.semantic_init = 'whiten' needs config.task = 'retrieval': a classifier has no such head"
+        )
+    if starts_whitened(config) and model.init_from and model.init_parts != "trunk":
+        raise UserError(
+            f"config.model.semantic_init = 'whiten' would replace the head that config.model.init_parts = "
+            f"{model.init_parts!r} loads; use config.model.init_parts=trunk or config.model.semantic_init=random"
         )

@@ -102,6 +102,7 @@ class Trainer:
         checks = watch.debug_checks(config.debug)
         train_step = steps.jit_checked_train_step if {"nans", "infs"} & set(checks) else steps.jit_train_step
         warmup = config.optim.warmup_epochs * per_epoch
+        trunk_learns = self.run.setup.optimizer.trunk.anything
         progress = self.writer.progress(self.run.total_steps, self.step)
         pending = unfinished.get("end_epoch", False)
         try:
@@ -112,8 +113,9 @@ class Trainer:
                 placed = sharding.shard_batch({k: batch[k] for k in ("image", "label")}, self.run.mesh)
                 try:
                     with watch.debugging(checks):
+                        train_trunk = trunk_learns and self.step >= warmup
                         self.state, metrics = train_step(
-                            self.state, placed, setup=self.run.setup, train_trunk=self.step >= warmup
+                            self.state, placed, setup=self.run.setup, train_trunk=train_trunk
                         )
                 except FloatingPointError as error:  # raised by JAX's checks
                     found = " ".join(str(error).split("\n")[:1])

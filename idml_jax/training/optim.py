@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from idml_jax.errors import UserError
+from idml_jax.training.learning import WHOLE_TRUNK, TrunkLearning, replaced
 
 SCHEDULES = ("step", "cosine", "constant")
 OPTIMIZERS = ("adamw", "sgd")
@@ -71,6 +72,7 @@ class GroupOptimizer:
       momentum: momentum of ``sgd``.
       clip_value: gradients are clipped elementwise to [-clip_value, clip_value]; 0: no clipping.
       frozen_norm: scales and biases of normalisation layers in the trunk are neither updated nor decayed.
+      trunk: which parts of the trunk learn, and at which rates. A part that does not learn has no optimizer state.
     """
 
     name: str
@@ -80,6 +82,7 @@ class GroupOptimizer:
     momentum: float = 0.9
     clip_value: float = 0.0
     frozen_norm: bool = False
+    trunk: TrunkLearning = WHOLE_TRUNK
     rule: optax.GradientTransformation = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,7 +98,11 @@ class GroupOptimizer:
 
     def init(self, params: Mapping[str, Params]) -> dict[str, optax.OptState]:
         """Initial optimizer state of every group."""
-        return {group: self.rule.init(values) for group, values in params.items()}
+        if "trunk" in params and not self.trunk.everything:
+            params = {**params, "trunk": self.trunk.learning(params["trunk"])}
+        return {
+            group: self.rule.init(values) for group, values in params.items() if group != "trunk" or self.trunk.anything
+        }
 
     def update(
         self,
@@ -107,7 +114,7 @@ class GroupOptimizer:
         """Updates the groups in ``grads``.
 
         Args:
-          grads: gradients by group; other groups are left unchanged.
+          grads: gradients by group; other groups are left unchanged. Of the trunk, those of the parts that learn.
           opt_state: optimizer state of all groups.
           params: parameters of all groups.
           step: global step, for the schedule.
@@ -119,17 +126,30 @@ class GroupOptimizer:
         rate = self.schedule(step)
         factors = dict(self.factors)
         for group, grad in grads.items():
-            updates, opt_state[group] = self.rule.update(grad, opt_state[group], params[group])
-            group_rate = rate * factors.get(group, 1.0)
-            frozen = group == "trunk" and self.frozen_norm
-            params[group] = jax.tree_util.tree_map_with_path(
-                lambda path, p, u, rate=group_rate, frozen=frozen: (
-                    p if frozen and is_norm_parameter(path) else p - (rate * u).astype(p.dtype)
-                ),
-                params[group],
-                updates,
-            )
+            learning = self.trunk.learning(params[group]) if group == "trunk" else params[group]
+            updates, opt_state[group] = self.rule.update(grad, opt_state[group], learning)
+            moved = self._moved(group, learning, updates, rate * factors.get(group, 1.0))
+            whole = group != "trunk" or self.trunk.everything
+            params[group] = moved if whole else replaced(params[group], moved)
         return params, opt_state
+
+    def _moved(self, group: str, params: Params, updates: Params, rate: Float[Array, ""]) -> Params:
+        """Parameters of a group after an update; in the trunk every depth has its factor on the rate."""
+        if group != "trunk":
+            return jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates)
+
+        def move(path: tuple[Any, ...], p: Array, u: Array) -> Array:
+            if self.frozen_norm and is_norm_parameter(path):
+                return p
+            own = rate if self.trunk.decay == 1 else rate * self.trunk.factor(path_of(path))
+            return p - (own * u).astype(p.dtype)
+
+        return jax.tree_util.tree_map_with_path(move, params, updates)
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+    """A path of keys as ``a/b/c``."""
+    return "/".join(str(getattr(entry, "key", entry)) for entry in path)
 
 
 def is_norm_parameter(path: tuple[Any, ...]) -> bool:

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, UInt8
 
 from idml_jax.ism import Embedding
 from idml_jax.models import EmbeddingModel
+from idml_jax.models.layers import FROZEN_STATS
 from idml_jax.training.criterion import BatchLoss, Criterion
+from idml_jax.training.learning import WHOLE_TRUNK, TrunkLearning, replaced
 from idml_jax.training.optim import GroupOptimizer
 from idml_jax.training.state import TrainState
 
@@ -33,6 +35,7 @@ class StepSetup:
         with one part; live statistics are computed per part, and the running statistics are updated once per part.
       loss: loss function of the batch; ``None``: ``objective.batch_loss``.
       ema: decay of the moving averages of weights and statistics used for evaluation; 0: none.
+      near: 0: partners of Mixup and CutMix from the whole batch; otherwise near ones, see ``mixing.with_partners``.
     """
 
     model: EmbeddingModel
@@ -45,6 +48,7 @@ class StepSetup:
     accumulate: int = 1
     loss: BatchLoss | None = None
     ema: float = 0.0
+    near: int = 0
 
 
 def normalize(
@@ -82,13 +86,15 @@ def pooled_features(
       ``[n, k, f]`` features and the new statistics.
     """
 
-    count = setup.accumulate
+    count, learning = setup.accumulate, setup.optimizer.trunk
     model = setup.model if count == 1 else setup.model.looped
 
     def part(trunk: Any, batch_stats: Any, inputs: tuple[Array, ...]) -> tuple[Any, Array]:
         images = prepare(*inputs)
         m, k = images.shape[:2]
         variables = {"params": {"trunk": trunk}, "batch_stats": batch_stats}
+        if frozen := learning.frozen(batch_stats.get("trunk", {})):
+            variables[FROZEN_STATS] = {"trunk": frozen}
         features, updated = model.apply(
             variables,
             images.reshape(m * k, *images.shape[2:]),
@@ -122,11 +128,20 @@ def mean_length(out: dict[str, Array]) -> Float[Array, ""]:
     return jnp.mean(jnp.sqrt(jnp.sum(jnp.square(jax.lax.stop_gradient(out["uncertainty"])), axis=-1)))
 
 
-def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float) -> Any:
-    """Moving averages after one more step; in the first steps the decay is at most (1 + step) / (10 + step)."""
+def averaged(ema: Any, values: dict[str, Any], step: Array, decay: float, learning: TrunkLearning = WHOLE_TRUNK) -> Any:
+    """Moving averages after one more step; in the first steps the decay is at most (1 + step) / (10 + step).
+
+    What does not learn is its own average, without the rounding of a sum.
+    """
     share = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     values = {kind: {k: values[kind][k] for k in groups} for kind, groups in ema.items()}
-    return jax.tree.map(lambda old, new: share * old + (1.0 - share) * new, ema, values)
+    moved: Any = jax.tree.map(lambda old, new: share * old + (1.0 - share) * new, ema, values)
+    if learning.everything:
+        return moved
+    return {
+        kind: {k: replaced(tree, learning.frozen(values[kind][k])) if k == "trunk" else tree for k, tree in of.items()}
+        for kind, of in moved.items()
+    }
 
 
 def train_step(
@@ -139,24 +154,33 @@ def train_step(
       batch: ``image`` [n, h, w, c] uint8 and ``label`` [n].
       setup: fixed parts of the step.
       train_trunk: false during warm-up: only heads and the loss's parameters move, and no gradient is computed for
-        the trunk.
+        the trunk. Otherwise the parts of it learn that ``setup.optimizer.trunk`` says.
 
     Returns:
       The state after the step and scalar metrics: ``loss`` and its parts, mean length of the uncertainty embedding
       (``uncertainty``, ``uncertainty_mixed``), ``gradient_norm`` before clipping and ``learning_rate``.
     """
+    learning, batch_loss = setup.optimizer.trunk, setup.loss or setup.objective.batch_loss
+    train_trunk = train_trunk and learning.anything
     trained = {k: v for k, v in state.params.items() if train_trunk or k != "trunk"}
     resting = {k: v for k, v in state.params.items() if k not in trained}
-    grads, (batch_stats, out, metrics) = jax.grad(setup.loss or setup.objective.batch_loss, has_aux=True)(
-        trained, resting, state, batch, setup, train_trunk
-    )
+    if train_trunk and not learning.everything:
+        trained["trunk"] = learning.learning(trained["trunk"])
+
+    def loss(trained: dict[str, Any]) -> tuple[Array, Any]:
+        # Only what learns is differentiated, so the backward pass ends at the first block that learns.
+        if train_trunk and not learning.everything:
+            trained = {**trained, "trunk": replaced(state.params["trunk"], trained["trunk"])}
+        return batch_loss(trained, resting, state, batch, setup, train_trunk)
+
+    grads, (batch_stats, out, metrics) = jax.grad(loss, has_aux=True)(trained)
     params, opt_state = setup.optimizer.update(grads, state.opt_state, state.params, state.step)
     metrics["gradient_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = setup.optimizer.schedule(state.step)
     memory = setup.objective.remember(state.memory, embedding_of(out), batch["label"])
     if setup.ema:
         values = {"params": params, "batch_stats": batch_stats}
-        opt_state["ema"] = averaged(opt_state["ema"], values, state.step, setup.ema)
+        opt_state["ema"] = averaged(opt_state["ema"], values, state.step, setup.ema, learning)
     state = state.replace(
         step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, memory=memory
     )

@@ -20,9 +20,10 @@ from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoin
 from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.writers import MetricWriter
-from idml_jax.training import data_record
+from idml_jax.training import auto, data_record, semantic_init
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
+from idml_jax.training.config import starts_whitened
 from idml_jax.training.loop import Speed, Trainer
 from idml_jax.training.workdir import remember
 
@@ -76,7 +77,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = b
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, build: Build) -> dict[str, Any]:
     speed = Speed(time.monotonic())
-    run = build(config)
+    if config.fit.only:
+        raise UserError(
+            "config.fit.only is set by python -m idml_jax.fit, which makes such runs; leave it out to train"
+        )
+    run = build(auto.resolved(config, workdir))
     if stop.requested:
         raise Stopped(f"stopped by {stop.requested} before the first step; nothing was changed in {workdir}")
     finished = workdir / "result.json"
@@ -84,7 +89,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
     pretrained = None
     if config.model.init_from and not finished.exists() and not has_checkpoints(workdir / "checkpoints"):
         pretrained = run.pretrained()
-    _prepare(workdir, run)
+    prepare(workdir, run)
     if finished.exists():
         logger.info("this run is finished: %s; --mode=eval evaluates its best checkpoint again", finished)
         try:
@@ -93,6 +98,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
             raise UserError(f"{finished} is not valid JSON ({error}); without it the run is evaluated again") from error
     trainer = _started(run, workdir, pretrained, stop, speed)
     try:
+        _start_whitened(trainer, workdir)
         _measure_untrained(trainer)
         trainer.train()
         trainer.checkpoints.wait()
@@ -106,7 +112,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
     return result
 
 
-def _prepare(workdir: Path, run: Run) -> None:
+def prepare(workdir: Path, run: Run) -> None:
     """Creates the workdir and records settings and data, or compares them with those of an existing run.
 
     The first host does this; all hosts raise if it fails.
@@ -156,6 +162,12 @@ def _started(
         config.epochs,
         run.sampler.steps_per_epoch,
     )
+    learning = run.setup.optimizer.trunk
+    if not learning.everything:
+        trunk = state.params["trunk"]
+        some, whole = (sum(x.size for x in jax.tree.leaves(t)) / 1e6 for t in (learning.learning(trunk), trunk))
+        start = f", from {learning.start} on" if learning.anything else ""
+        logger.info("%.1f M of the trunk's %.1f M parameters learn%s", some, whole, start)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         config.eval.best_metric,
@@ -175,6 +187,14 @@ def _started(
         workdir, active=jax.process_index() == 0, tensorboard=config.log.tensorboard, rows=record["rows"]
     )
     return Trainer(run, state, checkpoints, writer, stop, _end_epoch, speed, record)
+
+
+def _start_whitened(trainer: Trainer, workdir: Path) -> None:
+    """Gives a new run its semantic head in closed form, if the settings ask for it."""
+    run = trainer.run
+    if trainer.step == 0 and starts_whitened(run.config):
+        trainer.state, about = semantic_init.start_whitened(run, trainer.state, workdir, trainer.stop.check)
+        trainer.record["semantic_init"] = about
 
 
 def _measure(trainer: Trainer) -> dict[str, float]:
@@ -234,6 +254,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         "final": final,
         "best": {"step": best_step, **best},
         "history": record["history"],
+        **({"semantic_init": record["semantic_init"]} if "semantic_init" in record else {}),
         **trainer.speed.summary(),
         "config": run.config.to_dict(),
         "versions": versions(),
@@ -290,6 +311,7 @@ def _evaluate_checkpoint(
 ) -> dict[str, Any]:
     stored = workdir_lib.read(workdir)
     if overrides is not None:
+        overrides = auto.resolved(overrides, workdir)
         remember(overrides, workdir)
     run = build(stored if overrides is None else overrides)
     for line in data_record.check(run.splits, workdir):

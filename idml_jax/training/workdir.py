@@ -16,6 +16,9 @@ FREE_FIELDS = (
     "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size", "debug",
 )  # fmt: skip
 
+# Fields that a run writes itself; where they are empty, nothing is claimed.
+RECORDED = "model.init_origin."
+
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens nested settings to ``{"a.b": value}``."""
@@ -42,6 +45,7 @@ def remember(config: ConfigDict, workdir: Path) -> None:
             f"config.{field} = {old.get(field, missing)!r} there, {new.get(field, missing)!r} here"
             for field in sorted(set(old) | set(new))
             if field not in FREE_FIELDS and old.get(field, missing) != new.get(field, missing)
+            if not (field.startswith(RECORDED) and not (old.get(field) and new.get(field)))
         ]
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -74,6 +78,7 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     # Settings that did not exist when the run started take their defaults.
     config = default_config()
+    config.model.semantic_init = "random"  # what older runs did, whatever the default is today
     try:
         _check_types(values, config.to_dict())
         with config.unlocked():

@@ -20,10 +20,11 @@ import pytest
 from idml_jax import evaluate, export, search
 from idml_jax.errors import UserError
 from idml_jax.inference import arrays, faiss_index, store
-from idml_jax.inference.index import Index, labels_in_common, own_rows, read, weights_digest
+from idml_jax.inference.index import Index, labels_in_common, own_rows, read
 from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
+from idml_jax.training.digests import weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)

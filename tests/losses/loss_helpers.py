@@ -1,17 +1,38 @@
-"""One compiled function per loss and shape, shared by the tests."""
+"""One compiled function per loss and shape, shared by the tests, and the names of the losses."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from idml_jax.losses import LOSSES
+
+# The losses that read a matrix; those that read embeddings have tests of their own (test_probabilistic.py).
+NAMES = [name for name, spec in LOSSES.items() if spec.reads != "embeddings"]
+# Losses whose code differs most; the others are functions of a row's softmax or extremes, on the same helpers.
+FIRST = (
+    "contrastive", "triplet_semihard", "margin_distance_weighted", "multi_similarity", "fast_ap", "proxy_nca",
+    "proxy_anchor",
+)  # fmt: skip
+FAMILIES = (*FIRST, "smooth_ap")
+
+
+def of_families(families=FAMILIES):
+    """Every loss as a parameter of a test; those of the other names are slow."""
+    return [name if name in families else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+
+
+def one_centre(name):
+    """Options for matrices with a column for each class, also for the losses with several proxies per class."""
+    return {"centres": 1} if LOSSES[name].centres > 1 else {}
 
 
 def call(name, matrix, pairs, weights=None, **options):
     """Any loss, with a fixed key for one that draws."""
     if LOSSES[name].needs_key:
         options = {"key": jax.random.key(0), "dimension": 16} | options
+    options = one_centre(name) | options
     return LOSSES[name].function(matrix, pairs, weights=weights, **options)
 
 

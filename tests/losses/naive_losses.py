@@ -134,6 +134,147 @@ def proxy_anchor(s, positive, negative, weights, *, margin=0.1, alpha=32.0):
     return pulls / max(with_positive, 1) + pushes / max(m, 1)
 
 
+def cross_entropy(logits, positive, negative, weights):
+    """Softmax over each row's pairs; the target is spread evenly over its positives."""
+    n, m = logits.shape
+    terms = []
+    for i in range(n):
+        known = [logits[i, j] for j in range(m) if positive[i, j] or negative[i, j]]
+        own = [logits[i, j] for j in range(m) if positive[i, j]]
+        if own:
+            top = max(known)
+            log_total = top + math.log(sum(math.exp(x - top) for x in known))
+            terms.append((weights[i], sum(log_total - x for x in own) / len(own)))
+    return mean(terms)
+
+
+def normalized_softmax(s, positive, negative, weights, *, temperature=0.05):
+    return cross_entropy(s / temperature, positive, negative, weights)
+
+
+def sup_con(s, positive, negative, weights, *, temperature=0.1):
+    return cross_entropy(s / temperature, positive, negative, weights)
+
+
+def cosface(s, positive, negative, weights, *, margin=0.35, scale=64.0):
+    return cross_entropy(scale * (s - margin * positive), positive, negative, weights)
+
+
+def arcface(s, positive, negative, weights, *, margin=28.6, scale=64.0):
+    m, logits = math.radians(margin), s.copy()
+    for i, j in np.argwhere(positive):
+        theta = math.acos(min(max(s[i, j], -1.0), 1.0))
+        logits[i, j] = math.cos(theta + m) if theta <= math.pi - m else math.cos(theta) - m * math.sin(m)
+    return cross_entropy(scale * logits, positive, negative, weights)
+
+
+def by_class(s, positive, negative, centres, joined):
+    """The matrix of images and classes, of the columns of each class that are known, and its relation."""
+    n, m = s.shape
+    classes = m // centres
+    found, pos, neg = np.zeros((n, classes)), np.zeros((n, classes), bool), np.zeros((n, classes), bool)
+    for i, c in np.ndindex(n, classes):
+        columns = range(c * centres, (c + 1) * centres)
+        known = [s[i, j] for j in columns if positive[i, j] or negative[i, j]]
+        pos[i, c] = any(positive[i, j] for j in columns)
+        neg[i, c] = bool(known) and not pos[i, c]
+        found[i, c] = joined(known) if known else 0.0
+    return found, pos, neg
+
+
+def subcenter_arcface(s, positive, negative, weights, *, centres=1, **options):
+    return arcface(*by_class(s, positive, negative, centres, max), weights, **options)
+
+
+def soft_triple(s, positive, negative, weights, *, scale=20.0, gamma=0.1, margin=0.01, centres=1):
+    def joined(known):
+        shares = [math.exp((x - max(known)) / gamma) for x in known]
+        return sum(share * x for share, x in zip(shares, known, strict=True)) / sum(shares)
+
+    found, pos, neg = by_class(s, positive, negative, centres, joined)
+    return cross_entropy(scale * (found - margin * pos), pos, neg, weights)
+
+
+def info_nce(s, positive, negative, weights, *, temperature=0.07):
+    terms = []
+    for i, p in np.argwhere(positive):
+        others = sum(math.exp((s[i, j] - s[i, p]) / temperature) for j in np.flatnonzero(negative[i]))
+        terms.append((weights[i], math.log(1 + others)))
+    return mean(terms)
+
+
+def circle(s, positive, negative, weights, *, margin=0.4, gamma=80.0, fixed=None):
+    """``fixed``: the matrix that the weights of the pairs are taken from, as they are not differentiated."""
+    fixed = s if fixed is None else fixed
+    terms = []
+    for i in range(len(s)):
+        pos, neg = np.flatnonzero(positive[i]), np.flatnonzero(negative[i])
+        if len(pos) and len(neg):
+            pull = sum(math.exp(-gamma * max(0, 1 + margin - fixed[i, j]) * (s[i, j] - 1 + margin)) for j in pos)
+            push = sum(math.exp(gamma * max(0, fixed[i, j] + margin) * (s[i, j] - margin)) for j in neg)
+            terms.append((weights[i], math.log(1 + pull * push)))
+    return mean(terms)
+
+
+def n_pair(s, positive, negative, weights, *, scale=1.0):
+    first = {i: np.flatnonzero(positive[i])[0] for i in range(len(s)) if positive[i].any()}
+    chosen = {p for i, p in first.items() if weights[i] > 0}
+    terms = []
+    for i, p in first.items():
+        others = [j for j in chosen if negative[i, j]]
+        terms.append((weights[i], math.log(1 + sum(math.exp(scale * (s[i, j] - s[i, p])) for j in others))))
+    return mean(terms)
+
+
+def triplet_hard(d, positive, negative, weights, *, margin=0.1, soft=False):
+    terms = []
+    for i in range(len(d)):
+        if positive[i].any() and negative[i].any():
+            violation = max(d[i][positive[i]]) - min(d[i][negative[i]]) + margin
+            terms.append((weights[i], math.log(1 + math.exp(violation)) if soft else max(0.0, violation)))
+    return mean(terms)
+
+
+def lifted_structure(d, positive, negative, weights, *, positive_margin=0.0, negative_margin=1.0):
+    terms = []
+    for i in range(len(d)):
+        pos, neg = d[i][positive[i]], d[i][negative[i]]
+        if len(pos) and len(neg):
+            value = math.log(sum(np.exp(pos - positive_margin))) + math.log(sum(np.exp(negative_margin - neg)))
+            terms.append((weights[i], max(0.0, value)))
+    return mean(terms)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+def soft_rank(row, p, others, temperature):
+    return 1 + sum(sigmoid((row[j] - row[p]) / temperature) for j in others if j != p)
+
+
+def smooth_ap(s, positive, negative, weights, *, temperature=0.01):
+    terms = []
+    for i in range(len(s)):
+        pos, known = np.flatnonzero(positive[i]), np.flatnonzero(positive[i] | negative[i])
+        if len(pos):
+            ranks = [(soft_rank(s[i], p, pos, temperature), soft_rank(s[i], p, known, temperature)) for p in pos]
+            terms.append((weights[i], 1 - sum(own / rank for own, rank in ranks) / len(pos)))
+    return mean(terms)
+
+
+def recall_at_k(s, positive, negative, weights, *, ks=(1, 2, 4, 8, 16), temperature=0.01, rank_temperature=1.0):
+    terms = []
+    for i in range(len(s)):
+        pos, known = np.flatnonzero(positive[i]), np.flatnonzero(positive[i] | negative[i])
+        if len(pos):
+            ranks = [soft_rank(s[i], p, known, temperature) for p in pos]
+            found = [sum(sigmoid((k - rank) / (k * rank_temperature)) for rank in ranks) for k in ks]
+            recalls = [min(f, k) / min(k, len(pos)) for f, k in zip(found, ks, strict=True)]
+            terms.append((weights[i], 1 - sum(recalls) / len(ks)))
+    return mean(terms)
+
+
 def numerical_gradient(function, matrix, step=1e-6):
     gradient = np.zeros_like(matrix)
     for index in np.ndindex(*matrix.shape):

@@ -1,6 +1,7 @@
 """Options of every loss: weights, reductions, clear errors, jit, and its registry entry."""
 
 import inspect
+from pathlib import Path
 
 import chex
 import jax
@@ -8,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
-from loss_helpers import call, value_and_gradient
+from loss_helpers import FIRST, NAMES, call, of_families, value_and_gradient
 
 from idml_jax import losses
 from idml_jax.losses import LOSSES, Pairs
 
-NAMES = list(LOSSES)
 LABELS = jnp.array([0, 0, 1, 1, 2, 2, 0])
 
 
@@ -21,7 +21,7 @@ def random_matrix(seed=0, n=7, m=7):
     return jnp.asarray(np.random.default_rng(seed).uniform(0.1, 1.5, (n, m)), jnp.float32)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_families())
 def test_whole_weights_repeat_rows(name):
     """Weight 2: as if the anchor were there twice; weight 0: as if it were not. Any factor on all: no change."""
     matrix, pairs = random_matrix(), losses.pairs_from_labels(LABELS)
@@ -59,7 +59,7 @@ def test_unreduced_values_give_the_mean():
     assert drawn.shape == (7, 7)
     assert not np.any(np.asarray(drawn)[~np.asarray(pairs.positive | pairs.negative)])
 
-    for name in ("multi_similarity", "fast_ap", "proxy_nca"):
+    for name in ("multi_similarity", "fast_ap", "proxy_nca", "sup_con", "triplet_hard"):
         rows = LOSSES[name].function(matrix, pairs, weights=weights, reduction="none")
         assert rows.shape == (7,)
         mean = LOSSES[name].function(matrix, pairs, weights=weights)
@@ -94,7 +94,7 @@ def test_errors_of_single_losses():
         losses.margin_distance_weighted(matrix, pairs, cutoff=1.5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", list(LOSSES))
 def test_registry_describes_the_function(name):
     spec = LOSSES[name]
     options = inspect.signature(spec.function).parameters
@@ -102,8 +102,22 @@ def test_registry_describes_the_function(name):
     assert spec.function is getattr(losses, name)
     assert spec.needs_key == ("key" in options)
     assert spec.needs_dimension == ("dimension" in options)
+    assert spec.takes_share == ("stands_for" in options)
+    assert spec.centres == (options["centres"].default if "centres" in options else 1)
+    assert ("references" in options) == (spec.reads == "embeddings")
     for parameter, described in spec.parameters.items():
         assert options[parameter].default == described.initial
+
+
+def test_every_loss_is_in_the_tables_of_the_documentation():
+    root = Path(__file__).resolve().parent.parent.parent
+    page, readme = (root / "docs" / "losses.md").read_text(), (root / "README.md").read_text().splitlines()
+    for name, spec in LOSSES.items():
+        assert f"\n| `{name}` | " in page, name
+        (row,) = [line for line in readme if f"| `{name}` |" in line]
+        assert {"embeddings": "samples"}.get(spec.reads, spec.reads) in row
+        assert ("proxies" in row) == (spec.references == "proxies")
+        assert spec.centres == 1 or f"{spec.centres} per class" in row
 
 
 def test_learned_parameters_once_or_per_class():
@@ -133,6 +147,8 @@ def test_settings_can_be_traced():
         ("multi_similarity", "base", 0.4),
         ("proxy_nca", "scale", 3.0),
         ("proxy_anchor", "alpha", 8.0),
+        ("arcface", "margin", 10.0),
+        ("smooth_ap", "temperature", 0.1),
     ]:
         function = LOSSES[name].function
         traced = jax.jit(lambda x, f=function, o=option: f(matrix, pairs, **{o: x}))(value)
@@ -143,7 +159,7 @@ class VariantsTest(chex.TestCase):
     """The same value and gradient without jit and under pmap as under jit."""
 
     @chex.variants(without_jit=True, with_pmap=True)
-    @parameterized.parameters(*NAMES)
+    @parameterized.parameters(*FIRST)
     def test_value_and_gradient(self, name):
         matrix, pairs = random_matrix(), losses.pairs_from_labels(LABELS)
         value, gradient = self.variant(jax.value_and_grad(lambda x: call(name, x, pairs)))(matrix)

@@ -1,6 +1,6 @@
 """One device and eight give the same loss and the same gradients: sharded under jit, under shard_map and pmap."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from loss_helpers import FIRST, of_families, one_centre
 
 from idml_jax import ism, losses
 from idml_jax.ism import Embedding
 from idml_jax.losses import memory
 
-NAMES = list(losses.LOSSES)
 DEVICES, N, FEATURES, D, K, CLASSES = 8, 24, 6, 8, 3, 5
 needs_devices = pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs 8 devices")
 
@@ -49,14 +49,15 @@ def loss(params, batch, *, name, axis_name=None):
     else:
         matrix = read(embedding, losses.gather(embedding, axis_name))
         pairs = losses.pairs_from_labels(batch["labels"], mask=batch["mask"], axis_name=axis_name)
-    options = {"key": jax.random.key(5), "dimension": D} if spec.needs_key else {}
+    options = {"key": jax.random.key(5), "dimension": D} if spec.needs_key else one_centre(name)
     return spec.function(matrix, pairs, weights=batch["weights"], axis_name=axis_name, **options)
 
 
 @pytest.fixture(scope="module")
 def on_one_device():
+    """Value and gradients of a loss by its name."""
     params, batch = problem()
-    return {name: jax.jit(jax.value_and_grad(partial(loss, name=name)))(params, batch) for name in NAMES}
+    return cache(lambda name: jax.jit(jax.value_and_grad(partial(loss, name=name)))(params, batch))
 
 
 def check(result, expected):
@@ -68,17 +69,17 @@ def check(result, expected):
 
 
 @needs_devices
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_families(FIRST))
 def test_jit_with_a_sharded_batch(name, on_one_device):
     params, batch = problem()
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     params = jax.device_put(params, NamedSharding(mesh, P()))
     batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
-    check(jax.jit(jax.value_and_grad(partial(loss, name=name)))(params, batch), on_one_device[name])
+    check(jax.jit(jax.value_and_grad(partial(loss, name=name)))(params, batch), on_one_device(name))
 
 
 @needs_devices
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_families())
 def test_shard_map(name, on_one_device):
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
     local = jax.value_and_grad(partial(loss, name=name, axis_name="data"))
@@ -88,11 +89,11 @@ def test_shard_map(name, on_one_device):
         return value, jax.lax.pmean(gradients, "data")
 
     mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
-    check(mapped(*problem()), on_one_device[name])
+    check(mapped(*problem()), on_one_device(name))
 
 
 @needs_devices
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_families(FIRST))
 def test_pmap(name, on_one_device):
     local = jax.value_and_grad(partial(loss, name=name, axis_name="data"))
 
@@ -104,7 +105,7 @@ def test_pmap(name, on_one_device):
     batch = jax.tree.map(lambda x: x.reshape(DEVICES, N // DEVICES, *x.shape[1:]), batch)
     value, gradients = jax.pmap(step, axis_name="data", in_axes=(None, 0))(params, batch)
     np.testing.assert_array_equal(value, value[0])
-    check((value[0], jax.tree.map(lambda x: x[0], gradients)), on_one_device[name])
+    check((value[0], jax.tree.map(lambda x: x[0], gradients)), on_one_device(name))
 
 
 @needs_devices

@@ -28,7 +28,7 @@ def environment_with(devices):
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
 
 
-def start(workdir, folder, processes, *more, devices=2):
+def start(workdir, folder, processes, *more, devices=2, module="idml_jax.main"):
     """Starts a run in the given number of processes with the given total number of devices."""
     port, started = free_port(), []
     for index in range(processes):
@@ -51,7 +51,7 @@ def start(workdir, folder, processes, *more, devices=2):
         environment = environment_with(devices // processes)
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "idml_jax.main", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 env=environment,
                 text=True,
                 stdout=subprocess.PIPE,
@@ -145,6 +145,27 @@ def test_four_processes_then_two_then_one_with_proxies_split_and_a_damaged_check
     same(got, first)
     final = json.loads((four / "result.json").read_text())["final"]
     assert final["R@1"] == pytest.approx(whole["final"]["R@1"], abs=0.03)
+
+
+@pytest.mark.slow
+def test_two_processes_fit_and_start_whitened_as_one_does(image_folder, tmp_path):
+    """Both compute features; the first fits the head, and both have it."""
+    results = {}
+    for processes in (1, 2):
+        for module, more in (
+            ("idml_jax.fit", ()),
+            ("idml_jax.main", ("--config.model.semantic_init=whiten", "--config.max_steps=2")),
+        ):
+            workdir = tmp_path / f"{module}{processes}"
+            for out, err, code in finish(start(workdir, image_folder, processes, *more, module=module)):
+                assert code == 0, out + err
+            results[module, processes] = json.loads((workdir / "result.json").read_text())
+    for module in ("idml_jax.fit", "idml_jax.main"):
+        one, two = results[module, 1], results[module, 2]
+        assert two["final"]["MAP@R"] == pytest.approx(one["final"]["MAP@R"], abs=0.03)
+    assert (
+        results["idml_jax.fit", 2]["closed_form"]["shrinkage"] == results["idml_jax.fit", 1]["closed_form"]["shrinkage"]
+    )
 
 
 AGREED = """

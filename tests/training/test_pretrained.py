@@ -18,10 +18,10 @@ from idml_jax.models import naming
 from idml_jax.training import train
 
 
-def random_variables(name, size=32, seed=0, **options):
+def random_variables(name, size=32, seed=0, channels=3, **options):
     """A model and variables none of which is 0 or 1, as numpy arrays."""
     model = models.create_model(name, embedding_dim=6, uncertainty_dim=5, uncertainty_hidden=7, **options)
-    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, channels)))
     rng = np.random.default_rng(seed)
     return model, jax.tree.map(lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32), dict(like))
 
@@ -242,7 +242,9 @@ def test_weights_of_another_network_of_the_same_shapes_are_refused(tmp_path):
 
 def test_wrapped_weights_say_how_their_names_begin(tmp_path):
     _, variables = random_variables("resnet_tiny")
-    wrap = lambda named: {f"encoder_q.trunk.{k}": v for k, v in named.items()} | {"queue": np.ones((2, 3), np.float32)}
+    wrap = lambda named: (
+        {f"encoder_q.trunk.its_{k}": v for k, v in named.items()} | {"queue": np.ones((2, 3), np.float32)}
+    )
     source = write(tmp_path / "wrapped.safetensors", variables, wrap)
     with pytest.raises(UserError, match=r"the names there begin with encoder_q\.trunk\.\* \(\d+\), queue\.\* \(1\)"):
         pretrained.load(source, variables)

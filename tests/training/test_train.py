@@ -142,7 +142,7 @@ def command(*arguments, cwd=ROOT):
     "arguments,message",
     [
         (["--config=configs/glyphs.py:slow", "--workdir={tmp}/run"], "known variants: quick"),
-        (["--config=configs/folder.py", "--config.data.root={tmp}/x", "--workdir={tmp}/run"], "no such folder"),
+        (["--config=configs/folder.py:scratch", "--config.data.root={tmp}/x", "--workdir={tmp}/run"], "no such folder"),
     ],
 )
 def test_the_command_reports_bad_input_in_one_line(tmp_path, arguments, message):

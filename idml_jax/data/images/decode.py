@@ -294,6 +294,11 @@ class Picture:
         plain = _is_plain(image, self._data)
         return _decode_fast(self._data, self._channels) if plain else _decode_carefully(image, self._channels)
 
+    @property
+    def data(self) -> bytes:
+        """The bytes of the file."""
+        return self._data
+
     def part(
         self, box: tuple[int, int, int, int] | None, wanted: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "h w c"]:

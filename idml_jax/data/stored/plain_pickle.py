@@ -1,4 +1,4 @@
-"""Reads pickles of plain data without executing code in them; CIFAR is distributed as pickles.
+"""Reads pickles of plain data without executing code in them: CIFAR's batches, and PyTorch's files of tensors.
 
 A pickle is a program. This interpreter supports only the instructions that build dictionaries, lists, tuples, numbers,
 text, bytes and plain numpy arrays. Every instruction takes one step, so the work is bounded by the size of the file;
@@ -6,13 +6,13 @@ hashing nested tuples as dictionary keys would otherwise be exponential.
 """
 
 import pickletools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 MAX_INSTRUCTIONS = 5_000_000
-_NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+_NUMBERS = {"INT", "FLOAT", "BINFLOAT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
 _TEXT = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 _OLD_BYTES = {"STRING", "BINSTRING", "SHORT_BINSTRING"}
 _BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
@@ -25,7 +25,7 @@ class PickleError(ValueError):
     """The pickle is damaged, or contains more than plain data."""
 
 
-class _Name(NamedTuple):
+class Name(NamedTuple):
     """A global that a pickle names; it is only compared, never imported."""
 
     module: str
@@ -69,12 +69,7 @@ def load(data: bytes) -> dict[str, object]:
     Raises:
       PickleError: if it is damaged, has more than ``MAX_INSTRUCTIONS``, or holds more than plain data.
     """
-    try:
-        values = _run(data)
-    except PickleError:
-        raise
-    except Exception as error:  # an empty stack, a missing memo, nonsense
-        raise PickleError(" ".join(str(error).split())[:200] or "damaged") from error
+    values = interpret(data, _ARRAYS | {("_codecs", "encode")}, _reduce)
     if not isinstance(values, dict):
         raise PickleError("no dictionary")
     return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in values.items()}
@@ -101,9 +96,7 @@ def _key(value: object) -> str | bytes | int:
     return value
 
 
-def _reduce(function: object, arguments: object) -> object:
-    if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-        raise PickleError("damaged")
+def _reduce(function: Name, arguments: tuple) -> object:
     if function == ("_codecs", "encode"):  # how Python 3 writes bytes into old pickles
         text, encoding = arguments
         if not isinstance(text, str) or encoding != "latin1":
@@ -112,7 +105,44 @@ def _reduce(function: object, arguments: object) -> object:
     return _Array(arguments)
 
 
-def _run(data: bytes) -> object:
+def _no_outside(identity: object) -> object:
+    raise PickleError("it refers to something outside of it")
+
+
+def interpret(
+    data: bytes | BinaryIO,
+    names: Collection[tuple[str, str]],
+    call: Callable[[Name, tuple], object],
+    outside: Callable[[object], object] = _no_outside,
+) -> object:
+    """Interprets one pickle.
+
+    Args:
+      data: the pickle, or an open file, which is read up to the end of the pickle.
+      names: globals (module and name) that the pickle may name; they are not imported.
+      call: gives the value of a call of one of them with its arguments.
+      outside: gives the value that a persistent id stands for.
+
+    Returns:
+      The value.
+
+    Raises:
+      PickleError: if it is damaged, has more than ``MAX_INSTRUCTIONS``, or holds more than plain data.
+    """
+    try:
+        return _run(data, names, call, outside)
+    except PickleError:
+        raise
+    except Exception as error:  # an empty stack, a missing memo, nonsense
+        raise PickleError(" ".join(str(error).split())[:200] or "damaged") from error
+
+
+def _run(
+    data: bytes | BinaryIO,
+    names: Collection[tuple[str, str]],
+    call: Callable[[Name, tuple], object],
+    outside: Callable[[object], object],
+) -> object:
     stack: list = []
     memo: dict[int, object] = {}
 
@@ -132,10 +162,10 @@ def _run(data: bytes) -> object:
             raise PickleError("damaged")
         target.update((_key(items[i]), items[i + 1]) for i in range(0, len(items), 2))
 
-    def name(module: object, attribute: object) -> _Name:
-        if (module, attribute) not in _ARRAYS | {("_codecs", "encode")}:
+    def name(module: object, attribute: object) -> Name:
+        if (module, attribute) not in names:
             raise PickleError(f"it asks for {module!s}.{attribute!s}"[:200])
-        return _Name(str(module), str(attribute))
+        return Name(str(module), str(attribute))
 
     makers: dict[str, Callable[[], object]] = {
         "MARK": _Mark,
@@ -190,13 +220,18 @@ def _run(data: bytes) -> object:
             attribute, module = stack.pop(), stack.pop()
             stack.append(name(module, attribute))
         elif code == "REDUCE":
-            arguments = stack.pop()
-            stack.append(_reduce(stack.pop(), arguments))
+            arguments, function = stack.pop(), stack.pop()
+            if not isinstance(function, Name) or not isinstance(arguments, tuple):
+                raise PickleError("damaged")
+            stack.append(call(function, arguments))
         elif code == "BUILD":
             state = stack.pop()
-            if not isinstance(stack[-1], _Array):
+            if isinstance(stack[-1], _Array):
+                stack[-1].state = state
+            elif not isinstance(stack[-1], dict):  # the attributes of an OrderedDict are not needed
                 raise PickleError("damaged")
-            stack[-1].state = state
+        elif code == "BINPERSID":
+            stack.append(outside(stack.pop()))
         elif code == "STOP":
             return stack.pop()
         elif code not in ("PROTO", "FRAME"):

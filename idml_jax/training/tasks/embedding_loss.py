@@ -21,6 +21,8 @@ class OnEmbeddings(Protocol):
 
     @property
     def ranking(self) -> float: ...
+    @property
+    def embedding_norm(self) -> float: ...
 
     def __call__(
         self,
@@ -57,7 +59,10 @@ def embedding_loss(
         return setup.model.apply({"params": {"heads": params["heads"]}}, features, method=EmbeddingModel.embed)
 
     def criterion(out: dict[str, Array], labels: Array, key: Array) -> Array:
-        return objective(params, embedding_of(out), labels, key=key, store=state.memory, step=state.step)
+        loss = objective(params, embedding_of(out), labels, key=key, store=state.memory, step=state.step)
+        if objective.embedding_norm:
+            loss += objective.embedding_norm * jnp.mean(jnp.square(out["semantic_norm"]))
+        return loss
 
     def confusion(out: dict[str, Array], labels: Array) -> Array:
         return objective.confusion(params, embedding_of(out), labels)
@@ -79,7 +84,8 @@ def embedding_loss(
     # Only partners and shares are drawn here; the images are mixed where they are used.
     mixed = mixing.mixup(mixup_key, jnp.zeros((images.shape[0], 1, 1, 1)), setup.mixup_alpha)
     blend = lambda x, other: mixing.blend(normal(x), normal(other), mixed.lam)
-    both = (images, jnp.take(images, mixed.partner, axis=0))
+    partner, others = mixing.with_partners(images, mixed.partner, setup.near)
+    both = (images, others)
     if setup.model.independent_rows:
         # Rows are independent in the trunk, so one pass over both equals two passes.
         features, batch_stats = pooled(
@@ -92,7 +98,7 @@ def embedding_loss(
         features, features_mixed = features[:, 0], features_mixed[:, 0]
     out, out_mixed = embed(features), embed(features_mixed)
     original = criterion(out, labels, draws[0])
-    other = jnp.take(labels, mixed.partner)
+    other = jnp.take(labels, partner)
     loss_mixed = mixed.lam * criterion(out_mixed, labels, draws[1])
     loss_mixed += (1.0 - mixed.lam) * criterion(out_mixed, other, draws[2])
     metrics = {

@@ -1,22 +1,23 @@
 """The metric-learning objective: which matrix a loss reads, and its references."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from idml_jax import ism, losses
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding, Metric
-from idml_jax.losses import LOSSES, auxiliary, memory
+from idml_jax.losses import LOSSES, auxiliary, class_sampling, memory
 from idml_jax.models import init_proxies
 from idml_jax.runtime import sharding
 from idml_jax.training.criterion import Criterion
 from idml_jax.training.tasks.embedding_loss import embedding_loss
+from idml_jax.training.tasks.terms import Term
 
 LEARNED = ("none", "shared", "per_class")
 
@@ -47,13 +48,29 @@ def metric_of(config: ConfigDict) -> Metric:
     return Metric(config.ism.variant, config.ism.temperature).for_ranking()
 
 
+class Compared(NamedTuple):
+    """What the images of a batch are compared with.
+
+    Attributes:
+      embedding: the images, placed on the devices for this comparison.
+      references: the references; ``None``: the images themselves.
+      pairs: relation of the two.
+      stands_for: number of classes that each class stands for as a negative, if only some are compared.
+    """
+
+    embedding: Embedding
+    references: Embedding | None
+    pairs: losses.Pairs
+    stands_for: Float[Array, "m"] | None = None
+
+
 @dataclass(frozen=True)
 class Objective(Criterion):
     """A loss, plain or introspective, with its learned parameters. Hashable: a static argument of the train step.
 
     Attributes:
-      loss: key of ``LOSSES``.
-      options: options of the loss as sorted pairs.
+      loss: key of ``LOSSES``; for a sum, the keys joined by ``+``.
+      options: options of the loss as sorted pairs; of a sum, see ``terms``.
       metric: metric that computes the matrix; the released form is for proxy_anchor only.
       num_classes: number of training classes, with one proxy each.
       dim: d, width of the semantic embedding.
@@ -65,6 +82,10 @@ class Objective(Criterion):
       ranking: weight of the loss that orders images by difficulty through the length of the uncertainty embedding.
       prior: weight of the loss that pulls the length of the uncertainty embedding towards 1.
       mesh: devices over which the proxies, and the matrix along them, are split; ``None``: replicated.
+      terms: losses with weights and options, all on the matrices of one metric; empty: ``loss`` alone.
+      class_share: share of the classes that a batch is compared with in a step; 1: all.
+      centre_spread: weight of the loss that merges proxies of a class.
+      embedding_norm: weight of the mean squared length of the semantic embeddings before normalising.
     """
 
     loss: str
@@ -79,25 +100,39 @@ class Objective(Criterion):
     ranking: float = 0.0
     prior: float = 0.0
     mesh: Mesh | None = None
+    terms: tuple[Term, ...] = ()
+    class_share: float = 1.0
+    centre_spread: float = 0.0
+    embedding_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise UserError(f"unknown loss {self.loss!r} (config.loss.name); known: {', '.join(sorted(LOSSES))}")
+        for term in self.parts:
+            if term.loss not in LOSSES:
+                raise UserError(f"unknown loss {term.loss!r} (config.loss.name); known: {', '.join(sorted(LOSSES))}")
         if self.metric.raw_proxies and self.loss != "proxy_anchor":
             form = self.metric.form
             raise UserError(f"config.ism.variant = {form!r} exists for proxy_anchor only, not for {self.loss}")
         if self.learned not in LEARNED:
             raise UserError(f"config.loss.learned = {self.learned!r}; known: {', '.join(LEARNED)}")
-        if self.learned != "none" and not self.spec.parameters:
+        if self.learned != "none" and not any(term.spec.parameters for term in self.parts):
             able = ", ".join(name for name, spec in LOSSES.items() if spec.parameters)
             raise UserError(f"config.loss.learned: {self.loss} has nothing to learn; these do: {able}")
-        if self.memory_size and self.spec.references != "batch":
+        if self.memory_size and not self._has("batch"):
             raise UserError(f"config.memory.size: {self.loss} compares with proxies; a memory is for losses on pairs")
 
     @property
-    def spec(self) -> losses.LossSpec:
-        """The inputs of the loss."""
-        return LOSSES[self.loss]
+    def parts(self) -> tuple[Term, ...]:
+        """The losses that are summed."""
+        return self.terms or (Term(self.loss, 1.0, self.options),)
+
+    def _has(self, references: str) -> bool:
+        """Whether a term compares with these references."""
+        return any(term.spec.references == references for term in self.parts)
+
+    @property
+    def centres(self) -> int:
+        """Number of proxies per class."""
+        return max((term.centres for term in self.parts if term.spec.references == "proxies"), default=1)
 
     @property
     def introspective(self) -> bool:
@@ -119,14 +154,20 @@ class Objective(Criterion):
         return embedding_loss(*arguments)
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """The parameter groups of the loss: ``proxies`` [rows, dim] and ``loss``, its learned scalars, if any."""
+        """The parameter groups of the loss: ``proxies`` [rows, centres * dim] and ``loss``, its learned scalars.
+
+        A row holds all proxies of a class, so a table that is split by rows keeps them together.
+        """
         params: dict[str, Any] = {}
-        if self.spec.references == "proxies":
-            params["proxies"] = init_proxies(key, self.num_classes, self.dim, self.proxy_rows)
+        if self._has("proxies"):
+            params["proxies"] = init_proxies(key, self.num_classes, self.centres * self.dim, self.proxy_rows)
         if self.learned != "none":
-            start = losses.init_parameters(self.spec, self.num_classes if self.learned == "per_class" else None)
-            # An option of that name is the initial value.
-            params["loss"] = {k: jnp.full_like(v, dict(self.options).get(k, v)) for k, v in start.items()}
+            params["loss"] = {}
+            for term in self.parts:
+                start = losses.init_parameters(term.spec, self.num_classes if self.learned == "per_class" else None)
+                # An option of that name is the initial value.
+                initial = {k: jnp.full_like(v, dict(term.options).get(k, v)) for k, v in start.items()}
+                params["loss"].update(initial)
         return params
 
     def init_memory(self) -> memory.Memory | tuple[()]:
@@ -140,10 +181,6 @@ class Objective(Criterion):
     ) -> memory.Memory | tuple[()]:
         """The memory after storing a batch; called after the batch's loss."""
         return memory.enqueue(cast(memory.Memory, store), embedding, labels) if self.memory_size else store
-
-    def matrix(self, embedding: Embedding, references: Embedding | None) -> Float[Array, "n m"]:
-        """Distances or similarities of the batch to the references (``None``: itself), introspective or plain."""
-        return (self.metric.similarity if self.spec.reads == "similarity" else self.metric)(embedding, references)
 
     def __call__(
         self,
@@ -168,51 +205,137 @@ class Objective(Criterion):
         Returns:
           The loss, a scalar.
         """
-        if self.spec.references == "proxies":
-            proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
-            # Proxies are certain and, except in the released form, compared by direction like the embeddings.
-            references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
-        elif self.memory_size:
-            kept = cast(memory.Memory, store)
-            references = memory.with_batch(kept, embedding)
-            pairs = memory.pairs_with_batch(kept, labels, active=step >= self.memory_warmup)
-        else:
-            references, pairs = None, losses.pairs_from_labels(labels)
-        options = dict(self.options)
-        options.update(losses.parameters_of_rows(params.get("loss", {}), labels))
-        if self.spec.needs_dimension:
-            options["dimension"] = self.dim
-        if self.spec.needs_key:
-            options["key"] = key
-        if self.spec.needs_count:
-            options["num_proxies"] = self.num_classes
-        loss = self.spec.function(self._split(self.matrix(embedding, references)), pairs, **options)
+        compared: dict[str, Compared] = {}
+        matrices: dict[tuple[str, str], Any] = {}
+        values = []
+        for index, term in enumerate(self.parts):
+            spec, place = term.spec, term.spec.references
+            if place not in compared:
+                compared[place] = (
+                    self._with_proxies(params, embedding, labels, key)
+                    if place == "proxies"
+                    else self._with_batch(embedding, labels, store, step)
+                )
+            found = compared[place]
+            own_key = key if index == 0 or key is None else jax.random.fold_in(key, index)
+            options = self._options_of(term, found, params.get("loss", {}), labels, own_key)
+            if spec.reads == "embeddings":
+                read = self._seen(found.embedding)
+            else:
+                if (place, spec.reads) not in matrices:
+                    metric = self.metric.similarity if spec.reads == "similarity" else self.metric
+                    matrix = metric(found.embedding, found.references)
+                    matrices[place, spec.reads] = self._split(matrix) if place == "proxies" else matrix
+                read = matrices[place, spec.reads]
+            value = spec.function(read, found.pairs, **options)
+            values.append(value if term.weight == 1 else term.weight * value)
+        loss = sum(values[1:], start=values[0])
+        if self.centre_spread:
+            loss += self.centre_spread * auxiliary.centre_spread(self._centres_of(params["proxies"]), self._real())
         if self.prior:
             assert embedding.uncertainty is not None  # see config.validate
             loss += self.prior * auxiliary.length_prior(embedding.uncertainty)
         return loss
+
+    def _options_of(
+        self,
+        term: Term,
+        found: Compared,
+        learned: dict[str, Float[Array, "..."]],
+        labels: Int[Array, "n"],
+        key: PRNGKeyArray | None,
+    ) -> dict[str, Any]:
+        """The keyword arguments of a term's function."""
+        spec, options = term.spec, dict(term.options)
+        own = {name: learned[name] for name in spec.parameters if name in learned}
+        options.update(losses.parameters_of_rows(own, labels))
+        if spec.needs_dimension:
+            options["dimension"] = self.dim
+        if spec.needs_key:
+            options["key"] = key
+        if spec.needs_count:
+            options["num_proxies"] = self.num_classes
+        if found.stands_for is not None:
+            options["stands_for"] = found.stands_for
+        if spec.reads == "embeddings":
+            options["references"] = None if found.references is None else self._seen(found.references)
+        return options
+
+    def _seen(self, embedding: Embedding) -> Embedding:
+        """An embedding as a loss on embeddings sees it: certain if the metric is plain."""
+        return embedding if self.introspective else Embedding(embedding.semantic)
 
     def _split(self, matrix: Any) -> Any:
         """Splits image-proxy matrices so that every device has the columns of its proxies."""
         mesh = self.mesh
         return matrix if mesh is None else jax.tree.map(lambda x: sharding.constrain(x, mesh, None, "data"), matrix)
 
+    def _real(self) -> Bool[Array, "rows"] | None:
+        """Which rows of the table are classes; ``None``: all."""
+        return None if self.proxy_rows == self.num_classes else jnp.arange(self.proxy_rows) < self.num_classes
+
+    def _centres_of(self, rows: Float[Array, "m kd"]) -> Float[Array, "m k d"]:
+        """The proxies of each row of the table."""
+        return rows.reshape(rows.shape[0], self.centres, self.dim)
+
+    def _with_batch(
+        self, embedding: Embedding, labels: Int[Array, "n"], store: memory.Memory | tuple[()], step: Any
+    ) -> Compared:
+        """The images with each other and, if there is one, with the memory."""
+        if not self.memory_size:
+            return Compared(embedding, None, losses.pairs_from_labels(labels))
+        kept = cast(memory.Memory, store)
+        pairs = memory.pairs_with_batch(kept, labels, active=step >= self.memory_warmup)
+        return Compared(embedding, memory.with_batch(kept, embedding), pairs)
+
+    def _with_proxies(
+        self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"], key: PRNGKeyArray | None
+    ) -> Compared:
+        """The images with the proxies; each device has some of the proxies and all images."""
+        sample = None
+        if self.class_share < 1:
+            if key is None:
+                raise ValueError("a share of the classes is drawn at random: the objective needs a key")
+            sample = class_sampling.sample_classes(
+                jax.random.fold_in(key, len(self.parts)),
+                labels,
+                self.num_classes,
+                self.class_share,
+                rows=self.proxy_rows,
+                groups=1 if self.mesh is None else self.mesh.size,
+            )
+        proxies, embedding, pairs = self._against_proxies(params, embedding, labels, sample)
+        # Proxies are certain and, except in the released form, compared by direction like the embeddings.
+        references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
+        return Compared(embedding, references, pairs, None if sample is None else sample.stands_for)
+
     def _against_proxies(
-        self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]
+        self,
+        params: dict[str, Any],
+        embedding: Embedding,
+        labels: Int[Array, "n"],
+        sample: class_sampling.ClassSample | None = None,
     ) -> tuple[Float[Array, "m d"], Embedding, losses.Pairs]:
-        """Proxies, images and their relation; each device has some of the proxies and all images."""
-        proxies, mesh = params["proxies"], self.mesh
+        """Proxies (of the drawn classes, or of all), images and their relation."""
+        table, mesh, centres = params["proxies"], self.mesh, self.centres
         if mesh is not None:
-            proxies = sharding.constrain(proxies, mesh, "data")
+            table = sharding.constrain(table, mesh, "data")
             embedding = jax.tree.map(lambda x: sharding.constrain(x, mesh), embedding)
-        classes = jnp.arange(self.proxy_rows)
-        real = None if self.proxy_rows == self.num_classes else classes < self.num_classes
-        return proxies, embedding, self._split(losses.pairs_from_labels(labels, classes, reference_mask=real))
+        classes, real = jnp.arange(self.proxy_rows), self._real()
+        if sample is not None:
+            table, classes, real = class_sampling.take_classes(table, sample), sample.classes, sample.real
+        if centres > 1:
+            table = self._centres_of(table).reshape(-1, self.dim)
+            classes = jnp.repeat(classes, centres)
+            real = None if real is None else jnp.repeat(real, centres)
+        if mesh is not None and (centres > 1 or sample is not None):
+            table = sharding.constrain(table, mesh, "data")
+        return table, embedding, self._split(losses.pairs_from_labels(labels, classes, reference_mask=real))
 
     def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
         """How close each image is to a wrong answer, by the plain similarity; see ``auxiliary.confusion``."""
         references, pairs = None, None
-        if self.spec.references == "proxies":
+        if self._has("proxies"):
             references, embedding, pairs = self._against_proxies(params, embedding, labels)
         similarity = self._split(ism.cosine_similarity(embedding.semantic, references))
         return auxiliary.confusion(similarity, losses.pairs_from_labels(labels) if pairs is None else pairs)

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from idml_jax.data.datasets import Splits
 from idml_jax.errors import UserError
-from idml_jax.losses import LOSSES
 from idml_jax.models import EmbeddingModel, create_model
 from idml_jax.runtime import sharding
 from idml_jax.training.config import SPLIT_CLASSES, network_options
@@ -18,6 +17,10 @@ from idml_jax.training.fields import choice
 from idml_jax.training.tasks import retrieval_summary as summary
 from idml_jax.training.tasks.objective import Objective, training_metric
 from idml_jax.training.tasks.task import Arrays, Evaluation
+from idml_jax.training.tasks.terms import reads_batch, reads_proxies, terms_of
+
+# What a run of idml_jax.fit is called in place of a loss.
+CLOSED_FORMS = {"whiten": "within-class whitening", "lda": "LDA", "pca": "whitening"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Retrieval:
                 f"config.memory.size ({config.memory.size}) must be 0 or at least config.batch_size "
                 f"({config.batch_size})"
             )
-        if config.sharding.proxies == "split" and LOSSES[config.loss.name].references != "proxies":
+        if config.sharding.proxies == "split" and not reads_proxies(config.loss.name):
             raise UserError(
                 f"config.sharding.proxies = 'split': the loss {config.loss.name} has no proxies; use auto or whole"
             )
@@ -57,7 +60,7 @@ class Retrieval:
         """Accepts any classes."""
 
     def images_per_class(self, config: ConfigDict) -> int:
-        return 4 if LOSSES[config.loss.name].references == "batch" else 0
+        return 4 if reads_batch(config.loss.name) else 0
 
     def model(self, config: ConfigDict, num_classes: int) -> EmbeddingModel:
         model = config.model
@@ -78,9 +81,12 @@ class Retrieval:
         split = self._splits_proxies(config, num_classes)
         if split:
             sharding.check_rows(num_classes, mesh)
+        terms = terms_of(config)
+        alone = len(terms) == 1 and terms[0].weight == 1
         return Objective(
             loss=config.loss.name,
-            options=tuple(sorted(config.loss[config.loss.name].items())),
+            options=terms[0].options if alone else (),
+            terms=() if alone else terms,
             metric=training_metric(config),
             num_classes=num_classes,
             dim=config.model.embedding_dim,
@@ -91,12 +97,15 @@ class Retrieval:
             ranking=config.ism.ranking,
             prior=config.ism.prior,
             mesh=mesh if split else None,
+            class_share=config.loss.class_share,
+            centre_spread=config.loss.centre_spread,
+            embedding_norm=config.loss.embedding_norm,
         )
 
     def _splits_proxies(self, config: ConfigDict, num_classes: int) -> bool:
         """Whether the proxies are split over devices."""
         wanted = num_classes >= SPLIT_CLASSES if config.sharding.proxies == "auto" else True
-        able = LOSSES[config.loss.name].references == "proxies"
+        able = reads_proxies(config.loss.name)
         return able and wanted and config.sharding.proxies != "whole"
 
     def mixup_alpha(self, config: ConfigDict) -> float:
@@ -106,7 +115,8 @@ class Retrieval:
         return {f"R@{k}": f"R@{k}" for k in config.eval.ks}
 
     def loss_text(self, config: ConfigDict) -> str:
-        return f"{config.loss.name}, {config.model.embedding_dim}-d"
+        name = CLOSED_FORMS[config.fit.method] if config.fit.only else config.loss.name
+        return f"{name}, {config.model.embedding_dim}-d"
 
     def measure(self, evaluation: Evaluation) -> dict[str, float]:
         return summary.measure(evaluation)

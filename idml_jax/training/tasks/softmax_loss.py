@@ -78,7 +78,9 @@ def classification_loss(
     if objective.mixing == "none":
         inputs, prepare = (images,), lambda x: normal(x)[:, None]
     else:
-        inputs = (images, jnp.take(images, plan.partner, axis=0), plan.outside, plan.box)
+        partner, others = mixing.with_partners(images, plan.partner, setup.near)
+        plan = plan._replace(partner=partner)
+        inputs = (images, others, plan.outside, plan.box)
         prepare = lambda x, other, outside, box: mixing.mix(normal(x), normal(other), outside, box)[:, None]
     features, batch_stats = pooled_features(setup, params["trunk"], state.batch_stats, inputs, prepare, train_trunk)
     out: Any = setup.model.apply({"params": {"heads": params["heads"]}}, features[:, 0], method=EmbeddingModel.embed)

@@ -1,0 +1,43 @@
+"""Makes a run whose metric is a closed form of pretrained features: no training, each image once through the trunk.
+
+    python -m idml_jax.fit --config=folder:large --config.data.root=PHOTOS --workdir=runs/fitted \\
+        --config.model.init_from=resnet50.safetensors
+
+The semantic head whitens the training images' features within classes (``docs/closed_form.md``); its shrinkage is
+chosen on held-out training classes. The run is used like any other: ``embed``, ``search``, ``report``, ``export``. It
+has no uncertainty. A table compares it with the features as they are, a random projection, whitening and LDA. Flags and
+exit codes are those of ``idml_jax.main``. A stopped command goes on when it is run again.
+"""
+
+from idml_jax.runtime import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_when_asked()  # before the imports below, which take a while
+
+from typing import Any
+
+from absl import app, flags
+
+from idml_jax import main as training
+from idml_jax.errors import UserError
+
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Move the files of another run in the workdir to its folder replaced."
+)
+
+
+def _fit(config: Any, workdir: str) -> None:
+    from idml_jax.training.fit import fit  # imported late, so that wrong flags fail fast
+
+    if flags.FLAGS.mode != "train":
+        raise UserError(f"--mode={flags.FLAGS.mode} is for python -m idml_jax.main, which also evaluates a fitted run")
+    fit(training.resolved(config, workdir), workdir, overwrite=_OVERWRITE.value)
+
+
+def main() -> None:
+    """The command line."""
+    app.run(lambda _: training.command(_fit), flags_parser=training.parse)
+
+
+if __name__ == "__main__":
+    main()

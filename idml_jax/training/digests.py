@@ -1,0 +1,47 @@
+"""Digests of weights and images, by which stored results are recognised as theirs."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from idml_jax.data.sources import Source, key_of
+from idml_jax.models import naming
+
+
+def weights_digest(variables: Mapping[str, Any]) -> str:
+    """Digest of a network's weights: 16 hexadecimal digits that change with any weight.
+
+    Args:
+      variables: ``params`` (only ``trunk`` and ``heads`` count) and ``batch_stats``.
+    """
+    found = hashlib.sha256()
+    flat = naming.flatten(variables)
+    for name in sorted(n for n in flat if n.startswith(("params/trunk/", "params/heads/", "batch_stats/"))):
+        value = np.ascontiguousarray(flat[name])
+        found.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        found.update(value.tobytes())
+    return found.hexdigest()[:16]
+
+
+def images_digest(source: Source) -> str:
+    """Digest of the images of a source: their names in order and, of files, size and time of change.
+
+    Paths are relative to the common folder, so the data may be moved as a whole. Images that are not files, such as
+    records of prepared data, are recognised by their names alone.
+    """
+    keys = [key_of(source, index) for index in range(len(source))]
+    paths = len(keys) > 1 and all(os.path.isabs(key) for key in keys)
+    common = os.path.commonpath(keys) if paths else ""
+    found = hashlib.sha256()
+    for key in keys:
+        name = os.path.relpath(key, common) if paths else key
+        found.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        try:
+            status = os.stat(key)
+        except OSError:  # no file, or one that cannot be read, as reading it will say
+            continue
+        found.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    return found.hexdigest()[:16]

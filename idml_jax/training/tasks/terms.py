@@ -1,0 +1,125 @@
+"""The terms of a loss: one loss of the library, or the weighted sum of several."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from idml_jax.errors import UserError
+from idml_jax.losses import LOSSES, LossSpec
+
+__all__ = ["Term", "check_loss", "names_of", "reads_batch", "reads_proxies", "terms_of"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of a sum. Hashable.
+
+    Attributes:
+      loss: key of ``LOSSES``.
+      weight: its factor.
+      options: options of the loss as sorted pairs.
+    """
+
+    loss: str
+    weight: float = 1.0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def spec(self) -> LossSpec:
+        """The inputs of the loss."""
+        return LOSSES[self.loss]
+
+    @property
+    def centres(self) -> int:
+        """Number of proxies per class."""
+        return int(dict(self.options).get("centres", self.spec.centres)) if self.spec.centres > 1 else 1
+
+
+def names_of(loss: str) -> tuple[str, ...]:
+    """The losses of ``config.loss.name``: ``proxy_anchor``, or several joined by ``+``."""
+    return tuple(loss.split("+"))
+
+
+def reads_batch(loss: str) -> bool:
+    """Whether a term compares the images of a batch with each other."""
+    return any(LOSSES[name].references == "batch" for name in names_of(loss))
+
+
+def reads_proxies(loss: str) -> bool:
+    """Whether a term compares images with proxies."""
+    return any(LOSSES[name].references == "proxies" for name in names_of(loss))
+
+
+def options_of(config: ConfigDict, name: str) -> tuple[tuple[str, Any], ...]:
+    """The options of a loss as sorted, hashable pairs; settings read from JSON have lists instead of tuples."""
+    fixed = lambda value: tuple(value) if isinstance(value, list | tuple) else value
+    return tuple(sorted((key, fixed(value)) for key, value in config.loss[name].items()))
+
+
+def terms_of(config: ConfigDict) -> tuple[Term, ...]:
+    """The terms of ``config.loss`` with their weights and options."""
+    names = names_of(config.loss.name)
+    weights = tuple(config.loss.weights) or (1.0,) * len(names)
+    return tuple(Term(name, weight, options_of(config, name)) for name, weight in zip(names, weights, strict=True))
+
+
+def check_loss(config: ConfigDict) -> None:
+    """Checks ``config.loss`` by itself.
+
+    Raises:
+      UserError: naming the field, its value and what would be right.
+    """
+    loss = config.loss
+    names = names_of(loss.name)
+    known = ", ".join(sorted(LOSSES))
+    if unknown := [name for name in names if name not in LOSSES]:
+        joined = f" ({unknown[0]!r} is none), joined by +" if len(names) > 1 else ""
+        raise UserError(f"config.loss.name = {loss.name!r}; known: {known}{joined}")
+    if len(set(names)) < len(names):
+        raise UserError(f"config.loss.name = {loss.name!r} names a loss twice; config.loss.weights weights the terms")
+    if loss.weights and len(loss.weights) != len(names):
+        raise UserError(
+            f"config.loss.weights = {tuple(loss.weights)} must be one number for each of the {len(names)} losses in "
+            f"config.loss.name = {loss.name!r}, or empty"
+        )
+    if any(not 0 < weight < float("inf") for weight in loss.weights):
+        raise UserError(f"config.loss.weights = {tuple(loss.weights)} must be above 0 and finite")
+    if not 0 < loss.class_share <= 1:
+        raise UserError(f"config.loss.class_share = {loss.class_share} must be above 0 and at most 1")
+    unable = [name for name in names if LOSSES[name].references == "proxies" and not LOSSES[name].takes_share]
+    if loss.class_share < 1 and (unable or not reads_proxies(loss.name)):
+        able = ", ".join(name for name, spec in LOSSES.items() if spec.takes_share)
+        raise UserError(
+            f"config.loss.class_share = {loss.class_share} is for softmax losses over proxies ({able}), not for "
+            f"{(unable or names)[0]}"
+        )
+    terms = terms_of(config)
+    _check_options(terms)
+    if loss.centre_spread and max(term.centres for term in terms) < 2:
+        able = ", ".join(name for name, spec in LOSSES.items() if spec.centres > 1)
+        raise UserError(
+            f"config.loss.centre_spread = {loss.centre_spread} is for losses with several proxies per class: {able}"
+        )
+
+
+def _check_options(terms: tuple[Term, ...]) -> None:
+    """Checks the options of the losses, and that all agree about the proxies."""
+    for term in terms:
+        options = dict(term.options)
+        for option, least in (("centres", 1), ("samples", 1), ("bins", 1)):
+            if option in options and options[option] < least:
+                raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be at least {least}")
+        for option in ("temperature", "rank_temperature", "scale", "gamma", "kappa"):
+            if option in options and not 0 < options[option] < float("inf"):
+                raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be above 0 and finite")
+        ks = options.get("ks", (1,))
+        if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
+            raise UserError(f"config.loss.{term.loss}.ks = {ks} must be whole numbers of at least 1")
+    counts = {term.centres for term in terms if term.spec.references == "proxies"}
+    if len(counts) > 1:
+        told = ", ".join(f"{term.loss}: {term.centres}" for term in terms if term.spec.references == "proxies")
+        raise UserError(
+            f"config.loss.name: losses over proxies share them, and these need different numbers per class ({told}); "
+            "sum losses that need the same number"
+        )

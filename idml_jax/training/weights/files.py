@@ -1,0 +1,141 @@
+"""Reads the tensors of files: safetensors, and PyTorch's formats. The only importer of both packages for reading."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from idml_jax.data.stored.plain_pickle import PickleError
+from idml_jax.errors import UserError
+from idml_jax.runtime.files import first_line, write_bytes
+from idml_jax.training.weights import plain_torch
+from idml_jax.training.weights.tensors import CONTAINERS, Named
+
+# Dictionaries of tensors lie at most so deep in a checkpoint ({"state": {"model": {...}}}).
+_DEEPEST = 3
+
+
+def read_files(files: tuple[Path, ...]) -> tuple[dict[str, Named], dict[str, str]]:
+    """Reads the files of one set of weights.
+
+    Args:
+      files: one file, or the pieces of weights in several.
+
+    Returns:
+      The dictionaries of tensors as float32 arrays, by their place in the file (empty: the file itself); and the
+      metadata of a ``.safetensors`` file.
+
+    Raises:
+      UserError: if a file is damaged, holds no tensors, or holds a tensor of another file.
+    """
+    containers: dict[str, Named] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            named, about = read_safetensors(file)
+            metadata.update(about)
+            found = {"": named}
+        else:
+            found = read_torch(file)
+        for place, named in found.items():
+            known = containers.setdefault(place, {})
+            twice = known.keys() & named.keys()
+            if twice:
+                raise UserError(f"{file}: holds {sorted(twice)[0]}, which another file of these weights holds too")
+            known.update(named)
+    return containers, metadata
+
+
+def read_safetensors(path: Path) -> tuple[Named, dict[str, str]]:
+    """The tensors, and the metadata."""
+    import ml_dtypes  # noqa: F401  numpy then knows bfloat16
+    from safetensors import numpy as safetensors
+    from safetensors import safe_open
+
+    try:
+        named = safetensors.load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({first_line(error)})") from error
+    return {name: value.astype(np.float32) for name, value in named.items()}, metadata
+
+
+def write_safetensors(path: Path, named: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes a ``.safetensors`` file, completely or not at all."""
+    from safetensors import numpy as safetensors
+
+    write_bytes(path, safetensors.save({n: np.ascontiguousarray(v) for n, v in named.items()}, metadata))
+
+
+def read_torch(path: Path) -> dict[str, Named]:
+    """The dictionaries of tensors in a file of PyTorch, by their place in it."""
+    content, kind, dense = _content(path)
+    found = {
+        place: {name: dense(name, value) for name, value in named.items()}
+        for place, named in _dictionaries(content, kind)
+    }
+    if not found and content == {}:
+        return {"": {}}
+    if not found:
+        raise UserError(f"{path}: holds no state_dict, alone or under {', '.join(CONTAINERS)}")
+    return found
+
+
+def _content(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:
+    """What a file of PyTorch holds, the type of a tensor in it, and the function that gives a tensor's numbers."""
+    try:
+        import torch
+    except ImportError:
+        return _content_without_torch(path)
+    try:
+        # Only tensors and plain containers are unpickled: a weights file cannot run code.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path}: is damaged, or holds more than tensors and is refused ({first_line(error)}); "
+            "save the state_dict alone"
+        ) from error
+    return content, torch.Tensor, lambda name, value: _dense(path, name, value)
+
+
+def _content_without_torch(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:
+    try:
+        content, array = plain_torch.read(path)
+    except (PickleError, OSError) as error:
+        raise UserError(
+            f"{path}: is damaged, or holds more than dense tensors ({first_line(error)}); save the state_dict alone, "
+            "or install PyTorch, which reads more (pip install torch)"
+        ) from error
+    return content, plain_torch.PlainTensor, lambda name, value: array(value)
+
+
+def _dictionaries(content: Any, tensor: type, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every dictionary of tensors by name in nested dictionaries; other entries beside the tensors are passed over."""
+    if not isinstance(content, Mapping) or depth > _DEEPEST:
+        return
+    named = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, tensor)}
+    if named:
+        yield place, named
+    for key, value in content.items():
+        # States of optimizers hold tensors too, of the parameters' shapes.
+        if isinstance(key, str) and "optim" not in key:
+            yield from _dictionaries(value, tensor, f"{place}.{key}" if place else key, depth + 1)
+
+
+def _dense(path: Path, name: str, value: Any) -> np.ndarray:
+    """A PyTorch tensor as a float32 array; also for sparse and quantised tensors."""
+    try:
+        value = value.detach()
+        value = value.dequantize() if value.is_quantized else value
+        value = value.to_dense() if value.layout != _strided() else value
+        return value.float().numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{path}: {name} cannot be read as numbers ({first_line(error)})") from error
+
+
+def _strided() -> Any:
+    import torch
+
+    return torch.strided

@@ -1,0 +1,212 @@
+"""Losses on samples of uncertain embeddings: the sampler, values against loops, gradients, certain and odd images."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from idml_jax import ism, losses
+from idml_jax.ism import Embedding
+from idml_jax.losses import probabilistic, vmf
+
+NAMES = [name for name, spec in losses.LOSSES.items() if spec.reads == "embeddings"]
+LABELS = np.array([0, 0, 1, 1, 0])
+N, D, K = 5, 3, 2
+
+
+def batch(seed=0, spread=0.5):
+    rng = np.random.default_rng(seed)
+    return Embedding(ism.l2_normalize(rng.normal(size=(N, D))), spread * rng.normal(size=(N, K)))
+
+
+@pytest.mark.parametrize("dimension", [pytest.param(2, marks=pytest.mark.slow), 64])
+def test_angles_have_the_mean_and_the_derivative_of_the_distribution(dimension):
+    """The mean cosine is a ratio of Bessel functions A, and A' = 1 - A^2 - A (d - 1) / kappa."""
+    ive = pytest.importorskip("scipy.special").ive
+    kappa = np.array([0.05, 1.0, 7.0, 60.0, 900.0]) * (dimension - 1)
+    uniform = (np.arange(4000) + 0.5) / 4000  # evenly spread, so the mean has hardly any noise
+
+    def mean_cosine(kappa):
+        every = jnp.broadcast_to(kappa, uniform.shape)
+        return jnp.mean(jnp.cos(vmf.angle(jnp.asarray(uniform), every, dimension)))
+
+    with jax.enable_x64(True):
+        value, slope = jax.jit(jax.vmap(jax.value_and_grad(mean_cosine)))(jnp.asarray(kappa))
+    expected = ive(dimension / 2, kappa) / ive(dimension / 2 - 1, kappa)
+    np.testing.assert_allclose(value, expected, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(slope, 1 - expected**2 - expected * (dimension - 1) / kappa, rtol=2e-2, atol=1e-7)
+
+
+def test_angles_in_float32_at_the_ends():
+    uniform, kappa = (x.ravel() for x in np.meshgrid([0.0, 0.5, 1.0 - 2**-24], [1e-20, 1e-3, 1.0, 1e6, 1e12]))
+    for dimension in (2, 512):
+        found = jax.jit(vmf._angle_and_slope, static_argnums=2)(jnp.float32(uniform), jnp.float32(kappa), dimension)
+        assert np.isfinite(found).all()
+        assert (found[0] >= 0).all() and (found[0] <= 3.1416).all()
+
+
+def shares(z, pairs, kappa):
+    """For one sample of all images, the softmax of each positive among the negatives of its anchor."""
+    similarity, found = np.exp(kappa * z @ z.T), np.zeros((N, N))
+    for i, p in np.argwhere(np.asarray(pairs.positive)):
+        found[i, p] = similarity[i, p] / (similarity[i, p] + similarity[i][np.asarray(pairs.negative)[i]].sum())
+    return found
+
+
+def wood(rng, mean, kappa):
+    """One sample by rejection, Wood 1994."""
+    d = len(mean)
+    b = (d - 1) / (2 * kappa + np.sqrt(4 * kappa**2 + (d - 1) ** 2))
+    x = (1 - b) / (1 + b)
+    c = kappa * x + (d - 1) * np.log(1 - x**2)
+    while True:
+        z = rng.beta((d - 1) / 2, (d - 1) / 2)
+        w = (1 - (1 + b) * z) / (1 - (1 - b) * z)
+        if kappa * w + (d - 1) * np.log(1 - x * w) - c >= np.log(rng.random()):
+            break
+    v = rng.normal(size=d)
+    v -= (v @ mean) * mean
+    return w * mean + np.sqrt(1 - w**2) * v / np.linalg.norm(v)
+
+
+def test_mc_info_nce_is_its_formula_on_its_samples_and_on_those_of_another_sampler():
+    embedding, pairs, key = batch(), losses.pairs_from_labels(LABELS), jax.random.key(3)
+    weights = np.array([1.0, 0.5, 2.0, 0.0, 1.0])
+    where = np.asarray(pairs.positive)
+
+    def expected(found):
+        terms = weights[:, None] * np.where(where, -np.log(np.where(where, found, 1.0)), 0.0)
+        return terms.sum() / (weights[:, None] * where).sum()
+
+    @jax.jit
+    def loss(embedding):
+        options = {"kappa": 4.0, "samples": 2000, "weights": jnp.asarray(weights)}
+        samples = probabilistic._on_sphere(embedding, key, jnp.arange(N), 2000)
+        return losses.mc_info_nce(embedding, pairs, key, **options), samples
+
+    value, drawn = (np.asarray(x, float) for x in loss(embedding))
+    np.testing.assert_allclose(np.linalg.norm(drawn, axis=2), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(value, expected(np.mean([shares(z, pairs, 4.0) for z in drawn], axis=0)), rtol=1e-4)
+    rng, kappas = np.random.default_rng(0), (D - 1) / np.sum(np.asarray(embedding.uncertainty) ** 2, axis=1)
+    means = np.asarray(embedding.semantic, float)
+    other = [shares(np.stack([wood(rng, m, k) for m, k in zip(means, kappas, strict=True)]), pairs, 4.0)
+             for _ in range(1000)]  # fmt: skip
+    np.testing.assert_allclose(value, expected(np.mean(other, axis=0)), rtol=0.05)
+
+
+def test_hedged_instance_is_its_formula_on_its_samples():
+    embedding, pairs, key = batch(), losses.pairs_from_labels(LABELS), jax.random.key(3)
+
+    @jax.jit
+    def loss(embedding):
+        options = {"slope": 3.0, "offset": 2.0, "prior": 0.01, "samples": 4}
+        samples = probabilistic._in_space(embedding, key, jnp.arange(N), 4)
+        return losses.hedged_instance(embedding, pairs, key, **options), samples
+
+    value, drawn = (np.asarray(x, float) for x in loss(embedding))
+    square = np.sum(np.asarray(embedding.uncertainty, float) ** 2, axis=1)
+    means = {}
+    for kind, where in (("positive", pairs.positive), ("negative", pairs.negative)):
+        terms = []
+        for i, j in np.argwhere(np.asarray(where)):
+            apart = np.linalg.norm(drawn[:, None, i] - drawn[None, :, j], axis=2)
+            p = np.mean(1 / (1 + np.exp(3.0 * apart - 2.0)))
+            terms.append(-np.log(p if kind == "positive" else 1 - p))
+        means[kind] = np.mean(terms)
+    variance = square / D  # of the normal distributions; that of the prior is 1 / D
+    divergence = 0.5 * np.sum(
+        np.stack([variance * D - 1 - np.log(variance * D)] * D, axis=1) + D * np.asarray(embedding.semantic) ** 2,
+        axis=1,
+    )
+    expected = 0.5 * (means["positive"] + means["negative"]) + 0.01 * divergence.mean()
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
+def loss_of(name, embedding, key, labels=LABELS, mask=None, axis_name=None, **options):
+    """As in a step: with an axis, the references are those of all devices."""
+    references = None if axis_name is None else losses.gather(embedding, axis_name)
+    pairs = losses.pairs_from_labels(labels, mask=mask, axis_name=axis_name)
+    return losses.LOSSES[name].function(
+        embedding, pairs, key, references=references, axis_name=axis_name, samples=3, **options
+    )
+
+
+@pytest.mark.parametrize("name", ["mc_info_nce", pytest.param("hedged_instance", marks=pytest.mark.slow)])
+def test_gradient_is_that_of_the_samples(name):
+    """Finite differences at the same key: the samples move with the parameters."""
+    with jax.enable_x64(True):
+        embedding = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), batch())
+        function = jax.jit(jax.value_and_grad(lambda e: loss_of(name, e, jax.random.key(1))))
+        _, gradient = function(embedding)
+        for part in ("semantic", "uncertainty"):
+            for index in ((0, 0), (3, 1)):
+                ends = []
+                for step in (1e-5, -1e-5):
+                    moved = getattr(embedding, part).at[index].add(step)
+                    ends.append(float(function(embedding._replace(**{part: moved}))[0]))
+                expected = (ends[0] - ends[1]) / 2e-5
+                # The angle's derivative is that of the distribution, of which the grid is an approximation.
+                np.testing.assert_allclose(getattr(gradient, part)[index], expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_finite_everywhere_and_plain_where_certain(name):
+    function = jax.jit(jax.value_and_grad(lambda e, labels, mask: loss_of(name, e, jax.random.key(0), labels, mask)))
+    s, u = map(np.asarray, batch())
+    every = np.ones(N, bool)
+    duplicate = s.copy()
+    duplicate[1] = s[0]
+    for case, e, labels, mask in (
+        ("certain", (s, 0 * u), LABELS, every),
+        ("one class", (s, u), np.zeros(N, int), every),
+        ("no positive", (s, u), np.arange(N), every),
+        ("duplicates", (duplicate, u), LABELS, every),
+        ("certain duplicates", (duplicate, 0 * u), LABELS, every),
+        ("zeros", (0 * s, u), LABELS, every),
+        ("overwhelming uncertainty", (s, 1e6 * u), LABELS, every),
+        ("tiny uncertainty", (s, 1e-5 * u), LABELS, every),
+        ("padding", (s, u), LABELS, every & (LABELS == 0)),
+        ("nothing", (s, u), LABELS, ~every),
+    ):
+        e = Embedding(*(jnp.asarray(x, jnp.float32) for x in e))
+        value, gradient = function(e, labels, mask)
+        assert np.isfinite(value), case
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient)), case
+        if case == "nothing":
+            assert value == 0
+        if case == "certain":
+            plain = jax.jit(lambda s: loss_of(name, Embedding(s), jax.random.key(0)))(e.semantic)
+            np.testing.assert_allclose(value, plain, rtol=1e-6)
+            assert not np.any(gradient.uncertainty)
+            if name == "mc_info_nce":
+                cosines, pairs = ism.cosine_similarity(e.semantic), losses.pairs_from_labels(LABELS)
+                np.testing.assert_allclose(plain, losses.info_nce(cosines, pairs, temperature=1 / 14), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_devices_draw_the_samples_of_one(name):
+    rng = np.random.default_rng(0)
+    embedding = Embedding(*(jnp.asarray(rng.normal(size=(16, k)), jnp.float32) for k in (D, K)))
+    labels, weights = jnp.asarray(np.arange(16) % 3), jnp.asarray(rng.uniform(0.5, 2, 16), jnp.float32)
+    one = jax.jit(jax.value_and_grad(lambda e: loss_of(name, e, jax.random.key(0), labels, weights=weights)))
+    expected, expected_gradient = one(embedding)
+    local = jax.value_and_grad(
+        lambda e, labels, weights: loss_of(name, e, jax.random.key(0), labels, axis_name="data", weights=weights)
+    )
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    shard = partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=(P(), P("data")), check_vma=False)
+    value, gradient = jax.jit(shard(local))(embedding, labels, weights)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), gradient, expected_gradient)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        losses.mc_info_nce(batch(), losses.pairs_from_labels(LABELS), jax.random.key(0), samples=0)
+    with pytest.raises(ValueError, match="same shape"):
+        jax.eval_shape(lambda: losses.mc_info_nce(batch(), losses.pairs_from_labels(LABELS[:3]), jax.random.key(0)))

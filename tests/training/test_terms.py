@@ -1,0 +1,158 @@
+"""The settings of a loss: sums, weights, several proxies per class, a share of the classes, regularisers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs_made import small_config
+from test_runtime import batch as images
+from test_runtime import fresh, objective, setup
+
+from idml_jax import ism
+from idml_jax.errors import UserError
+from idml_jax.ism import Embedding
+from idml_jax.losses import LOSSES
+from idml_jax.runtime import sharding
+from idml_jax.training.config_checks import validate
+from idml_jax.training.semantic_init import proxy_rows
+from idml_jax.training.tasks import TASKS
+from idml_jax.training.tasks.embedding_loss import embedding_loss
+from idml_jax.training.tasks.terms import Term
+
+LABELS = np.repeat(np.arange(4), 2).astype(np.int32)
+MESH = sharding.data_mesh(jax.devices()[:1])
+
+
+def batch(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return Embedding(ism.l2_normalize(jax.random.normal(keys[0], (8, 8))), jax.random.normal(keys[1], (8, 4)))
+
+
+def values(rules, params, embedding, stores=None):
+    """The losses of several objectives, compiled together."""
+    key, stores = jax.random.key(5), stores or [()] * len(rules)
+    every = lambda *given: [r(*given, LABELS, key=key, store=s) for r, s in zip(rules, stores, strict=True)]
+    return jax.jit(every)(params, embedding)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_loss_is_made_from_its_name(name):
+    config = small_config("x", **{"loss.name": name})
+    validate(config)
+    rule = TASKS["retrieval"].criterion(config, 8, 3, MESH)
+    assert hash(rule) == hash(TASKS["retrieval"].criterion(config, 8, 3, MESH))
+    params = jax.eval_shape(rule.init, jax.random.key(0))
+    assert ("proxies" in params) == (LOSSES[name].references == "proxies")
+    # Settings that were read from a file have lists for tuples.
+    config.loss.recall_at_k = {"ks": [1, 2], "temperature": 0.01, "rank_temperature": 1.0}
+    hash(TASKS["retrieval"].criterion(config, 8, 3, MESH))
+
+
+def test_a_sum_is_the_sum_on_one_matrix():
+    names, weights = ("proxy_anchor", "normalized_softmax", "sup_con"), (1.0, 0.5, 2.0)
+    config = small_config("x", **{"loss.name": "+".join(names), "loss.weights": weights})
+    config.model.embedding_dim, config.model.uncertainty_dim = 8, 4
+    validate(config)
+    rule = TASKS["retrieval"].criterion(config, 4, 3, MESH)
+    assert TASKS["retrieval"].images_per_class(config) == 4
+    assert [(term.loss, term.weight) for term in rule.terms] == list(zip(names, weights, strict=True))
+    params, embedding = jax.jit(rule.init)(jax.random.key(0)), batch()
+    assert params["proxies"].shape == (4, 8)
+    found, *alone = values([rule, *(objective(loss=name) for name in names)], params, embedding)
+    np.testing.assert_allclose(found, np.dot(weights, alone), rtol=1e-6)
+    products = [str(jax.make_jaxpr(lambda p, e, r=r: r(p, e, LABELS))(params, embedding)).count("dot_general")
+                for r in (rule, objective(loss="proxy_anchor"), objective(loss="sup_con"))]  # fmt: skip
+    assert products[0] == products[1] + products[2]  # two losses share the matrix of the proxies
+
+
+def test_a_sum_with_a_memory():
+    terms = (Term("proxy_anchor"), Term("info_nce", 0.5, (("temperature", 0.2),)))
+    rule = objective(loss="proxy_anchor+info_nce", terms=terms, memory_size=16)
+    params, embedding = jax.jit(rule.init)(jax.random.key(0)), batch()
+    store = rule.remember(rule.init_memory(), batch(1), jnp.asarray(LABELS))
+    alone = objective(loss="info_nce", options=terms[1].options, memory_size=16)
+    found, first, second = values([rule, objective(), alone], params, embedding, [store, (), store])
+    np.testing.assert_allclose(found, first + 0.5 * second, rtol=1e-6)
+
+
+@pytest.mark.parametrize("share", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_several_proxies_per_class_whole_and_split(share):
+    """The table has a row per class, so padding and devices are as for one proxy; every proxy learns."""
+    mesh, found = sharding.data_mesh(), []
+    embedding, options = batch(), (("centres", 3),)
+    for split in (False, True):
+        rule = objective(
+            loss="soft_triple", options=options, centre_spread=100.0, num_classes=9, mesh=mesh if split else None,
+            class_share=share,
+        )  # fmt: skip
+        params = jax.jit(rule.init)(jax.random.key(0))
+        assert params["proxies"].shape == (3840 if split else 9, 24)
+        params = jax.device_put(params, sharding.placement(params, mesh, rule.split))
+        function = jax.jit(jax.value_and_grad(lambda p, e, r=rule: r(p, e, LABELS, key=jax.random.key(5))))
+        loss, gradient = function(params, embedding)
+        gradient = np.asarray(gradient["proxies"])
+        assert not np.any(gradient[9:])
+        found.append((loss, gradient[:9]))
+    (loss, gradient), (split_loss, split_gradient) = found
+    assert 10.0 < loss < 110.0  # the mean distance of random directions is about 1.4, halved
+    assert np.abs(gradient.reshape(9, 3, 8)).max(2).min() > 0
+    if share == 1:  # another number of devices draws other classes
+        np.testing.assert_allclose(split_loss, loss, rtol=1e-5)
+        np.testing.assert_allclose(split_gradient, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_embedding_norm_adds_the_mean_squared_length():
+    rules = [objective(embedding_norm=weight) for weight in (0.0, 0.1)]
+    setups = [setup(objective=rule, mixup_alpha=0.0) for rule in rules]
+    state = fresh(setups[0])
+    both = jax.jit(lambda state, data: [embedding_loss(state.params, {}, state, data, s, True) for s in setups])
+    (plain, (_, out, _)), (loss, _) = both(state, images())
+    assert np.mean(out["semantic_norm"] ** 2) > 0
+    np.testing.assert_allclose(loss - plain, 0.1 * np.mean(out["semantic_norm"] ** 2), rtol=1e-3)
+
+
+def test_proxies_at_the_class_means_are_distinct():
+    """A run that starts from the closed form: also with several proxies per class, and with rows of padding."""
+    rng = np.random.default_rng(0)
+    means, fresh = rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=(5, 8)).astype(np.float32)
+    rows = proxy_rows(means, fresh)
+    both = rows[:3].reshape(3, 2, 4)
+    assert not np.any(rows[3:]) and np.abs(both[:, 0] - both[:, 1]).max(1).min() > 0
+    lengths = np.linalg.norm(means, axis=1)[:, None]
+    np.testing.assert_allclose(np.linalg.norm(both - means[:, None], axis=2), 0.1 * lengths.repeat(2, 1), rtol=1e-5)
+    np.testing.assert_array_equal(proxy_rows(means, fresh[:, :4])[:3], means)
+
+
+def test_a_share_of_the_classes_is_a_smaller_matrix():
+    rule = objective(loss="cosface", num_classes=101, class_share=0.3)
+    params, embedding = jax.eval_shape(rule.init, jax.random.key(0)), batch()
+    text = str(jax.make_jaxpr(lambda p, e: rule(p, e, LABELS, key=jax.random.key(0)))(params, embedding))
+    assert "f32[8,31]" in text and "f32[8,101]" not in text
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"loss.name": "proxy_anchor+triplets"}, r"known: .*\('triplets' is none\), joined by \+"),
+        ({"loss.name": "sup_con+sup_con"}, "names a loss twice"),
+        ({"loss.weights": (1.0, 2.0)}, "one number for each of the 1 losses"),
+        ({"loss.name": "sup_con+circle", "loss.weights": (1.0, -1.0)}, "must be above 0"),
+        ({"loss.class_share": 0.0}, "must be above 0 and at most 1"),
+        ({"loss.class_share": 0.5}, "for softmax losses over proxies .*, not for proxy_anchor"),
+        ({"loss.name": "sup_con", "loss.class_share": 0.5}, "not for sup_con"),
+        ({"loss.centre_spread": 0.2}, "several proxies per class: subcenter_arcface, soft_triple"),
+        ({"loss.centre_spread": -0.2}, "config.loss.centre_spread"),
+        ({"loss.embedding_norm": -1.0}, "config.loss.embedding_norm"),
+        ({"loss.name": "soft_triple", "loss.soft_triple.centres": 0}, "centres = 0 must be at least 1"),
+        ({"loss.name": "recall_at_k", "loss.recall_at_k.ks": (0, 1)}, "ks = .* must be whole numbers"),
+        ({"loss.name": "arcface", "loss.arcface.scale": 0.0}, "config.loss.arcface.scale = 0.0 must be above 0"),
+        ({"loss.name": "proxy_anchor+soft_triple"}, "different numbers per class .proxy_anchor: 1, soft_triple: 10"),
+        ({"loss.name": "proxy_anchor+sup_con", "ism.variant": "released"}, "exists for proxy_anchor only"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        config = small_config("x", **changes)
+        validate(config)
+        TASKS["retrieval"].criterion(config, 8, 3, MESH)
