@@ -44,8 +44,10 @@ def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] 
 
 
 def show(report: dict[str, float]) -> str:
-    """Metrics as text, one line each."""
-    return "\n".join(f"{name:32s} {value:.4f}" for name, value in report.items())
+    """Metrics as text, one line each; the deviation ``x_std`` of a metric ``x`` stands behind it."""
+    behind = {f"{name}_std" for name in report} & set(report)
+    spread = lambda name: f" ± {report[f'{name}_std']:.4f}" if f"{name}_std" in report else ""
+    return "\n".join(f"{name:32s} {value:.4f}{spread(name)}" for name, value in report.items() if name not in behind)
 
 
 def _ks(given: str) -> tuple[int, ...]:

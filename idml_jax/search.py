@@ -7,11 +7,12 @@ The index is a file of ``python -m idml_jax.embed``; queries are an image, a fol
 search is exact, by the semantic distance; an image does not find itself. ``--out`` ends in ``.jsonl``, ``.html`` or
 ``.png``; without it a table is printed.
 
-The confidence of an answer is the probability that the nearest image has the query's class. A logistic model computes
-it from the uncertainty and the baseline scores (nearest distance, margins, norm). The model is fitted on images of
-known classes that the network was not trained on: ``--held_out`` (a file or a folder of class folders), or else the
-index itself, each image searching the others. ``--abstain=0.95`` leaves out answers below the threshold at which 95% of
-the answers for those images are correct.
+The answer is the class of the nearest image, with two probabilities: ``known``, that the query's class is in the index
+at all, and ``sure``, that the answer is right. Logistic models compute them from the vote of the nearest images for
+their classes, distances, margins and the uncertainty. They are fitted on images of known classes that the network was
+not trained on: ``--held_out`` (a file or a folder of class folders), which search each other and the index, once with
+and once without their own class; or else on the index itself. ``--abstain=0.95`` leaves out the least sure answers, so
+that 95% of the others are right; ``--strangers=0.01`` answers at most 1% of the queries whose class the index lacks.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from typing import Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.index import check_comparable, own_rows, read
-from idml_jax.inference.search import Answers, calibrate, confidence_for, load_model, open_index, search
+from idml_jax.inference.search import Answers, calibrate, load_model, open_index, search
+from idml_jax.inference.sureness import Wanted, confidence_for, note_of, outcome, rule_for
 from idml_jax.metrics.embedded import scores_of
+from idml_jax.metrics.vote import Vote
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
 from idml_jax.runtime.files import check_target, user_path, write_bytes
 
@@ -38,8 +41,9 @@ def _search(given: dict[str, Any]) -> None:
         raise UserError(f"--out={out}: the name must end in {', '.join(FORMATS)}")
     if given["k"] < 1:
         raise UserError(f"-k {given['k']} must be at least 1")
-    if given["abstain"] is not None and not 0 < given["abstain"] < 1:
-        raise UserError(f"--abstain={given['abstain']}: a share of right answers, above 0 and below 1")
+    for name, what in (("abstain", "of right answers"), ("strangers", "of answered strangers")):
+        if given[name] is not None and not 0 < given[name] < 1:
+            raise UserError(f"--{name}={given[name]}: a share {what}, above 0 and below 1")
     if out is not None:
         check_target(out)  # fails before the work starts
     index = read(given["index"])
@@ -50,22 +54,29 @@ def _search(given: dict[str, Any]) -> None:
     k = min(given["k"], len(index.files) - (own is not None))
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
-    scores = scores_of(queries.embedded, index.embedded, index.metric, own)
-    calibrated, threshold, note = confidence_for(
-        given["held_out"], given["abstain"], index, given["index"], model, scores
-    )
+    setting = None if index.class_names is None else Vote()
+    vectors = queries.embedded, index.embedded, index.metric, own
+    scores = scores_of(*vectors, setting=setting)
+    wanted = Wanted(given["abstain"], given["strangers"], given["balanced"])
+    sureness = confidence_for(given["held_out"], index, given["index"], model, scores, wanted)
+    if sureness.calibrated is not None and sureness.calibrated.setting != setting:
+        setting = sureness.calibrated.setting
+        scores = scores_of(*vectors, setting=setting)
+    rule = rule_for(sureness, scores, wanted)
     answers = search(
         queries.embedded,
         index.embedded,
         k,
         own=own,
         metric=index.metric,
-        calibrated=calibrated,
-        threshold=threshold,
+        calibrated=sureness.calibrated,
         scores=scores,
+        rule=rule,
+        setting=setting,
     )
     rows = records(queries, index, answers, own)
-    note = printable(note)
+    said = note_of(sureness, rule, wanted), outcome(queries, index, own, answers.index[:, 0], answers.answered)
+    note = printable("; ".join(part for part in said if part))
     note = f"{len(index.files):,} images searched for {len(rows):,}; {note}"
     if out is None:
         print(as_table(rows))
@@ -94,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--held_out", default="", help="embeddings or class folders to fit the confidence on")
     parser.add_argument("--abstain", type=float, help="required share of correct answers, e.g. 0.95")
+    parser.add_argument("--strangers", type=float, help="share of queries of unknown classes that may get an answer")
+    parser.add_argument("--balanced", action="store_true", help="votes count less for classes with many images")
     parser.add_argument("--keep_same", action="store_true", help="let an image find itself")
     parser.add_argument("--out", default="", help="file to write, .jsonl, .html or .png; default: print a table")
     given = vars(parser.parse_args(argv))

@@ -100,7 +100,11 @@ def test_a_run_folder_of_version_0_1_0_works_in_every_door(name, roots, tmp_path
     workdir = copied(name, root, tmp_path / "run")
     written = json.loads((workdir / "result.json").read_text())
     metrics = json.loads(json.dumps(without_nan(train.evaluate_checkpoint(workdir))))
-    assert_same(metrics, written["best"], RUN_TOLERANCE)
+    # Of that version's metrics all are there, and the same but for the confidence, which uses more scores today.
+    assert set(written["best"]) <= set(metrics)
+    same = [name for name in written["best"] if not golden.REFITTED.fullmatch(name)]
+    assert len(same) > len(written["best"]) - 8
+    assert_same({name: metrics[name] for name in same}, {name: written["best"][name] for name in same}, RUN_TOLERANCE)
     # The same settings: the run is finished and stays as it is.
     again = train.train_and_evaluate(golden.config_of(str(root), **golden.RUNS[name]), workdir)
     assert again["final"] == written["final"]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from idml_jax.errors import UserError
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, read
+from idml_jax.inference.sureness import held_out_beside
 from idml_jax.ism import Metric
 from idml_jax.metrics.summary import full_report
 
@@ -76,7 +77,7 @@ def measure(embeddings: str, gallery: str, held_out: str, options: Options, warn
             ks=options.ks,
             metric=metric,
             ambiguity=index.ambiguity,
-            held_out=None if others is None else others.embedded,
+            held_out=None if others is None else held_out_beside(others, index if searched is None else searched),
             precision=options.precision,
             cluster=options.cluster,
             seed=options.seed,

@@ -11,14 +11,16 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.errors import UserError
 from idml_jax.inference import embed
 from idml_jax.inference import model as trained
-from idml_jax.inference.index import SUFFIXES, Index, check_comparable, read
+from idml_jax.inference.index import SUFFIXES, Index, read
 from idml_jax.inference.model import Trained
 from idml_jax.ism import Embedding, Metric
-from idml_jax.metrics import calibration, retrieval, uncertainty
+from idml_jax.metrics import calibration, retrieval, strangers, uncertainty, vote
 from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.confidence import confidence
+from idml_jax.metrics.strangers import Rule
 from idml_jax.metrics.summary import Embedded, scores_of
 from idml_jax.metrics.uncertainty import Threshold
+from idml_jax.metrics.vote import Ballot, Vote
 from idml_jax.training.digests import weights_digest
 
 
@@ -33,6 +35,9 @@ class Answers(NamedTuple):
       margin: ``[n]`` similarity of the nearest minus that of the 10th, or of the 2nd in an index of fewer images.
       sure: ``[n]`` probability that the nearest image has the query's class; ``None`` if no model is fitted.
       answered: ``[n]`` whether that probability is high enough for an answer.
+      known: ``[n]`` probability that the query's class is in the index at all; ``None`` without a ``rule``.
+      vote: the vote of the nearest images for a class; ``None`` without labels.
+      voters: ``[n, v]`` rows of the index that vote.
     """
 
     index: Int[np.ndarray, "n k"]  # type: ignore[assignment]  # in place of tuple.index
@@ -42,6 +47,9 @@ class Answers(NamedTuple):
     margin: Float[np.ndarray, "n"] | None
     sure: Float[np.ndarray, "n"] | None
     answered: Bool[np.ndarray, "n"]
+    known: Float[np.ndarray, "n"] | None = None
+    vote: Ballot | None = None
+    voters: Int[np.ndarray, "n v"] | None = None
 
 
 def calibrate(
@@ -77,6 +85,8 @@ def search(
     calibrated: Calibration | None = None,
     threshold: Threshold | None = None,
     scores: Mapping[str, Float[np.ndarray, "n"]] | None = None,
+    rule: Rule | None = None,
+    setting: Vote | None = Vote(),  # noqa: B008 (immutable)
 ) -> Answers:
     """Finds the k nearest rows of a gallery, exactly, in tiles.
 
@@ -89,6 +99,8 @@ def search(
       calibrated: result of ``calibrate``; without it answers have no confidence.
       threshold: largest doubt (1 - confidence) with an answer.
       scores: result of ``metrics.embedded.scores_of``, if already computed.
+      rule: rule for answers where some queries' classes are not in the gallery; in place of ``threshold``.
+      setting: settings of the vote, unless ``calibrated`` has some; ``None`` if the labels are unknown.
 
     Returns:
       The answers.
@@ -97,13 +109,23 @@ def search(
       ValueError: for mismatched widths or a k that the gallery cannot serve.
     """
     found = retrieval.neighbours(queries.semantic, gallery.semantic, k, own=own)
-    scores = scores_of(queries, gallery, metric, own) if scores is None else scores
-    both = queries.uncertainty is not None and gallery.uncertainty is not None
-    sure, answered = None, np.ones(len(queries.semantic), bool)
     if calibrated is not None:
+        setting = calibrated.setting
+    scores = scores_of(queries, gallery, metric, own, setting=setting) if scores is None else scores
+    both = queries.uncertainty is not None and gallery.uncertainty is not None
+    sure, known, answered = None, None, np.ones(len(queries.semantic), bool)
+    if calibrated is not None and rule is not None:
+        known, sure = strangers.judge(calibrated, scores, rule.share)
+        answered = 1.0 - sure <= rule.value
+    elif calibrated is not None:
         sure = confidence(calibrated.model, scores)
         if threshold is not None:
             answered = 1.0 - sure <= threshold.value
+    ballot = voters = None
+    if setting is not None:
+        near = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
+        ballot = vote.cast(queries.semantic, gallery.semantic, gallery.labels, near, setting, own)
+        voters = near.index[:, : setting.k]
     margin = next((-scores[name] for name in ("margin_10", "margin_2") if name in scores), None)
     return Answers(
         found.index,
@@ -113,6 +135,9 @@ def search(
         margin,
         sure,
         answered,
+        known,
+        ballot,
+        voters,
     )
 
 
@@ -177,76 +202,3 @@ def open_index(where: str, option: str, model: Callable[[], Trained]) -> Index:
         return read(where, option)
     source, labelled = embed.list_images(where, option)
     return embed.index_of(model(), source, labelled, where)
-
-
-class Confidence(NamedTuple):
-    """The confidence model of answers and its threshold.
-
-    Attributes:
-      calibrated: fitted model; ``None`` if there is nothing to fit it on.
-      threshold: largest doubt (1 - confidence) with an answer; ``None`` if all queries are answered.
-      note: a line that describes the data of the fit.
-    """
-
-    calibrated: Calibration | None
-    threshold: Threshold | None
-    note: str
-
-
-def confidence_of(held_out: Index, what: str, wanted: float | None, names: Collection[str]) -> Confidence:
-    """Fits the confidence of answers on embeddings with classes.
-
-    Args:
-      held_out: embeddings, each of which searches all the others.
-      what: name of these embeddings in messages.
-      wanted: share of right answers to reach by not answering the least certain queries.
-      names: names of the scores that queries will have.
-
-    Raises:
-      UserError: for fewer than two classes or images.
-    """
-    calibrated = calibrate(held_out.embedded, held_out.metric, names)
-    note = f"how sure: from {len(calibrated.correct):,} queries of {what}"
-    if wanted is None:
-        return Confidence(calibrated, None, note)
-    threshold = uncertainty.threshold_for_precision(calibrated.doubt, calibrated.correct, wanted)
-    if not threshold.reached:
-        told = f"{note}; {wanted:.0%} right answers cannot be reached on them: nothing is answered"
-        return Confidence(calibrated, threshold, told)
-    share = f"{threshold.coverage:.0%} of them are answered, {threshold.precision:.1%} rightly"
-    return Confidence(calibrated, threshold, f"{note}; {share}")
-
-
-def confidence_for(
-    held_out: str,
-    wanted: float | None,
-    index: Index,
-    named: str,
-    model: Callable[[], Trained],
-    names: Collection[str],
-) -> Confidence:
-    """Fits the confidence of answers from an index, on held-out images or on the index itself.
-
-    Args:
-      held_out: a file of embeddings, or images in class folders; empty: the index itself.
-      wanted: share of right answers to reach by not answering the least certain queries.
-      index: embeddings to search; its settings of the metric are used.
-      named: name of the index in messages.
-      model: loads the network, if images must be embedded.
-      names: names of the scores that queries will have.
-
-    Raises:
-      UserError: if classes are needed and unknown, or the two sets cannot be compared.
-    """
-    others, what = index, "the index itself, each image searching the others"
-    if held_out:
-        others, what = open_index(held_out, "--held_out", model), held_out
-        check_comparable(others, index, what, named)
-    if others.class_names is not None:
-        return confidence_of(others._replace(about=index.about), what, wanted, names)
-    if wanted is not None or held_out:
-        raise UserError(
-            f"{held_out or named}: its classes are unknown, so nothing tells how sure an answer is; give --held_out, "
-            "a file or a folder of class folders"
-        )
-    return Confidence(None, None, "how sure answers are is unknown: neither --held_out nor an index with classes")

@@ -1,11 +1,9 @@
-"""Exact binomial tests: the tail, the bound of one share, and a common level for nested shares."""
+"""Exact binomial tests: the tail, and the bound of one share."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
-
-_DRAWS = 10_000
+from jaxtyping import Float
 
 
 def upper_tail(total: int, share: float) -> Float[np.ndarray, "total+1"]:
@@ -21,26 +19,6 @@ def _log_ways(total: int) -> Float[np.ndarray, "total+1"]:
     """Logarithms of the binomial coefficients."""
     factorials = np.r_[0.0, np.cumsum(np.log(np.arange(1, total + 1)))]
     return factorials[-1] - factorials - factorials[::-1]
-
-
-def joint_level(
-    totals: Int[np.ndarray, "levels"], tails: list[Float[np.ndarray, "total+1"]], share: float, risk: float
-) -> float:
-    """A level for testing nested shares together (the minimum of p-values; Westfall and Young, 1993).
-
-    Args:
-      totals: ``[levels]`` increasing numbers of trials, each including the trials before it.
-      tails: results of ``upper_tail``, one per total.
-      share: null hypothesis: the true share is at most this.
-      risk: probability that some p-value is below the level although every share is ``share``.
-
-    Returns:
-      The level, found by simulation; deterministic in the arguments.
-    """
-    rng = np.random.default_rng(0)
-    rights = np.cumsum(rng.binomial(np.diff(totals, prepend=0), share, (_DRAWS, len(totals))), axis=1)
-    least = np.min([tail[column] for tail, column in zip(tails, rights.T, strict=True)], axis=0)
-    return float(np.sort(least)[int(risk * _DRAWS)])
 
 
 def lower_bound(right: int, total: int, risk: float) -> float:

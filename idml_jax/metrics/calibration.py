@@ -9,12 +9,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.ism import Metric
-from idml_jax.metrics import uncertainty
+from idml_jax.metrics import uncertainty, visible
+from idml_jax.metrics import vote as votes
 from idml_jax.metrics.confidence import Confidence, confidence, fit_confidence
 from idml_jax.metrics.embedded import Embedded, scores_of
+from idml_jax.metrics.vote import Vote
 
 # Parts of the held-out classes, each scored by a model fitted on the others.
-FOLDS = 5
+FOLDS = 10
 # Total weight of the corrupted held-out queries relative to the clean ones, which are far fewer.
 CHANGED_WEIGHT = 0.3
 
@@ -38,19 +40,41 @@ class HeldOut(NamedTuple):
     changed_own: Int[np.ndarray, "m"] | None = None
 
 
+class Strangers(NamedTuple):
+    """The held-out queries in both parts: their class is in the gallery (mated), or is taken out of it (strangers).
+
+    Attributes:
+      model: probability that a query's class is in the gallery, for as many strangers as mated queries.
+      mated: ``[n]``, that probability for the mated queries, by a model fitted on queries of other classes.
+      strangers: ``[n]``, the same for the strangers.
+      right: ``[n]``, for the strangers the probability that the answer is right, by a model that takes them as mated.
+      labels: ``[n]``, the class of each query.
+    """
+
+    model: Confidence
+    mated: Float[np.ndarray, "n"]
+    strangers: Float[np.ndarray, "n"]
+    right: Float[np.ndarray, "n"]
+    labels: Int[np.ndarray, "n"]
+
+
 class Calibration(NamedTuple):
     """A fitted confidence and its predictions for the clean held-out queries.
 
     Attributes:
-      model: model of all scores, fitted on all queries.
+      model: model of all scores, fitted on all queries, whose classes are all in the gallery.
       doubt: ``[n]``, 1 minus the confidence of each query, by a model fitted on queries of other classes: a threshold
         or a precision bound from the model's own training queries would be too optimistic.
       correct: ``[n]``, whether the nearest neighbour has the query's class.
+      setting: settings of the vote, chosen on the held-out queries; ``None`` without labels of the gallery.
+      open: the queries as strangers; ``None`` if no other class is left to search then. ``metrics.strangers`` uses it.
     """
 
     model: Confidence
     doubt: Float[np.ndarray, "n"]
     correct: Bool[np.ndarray, "n"]
+    setting: Vote | None = None
+    open: Strangers | None = None
 
 
 class Known(NamedTuple):
@@ -61,20 +85,26 @@ class Known(NamedTuple):
       correct: ``[n]``, whether their nearest neighbour is of their class.
       labels: ``[n]``, their classes.
       changed: the same for the changed queries, if there are any.
+      strangers: the same for the clean queries, each searching the gallery without its class.
+      setting: settings of the vote.
     """
 
     scores: dict[str, Float[np.ndarray, "n"]]
     correct: Bool[np.ndarray, "n"]
     labels: Int[np.ndarray, "n"]
     changed: Known | None = None
+    strangers: Known | None = None
+    setting: Vote | None = None
 
 
-def answer(held_out: HeldOut, metric: Metric) -> Known:
+def answer(held_out: HeldOut, metric: Metric, *, labelled: bool = True, balanced: bool = False) -> Known:
     """Answers the held-out queries; the result serves several fits.
 
     Args:
       held_out: queries of classes that the network was not trained on.
       metric: metric for the scores that use the uncertainty.
+      labelled: whether the gallery in use will have labels; otherwise only label-free scores are computed.
+      balanced: whether the vote is corrected for the sizes of classes, ``vote.Vote.balanced``.
 
     Returns:
       Their scores and whether their answers are right.
@@ -82,15 +112,37 @@ def answer(held_out: HeldOut, metric: Metric) -> Known:
     Raises:
       ValueError: for empty or mismatched input.
     """
+    queries, own = held_out.queries, held_out.own
+    gallery = queries if held_out.gallery is None else held_out.gallery
+    if held_out.gallery is None:
+        own = np.arange(len(queries.labels))
+    found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
+    vectors = queries.semantic, queries.labels, gallery.semantic, gallery.labels
+    setting = votes.chosen(*vectors, found, own, balanced=balanced) if labelled else None
 
-    def answers(queries: Embedded, own: Int[np.ndarray, "n"] | None) -> Known:
-        gallery = held_out.gallery
-        found = uncertainty.nearest_twenty(queries.semantic, None if gallery is None else gallery.semantic, own=own)
-        nearest = (queries if gallery is None else gallery).labels[found.index[:, 0]]
-        return Known(scores_of(queries, gallery, metric, own, found), nearest == queries.labels, queries.labels)
+    def answers(queries: Embedded, own: Int[np.ndarray, "n"] | None, found: uncertainty.Neighbours) -> Known:
+        scores = scores_of(queries, gallery, metric, own, found, setting=setting)
+        return Known(scores, gallery.labels[found.index[:, 0]] == queries.labels, queries.labels)
 
-    known, changed = answers(held_out.queries, held_out.own), held_out.changed
-    return known if changed is None else known._replace(changed=answers(changed, held_out.changed_own))
+    known = answers(queries, own, found)._replace(setting=setting)
+    if (changed := held_out.changed) is not None:
+        mine = held_out.changed_own
+        near = uncertainty.nearest_twenty(changed.semantic, gallery.semantic, own=mine)
+        known = known._replace(changed=answers(changed, mine, near))
+    return known._replace(strangers=_as_strangers(queries, gallery, own, metric, setting))
+
+
+def _as_strangers(
+    queries: Embedded, gallery: Embedded, own: Int[np.ndarray, "n"] | None, metric: Metric, setting: Vote | None
+) -> Known | None:
+    """The queries, each searching the gallery without its class; ``None`` if some query then finds nothing."""
+    hidden = queries.labels[:, None]
+    depth = min(20, int(visible.visible_rows(hidden, gallery.labels, own).min()))
+    if depth < 1:
+        return None
+    found = visible.nearest_of_other_classes(queries.semantic, hidden, gallery.semantic, gallery.labels, depth, own=own)
+    scores = scores_of(queries, gallery, metric, own, found, setting=setting, absent=queries.labels)
+    return Known(scores, np.zeros(len(queries.labels), bool), queries.labels)
 
 
 def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
@@ -107,16 +159,29 @@ def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
       ValueError: for non-finite scores, or none.
     """
     model = fit_model(known, names)
-    doubt = np.empty(len(known.correct))
     parts, changed_parts = _parts(known)
+    strangers = known.strangers
+    shared = [] if strangers is None else _shared(known, strangers, names)
+    if not shared:
+        strangers = None
+    knowing = None if strangers is None else _fit_knowing(known, strangers, shared)
+    doubt, mated, apart, right = (np.empty(len(known.correct)) for _ in range(4))
     for part in np.unique(parts):
         others = _rows(known, parts != part)
         if known.changed is not None and (changed_parts != part).any():
             others = others._replace(changed=_rows(known.changed, changed_parts != part))
         here = parts == part
         fitted = fit_model(others, names) if len(others.correct) else model
-        doubt[here] = 1.0 - confidence(fitted, {name: score[here] for name, score in known.scores.items()})
-    return Calibration(model, doubt, known.correct)
+        scores = _rows(known, here).scores
+        doubt[here] = 1.0 - confidence(fitted, scores)
+        if strangers is None or knowing is None:
+            continue
+        absent = _rows(strangers, here).scores
+        apart_model = _fit_knowing(others, _rows(strangers, parts != part), shared) if len(others.correct) else knowing
+        mated[here], apart[here] = confidence(apart_model, scores), confidence(apart_model, absent)
+        right[here] = confidence(fitted, filled(absent, fitted))
+    both = None if knowing is None else Strangers(knowing, mated, apart, right, known.labels)
+    return Calibration(model, doubt, known.correct, known.setting, both)
 
 
 def fit_model(known: Known, names: Collection[str] | None = None) -> Confidence:
@@ -137,6 +202,23 @@ def fit_model(known: Known, names: Collection[str] | None = None) -> Confidence:
         weights=np.concatenate(weights),
         products=True,
     )
+
+
+def _shared(known: Known, strangers: Known, names: Collection[str] | None) -> list[str]:
+    """Names of the scores that the queries have in both parts."""
+    return [n for n in known.scores if n in strangers.scores and (names is None or n in names)]
+
+
+def _fit_knowing(known: Known, strangers: Known, names: list[str]) -> Confidence:
+    """Fits the probability that a query is mated, each query playing both parts."""
+    scores = {name: np.concatenate([known.scores[name], strangers.scores[name]]) for name in names}
+    return fit_confidence(scores, np.repeat([True, False], [len(known.correct), len(strangers.correct)]))
+
+
+def filled(scores: dict[str, Float[np.ndarray, "n"]], model: Confidence) -> dict[str, Float[np.ndarray, "n"]]:
+    """The scores, and for those of the model that are missing its mean: a small gallery has fewer margins."""
+    size = len(next(iter(scores.values())))
+    return {n: scores.get(n, np.full(size, mean)) for n, mean in zip(model.names, model.mean, strict=True)}
 
 
 def _parts(known: Known) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"]]:

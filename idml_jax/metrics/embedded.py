@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from idml_jax import ism
-from idml_jax.metrics import introspective
+from idml_jax.metrics import introspective, uncertainty, vote
+from idml_jax.metrics.density import density_score
 from idml_jax.metrics.retrieval import Neighbours
+from idml_jax.metrics.vote import Vote
 
 
 class Embedded(NamedTuple):
@@ -44,15 +46,43 @@ def scores_of(
     metric: ism.Metric = ism.Metric(),  # noqa: B008 (immutable)
     own: Int[np.ndarray, "n"] | None = None,
     found: Neighbours | None = None,
+    *,
+    setting: Vote | None = Vote(),  # noqa: B008 (immutable)
+    absent: Int[np.ndarray, "n"] | None = None,
 ) -> dict[str, Float[np.ndarray, "n"]]:
-    """``introspective.answer_scores`` of embedded images; ``own`` and ``found`` as there."""
-    return introspective.answer_scores(
+    """All scores of the nearest image as the answer, larger = less certain.
+
+    ``introspective.answer_scores``, with ``own`` and ``found`` as there, ``density.density_score`` and
+    ``vote.label_scores``.
+
+    Args:
+      embedded: the queries; without a gallery every image queries all the others.
+      gallery: images that are searched.
+      metric: introspective metric.
+      own: gallery row of each query, which it leaves out.
+      found: the nearest images, if known.
+      setting: settings of the vote; ``None`` if the labels of the gallery are unknown: then only label-free scores.
+      absent: as in ``vote.label_scores``.
+    """
+    found = (
+        uncertainty.nearest_twenty(embedded.semantic, None if gallery is None else gallery.semantic, own=own)
+        if found is None
+        else found
+    )
+    scores = introspective.answer_scores(
         embedded.embedding,
         None if gallery is None else gallery.embedding,
         norms=embedded.semantic_norm,
         own=own,
         found=found,
         metric=metric,
+    )
+    searched, own = (embedded, np.arange(len(embedded.labels))) if gallery is None else (gallery, own)
+    scores |= density_score(embedded.semantic, searched.semantic, searched.labels, found, own, absent=absent)
+    if setting is None:
+        return scores
+    return scores | vote.label_scores(
+        embedded.semantic, searched.semantic, searched.labels, found, setting, own, absent=absent
     )
 
 
@@ -61,3 +91,8 @@ def joined(sets: Sequence[Embedded]) -> Embedded:
     columns = {name: [getattr(one, name) for one in sets] for name in Embedded._fields}
     whole: dict[str, Any] = {k: None if any(x is None for x in c) else np.concatenate(c) for k, c in columns.items()}
     return Embedded(**whole)
+
+
+def rows_of(embedded: Embedded, chosen: Int[np.ndarray, "k"] | Bool[np.ndarray, "n"]) -> Embedded:
+    """Some rows of a set."""
+    return Embedded(*(None if column is None else column[chosen] for column in embedded))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -102,6 +103,12 @@ def answer_scores(
     u = np.asarray(embedding.uncertainty, np.float64)
     scores["uncertainty"] = np.linalg.norm(u, axis=1)
     scores["pair_uncertainty"] = np.linalg.norm(u + np.asarray(answer.uncertainty, np.float64), axis=1)
-    one = lambda a, b: metric(*(jax.tree.map(lambda x: x[None], side) for side in (a, b)))[0, 0]
-    scores["introspective_distance"] = np.asarray(jax.jit(jax.vmap(one))(embedding, answer), np.float64)
+    scores["introspective_distance"] = np.asarray(_row_by_row(metric, embedding, answer), np.float64)
     return scores
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_by_row(metric: ism.Metric, a: ism.Embedding, b: ism.Embedding) -> Float[jax.Array, "n"]:
+    """Distance of each row of one side to the same row of the other; compiled once per metric and shape."""
+    one = lambda a, b: metric(*(jax.tree.map(lambda x: x[None], side) for side in (a, b)))[0, 0]
+    return jax.vmap(one)(a, b)

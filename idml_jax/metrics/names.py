@@ -67,6 +67,33 @@ TABLE: tuple[Described, ...] = (
         "share",
         "higher",
     ),
+    # The vote of the nearest images for a class.
+    Described("vote/top{k}", "Share of queries whose class is among the k with the most votes.", "share", "higher"),
+    Described("vote/nll", "Mean negative log-likelihood of the class under the vote.", "nats", "lower"),
+    Described("vote/ece", "Expected calibration error of the largest share of the vote.", "share", "lower"),
+    # Half of the classes are not in the gallery; means over several choices of them.
+    Described(
+        "open_set/AUROC({score})",
+        "Probability that the score is larger for a query whose class is not in the gallery than for another.",
+        "share",
+        "higher",
+    ),
+    Described(
+        "open_set/AURC({score})",
+        "Mean share of wrong answers, all to strangers among them, as the least sure are dropped.",
+        "share",
+        "lower",
+    ),
+    Described(
+        "open_set/TPIR@{fpir}({score})",
+        "Share of mated queries answered rightly where that share of strangers gets an answer.",
+        "share",
+        "higher",
+    ),
+    Described("open_set/answered", "Share of queries, half of them strangers, that are answered.", "share", "higher"),
+    Described("open_set/answered_precision", "Share of right answers among those; NaN without any.", "share", "higher"),
+    Described("open_set/strangers", "Share of strangers, as estimated from the scores.", "share", "neither"),
+    Described("open_set/{what}_std", "Standard deviation over the choices of classes.", "share", "lower"),
     # The uncertainty itself.
     Described("uncertainty_mean", "Mean length of the uncertainty embedding.", "length", "neither"),
     Described("uncertainty_std", "Standard deviation of the length of the uncertainty embedding.", "length", "neither"),
@@ -112,6 +139,10 @@ _SHOWN = (
     "R-AUROC(margin_20)",
     "R-AUROC(ratio_20)",
     "R-AUROC(confidence)",
+    "R-AUROC(vote_share)",
+    "vote/top1",
+    "open_set/AUROC(confidence)",
+    "open_set/TPIR@0.1(confidence)",
     "answered",
     "answered_precision",
     "AUROC_error(u)",
@@ -140,6 +171,10 @@ _COMPARED = (
     "R-AUROC(margin_10)",
     "R-AUROC(nearest_distance)",
     "R-AUROC(confidence)",
+    "R-AUROC(vote_share)",
+    "vote/top1",
+    "open_set/AUROC(confidence)",
+    "open_set/TPIR@0.1(confidence)",
     "spearman(u,ambiguity)",
     "corrupted/R@1",
     "corrupted/R-AUROC(uncertainty)",
@@ -184,4 +219,4 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile("".join(_PARTS.get(part, r"\w+") if part[:1] == "{" else re.escape(part) for part in parts))
 
 
-_PARTS = {"{k}": r"\d+"}
+_PARTS = {"{k}": r"\d+", "{fpir}": r"[\w.]+", "{what}": r"[\w.@(),]+"}

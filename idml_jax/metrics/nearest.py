@@ -78,7 +78,7 @@ def nearest(
     squares = np.empty((len(queries), k))
     found = np.empty((len(queries), k), np.int32)
     unsure = np.zeros(len(queries), bool)
-    rounding = _rounding(near.shape[1])
+    share = rounding(near.shape[1])
     largest = np.sqrt(norms.max(), dtype=np.float64)
     for cut in _chunks(len(queries), wide * queries.shape[1]):
         exact = _squares(queries[cut, None, :], gallery[index[cut]])
@@ -86,7 +86,7 @@ def nearest(
         found[cut] = np.take_along_axis(index[cut], order[:, :k], axis=1)
         exact = np.take_along_axis(exact, order, axis=1)
         squares[cut] = exact[:, :k]
-        bound = rounding * (np.sqrt(near_norms[cut], dtype=np.float64) + largest) ** 2
+        bound = share * (np.sqrt(near_norms[cut], dtype=np.float64) + largest) ** 2
         # Up to rounding, any row that is not listed is at least as far as the last listed one.
         unsure[cut] = exact[:, -1] - exact[:, k - 1] <= 2 * bound
     if wide < others and unsure.any():
@@ -114,11 +114,11 @@ def _among_all(
     distinct = gallery[first]
     (near, near_norms), (far, norms) = moved(queries[chosen], distinct)
     lengths = np.sqrt(norms, dtype=np.float64)
-    rounding = _rounding(gallery.shape[1])
+    share = rounding(gallery.shape[1])
     for start, distances in ranking.all_distances(near, near_norms, far, norms, devices):
         for place, approximate in enumerate(distances, start):
             query = chosen[place]
-            bound = rounding * (np.sqrt(float(near_norms[place])) + lengths) ** 2
+            bound = share * (np.sqrt(float(near_norms[place])) + lengths) ** 2
             some = np.flatnonzero(approximate <= squares[query, -1] + bound)
             exact = np.concatenate(
                 [_squares(queries[query], distinct[some[cut]]) for cut in _chunks(len(some), gallery.shape[1])]
@@ -136,7 +136,7 @@ def _among_all(
             squares[query], found[query] = distance[order], index[order]
 
 
-def _rounding(width: int) -> float:
+def rounding(width: int) -> float:
     """Rounding error of a squared distance by products, as a share of (|a| + |b|)^2; errors add like a random walk."""
     return (4 * np.sqrt(width) + 16) * float(np.finfo(np.float32).eps) / 2
 

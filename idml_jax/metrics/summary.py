@@ -9,15 +9,24 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from idml_jax.ism import Metric
-from idml_jax.metrics import calibration, clustering, introspective, retrieval, uncertainty
-from idml_jax.metrics.calibration import Calibration, HeldOut
+from idml_jax.metrics import calibration, clustering, introspective, open_set, retrieval, strangers, uncertainty, vote
+from idml_jax.metrics.calibration import Calibration, HeldOut, Known
 from idml_jax.metrics.confidence import confidence
 from idml_jax.metrics.embedded import Embedded, joined, scores_of
 from idml_jax.metrics.retrieval import Ranks
+from idml_jax.metrics.vote import Vote
 
 __all__ = [
     "Embedded", "HeldOut", "ambiguity_report", "corrupted_report", "full_report", "retrieval_report", "scores_of"
 ]  # fmt: skip
+
+
+# Joined scores besides the confidence, and the scores that each does without.
+JOINED = {
+    "unlearned_confidence": introspective.LEARNED,
+    "label_free_confidence": vote.LABELLED,
+    "free_confidence": (*introspective.LEARNED, *vote.LABELLED, "answer_density"),
+}
 
 
 def _searched(gallery: Embedded | None) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -64,11 +73,11 @@ def full_report(
     Returns:
       The metrics, and warnings about the uncertainty, one line each. Metrics: those of ``retrieval_report``;
       ``R@1_low`` and ``R@1_high`` (95% bootstrap); ``NMI``, ``AMI``, ``F1``; ``R-AUROC(score)``, ``AURC(score)`` and
-      ``E-AURC(score)`` for every score of ``introspective.answer_scores``, baseline scores first; with an uncertainty
+      ``E-AURC(score)`` for every score of ``scores_of``, baseline scores first; ``vote/...`` of ``vote.accuracy``;
+      ``open_set/...`` of ``open_set.report``; with an uncertainty
       ``R-AUROC(uncertainty)_low`` and ``_high``, ``introspective/R@1`` and ``introspective/MAP@R`` (ranking by D) and
-      ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined and
-      ``R-AUROC(free_confidence)`` of the baseline scores joined; ``answered`` and ``answered_precision`` up to the
-      threshold.
+      ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined,
+      and of those in ``JOINED``; ``answered`` and ``answered_precision`` up to the threshold.
 
     Raises:
       ValueError: for empty, mismatched or non-finite input.
@@ -82,7 +91,10 @@ def full_report(
         clusters = clustering.kmeans(embedded.semantic, classes, seed).labels
         for name in ("nmi", "ami", "f1"):
             report[name.upper()] = getattr(clustering, name)(embedded.labels, clusters)
-    scores = scores_of(embedded, gallery, metric)
+    known = _answered(held_out, metric)
+    found = uncertainty.nearest_twenty(embedded.semantic, _searched(gallery)[0])
+    report |= _vote_report(embedded, gallery, ranks, found, _setting(known))
+    scores = scores_of(embedded, gallery, metric, found=found, setting=_setting(known))
     for name, score in scores.items():
         curve = uncertainty.risk_coverage(score, ranks.nearest_correct)
         report[f"R-AUROC({name})"] = uncertainty.r_auroc(score, ranks.nearest_correct)
@@ -93,9 +105,11 @@ def full_report(
         warnings = uncertainty.failure_signs(embedded.semantic, embedded.uncertainty)
         if ambiguity is not None:
             report["spearman(u,ambiguity)"] = uncertainty.spearman(embedded.uncertainty_norm, ambiguity)
-    if held_out is not None:
-        held_out = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
-        report |= _threshold_report(scores, ranks, held_out, metric, precision)
+    fitted = None
+    if known is not None:
+        more, fitted = _threshold_report(scores, ranks, known, precision)
+        report |= more
+    report |= open_set.report(embedded, gallery, metric, fitted, precision=precision, seed=seed)
     return {k: float(v) for k, v in report.items()}, warnings
 
 
@@ -120,14 +134,38 @@ def _uncertainty_report(
     return report | {f"introspective/{name}": side[name] for name in (f"R@{ks[0]}", "MAP@R")}
 
 
-def _threshold_report(
-    scores: Mapping[str, np.ndarray], ranks: Ranks, held_out: HeldOut, metric: Metric, precision: float
+def _answered(held_out: HeldOut | Embedded | None, metric: Metric) -> Known | None:
+    if held_out is None:
+        return None
+    return calibration.answer(held_out if isinstance(held_out, HeldOut) else HeldOut(held_out), metric)
+
+
+def _setting(known: Known | None) -> Vote:
+    """Settings of the vote: those chosen on the held-out classes, or the default."""
+    return Vote() if known is None or known.setting is None else known.setting
+
+
+def _vote_report(
+    embedded: Embedded, gallery: Embedded | None, ranks: Ranks, found: retrieval.Neighbours, setting: Vote
 ) -> dict[str, float]:
+    """Accuracy of the vote of the nearest images as a classifier."""
+    searched = embedded if gallery is None else gallery
+    own = np.arange(len(embedded.labels)) if gallery is None else None
+    ballot = vote.cast(embedded.semantic, searched.semantic, searched.labels, found, setting, own)
+    quality = vote.accuracy(ballot, embedded.labels, searched.labels, ranks.positives == 0)
+    return {f"vote/{name}": value for name, value in quality.items()}
+
+
+def _threshold_report(
+    scores: Mapping[str, np.ndarray], ranks: Ranks, known: Known, precision: float
+) -> tuple[dict[str, float], Calibration]:
     """A confidence from all scores and its threshold, both fitted on held-out classes, applied to the queries."""
-    report, fitted = _confidence_report(scores, ranks.nearest_correct, held_out, metric)
-    threshold = uncertainty.threshold_for_precision(fitted.doubt, fitted.correct, precision)
+    report, fitted = _confidence_report(scores, ranks.nearest_correct, known)
+    share = strangers.estimated_share(fitted, scores)
+    unsure = 1.0 - strangers.judge(fitted, scores, share).sure
+    rule = strangers.rule(fitted, share, precision)
+    selected = uncertainty.selective(unsure, ranks.nearest_correct, rule.value)
     doubt = 1.0 - confidence(fitted.model, scores)
-    selected = uncertainty.selective(doubt, ranks.nearest_correct, threshold)
     curve = uncertainty.risk_coverage(doubt, ranks.nearest_correct)
     return report | {
         "AURC(confidence)": curve.aurc,
@@ -135,20 +173,18 @@ def _threshold_report(
         "wanted_precision": precision,
         "answered": selected["coverage"],
         "answered_precision": selected["precision"],
-    }
+    }, fitted
 
 
 def _confidence_report(
-    scores: Mapping[str, np.ndarray], correct: np.ndarray, held_out: HeldOut, metric: Metric
+    scores: Mapping[str, np.ndarray], correct: np.ndarray, known: Known
 ) -> tuple[dict[str, float], Calibration]:
-    """R-AUROC of all scores joined and of the baseline scores joined; also the fit of all scores."""
-    known = calibration.answer(held_out, metric)
-    free = {name: score for name, score in scores.items() if name not in introspective.LEARNED}
+    """R-AUROC of all scores joined and of parts of them joined; also the fit of all scores."""
     fitted = calibration.fit(known, scores)
-    report = {
-        f"R-AUROC({name})": uncertainty.r_auroc(1.0 - confidence(model, scores), correct)
-        for name, model in (("confidence", fitted.model), ("free_confidence", calibration.fit(known, free).model))
+    models = {"confidence": fitted.model} | {
+        name: calibration.fit_model(known, [n for n in scores if n not in without]) for name, without in JOINED.items()
     }
+    report = {f"R-AUROC({n})": uncertainty.r_auroc(1.0 - confidence(m, scores), correct) for n, m in models.items()}
     return report, fitted
 
 
@@ -179,10 +215,11 @@ def corrupted_report(
     own = np.tile(own, 1 + len(changed))
     found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
     correct = gallery.labels[found.index[:, 0]] == queries.labels
-    scores = scores_of(queries, gallery, metric, own, found)
+    known = _answered(held_out, metric)
+    scores = scores_of(queries, gallery, metric, own, found, setting=_setting(known))
     report = {f"R-AUROC({name})": uncertainty.r_auroc(score, correct) for name, score in scores.items()}
-    if held_out is not None:
-        report |= _confidence_report(scores, correct, held_out, metric)[0]
+    if known is not None:
+        report |= _confidence_report(scores, correct, known)[0]
     return {f"corrupted/{name}": float(value) for name, value in ({"R@1": correct.mean()} | report).items()}
 
 

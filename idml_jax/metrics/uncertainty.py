@@ -15,8 +15,8 @@ from idml_jax.metrics import binomial
 from idml_jax.metrics.checks import Array, embedding_rows, score_column
 from idml_jax.metrics.retrieval import Neighbours, neighbours
 
-# Coverages of the thresholds that are tested.
-_COVERAGES = np.arange(2, 21) / 20
+# Coverages of the thresholds that are tested, in this order.
+_COVERAGES = np.r_[0.05, 0.075, np.arange(2, 21) / 20]
 
 
 class RiskCoverage(NamedTuple):
@@ -280,8 +280,11 @@ def threshold_for_precision(
 
     With a confidence, the true precision of the answers is below the wanted one in at most that share (1 - confidence)
     of such choices, for independent queries: three right answers of three do not prove 99%, and the best of many
-    thresholds is good by luck as well. So thresholds at coverages of 10%, 15%, ..., 100% are tested by the exact
-    binomial test at `binomial.joint_level`. Without a confidence (None) the share seen is compared, at every threshold.
+    thresholds is good by luck as well. So thresholds are tested one after the other, the smallest coverage first, each
+    by the exact binomial test, and the first that fails ends it (a fixed sequence of hypotheses needs no correction:
+    Maurer, Hothorn, Lehmacher, 1995; Angelopoulos et al., "Learn then Test", 2021). The coverages are 5%, 7.5%,
+    10%, 15%, ..., 100%; see `_first_to_test`. Without a confidence (None) the share seen is compared, at
+    every threshold.
 
     Wanting more than the data can show gives reached=False and a threshold that always abstains. Raises ValueError for
     bad input or levels outside (0, 1].
@@ -302,16 +305,33 @@ def threshold_for_precision(
     else:
         last = np.unique(last[np.maximum(np.searchsorted(last + 1, _COVERAGES * len(scores), side="right") - 1, 0)])
         share = rights[last] / (last + 1)
-        tails = [binomial.upper_tail(kept, precision) for kept in last + 1]
-        level = binomial.joint_level(last + 1, tails, precision, 1.0 - confidence)
-        good = np.flatnonzero([tail[right] < level for tail, right in zip(tails, rights[last], strict=True)])
-        bound = np.array([binomial.lower_bound(int(rights[i]), int(i) + 1, level) for i in last])
+        risk = 1.0 - confidence
+        tails = [binomial.upper_tail(int(kept), precision) for kept in last + 1]
+        passed = np.asarray([tail[right] < risk for tail, right in zip(tails, rights[last], strict=True)])
+        start = _first_to_test(tails, risk)
+        good = start + np.flatnonzero(np.logical_and.accumulate(passed[start:]))
+        bound = np.array([binomial.lower_bound(int(rights[i]), int(i) + 1, risk) for i in last])
     if len(good):
         i = good[-1]
         kept = float((last[i] + 1) / len(scores))
         return Threshold(float(scores[last[i]]), True, kept, float(share[i]), float(bound[i]))
     best = np.argmax(bound)
     return Threshold(float("-inf"), False, 0.0, float(share[best]), float(bound[best]))
+
+
+def _first_to_test(tails: Sequence[Float[np.ndarray, "total+1"]], risk: float) -> int:
+    """The first of nested samples to test.
+
+    It would pass with two wrong answers, or else with one, if it is at most a quarter of all; else it is the first that
+    would pass with none, or the last.
+
+    It depends on the sizes of the samples alone, not on the answers, so that the order of the tests is fixed.
+    """
+    for wrong, most in ((2, len(tails[-1]) / 4), (1, len(tails[-1]) / 4), (0, len(tails[-1]))):
+        for place, tail in enumerate(tails):
+            if wrong + 1 < len(tail) <= most and tail[-1 - wrong] < risk:
+                return place
+    return len(tails) - 1
 
 
 def selective(

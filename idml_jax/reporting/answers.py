@@ -20,13 +20,27 @@ from idml_jax.runtime.files import without_nan
 
 SHEET_ROWS = 40
 Reader = Callable[[str], UInt8[np.ndarray, "h w 3"] | None]  # thumbnail of the image with a name
-Near = TypedDict("Near", {"file": str, "class": str | None, "distance": float, "introspective_distance": float | None})
+Near = TypedDict(
+    "Near",
+    {
+        "file": str,
+        "class": str | None,
+        "distance": float,
+        "introspective_distance": float | None,
+        "speaks": bool,  # for the answer: it is of the answer's class
+    },
+)
+Share = TypedDict("Share", {"class": str | None, "share": float})
+VOTES = 5  # classes listed
 Row = TypedDict(
     "Row",
     {
         "query": str,
         "class": str | None,
+        "answer": str | None,
         "sure": float | None,
+        "known": float | None,
+        "votes": list[Share],
         "uncertainty": float | None,
         "margin": float | None,
         "answered": bool,
@@ -55,6 +69,8 @@ def records(queries: Index, index: Index, answers: Answers, own: Int[np.ndarray,
                 "class": index.class_of(row),
                 "distance": float(answers.distance[i, j]),
                 "introspective_distance": optional(answers.introspective, (i, j)),
+                "speaks": index.class_names is not None
+                and bool(index.embedded.labels[row] == index.embedded.labels[answers.index[i, 0]]),
             }
             for j, row in enumerate(answers.index[i].tolist())
         ]
@@ -62,7 +78,10 @@ def records(queries: Index, index: Index, answers: Answers, own: Int[np.ndarray,
             {
                 "query": str(file),
                 "class": known_class(i),
+                "answer": index.class_of(int(answers.index[i, 0])) if answers.answered[i] else None,
                 "sure": optional(answers.sure, i),
+                "known": optional(answers.known, i),
+                "votes": _votes(index, answers, i) if answers.answered[i] else [],
                 "uncertainty": optional(answers.uncertainty, i),
                 "margin": optional(answers.margin, i),
                 "answered": bool(answers.answered[i]),
@@ -70,6 +89,20 @@ def records(queries: Index, index: Index, answers: Answers, own: Int[np.ndarray,
             }
         )
     return without_nan(rows)
+
+
+def _votes(index: Index, answers: Answers, query: int) -> list[Share]:
+    """The classes with the largest shares of the vote."""
+    if answers.vote is None or answers.voters is None:
+        return []
+    listed = [place for place in answers.vote.places[query].tolist() if answers.vote.first[query, place]]
+    return [
+        {
+            "class": index.class_of(int(answers.voters[query, place])),
+            "share": float(answers.vote.share[query, place]),
+        }
+        for place in listed[:VOTES]
+    ]
 
 
 def as_table(rows: list[Row]) -> str:
@@ -87,7 +120,14 @@ def as_table(rows: list[Row]) -> str:
 
 def _facts(row: Row) -> list[str]:
     facts = [] if row["answered"] else ["no answer"]
-    values = ((row["sure"], "sure {:.0%}"), (row["uncertainty"], "|u| {:.2f}"), (row["margin"], "margin {:.3f}"))
+    if row["answer"] is not None:
+        facts.append(f"answer {printable(row['answer'])}")
+    values = (
+        (row["sure"], "sure {:.0%}"),
+        (row["known"], "known {:.0%}"),
+        (row["uncertainty"], "|u| {:.2f}"),
+        (row["margin"], "margin {:.3f}"),
+    )
     return facts + [form.format(value) for value, form in values if value is not None]
 
 

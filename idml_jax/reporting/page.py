@@ -12,6 +12,7 @@ from idml_jax.inference.model import load
 from idml_jax.metrics import calibration, confidence, retrieval
 from idml_jax.metrics.names import compared
 from idml_jax.metrics.summary import Embedded, retrieval_report, scores_of
+from idml_jax.metrics.vote import Vote
 from idml_jax.reporting import html as pages
 from idml_jax.reporting import plots
 from idml_jax.reporting import sections as parts
@@ -47,10 +48,12 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     own = np.arange(len(queries)) if separate is None else None
     k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
     found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
-    scores = scores_of(embedded, searched, model.metric, own)
     held_out = held_out_queries(evaluation)
-    if held_out is not None:
-        fitted = calibration.calibrate(held_out, model.metric, scores).model
+    known = None if held_out is None else calibration.answer(held_out, model.metric)
+    setting = Vote() if known is None else known.setting
+    scores = scores_of(embedded, searched, model.metric, own, setting=setting)
+    if known is not None:
+        fitted = calibration.fit_model(known, scores)
         scores["confidence"] = 1.0 - confidence.confidence(fitted, scores)
     correct = searched.labels[found.index[:, 0]] == embedded.labels
     figures = retrieval_report(embedded, model.config.eval.ks, None if separate is None else searched)

@@ -14,7 +14,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.metrics import uncertainty
 from idml_jax.metrics.summary import Embedded
 from idml_jax.reporting import html as pages
-from idml_jax.reporting import plots
+from idml_jax.reporting import open_set, plots
 from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.training.tasks import Task, task_of
 
@@ -26,9 +26,12 @@ SCORE_NAMES = {
     "pair_uncertainty": "|u + u'| of query and answer", "introspective_distance": "introspective distance",
     "nearest_distance": "distance to the nearest", "margin_2": "margin 1st to 2nd", "margin_10": "margin 1st to 10th",
     "margin_20": "margin 1st to 20th", "ratio_20": "distance to the 1st over that to the 20th",
-    "norm": "norm before normalising",
+    "norm": "norm before normalising", "vote_share": "vote of the nearest for the answer's class",
+    "vote_rival": "vote for another class over that for the answer's",
+    "agreement": "nearest of another class than the answer", "class_margin": "margin to the nearest of another class",
+    "answer_density": "similarity to the answer, less that of its 10th neighbour",
 }  # fmt: skip
-DRAWN = ("confidence", "uncertainty", "ratio_20", "margin_20", "nearest_distance", "norm")
+DRAWN = ("confidence", "vote_share", "uncertainty", "ratio_20", "margin_20", "nearest_distance", "norm")
 
 
 class Seen(NamedTuple):
@@ -236,6 +239,11 @@ def knowing(seen: Seen, images: Thumbnails) -> Markup:
     )
 
 
+def strangers(seen: Seen, images: Thumbnails) -> Markup:
+    """Queries whose class is not among the images searched."""
+    return open_set.table(seen.result.get("best", {}), SCORE_NAMES)
+
+
 def ambiguity(seen: Seen, images: Thumbnails) -> Markup:
     """Uncertainty against the known ambiguity, and on changed images."""
     parts, best = [], seen.result.get("best", {})
@@ -372,6 +380,7 @@ SECTIONS: dict[str, Section] = {
     "training": training,
     "predictions": predictions,
     "knowing": knowing,
+    "strangers": strangers,
     "ambiguity": ambiguity,
     "answers": answers,
     "extremes": extremes,

@@ -28,6 +28,7 @@ class Classification:
         "training",
         "predictions",
         "knowing",
+        "strangers",
         "ambiguity",
         "answers",
         "extremes",

@@ -1,0 +1,192 @@
+"""How sure the answers of a search are: the calibration on held-out images, the rule for answers, and what came out."""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from idml_jax.errors import UserError
+from idml_jax.inference.index import Index, Numbered, check_comparable, labels_in_common, own_rows
+from idml_jax.inference.model import Trained
+from idml_jax.inference.search import open_index
+from idml_jax.metrics import calibration, strangers, visible
+from idml_jax.metrics.calibration import Calibration, HeldOut
+from idml_jax.metrics.embedded import joined, rows_of
+from idml_jax.metrics.strangers import Rule
+
+
+class Wanted(NamedTuple):
+    """What is wanted of the answers.
+
+    Attributes:
+      precision: share of right answers; ``None``: any.
+      strangers: share of the queries of unknown classes that may get an answer; ``None``: any.
+      balanced: whether votes count less for classes with many images.
+    """
+
+    precision: float | None = None
+    strangers: float | None = None
+    balanced: bool = False
+
+    @property
+    def some(self) -> bool:
+        """Whether answers may have to be left out."""
+        return self.precision is not None or self.strangers is not None
+
+
+class Confidence(NamedTuple):
+    """The confidence model of answers.
+
+    Attributes:
+      calibrated: fitted model; ``None`` if there is nothing to fit it on.
+      source: where it comes from, for the note below the answers.
+    """
+
+    calibrated: Calibration | None
+    source: str
+
+
+def held_out_beside(held_out: Index, index: Index) -> HeldOut:
+    """The held-out images as queries that search each other and the images of an index.
+
+    So the confidence is fitted in a gallery that is at least as large and as dense as the one in use. Classes are the
+    same if they have the same name; classes that have only numbers are taken as different ones. Images of the index
+    that are themselves held out count once.
+
+    Args:
+      held_out: embeddings with classes.
+      index: embeddings that are searched.
+    """
+    queries, others = held_out.embedded, index.embedded
+    twice = own_rows(held_out, index)
+    kept = np.ones(len(others.labels), bool)
+    if twice is not None:
+        kept[twice[twice >= 0]] = False
+    if held_out is index or not kept.any():
+        return HeldOut(queries)
+    if index.class_names is None:
+        labels = np.full(len(others.labels), -1)
+    elif isinstance(index.class_names, Numbered) or isinstance(held_out.class_names, Numbered):
+        labels = others.labels + int(queries.labels.max()) + 1
+    else:
+        own_labels, labels, _ = labels_in_common(held_out, index)
+        queries = queries._replace(labels=own_labels)
+    gallery = joined([queries, rows_of(others._replace(labels=labels), kept)])
+    return HeldOut(queries, gallery, np.arange(len(queries.labels)))
+
+
+def confidence_for(
+    held_out: str,
+    index: Index,
+    named: str,
+    model: Callable[[], Trained],
+    names: Collection[str],
+    wanted: Wanted = Wanted(),  # noqa: B008 (immutable)
+) -> Confidence:
+    """Fits the confidence of answers from an index, on held-out images or on the index itself.
+
+    Args:
+      held_out: a file of embeddings, or images in class folders; empty: the index itself.
+      index: embeddings to search; its settings of the metric are used.
+      named: name of the index in messages.
+      model: loads the network, if images must be embedded.
+      names: names of the scores that queries will have.
+      wanted: what is wanted of the answers.
+
+    Raises:
+      UserError: if classes are needed and unknown, if there are fewer than two, or if the two sets cannot be compared.
+    """
+    others, what = index, "the index itself, each image searching the others"
+    if held_out:
+        others, what = open_index(held_out, "--held_out", model), held_out
+        check_comparable(others, index, what, named)
+    if others.class_names is None:
+        if wanted.some or held_out:
+            raise UserError(
+                f"{held_out or named}: its classes are unknown, so nothing tells how sure an answer is; give "
+                "--held_out, a file or a folder of class folders"
+            )
+        return Confidence(None, "how sure answers are is unknown: neither --held_out nor an index with classes")
+    if len(np.unique(others.embedded.labels)) < 2:
+        raise UserError("the held-out images are of one class; at least 2 are needed to tell right from wrong")
+    found = held_out_beside(others, index)
+    known = calibration.answer(found, index.metric, labelled=index.class_names is not None, balanced=wanted.balanced)
+    fitted = calibration.fit(known, names)
+    return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {what}")
+
+
+def rule_for(confidence: Confidence, scores: dict[str, Float[np.ndarray, "n"]], wanted: Wanted) -> Rule | None:
+    """The rule for answers; the share of strangers is estimated from the scores. ``None`` without a calibration.
+
+    Raises:
+      UserError: if a share of strangers is wanted and the held-out images cannot play strangers.
+    """
+    if confidence.calibrated is None:
+        return None
+    share = strangers.estimated_share(confidence.calibrated, scores)
+    try:
+        return strangers.rule(confidence.calibrated, share, wanted.precision, wanted.strangers)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+
+
+def note_of(confidence: Confidence, rule: Rule | None, wanted: Wanted) -> str:
+    """A line that says where the confidence comes from, and what the rule did on the held-out queries."""
+    if rule is None:
+        return confidence.source
+    parts = [confidence.source]
+    if confidence.calibrated is not None and confidence.calibrated.open is None:
+        parts.append("their classes are too few to play strangers, so every query's class is taken to be in the index")
+    elif rule.share > 0:
+        parts.append(f"by their scores, about {rule.share:.0%} of these queries are of classes that the index lacks")
+    if (threshold := rule.precision) is not None:
+        if not threshold.reached:
+            parts.append(f"{wanted.precision:.0%} right answers cannot be reached on them: nothing is answered")
+        else:
+            mixed = f" ({rule.held_out.stranger.mean():.0%} strangers)" if rule.held_out.stranger.any() else ""
+            told = f"{threshold.coverage:.0%} are answered, {threshold.precision:.1%} rightly"
+            parts.append(f"of the held-out queries{mixed} {told}")
+    if rule.strangers is not None:
+        told = f"at most {wanted.strangers:.3g} of the strangers are to be answered"
+        never = " (they are too few to show it: nothing is answered)" if rule.strangers == float("-inf") else ""
+        parts.append(told + never)
+    return "; ".join(parts)
+
+
+def outcome(
+    queries: Index,
+    index: Index,
+    own: Int[np.ndarray, "n"] | None,
+    nearest: Int[np.ndarray, "n"],
+    answered: Bool[np.ndarray, "n"],
+) -> str:
+    """What came out on queries with classes, as a line; empty if the classes of one side are unknown.
+
+    Args:
+      queries: the queries.
+      index: embeddings that were searched.
+      own: row of the index of each query itself; -1: none.
+      nearest: row of the index of each answer.
+      answered: whether it was given.
+    """
+    if queries.class_names is None or index.class_names is None:
+        return ""
+    asked, labels, comparable = labels_in_common(queries, index)
+    if not comparable:
+        return "the classes of one side are named and those of the other numbered: what came out is unknown"
+    size = visible.sizes_of(asked, labels)
+    if own is not None:
+        size = size - ((own >= 0) & (labels[np.maximum(own, 0)] == asked))
+    mated, right = size > 0, labels[nearest] == asked
+    told = f"these queries: {int(answered.sum()):,} of {len(asked):,} answered"
+    if answered.any():
+        told += f", {right[answered].mean():.1%} rightly"
+    if not mated.any():
+        names = list(dict.fromkeys(queries.class_names[int(label)] for label in asked))
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return f"{told}; no query's class ({shown}) is in the index, so no answer can be right"
+    if not mated.all():
+        gone, given = int((~mated).sum()), int((answered & ~mated).sum())
+        told += f"; {gone:,} are of classes that the index lacks, {given:,} of them answered"
+    return told
