@@ -14,5 +14,7 @@ install_into_venv "$EXTRAS" -e "$ROOT[$EXTRAS]" -c "$ROOT/requirements.txt"
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m mypy
+# One process per core: threads of numpy's and PyTorch's linear algebra would only get in each other's way.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 # JAX compiles on one core, so one process per core makes the suite fast.
 exec "$VENV_PYTHON" -m pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile "$@"
