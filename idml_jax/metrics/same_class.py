@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from idml_jax.metrics.checks import Array, embedding_rows, label_column
 from idml_jax.metrics.class_folds import fold_classes
 from idml_jax.metrics.confidence import Confidence, confidence, fit_confidence
+from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.pair_scores import PairScore, Scored, cosine, fit_plda
-from idml_jax.metrics.verification import FMRS, Rates, pair_scores, verify, verify_within
+from idml_jax.metrics.verification import FMRS, Rates, Verification, pair_scores, verify, verify_within
 
 SHRINKAGES = (0.03, 0.3, 3.0)
 FOLDS = 4
@@ -128,3 +129,47 @@ def _model(sets: Sequence[tuple[Scored, Int[np.ndarray, "_"]]]) -> Confidence:
 
 def _thinned(scores: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
     return scores[np.unique(np.linspace(0, len(scores) - 1, min(len(scores), _ENTRIES)).astype(int))]
+
+
+def report(
+    embedded: Embedded,
+    gallery: Embedded | None = None,
+    held_out: Embedded | None = None,
+    *,
+    fmrs: Sequence[float] = FMRS,
+    seed: int = 0,
+) -> tuple[dict[str, float], list[str]]:
+    """Verification over all pairs, of one set or of queries and gallery.
+
+    Args:
+      embedded: queries.
+      gallery: embeddings to compare them with; without one all pairs of the queries.
+      held_out: images of classes that are neither training nor test classes, which choose score and thresholds.
+      fmrs: wanted FMR.
+      seed: seed of the folds of held-out classes.
+
+    Returns:
+      ``verification/AUROC``, ``EER`` and ``FNMR@f`` of the cosine similarity; with held-out classes
+      ``verification/chosen/EER``, ``FMR@f`` and ``FNMR@f`` of the score and thresholds chosen on them; and warnings.
+    """
+
+    def measured(score: PairScore, thresholds: Sequence[float] = ()) -> Verification:
+        searched = (None, None) if gallery is None else (score(gallery.semantic), gallery.labels)
+        return verify(score(embedded.semantic), embedded.labels, *searched, fmrs=fmrs, thresholds=thresholds)
+
+    found = measured(cosine)
+    rates = {"AUROC": found.auroc} | ({"AUROC_error": found.auroc_error} if found.auroc_error else {})
+    rates |= {"EER": found.eer} | {f"FNMR@{fmr:g}": at.fnmr for fmr, at in found.at_fmr.items()}
+    warnings = []
+    if held_out is not None:
+        try:
+            judge = fit_judge(held_out.semantic, held_out.labels, fmrs=fmrs, seed=seed)
+        except ValueError as error:
+            warnings.append(f"no verification threshold from the held-out classes: {error}")
+        else:
+            reached = {fmr: at.threshold for fmr, at in judge.at_fmr.items() if not np.isnan(at.threshold)}
+            chosen = measured(judge.score, list(reached.values()))
+            rates["chosen/EER"] = chosen.eer
+            for fmr, at in zip(reached, chosen.at_threshold, strict=True):
+                rates |= {f"chosen/FMR@{fmr:g}": at.fmr, f"chosen/FNMR@{fmr:g}": at.fnmr}
+    return {f"verification/{name}": float(value) for name, value in rates.items()}, warnings

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from idml_jax.ism import Metric
-from idml_jax.metrics import calibration, clustering, introspective, retrieval, uncertainty
+from idml_jax.metrics import calibration, clustering, introspective, retrieval, same_class, uncertainty
 from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.confidence import confidence
 from idml_jax.metrics.embedded import Embedded, joined, scores_of
@@ -68,7 +68,7 @@ def full_report(
       ``R-AUROC(uncertainty)_low`` and ``_high``, ``introspective/R@1`` and ``introspective/MAP@R`` (ranking by D) and
       ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined and
       ``R-AUROC(free_confidence)`` of the baseline scores joined; ``answered`` and ``answered_precision`` up to the
-      threshold.
+      threshold; ``verification/...`` of ``same_class.report``.
 
     Raises:
       ValueError: for empty, mismatched or non-finite input.
@@ -96,6 +96,9 @@ def full_report(
     if held_out is not None:
         held_out = held_out if isinstance(held_out, HeldOut) else HeldOut(held_out)
         report |= _threshold_report(scores, ranks, held_out, metric, precision)
+    others = held_out.queries if isinstance(held_out, HeldOut) else held_out
+    pairs, told = same_class.report(embedded, gallery, others, seed=seed)
+    report, warnings = report | pairs, warnings + told
     return {k: float(v) for k, v in report.items()}, warnings
 
 
