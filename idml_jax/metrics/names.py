@@ -48,7 +48,7 @@ TABLE: tuple[Described, ...] = (
     Described("CMC_queries", "Queries with an image of their class in another group.", "images", "neither"),
     Described("reranked/R@{k}", "R@k after re-ranking.", "share", "higher"),
     Described("reranked/P@{k}", "P@k after re-ranking.", "share", "higher"),
-    Described("reranked/mAP", "mAP after re-ranking, over the ranks that it gives.", "share", "higher"),
+    Described("reranked/MAP@R", "MAP@R after re-ranking.", "share", "higher"),
     # Verification: is it the same class?
     Described(
         "verification/AUROC", "Probability that a pair of one class is more similar than another.", "share", "higher"
@@ -221,4 +221,4 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile("".join(_PARTS.get(part, r"\w+") if part[:1] == "{" else re.escape(part) for part in parts))
 
 
-_PARTS = {"{k}": r"\d+", "{fmr}": r"[\w.]+"}
+_PARTS = {"{k}": r"\d+", "{fmr}": r"[\w.-]+"}
