@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
         "--absolute", action=argparse.BooleanOptionalAction, help="the absolute form of the metric; default: the file's"
     )
     parser.add_argument("--ranked", action="store_true", help="add P@K and mAP over all ranks")
-    parser.add_argument("--exclude", default="", help="array of the files, e.g. camera: do not find one's own class in it")
+    parser.add_argument(
+        "--exclude", default="", help="array of the files, e.g. camera: do not find one's own class in it"
+    )
     parser.add_argument("--worst", type=int, default=0, help="number of classes with the lowest R@1 to list")
     parser.add_argument("--no_clustering", action="store_true", help="skip NMI, AMI and F1")
     parser.add_argument("--seed", type=int, default=0, help="seed of clustering and bootstrap")

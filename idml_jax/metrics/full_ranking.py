@@ -1,8 +1,8 @@
 """Metrics of the whole ranking: P@k, mean average precision over all ranks, CMC with exclusions, R@1 by class.
 
-Distances, ties and lone queries as in `retrieval`, whose lists end at the class size. Here the rank of every positive is
-computed, from a block of distances at a time: rows are sorted as numbers, and ties counted by index. Memory is the rows,
-one block, and the ranks of all positives.
+Distances, ties and lone queries as in `retrieval`, whose lists end at the class size. Here the rank of every positive
+is computed, from a block of distances at a time: rows are sorted as numbers, and ties counted by index. Memory is the
+rows, one block, and the ranks of all positives.
 
 Exclusions: with a group for each image (a camera, a recording, an album), a query does not find the images of its own
 class and group, as in person re-identification (Zheng et al., "Scalable person re-identification", ICCV 2015): they are

@@ -54,7 +54,10 @@ TABLE: tuple[Described, ...] = (
         "verification/AUROC", "Probability that a pair of one class is more similar than another.", "share", "higher"
     ),
     Described(
-        "verification/AUROC_error", "Most that verification/AUROC may be off, from its counting in bins.", "share", "lower"
+        "verification/AUROC_error",
+        "Most that verification/AUROC may be off, from its counting in bins.",
+        "share",
+        "lower",
     ),
     Described("verification/EER", "Rate at which FMR and FNMR are equal, by cosine similarity.", "share", "lower"),
     Described(

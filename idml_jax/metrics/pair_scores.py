@@ -1,4 +1,4 @@
-"""Scores of pairs of images, larger for "the same class": cosine, and the log-likelihood ratio of a two-covariance PLDA.
+"""Scores of pairs of images, larger for "the same class": cosine, and the log-likelihood ratio of PLDA.
 
 Every score here has the form ``score(x, y) = a(x) . a(y) + o(x) + o(y)``, so all pairs are one matrix product and two
 columns.

@@ -104,9 +104,7 @@ def fit_judge(
         found[name] = verify(*sets[name][0], fmrs=fmrs)
     else:
         score = fit_plda(rows, codes, float(name.removeprefix("plda_")))
-    return Judge(
-        score, eer, name, found[name].at_fmr, _model(sets[name]), (found[name].genuine, found[name].impostors)
-    )
+    return Judge(score, eer, name, found[name].at_fmr, _model(sets[name]), (found[name].genuine, found[name].impostors))
 
 
 def _model(sets: Sequence[tuple[Scored, Int[np.ndarray, "_"]]]) -> Confidence:

@@ -194,7 +194,9 @@ class _Pairs:
     def sample(self) -> Float[np.ndarray, "s"]:
         """Scores of evenly spaced images."""
         some = [np.unique(np.linspace(0, len(side[1]) - 1, _SAMPLE).astype(int)) for side in (self._left, self._right)]
-        (a, _), (b, _) = ((_rows(side[0], rows), rows) for side, rows in zip((self._left, self._right), some, strict=True))
+        (a, _), (b, _) = (
+            (_rows(side[0], rows), rows) for side, rows in zip((self._left, self._right), some, strict=True)
+        )
         found = _scores(a, b)
         return found[~np.eye(*found.shape, dtype=bool)] if self._same_set else found.reshape(-1)
 
@@ -363,9 +365,7 @@ def _summary(tally: _Tally, fmrs: Sequence[float], thresholds: Sequence[float]) 
             continue
         last = impostor.at(impostor.total - 1 - allowed)  # the best impostor that must not match
         threshold = float(np.nextafter(np.float32(last), np.float32(np.inf)))
-        at_fmr[fmr] = Rates(
-            threshold, 1 - impostor.up_to(last) / impostor.total, genuine.up_to(last) / genuine.total
-        )
+        at_fmr[fmr] = Rates(threshold, 1 - impostor.up_to(last) / impostor.total, genuine.up_to(last) / genuine.total)
     given = [
         Rates(float(t), 1 - i / impostor.total, g / genuine.total)
         for t, (g, i) in zip(thresholds, tally.below, strict=True)

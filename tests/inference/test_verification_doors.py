@@ -1,11 +1,12 @@
 """The doors of verification and of metrics of the whole ranking."""
 
+import csv
 import json
 
 import numpy as np
 import pytest
 
-from idml_jax import evaluate
+from idml_jax import compare, embed, evaluate
 
 
 def stored(path, rows, labels, **more):
@@ -47,3 +48,49 @@ def test_evaluate_ranks_all_and_lists_the_worst_classes(two_files, capsys, tmp_p
     one_line(capsys, evaluate.main, [*words, "--exclude=city"], "x.npz", "city", "camera")
     one_line(capsys, evaluate.main, [*words, "--exclude=semantic"], "semantic has the shape (24, 5)")
     one_line(capsys, evaluate.main, [*words, "--worst=-1"], "--worst=-1")
+
+
+def test_two_images_and_a_table_of_pairs_are_compared(finished, image_folder, tmp_path, capsys):
+    run, test = f"--workdir={finished[0]}", image_folder / "test"
+    one, other = test / "class_05" / "00.png", test / "class_05" / "01.png"
+    held_out = tmp_path / "held_out.npz"
+    embed.main([run, "--split=test", f"--out={held_out}"])
+    capsys.readouterr()
+    compare.main([str(one), str(one), run])  # the held-out images are those of the run
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("same: probability ") and "96 test images of the run" in told[1]
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    cells = [(one, one), (one, other), (one, test / "class_08" / "00.png"), (one, "bad.png"), ("none.png", one)]
+    lines = "".join(f"{a},{b},row {i}\n" for i, (a, b) in enumerate(cells))
+    (tmp_path / "pairs.csv").write_text("left,right,note\n" + lines)
+    words = [f"--pairs={tmp_path / 'pairs.csv'}", run, f"--held_out={held_out}", "--fmr=0.05"]
+    compare.main([*words, f"--out={tmp_path / 'a.tsv'}"])
+    assert "2 cannot be compared, the first " in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "a.tsv").open(), delimiter="\t"))
+    assert [row["note"] for row in rows] == [f"row {i}" for i in range(5)]
+    assert [bool(row["problem"]) for row in rows] == [False, False, False, True, True]
+    assert rows[0]["same"] == "yes" and float(rows[0]["score"]) >= float(rows[1]["score"])
+    order = [
+        float(row[name]) for name in ("probability", "score") for row in sorted(rows[:3], key=lambda r: r["score"])
+    ]
+    assert order[:3] == sorted(order[:3]) and rows[3]["same"] == "" and "bad.png: cannot be read" in rows[3]["problem"]
+    likely = [float(row["probability"]) for row in rows[:3]]
+    compare.main([*words, "--share=0.01"])
+    told = capsys.readouterr().out
+    assert told.count("probability") == 4 and f"{likely[0]:.3f}" not in told.splitlines()[0]
+    one_line(capsys, compare.main, [run, one], "two images or --pairs")
+    one_line(capsys, compare.main, [run, one, other, "--fmr=2"], "--fmr=2.0")
+    one_line(capsys, compare.main, [run, one, tmp_path / "bad.png", f"--held_out={held_out}"], "bad.png")
+    one_line(capsys, compare.main, [run, one, one, f"--held_out={held_out}", "--fmr=1e-6"], "1,000,000 are needed")
+    one_line(capsys, compare.main, [run, one, one, f"--held_out={tmp_path / 'no.npz'}"], "no.npz")
+    for name, text, parts in (
+        ("a.csv", f"{one},{other}\n", ["must name at least two columns"]),
+        ("b.csv", "left,right\n", ["lists no pairs"]),
+        ("c.csv", f"left,right\n{one}\n", ["c.csv, line 2", "2 values"]),
+        ("d.csv", "left,right,same\n1,2,3\n", ["column 'same'"]),
+        ("e.csv", 'left,right\n"x,y\n', ["e.csv, line 2"]),
+        ("f.csv", "left\0,right\n", ["not UTF-8"]),
+        ("g.png", "", [".csv or .tsv"]),
+    ):
+        (tmp_path / name).write_text(text)
+        one_line(capsys, compare.main, [run, f"--pairs={tmp_path / name}"], *parts)

@@ -85,7 +85,10 @@ def test_all_pairs_against_loops_and_sklearn(kind, exact_pairs, monkeypatch):
     check(found, scores, same, FMRS)
     assert (found.auroc_error > 0) is (exact_pairs == 0)
     for threshold, rates in zip(given, found.at_threshold, strict=True):
-        assert rates == (threshold, *(pytest.approx(np.mean(v)) for v in (scores[~same] >= threshold, scores[same] < threshold)))
+        assert rates == (
+            threshold,
+            *(pytest.approx(np.mean(v)) for v in (scores[~same] >= threshold, scores[same] < threshold)),
+        )
     if exact_pairs and kind != "gallery":
         np.testing.assert_allclose(pair_scores(*args)[0], np.sort(scores[same]), atol=1e-6)
 
@@ -156,9 +159,10 @@ def test_the_judge_takes_the_better_score_and_keeps_the_fmr_on_other_classes():
     assert fit_judge(rounds[fitted][:, :1], labels[fitted]).name == "cosine"  # two directions only
     threshold = judge.at_fmr[0.05].threshold
     rates = verify(judge.score(noisy[others]), labels[others], thresholds=[threshold]).at_threshold[0]
-    assert 0.01 < rates.fmr < 0.1 and rates.fnmr < verify(cosine(noisy[others]), labels[others], fmrs=[rates.fmr]).at_fmr[
-        rates.fmr
-    ].fnmr
+    assert (
+        0.01 < rates.fmr < 0.1
+        and rates.fnmr < verify(cosine(noisy[others]), labels[others], fmrs=[rates.fmr]).at_fmr[rates.fmr].fnmr
+    )
     one, other = rng.integers(320, 640, (2, 4000))
     scores, same = judge.scores(noisy[one], noisy[other]), labels[one] == labels[other]
     for share in (0.5, same.mean()):
