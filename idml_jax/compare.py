@@ -5,10 +5,11 @@
 
 The answer is "same" if the similarity of the images reaches a threshold: the one at which a share ``--fmr`` of the
 pairs of different held-out classes would be taken for the same (by default 0.001, or 0.01 or 0.1 where the held-out
-images are too few for that). The probability is that of a logistic model of the similarity, for the share ``--share`` of
-pairs of one class among those you compare. Similarity, threshold and model are chosen on ``--held_out``: embeddings of
-``idml_jax.embed``, or a folder of class folders, of classes that the network was not trained on. Without it they are
-chosen on the run's validation classes, or else on its test images, which are then embedded first.
+images are too few for that). The probability is that of a logistic model of the similarity, for the share ``--share``
+of pairs of one class among those you compare. Two files of the same content are the same. Similarity, threshold and
+model are chosen on ``--held_out``: embeddings of ``idml_jax.embed``, or a folder of class folders, of classes that the
+network was not trained on. Without it they are chosen on the run's validation classes, or else on its test images,
+which are then embedded first.
 
 ``--pairs`` is a ``.csv`` or ``.tsv`` file with a header line; its first two columns hold the images, relative to the
 file. ``--out`` gets the same lines with the columns same, probability, score and problem; without it they are printed.

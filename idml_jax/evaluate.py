@@ -11,7 +11,8 @@ introspective metric are those that ``idml_jax.embed`` stored with the embedding
 
 ``--ranked`` adds P@K and the mean average precision over all ranks, ``--worst=10`` lists the classes with the lowest
 R@1, and ``--exclude=camera`` leaves out, for each query, the images of its class with the same value of the array
-``camera`` [n] of the file, and adds CMC@K.
+``camera`` [n] of the file, and adds CMC@K. ``--rerank=reciprocal`` (or ``expand``, ``augment+expand``) adds the metrics
+after re-ranking, as ``reranked/...``.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from jaxtyping import Float
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.index import read
 from idml_jax.inference.measure import Options, measure
+from idml_jax.inference.reranking import EXAMPLES, parse
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
 
@@ -70,7 +72,8 @@ def _evaluate_files(given: dict[str, Any]) -> None:
     if given["worst"] < 0:
         raise UserError(f"--worst={given['worst']}: a number of classes, at least 0")
     names = "temperature", "absolute", "precision", "seed", "ranked", "exclude", "worst"
-    options = Options(_ks(given["ks"]), cluster=not given["no_clustering"], **{name: given[name] for name in names})
+    chosen = {name: given[name] for name in names} | {"rerank": parse(given["rerank"])}
+    options = Options(_ks(given["ks"]), cluster=not given["no_clustering"], **chosen)
     found = measure(given["embeddings"], given["gallery"], given["held_out"], options, warn)
     if out is not None:
         write_json(out, without_nan(found.report))
@@ -101,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         "--exclude", default="", help="array of the files, e.g. camera: do not find one's own class in it"
     )
     parser.add_argument("--worst", type=int, default=0, help="number of classes with the lowest R@1 to list")
+    parser.add_argument("--rerank", default="", help=f"re-ranking, e.g. {EXAMPLES}")
     parser.add_argument("--no_clustering", action="store_true", help="skip NMI, AMI and F1")
     parser.add_argument("--seed", type=int, default=0, help="seed of clustering and bootstrap")
     parser.add_argument("--out", default="", help="JSON file to write the metrics to")

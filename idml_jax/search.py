@@ -21,6 +21,7 @@ from typing import Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.index import check_comparable, own_rows, read
+from idml_jax.inference.reranking import EXAMPLES, parse, rerank
 from idml_jax.inference.search import Answers, calibrate, confidence_for, load_model, open_index, search
 from idml_jax.metrics.embedded import scores_of
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
@@ -40,6 +41,11 @@ def _search(given: dict[str, Any]) -> None:
         raise UserError(f"-k {given['k']} must be at least 1")
     if given["abstain"] is not None and not 0 < given["abstain"] < 1:
         raise UserError(f"--abstain={given['abstain']}: a share of right answers, above 0 and below 1")
+    steps = parse(given["rerank"])
+    if steps and (given["abstain"] is not None or given["held_out"]):
+        raise UserError(
+            "--rerank changes the answers, whose confidence is of the nearest image: leave out --abstain and --held_out"
+        )
     if out is not None:
         check_target(out)  # fails before the work starts
     index = read(given["index"])
@@ -51,9 +57,13 @@ def _search(given: dict[str, Any]) -> None:
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
     scores = scores_of(queries.embedded, index.embedded, index.metric, own)
-    calibrated, threshold, note = confidence_for(
-        given["held_out"], given["abstain"], index, given["index"], model, scores
-    )
+    calibrated, threshold, note, found = None, None, f"re-ranked by {given['rerank']}", None
+    if steps:
+        found = rerank(steps, queries.embedded, index.embedded, k, own)
+    else:
+        calibrated, threshold, note = confidence_for(
+            given["held_out"], given["abstain"], index, given["index"], model, scores
+        )
     answers = search(
         queries.embedded,
         index.embedded,
@@ -63,6 +73,7 @@ def _search(given: dict[str, Any]) -> None:
         calibrated=calibrated,
         threshold=threshold,
         scores=scores,
+        found=found,
     )
     rows = records(queries, index, answers, own)
     note = printable(note)
@@ -94,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--held_out", default="", help="embeddings or class folders to fit the confidence on")
     parser.add_argument("--abstain", type=float, help="required share of correct answers, e.g. 0.95")
+    parser.add_argument("--rerank", default="", help=f"re-ranking, e.g. {EXAMPLES}; without a confidence")
     parser.add_argument("--keep_same", action="store_true", help="let an image find itself")
     parser.add_argument("--out", default="", help="file to write, .jsonl, .html or .png; default: print a table")
     given = vars(parser.parse_args(argv))

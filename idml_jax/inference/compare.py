@@ -216,5 +216,15 @@ def compare(
             answers.append(Compared(False, math.nan, math.nan, f"{bad}: {problems[bad]}"))
             continue
         score, probability = (float(value) for value in next(found))
-        answers.append(Compared(bool(np.float32(score) >= decision.rates.threshold), probability, score))
+        if _equal_files(*pair):
+            answers.append(Compared(True, 1.0, score))
+        else:
+            answers.append(Compared(bool(np.float32(score) >= decision.rates.threshold), probability, score))
     return answers
+
+
+def _equal_files(one: str, other: str) -> bool:
+    """Whether two files have the same content; a PLDA may score an unremarkable image low even beside itself."""
+    if os.path.samefile(one, other):
+        return True
+    return os.path.getsize(one) == os.path.getsize(other) and Path(one).read_bytes() == Path(other).read_bytes()

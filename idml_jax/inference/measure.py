@@ -7,7 +7,9 @@ import numpy as np
 
 from idml_jax.errors import UserError
 from idml_jax.inference import arrays as stored_arrays
+from idml_jax.inference import reranking
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, read
+from idml_jax.inference.reranking import Step
 from idml_jax.ism import Metric
 from idml_jax.metrics import full_ranking
 from idml_jax.metrics.embedded import Embedded
@@ -28,6 +30,7 @@ class Options(NamedTuple):
       exclude: array of the files; a query then does not find images of its class with the same value, and CMC@K is
         added. Empty: none.
       worst: number of classes with the lowest R@1 to list.
+      rerank: steps of re-ranking, whose metrics are added.
     """
 
     ks: tuple[int, ...] = (1, 2, 4, 8)
@@ -39,6 +42,7 @@ class Options(NamedTuple):
     ranked: bool = False
     exclude: str = ""
     worst: int = 0
+    rerank: tuple[Step, ...] = ()
 
 
 class ClassRow(NamedTuple):
@@ -103,6 +107,8 @@ def measure(embeddings: str, gallery: str, held_out: str, options: Options, warn
             seed=options.seed,
         )
         more, worst = _ranked(queries, rows, (index, searched), options)
+        if options.rerank:
+            more |= reranking.report(options.rerank, queries, rows, options.ks)
     except ValueError as error:  # sets too small for a metric, and options out of range
         raise UserError(str(error)) from error
     return Measured(report | more, warnings, len(queries.labels), worst)

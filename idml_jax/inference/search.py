@@ -17,6 +17,7 @@ from idml_jax.ism import Embedding, Metric
 from idml_jax.metrics import calibration, retrieval, uncertainty
 from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.confidence import confidence
+from idml_jax.metrics.retrieval import Neighbours
 from idml_jax.metrics.summary import Embedded, scores_of
 from idml_jax.metrics.uncertainty import Threshold
 from idml_jax.training.digests import weights_digest
@@ -77,6 +78,7 @@ def search(
     calibrated: Calibration | None = None,
     threshold: Threshold | None = None,
     scores: Mapping[str, Float[np.ndarray, "n"]] | None = None,
+    found: Neighbours | None = None,
 ) -> Answers:
     """Finds the k nearest rows of a gallery, exactly, in tiles.
 
@@ -89,6 +91,7 @@ def search(
       calibrated: result of ``calibrate``; without it answers have no confidence.
       threshold: largest doubt (1 - confidence) with an answer.
       scores: result of ``metrics.embedded.scores_of``, if already computed.
+      found: neighbours to answer with, in their order, if not the nearest ones.
 
     Returns:
       The answers.
@@ -96,7 +99,7 @@ def search(
     Raises:
       ValueError: for mismatched widths or a k that the gallery cannot serve.
     """
-    found = retrieval.neighbours(queries.semantic, gallery.semantic, k, own=own)
+    found = retrieval.neighbours(queries.semantic, gallery.semantic, k, own=own) if found is None else found
     scores = scores_of(queries, gallery, metric, own) if scores is None else scores
     both = queries.uncertainty is not None and gallery.uncertainty is not None
     sure, answered = None, np.ones(len(queries.semantic), bool)

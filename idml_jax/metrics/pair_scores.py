@@ -16,7 +16,7 @@ Brummer and de Villiers, "The speaker partitioning problem", Odyssey 2010 (two c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,10 +35,6 @@ class Scored(NamedTuple):
 
     rows: Float[np.ndarray, "n d"]
     offsets: Float[np.ndarray, "n"]
-
-
-# From embeddings to their part of the scores.
-PairScore = Callable[[Float[Array, "n d"]], Scored]
 
 
 def cosine(embeddings: Float[Array, "n d"]) -> Scored:
@@ -73,6 +69,10 @@ class Plda(NamedTuple):
         constant = np.sum(np.log1p(p) - 0.5 * np.log1p(2 * p))
         offsets = 0.5 * constant - np.square(z) @ (p**2 / (2 * (1 + p) * (1 + 2 * p)))
         return Scored((z * np.sqrt(p / (1 + 2 * p))).astype(np.float32), offsets.astype(np.float32))
+
+
+# From embeddings to their part of the scores.
+PairScore: TypeAlias = Callable[[Float[Array, "n d"]], Scored] | Plda
 
 
 def fit_plda(embeddings: Float[Array, "n d"], labels: Int[Array, "n"], shrinkage: float = 0.1) -> Plda:

@@ -1,11 +1,12 @@
 """Changes queries, gallery or the order of answers by the neighbours of neighbours, without labels or training.
 
-* ``expanded``: alpha query expansion, ``q' = l2(q + sum of max(0, q.x)^alpha x over the k nearest x)`` (Radenovic, Tolias
-  and Chum, TPAMI 2018).
+* ``expanded``: alpha query expansion, ``q' = l2(q + sum of max(0, q.x)^alpha x over the k nearest x)`` (Radenovic,
+  Tolias and Chum, TPAMI 2018).
 * ``augmented``: database augmentation, each gallery row ``x' = l2(sum over r = 0..k of (k + 1 - r) x_r)`` with its r-th
   neighbour ``x_r`` and itself at r = 0 (Turcot and Lowe, 2009; the weights of Gordo et al., IJCV 2017).
-* ``reciprocal``: k-reciprocal re-ranking (Zhong, Zheng, Cao and Li, CVPR 2017), sparse: a row of its encoding has at most
-  ``(k1 + 1) (k1 / 2 + 2)`` entries before and ``k2`` times as many after its local expansion, in practice far fewer.
+* ``reciprocal``: k-reciprocal re-ranking (Zhong, Zheng, Cao and Li, CVPR 2017), sparse: a row of its encoding has at
+  most ``(k1 + 1) (k1 / 2 + 2)`` entries before and ``k2`` times as many after its local expansion, in practice far
+  fewer.
 
 All compare rows at length 1.
 """
@@ -38,7 +39,8 @@ class Reciprocal(NamedTuple):
     weight: float = 0.3
 
 
-def _unit(rows: Float[Array, "n d"], name: str) -> Float[np.ndarray, "n d"]:
+def unit_float32(rows: Float[Array, "n d"], name: str) -> Float[np.ndarray, "n d"]:
+    """Rows at length 1; ValueError, with the name, for empty or non-finite ones."""
     return unit_rows(embedding_rows(rows, name)[0].astype(np.float64)).astype(np.float32)
 
 
@@ -64,7 +66,7 @@ def expanded(
     """
     if k < 1 or not 0 <= alpha < np.inf:
         raise ValueError(f"k, alpha: expected at least 1 and at least 0, got {k} and {alpha}")
-    rows, searched = _unit(queries, "queries"), _unit(gallery, "gallery")
+    rows, searched = unit_float32(queries, "queries"), unit_float32(gallery, "gallery")
     k = min(k, len(searched) - (own is not None))
     if k < 1:
         return rows
@@ -82,7 +84,7 @@ def augmented(gallery: Float[Array, "m d"], k: int = 10) -> Float[np.ndarray, "m
     """Database augmentation; arguments and errors as for ``expanded``."""
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
-    rows = _unit(gallery, "gallery")
+    rows = unit_float32(gallery, "gallery")
     k = min(k, len(rows) - 1)
     if k < 1:
         return rows
@@ -108,8 +110,8 @@ def reciprocal(
     With ``d`` the cosine distance 1 - a.b (for unit rows half of the squared distance of the paper) and ``N(p, k)`` the
     k nearest rows of queries and gallery together, ``p`` itself not counted but always added:
     ``R(p, k) = {q in N(p, k): p in N(q, k)}``; ``R*(p)`` is ``R(p, k1)`` joined with every ``R(q, k1/2)``, q in it, of
-    which two thirds lie in ``R(p, k1)``; ``V_p(q) = exp(-d(p, q))`` on ``R*(p)``, scaled to the sum 1, then averaged over
-    the k2 nearest; ``J(p, q) = 1 - sum min(V_p, V_q) / sum max(V_p, V_q)``; the result is ordered by
+    which two thirds lie in ``R(p, k1)``; ``V_p(q) = exp(-d(p, q))`` on ``R*(p)``, scaled to the sum 1, then averaged
+    over the k2 nearest; ``J(p, q) = 1 - sum min(V_p, V_q) / sum max(V_p, V_q)``; the result is ordered by
     ``(1 - weight) J + weight d``.
 
     Args:
@@ -128,13 +130,13 @@ def reciprocal(
     k1, k2, weight = setting
     if not (k1 >= 1 and 1 <= k2 <= k1 + 1 and 0 <= weight <= 1):
         raise ValueError(f"setting: expected k1 >= 1, 1 <= k2 <= k1 + 1 and a weight from 0 to 1, got {setting}")
-    asked = _unit(queries, "queries")
+    asked = unit_float32(queries, "queries")
     if gallery is None:
         every, place, size = asked, np.arange(len(asked)), len(asked)
         own = place
         listed = neighbours(asked, k=depth).index
     else:
-        rows = _unit(gallery, "gallery")
+        rows = unit_float32(gallery, "gallery")
         own = np.full(len(asked), -1) if own is None else np.asarray(own)
         listed = neighbours(asked, rows, depth, own=own if (own >= 0).any() else None).index
         new = own < 0  # the others are in the gallery

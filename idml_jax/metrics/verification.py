@@ -198,7 +198,7 @@ class _Pairs:
             (_rows(side[0], rows), rows) for side, rows in zip((self._left, self._right), some, strict=True)
         )
         found = _scores(a, b)
-        return found[~np.eye(*found.shape, dtype=bool)] if self._same_set else found.reshape(-1)
+        return found[np.eye(*found.shape) == 0] if self._same_set else found.reshape(-1)
 
     def tiles(self) -> Iterator[tuple[Float[np.ndarray, "g"], Float[np.ndarray, "i"]]]:
         """Genuine and impostor scores of one tile after the other, float32; overwritten by the next."""

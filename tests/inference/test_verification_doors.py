@@ -6,7 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from idml_jax import compare, embed, evaluate
+from idml_jax import compare, embed, evaluate, search
+from idml_jax.inference import reranking
+from idml_jax.inference.index import read
+from idml_jax.metrics.retrieval import retrieval_metrics
 
 
 def stored(path, rows, labels, **more):
@@ -58,7 +61,7 @@ def test_two_images_and_a_table_of_pairs_are_compared(finished, image_folder, tm
     capsys.readouterr()
     compare.main([str(one), str(one), run])  # the held-out images are those of the run
     told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("same: probability ") and "96 test images of the run" in told[1]
+    assert told[0].startswith("same: probability 1.000, score ") and "96 test images of the run" in told[1]
     (tmp_path / "bad.png").write_bytes(b"no image")
     cells = [(one, one), (one, other), (one, test / "class_08" / "00.png"), (one, "bad.png"), ("none.png", one)]
     lines = "".join(f"{a},{b},row {i}\n" for i, (a, b) in enumerate(cells))
@@ -69,15 +72,13 @@ def test_two_images_and_a_table_of_pairs_are_compared(finished, image_folder, tm
     rows = list(csv.DictReader((tmp_path / "a.tsv").open(), delimiter="\t"))
     assert [row["note"] for row in rows] == [f"row {i}" for i in range(5)]
     assert [bool(row["problem"]) for row in rows] == [False, False, False, True, True]
-    assert rows[0]["same"] == "yes" and float(rows[0]["score"]) >= float(rows[1]["score"])
-    order = [
-        float(row[name]) for name in ("probability", "score") for row in sorted(rows[:3], key=lambda r: r["score"])
-    ]
-    assert order[:3] == sorted(order[:3]) and rows[3]["same"] == "" and "bad.png: cannot be read" in rows[3]["problem"]
-    likely = [float(row["probability"]) for row in rows[:3]]
+    assert (rows[0]["same"], float(rows[0]["probability"]), rows[3]["same"]) == ("yes", 1.0, "")
+    assert "bad.png: cannot be read" in rows[3]["problem"] and "none.png: no such file" in rows[4]["problem"]
+    likely, scores = ([float(row[name]) for row in rows[1:3]] for name in ("probability", "score"))
+    assert (likely[0] > likely[1]) is (scores[0] > scores[1])
     compare.main([*words, "--share=0.01"])
     told = capsys.readouterr().out
-    assert told.count("probability") == 4 and f"{likely[0]:.3f}" not in told.splitlines()[0]
+    assert told.count("probability") == 4 and f"{likely[0]:.3f}" not in told.splitlines()[1]
     one_line(capsys, compare.main, [run, one], "two images or --pairs")
     one_line(capsys, compare.main, [run, one, other, "--fmr=2"], "--fmr=2.0")
     one_line(capsys, compare.main, [run, one, tmp_path / "bad.png", f"--held_out={held_out}"], "bad.png")
@@ -94,3 +95,38 @@ def test_two_images_and_a_table_of_pairs_are_compared(finished, image_folder, tm
     ):
         (tmp_path / name).write_text(text)
         one_line(capsys, compare.main, [run, f"--pairs={tmp_path / name}"], *parts)
+
+
+def test_evaluate_and_search_re_rank(two_files, capsys, tmp_path):
+    x, y = two_files
+    out = tmp_path / "m.json"
+    words = [f"--embeddings={x}", f"--gallery={y}", "--no_clustering", "--ks=1,3", f"--out={out}"]
+    evaluate.main([*words, "--rerank=reciprocal:k1=6,k2=2"])
+    report = json.loads(out.read_text())
+    assert {"reranked/R@1", "reranked/P@3", "reranked/MAP@R"} <= set(report)
+    # With nothing but the original distance the order is the original one.
+    one = read(x).embedded
+    plain = reranking.report(reranking.parse("reciprocal:weight=1"), one, None, (1, 3))
+    unit = one.semantic / np.linalg.norm(one.semantic, axis=1, keepdims=True)
+    wanted = retrieval_metrics(unit, one.labels, ks=(1, 3))
+    for name in ("R@1", "R@3", "MAP@R"):
+        assert plain[f"reranked/{name}"] == pytest.approx(wanted[name])
+    for steps in ("augment:k=3+expand:k=2,alpha=0", "reciprocal"):
+        answers = tmp_path / "a.jsonl"
+        search.main([f"--index={x}", f"--query={x}", "-k", "3", f"--rerank={steps}", f"--out={answers}"])
+        rows = [json.loads(line) for line in answers.read_text().splitlines()]
+        assert len(rows) == 24 and all(len(row["neighbours"]) == 3 and row["answered"] for row in rows)
+        assert all(row["query"] not in [near["file"] for near in row["neighbours"]] for row in rows)
+        assert f"re-ranked by {steps}" in capsys.readouterr().out
+    for steps, part in (
+        ("better", "unknown 'better'"),
+        ("expand:z=1", "k, alpha, not 'z'"),
+        ("expand:k=2.5", "a whole number"),
+        ("reciprocal:weight=2", "weight=2"),
+        ("reciprocal:k2=99", "k2 is at most"),
+        ("expand+expand", "twice"),
+        ("reciprocal+expand", "stands alone"),
+        ("expand:alpha=nan", "alpha=nan"),
+    ):
+        one_line(capsys, evaluate.main, [*words, f"--rerank={steps}"], "--rerank=", part)
+    one_line(capsys, search.main, [f"--index={x}", f"--query={y}", "--rerank=expand", "--abstain=0.9"], "--rerank")

@@ -43,14 +43,16 @@ def dense(every, k1, k2, weight):
 
 @pytest.mark.parametrize("setting", [Reciprocal(), Reciprocal(5, 1, 0.0), Reciprocal(8, 3, 0.7), Reciprocal(100, 6)])
 def test_k_reciprocal_against_the_dense_formulas(setting):
-    x, _ = clouds(70)
-    k1 = min(setting.k1, 69)
+    x, _ = clouds(30 if setting.k1 > 69 else 70)
+    k1 = min(setting.k1, len(x) - 1)
     wanted = dense(x, k1, setting.k2, setting.weight)
     np.fill_diagonal(wanted, np.inf)
-    found = reciprocal(x, depth=30, setting=setting)
-    np.testing.assert_allclose(found.distance, np.sort(wanted, axis=1)[:, :30], atol=2e-5)
+    found = reciprocal(x, depth=25, setting=setting)
+    np.testing.assert_allclose(found.distance, np.sort(wanted, axis=1)[:, :25], atol=2e-5)
     np.testing.assert_allclose(np.take_along_axis(wanted, found.index, axis=1), found.distance, atol=2e-5)
     # Queries beside a gallery, two of which are in the gallery themselves.
+    if len(x) < 70:
+        return
     own = np.full(20, -1)
     own[:2] = 3, 4
     queries, gallery = np.concatenate([x[[23, 24]], x[2:20]]), x[20:]
