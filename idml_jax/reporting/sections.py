@@ -14,7 +14,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.metrics import uncertainty
 from idml_jax.metrics.summary import Embedded
 from idml_jax.reporting import html as pages
-from idml_jax.reporting import plots
+from idml_jax.reporting import pairs, plots
 from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.training.tasks import Task, task_of
 
@@ -372,6 +372,7 @@ SECTIONS: dict[str, Section] = {
     "training": training,
     "predictions": predictions,
     "knowing": knowing,
+    "verification": pairs.verification,
     "ambiguity": ambiguity,
     "answers": answers,
     "extremes": extremes,

@@ -5,8 +5,9 @@ import pytest
 from scipy.stats import multivariate_normal
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from idml_jax.metrics import verification
+from idml_jax.metrics import names, same_class, verification
 from idml_jax.metrics.closed_form import unit_rows
+from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.pair_scores import Scored, cosine, fit_plda
 from idml_jax.metrics.same_class import fit_judge
 from idml_jax.metrics.verification import pair_scores, verify
@@ -171,3 +172,19 @@ def test_the_judge_takes_the_better_score_and_keeps_the_fmr_on_other_classes():
         assert abs(np.average(p, weights=weight) - share) < 0.1  # calibrated in the large
     with pytest.raises(ValueError, match="2 classes of 2 images"):
         fit_judge(noisy[:9], labels[:9])
+
+
+def test_the_report_of_a_run_has_the_rates_of_thresholds_chosen_on_held_out_classes():
+    x, labels = clouds(20, 10, 6)
+    held_out, test = labels < 10, labels >= 10
+    queries = Embedded(x[test], labels[test])
+    found, told = same_class.report(queries, None, Embedded(x[held_out], labels[held_out]), fmrs=(0.1, 1e-9))
+    assert not told and set(found) == {
+        f"verification/{name}"
+        for name in ("AUROC", "EER", "FNMR@0.1", "FNMR@1e-09", "chosen/EER", "chosen/FMR@0.1", "chosen/FNMR@0.1")
+    }
+    assert all(names.describe(name).unit == "share" for name in found)
+    assert found["verification/FNMR@0.1"] == verify(cosine(x[test]), labels[test], fmrs=[0.1]).at_fmr[0.1].fnmr
+    few = Embedded(x[:5], labels[:5])
+    found, told = same_class.report(queries, queries, few)
+    assert "verification/chosen/EER" not in found and len(told) == 1 and "at least 2 classes" in told[0]

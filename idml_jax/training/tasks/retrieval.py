@@ -28,7 +28,16 @@ class Retrieval:
     """The retrieval task; see ``tasks.task.Task`` for its members."""
 
     shared_classes: bool = False
-    sections: tuple[str, ...] = ("training", "knowing", "ambiguity", "answers", "extremes", "map", "confusion")
+    sections: tuple[str, ...] = (
+        "training",
+        "knowing",
+        "verification",
+        "ambiguity",
+        "answers",
+        "extremes",
+        "map",
+        "confusion",
+    )
     curve: str = "Recall"
 
     @property
