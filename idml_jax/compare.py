@@ -18,7 +18,7 @@ file. ``--out`` gets the same lines with the columns same, probability, score an
 import argparse
 from typing import Any
 
-from idml_jax.errors import UserError, printable, run_command, warn
+from idml_jax.errors import UserError, printable, run_command
 from idml_jax.inference.compare import TABLES, Compared, Decision, as_text, compare, decide, read_table
 from idml_jax.inference.model import load
 from idml_jax.runtime.files import check_target, user_path, write_bytes
@@ -51,7 +51,7 @@ def _compare(given: dict[str, Any]) -> None:
     paths = [(str(user_path(images[0])), str(user_path(images[1])))] if table is None else table.paths
     model = load(given["workdir"])
     decision = decide(model, given["held_out"], given["fmr"])
-    found = compare(model, decision, paths, given["share"], warn)
+    found = compare(model, decision, paths, given["share"])
     if table is None:
         if found[0].problem:
             raise UserError(found[0].problem)

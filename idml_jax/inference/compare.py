@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,7 +175,6 @@ def compare(
     decision: Decision,
     paths: Sequence[tuple[str, str]],
     share: float = 0.5,
-    warn: Callable[[str], None] = lambda line: None,
 ) -> list[Compared]:
     """Compares pairs of image files; each file is embedded once.
 
@@ -184,7 +183,6 @@ def compare(
       decision: from ``decide``.
       paths: the two files of each pair.
       share: share of pairs of one class among those that are compared, for the probability.
-      warn: receives a line for each image that cannot be read.
 
     Returns:
       The answers, in the order of the pairs.
@@ -198,13 +196,18 @@ def compare(
     if not readable:
         raise UserError(f"{every[0]}: no such file")
     source = FolderSource(readable, np.zeros(len(readable), np.int32), [""])
-    embedded, records = embed_all(model, source, warn=warn)
+    told: list[str] = []
+    embedded, records = embed_all(model, source, warn=told.append)
     if embedded.semantic.shape[1] != decision.width:
         raise UserError(
             f"the run has embeddings of {embedded.semantic.shape[1]} dimensions, {decision.about} have {decision.width}"
         )
     row_of: Mapping[str, int] = {readable[record]: row for row, record in enumerate(records.tolist())}
-    problems |= {path: "cannot be read as an image" for path in readable if path not in row_of}
+    for path in readable:
+        if path not in row_of:
+            start = f"left out: {path}: "
+            reasons = [line.removeprefix(start) for line in told if line.startswith(start)]
+            problems[path] = reasons[0] if reasons else "cannot be read as an image"
     good = [pair for pair in paths if not (pair[0] in problems or pair[1] in problems)]
     one, other = (embedded.semantic[[row_of[pair[side]] for pair in good]] for side in (0, 1))
     scores = decision.judge.scores(one, other) if good else np.zeros(0)

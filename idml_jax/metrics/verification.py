@@ -1,8 +1,8 @@
 """Verification over all pairs of images, "same class or not": FNMR at a wanted FMR, EER, AUROC.
 
 A pair is genuine if its classes are equal, else an impostor; it matches if its score is at least the threshold. FMR is
-the share of impostors that match, FNMR the share of genuine pairs that do not. All pairs are counted, in tiles of at
-most `TILE` x `TILE` scores:
+the share of impostors that match, FNMR the share of genuine pairs that do not. All pairs are counted, in tiles
+(`pair_tiles`):
 
 * Up to `EXACT_PAIRS` pairs the scores are kept and sorted: every number is exact.
 * Beyond, two passes. The first counts the scores in `BINS` bins of equal width over the range that a sample of pairs
@@ -15,20 +15,19 @@ Memory: the rows once more in the order of their classes, a few tiles, and two t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from idml_jax.metrics.checks import Array, label_column
+from idml_jax.metrics.checks import Array
 from idml_jax.metrics.pair_scores import Scored
+from idml_jax.metrics.pair_tiles import Pairs, Union
 
 FMRS = (1e-2, 1e-3, 1e-4)
 EXACT_PAIRS = 2**24
 BINS = 2**18
-TILE = 1024
-_SAMPLE = 1024  # rows of each side whose pairs give the range of the bins
 _HELD = 2**23  # collected scores before equal ones are joined
 
 
@@ -92,22 +91,22 @@ def verify(
     Raises:
       ValueError: for mismatched input, a single image without a gallery, and an FMR outside of (0, 1).
     """
-    return _verify([_Pairs(scored, labels, gallery, gallery_labels)], fmrs, thresholds, exact_pairs)
+    return _verify([Pairs(scored, labels, gallery, gallery_labels)], fmrs, thresholds, exact_pairs)
 
 
 def verify_within(
     sets: Sequence[tuple[Scored, Shaped[Array, "_"]]], *, fmrs: Sequence[float] = FMRS, exact_pairs: int = EXACT_PAIRS
 ) -> Verification:
     """Verification over the pairs within each of several sets (scores and classes), counted together."""
-    return _verify([_Pairs(scored, labels, None, None) for scored, labels in sets], fmrs, (), exact_pairs)
+    return _verify([Pairs(scored, labels, None, None) for scored, labels in sets], fmrs, (), exact_pairs)
 
 
 def _verify(
-    sets: Sequence[_Pairs], fmrs: Sequence[float], thresholds: Sequence[float], exact_pairs: int
+    sets: Sequence[Pairs], fmrs: Sequence[float], thresholds: Sequence[float], exact_pairs: int
 ) -> Verification:
     if wrong := [fmr for fmr in fmrs if not 0 < fmr < 1]:
         raise ValueError(f"fmrs: expected shares above 0 and below 1, got {wrong[0]}")
-    pairs = _Union(sets)
+    pairs = Union(sets)
     if pairs.total == 0:
         raise ValueError("scored: a single image makes no pair; give at least 2 or a gallery")
     tally = _kept(pairs, thresholds) if pairs.total <= exact_pairs else _counted(pairs, fmrs, thresholds)
@@ -125,7 +124,7 @@ def pair_scores(
     gallery_labels: Shaped[Array, "m"] | None = None,
 ) -> tuple[Float[np.ndarray, "g"], Float[np.ndarray, "i"]]:
     """All scores of genuine pairs and of impostors, each in ascending order; for sets whose pairs fit into memory."""
-    tally = _kept(_Union([_Pairs(scored, labels, gallery, gallery_labels)]))
+    tally = _kept(Union([Pairs(scored, labels, gallery, gallery_labels)]))
     return tally.genuine.values, tally.impostor.values
 
 
@@ -165,95 +164,7 @@ class _Tally(NamedTuple):
     below: list[tuple[int, int]]
 
 
-class _Pairs:
-    """The scores of all pairs, tile by tile, rows sorted by class so that most tiles have impostors only."""
-
-    def __init__(
-        self,
-        scored: Scored,
-        labels: Shaped[Array, "n"],
-        gallery: Scored | None,
-        gallery_labels: Shaped[Array, "m"] | None,
-    ):
-        if (gallery is None) != (gallery_labels is None):
-            raise ValueError("gallery and gallery_labels go together")
-        self._same_set = gallery is None
-        own = label_column(labels, len(scored.rows), "labels", "scored")
-        if gallery is None or gallery_labels is None:
-            codes = np.unique(own, return_inverse=True)[1]
-            self._left = self._right = _sorted(scored, codes)
-            self.total = len(own) * (len(own) - 1) // 2
-            return
-        others = label_column(gallery_labels, len(gallery.rows), "gallery_labels", "gallery")
-        if gallery.rows.shape[1] != scored.rows.shape[1]:
-            raise ValueError(f"gallery: width {gallery.rows.shape[1]} differs from {scored.rows.shape[1]}")
-        codes = np.unique(np.concatenate([own, others]), return_inverse=True)[1]
-        self._left, self._right = _sorted(scored, codes[: len(own)]), _sorted(gallery, codes[len(own) :])
-        self.total = len(own) * len(others)
-
-    def sample(self) -> Float[np.ndarray, "s"]:
-        """Scores of evenly spaced images."""
-        some = [np.unique(np.linspace(0, len(side[1]) - 1, _SAMPLE).astype(int)) for side in (self._left, self._right)]
-        (a, _), (b, _) = (
-            (_rows(side[0], rows), rows) for side, rows in zip((self._left, self._right), some, strict=True)
-        )
-        found = _scores(a, b)
-        return found[np.eye(*found.shape) == 0] if self._same_set else found.reshape(-1)
-
-    def tiles(self) -> Iterator[tuple[Float[np.ndarray, "g"], Float[np.ndarray, "i"]]]:
-        """Genuine and impostor scores of one tile after the other, float32; overwritten by the next."""
-        (left, own), (right, others) = self._left, self._right
-        for i in range(0, len(own), TILE):
-            a, a_codes = _rows(left, slice(i, i + TILE)), own[i : i + TILE]
-            for j in range(i if self._same_set else 0, len(others), TILE):
-                b, b_codes = _rows(right, slice(j, j + TILE)), others[j : j + TILE]
-                scores = _scores(a, b)
-                apart = a_codes[-1] < b_codes[0] or b_codes[-1] < a_codes[0]
-                if apart:
-                    yield scores[:0, 0], scores.reshape(-1)
-                    continue
-                same = a_codes[:, None] == b_codes[None, :]
-                if self._same_set and i == j:
-                    upper = np.triu(np.ones(scores.shape, bool), 1)
-                    yield scores[same & upper], scores[~same & upper]
-                else:
-                    yield scores[same], scores[~same]
-
-
-class _Union:
-    """The pairs of several sets."""
-
-    def __init__(self, sets: Sequence[_Pairs]):
-        self._sets = [pairs for pairs in sets if pairs.total]
-        self.total = sum(pairs.total for pairs in sets)
-
-    def sample(self) -> Float[np.ndarray, "s"]:
-        """Scores of evenly spaced images."""
-        return np.concatenate([pairs.sample() for pairs in self._sets])
-
-    def tiles(self) -> Iterator[tuple[Float[np.ndarray, "g"], Float[np.ndarray, "i"]]]:
-        """As `_Pairs.tiles`."""
-        for pairs in self._sets:
-            yield from pairs.tiles()
-
-
-def _sorted(scored: Scored, codes: Int[np.ndarray, "n"]) -> tuple[Scored, Int[np.ndarray, "n"]]:
-    order = np.argsort(codes, kind="stable")
-    return Scored(scored.rows[order], scored.offsets[order]), codes[order]
-
-
-def _rows(scored: Scored, rows: slice | np.ndarray) -> Scored:
-    return Scored(scored.rows[rows], scored.offsets[rows])
-
-
-def _scores(a: Scored, b: Scored) -> Float[np.ndarray, "n m"]:
-    scores = a.rows @ b.rows.T
-    scores += a.offsets[:, None]
-    scores += b.offsets[None, :]
-    return scores
-
-
-def _kept(pairs: _Union, thresholds: Sequence[float] = ()) -> _Tally:
+def _kept(pairs: Union, thresholds: Sequence[float] = ()) -> _Tally:
     """All scores, sorted."""
     parts = [(genuine.copy(), impostor.copy()) for genuine, impostor in pairs.tiles()]
     kinds = [np.sort(np.concatenate(part)) for part in zip(*parts, strict=True)]
@@ -287,7 +198,7 @@ class _Bins:
         return middles.astype(np.float32)
 
 
-def _counted(pairs: _Union, fmrs: Sequence[float], thresholds: Sequence[float]) -> _Tally:
+def _counted(pairs: Union, fmrs: Sequence[float], thresholds: Sequence[float]) -> _Tally:
     """Two passes: the counts of bins, then the scores of those that matter."""
     bins = _Bins(pairs.sample())
     counts = np.zeros((2, bins.count), np.int64)

@@ -73,7 +73,7 @@ def test_two_images_and_a_table_of_pairs_are_compared(finished, image_folder, tm
     assert [row["note"] for row in rows] == [f"row {i}" for i in range(5)]
     assert [bool(row["problem"]) for row in rows] == [False, False, False, True, True]
     assert (rows[0]["same"], float(rows[0]["probability"]), rows[3]["same"]) == ("yes", 1.0, "")
-    assert "bad.png: cannot be read" in rows[3]["problem"] and "none.png: no such file" in rows[4]["problem"]
+    assert "bad.png: not an image" in rows[3]["problem"] and "none.png: no such file" in rows[4]["problem"]
     likely, scores = ([float(row[name]) for row in rows[1:3]] for name in ("probability", "score"))
     assert (likely[0] > likely[1]) is (scores[0] > scores[1])
     compare.main([*words, "--share=0.01"])

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import multivariate_normal
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from idml_jax.metrics import names, same_class, verification
+from idml_jax.metrics import names, pair_tiles, same_class, verification
 from idml_jax.metrics.closed_form import unit_rows
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.pair_scores import Scored, cosine, fit_plda
@@ -60,8 +60,8 @@ FMRS = (0.2, 0.01, 0.001, 1e-5)
 @pytest.mark.parametrize("exact_pairs", [2**24, 0])
 @pytest.mark.parametrize("kind", ["one set", "gallery", "ties", "constant"])
 def test_all_pairs_against_loops_and_sklearn(kind, exact_pairs, monkeypatch):
-    monkeypatch.setattr(verification, "TILE", 16)
-    monkeypatch.setattr(verification, "_SAMPLE", 9)  # so that scores lie outside of the range of the bins
+    monkeypatch.setattr(pair_tiles, "TILE", 16)
+    monkeypatch.setattr(pair_tiles, "SAMPLE", 9)  # so that scores lie outside of the range of the bins
     monkeypatch.setattr(verification, "_HELD", 50)
     monkeypatch.setattr(verification, "BINS", 64)
     x, labels = clouds(9, 6, 5)
