@@ -23,6 +23,7 @@ from idml_jax.metrics.closed_form import unit_rows
 from idml_jax.metrics.retrieval import Neighbours, neighbours
 
 _ROWS = 4096  # rows at a time
+_ROUNDING = 1e-5  # of a cosine distance, with some room
 
 
 class Reciprocal(NamedTuple):
@@ -147,11 +148,14 @@ def reciprocal(
     distance, index = np.empty((len(asked), depth), np.float32), np.empty((len(asked), depth), np.int32)
     for query, row in enumerate(place.tolist()):
         common = _common(codes, inverse, row, size)
-        some = np.flatnonzero(common)
-        some = np.union1d(some, listed[query])  # of rows with nothing in common only the nearest can be answers
+        jaccard = 1 - common / (2 - common)
+        # All other rows are at least as far as the last of these, which decides whether they can be among the answers.
+        near = 1 - every[listed[query]] @ asked[query]
+        last = ((1 - weight) * jaccard[listed[query]] + weight * near).max()
+        some = np.flatnonzero((common > 0) & ((1 - weight) * jaccard + weight * (near.max() - _ROUNDING) <= last))
+        some = np.union1d(some, listed[query])
         some = some[some != own[query]]
-        jaccard = 1 - common[some] / (2 - common[some])
-        new_distance = (1 - weight) * jaccard + weight * (1 - every[some] @ asked[query])
+        new_distance = (1 - weight) * jaccard[some] + weight * (1 - every[some] @ asked[query])
         order = np.lexsort((some, new_distance))[:depth]
         distance[query], index[query] = new_distance[order], some[order]
     return Neighbours(distance, index)
