@@ -147,7 +147,8 @@ def report(
       seed: seed of the folds of held-out classes.
 
     Returns:
-      ``verification/AUROC``, ``EER`` and ``FNMR@f`` of the cosine similarity; with held-out classes
+      ``verification/AUROC``, ``EER`` and ``FNMR@f`` of the cosine similarity, the latter for those f that the number of
+      pairs can show; with held-out classes
       ``verification/chosen/EER``, ``FMR@f`` and ``FNMR@f`` of the score and thresholds chosen on them; and warnings.
     """
 
@@ -157,7 +158,9 @@ def report(
 
     found = measured(cosine)
     rates = {"AUROC": found.auroc} | ({"AUROC_error": found.auroc_error} if found.auroc_error else {})
-    rates |= {"EER": found.eer} | {f"FNMR@{fmr:g}": at.fnmr for fmr, at in found.at_fmr.items()}
+    rates |= {"EER": found.eer} | {
+        f"FNMR@{fmr:g}": at.fnmr for fmr, at in found.at_fmr.items() if not np.isnan(at.fnmr)
+    }
     warnings = []
     if held_out is not None:
         try:
