@@ -8,6 +8,11 @@ A file, ``.npz`` or ``.parquet``, holds ``semantic`` (or ``embeddings``) [n, d] 
 and may hold ``uncertainty`` [n, k], ``semantic_norm`` [n] and ``ambiguity`` [n]. The temperature and the form of the
 introspective metric are those that ``idml_jax.embed`` stored with the embeddings; ``--temperature`` and ``--absolute``
 (or ``--no-absolute``) override them.
+
+``--ranked`` adds P@K and the mean average precision over all ranks, ``--worst=10`` lists the classes with the lowest
+R@1, and ``--exclude=camera`` leaves out, for each query, the images of its class with the same value of the array
+``camera`` [n] of the file, and adds CMC@K. ``--rerank=reciprocal`` (or ``expand``, ``augment+expand``) adds the metrics
+after re-ranking, as ``reranked/...``.
 """
 
 import argparse
@@ -18,9 +23,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from idml_jax.errors import UserError, run_command, warn
+from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.index import read
 from idml_jax.inference.measure import Options, measure
+from idml_jax.inference.reranking import EXAMPLES, parse
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
 
@@ -65,12 +71,17 @@ def _evaluate_files(given: dict[str, Any]) -> None:
     out = user_path(given["out"]) if given["out"] else None
     if out is not None:
         check_target(out)  # fails before the work starts
-    names = "temperature", "absolute", "precision", "seed"
-    options = Options(_ks(given["ks"]), cluster=not given["no_clustering"], **{name: given[name] for name in names})
+    if given["worst"] < 0:
+        raise UserError(f"--worst={given['worst']}: a number of classes, at least 0")
+    names = "temperature", "absolute", "precision", "seed", "ranked", "exclude", "worst"
+    chosen = {name: given[name] for name in names} | {"rerank": parse(given["rerank"])}
+    options = Options(_ks(given["ks"]), cluster=not given["no_clustering"], **chosen)
     found = measure(given["embeddings"], given["gallery"], given["held_out"], options, warn)
     if out is not None:
         write_json(out, without_nan(found.report))
     print(show(found.report))
+    for row in found.worst:
+        print(f"R@1 {row.recall:.4f} of {row.queries:,} queries of {printable(row.name)}")
     for warning in found.warnings:
         print(f"warning: {warning}")
     print(f"{found.queries} queries in {time.monotonic() - start:.1f} s")
@@ -90,6 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--absolute", action=argparse.BooleanOptionalAction, help="the absolute form of the metric; default: the file's"
     )
+    parser.add_argument("--ranked", action="store_true", help="add P@K and mAP over all ranks")
+    parser.add_argument(
+        "--exclude", default="", help="array of the files, e.g. camera: do not find one's own class in it"
+    )
+    parser.add_argument("--worst", type=int, default=0, help="number of classes with the lowest R@1 to list")
+    parser.add_argument("--rerank", default="", help=f"re-ranking, e.g. {EXAMPLES}")
     parser.add_argument("--no_clustering", action="store_true", help="skip NMI, AMI and F1")
     parser.add_argument("--seed", type=int, default=0, help="seed of clustering and bootstrap")
     parser.add_argument("--out", default="", help="JSON file to write the metrics to")

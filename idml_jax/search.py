@@ -22,8 +22,9 @@ from typing import Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.index import check_comparable, own_rows, read
+from idml_jax.inference.reranking import EXAMPLES, parse, rerank
 from idml_jax.inference.search import Answers, calibrate, load_model, open_index, search
-from idml_jax.inference.sureness import Wanted, confidence_for, note_of, outcome, rule_for
+from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for
 from idml_jax.metrics.embedded import scores_of
 from idml_jax.metrics.vote import Vote
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
@@ -44,6 +45,12 @@ def _search(given: dict[str, Any]) -> None:
     for name, what in (("abstain", "of right answers"), ("strangers", "of answered strangers")):
         if given[name] is not None and not 0 < given[name] < 1:
             raise UserError(f"--{name}={given[name]}: a share {what}, above 0 and below 1")
+    steps = parse(given["rerank"])
+    if steps and (given["abstain"] is not None or given["strangers"] is not None or given["held_out"]):
+        raise UserError(
+            "--rerank changes the answers, whose confidence is of the nearest image: leave out --abstain, --strangers "
+            "and --held_out"
+        )
     if out is not None:
         check_target(out)  # fails before the work starts
     index = read(given["index"])
@@ -58,7 +65,11 @@ def _search(given: dict[str, Any]) -> None:
     vectors = queries.embedded, index.embedded, index.metric, own
     scores = scores_of(*vectors, setting=setting)
     wanted = Wanted(given["abstain"], given["strangers"], given["balanced"])
-    sureness = confidence_for(given["held_out"], index, given["index"], model, scores, wanted)
+    found = rerank(steps, queries.embedded, index.embedded, k, own) if steps else None
+    if steps:
+        sureness = Confidence(None, f"re-ranked by {given['rerank']}")
+    else:
+        sureness = confidence_for(given["held_out"], index, given["index"], model, scores, wanted)
     if sureness.calibrated is not None and sureness.calibrated.setting != setting:
         setting = sureness.calibrated.setting
         scores = scores_of(*vectors, setting=setting)
@@ -73,6 +84,7 @@ def _search(given: dict[str, Any]) -> None:
         scores=scores,
         rule=rule,
         setting=setting,
+        found=found,
     )
     rows = records(queries, index, answers, own)
     said = note_of(sureness, rule, wanted), outcome(queries, index, own, answers.index[:, 0], answers.answered)
@@ -107,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--abstain", type=float, help="required share of correct answers, e.g. 0.95")
     parser.add_argument("--strangers", type=float, help="share of queries of unknown classes that may get an answer")
     parser.add_argument("--balanced", action="store_true", help="votes count less for classes with many images")
+    parser.add_argument("--rerank", default="", help=f"re-ranking, e.g. {EXAMPLES}; without a confidence")
     parser.add_argument("--keep_same", action="store_true", help="let an image find itself")
     parser.add_argument("--out", default="", help="file to write, .jsonl, .html or .png; default: print a table")
     given = vars(parser.parse_args(argv))

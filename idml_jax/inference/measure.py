@@ -3,10 +3,17 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from idml_jax.errors import UserError
+from idml_jax.inference import arrays as stored_arrays
+from idml_jax.inference import reranking
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, read
+from idml_jax.inference.reranking import Step
 from idml_jax.inference.sureness import held_out_beside
 from idml_jax.ism import Metric
+from idml_jax.metrics import full_ranking
+from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
 
 
@@ -20,6 +27,11 @@ class Options(NamedTuple):
       precision: share of right answers that the threshold is chosen for.
       cluster: whether to compute NMI, AMI and F1.
       seed: seed of clustering and bootstrap.
+      ranked: whether to compute P@K and mAP over all ranks.
+      exclude: array of the files; a query then does not find images of its class with the same value, and CMC@K is
+        added. Empty: none.
+      worst: number of classes with the lowest R@1 to list.
+      rerank: steps of re-ranking, whose metrics are added.
     """
 
     ks: tuple[int, ...] = (1, 2, 4, 8)
@@ -28,14 +40,27 @@ class Options(NamedTuple):
     precision: float = 0.9
     cluster: bool = True
     seed: int = 0
+    ranked: bool = False
+    exclude: str = ""
+    worst: int = 0
+    rerank: tuple[Step, ...] = ()
+
+
+class ClassRow(NamedTuple):
+    """A class of the queries, its R@1, and its number of queries."""
+
+    name: str
+    recall: float
+    queries: int
 
 
 class Measured(NamedTuple):
-    """Metrics by name, warnings about the uncertainty, and the number of queries."""
+    """Metrics by name, warnings about the uncertainty, the number of queries, and the worst classes, if wanted."""
 
     report: dict[str, float]
     warnings: list[str]
     queries: int
+    worst: list[ClassRow]
 
 
 def measure(embeddings: str, gallery: str, held_out: str, options: Options, warn: Callable[[str], None]) -> Measured:
@@ -82,9 +107,47 @@ def measure(embeddings: str, gallery: str, held_out: str, options: Options, warn
             cluster=options.cluster,
             seed=options.seed,
         )
+        more, worst = _ranked(queries, rows, (index, searched), options)
+        if options.rerank:
+            more |= reranking.report(options.rerank, queries, rows, options.ks)
     except ValueError as error:  # sets too small for a metric, and options out of range
         raise UserError(str(error)) from error
-    return Measured(report, warnings, len(queries.labels))
+    return Measured(report | more, warnings, len(queries.labels), worst)
+
+
+def _ranked(
+    queries: Embedded, gallery: Embedded | None, files: tuple[Index, Index | None], options: Options
+) -> tuple[dict[str, float], list[ClassRow]]:
+    """Metrics of the whole ranking and the worst classes, where they are wanted."""
+    if not (options.ranked or options.exclude or options.worst):
+        return {}, []
+    groups = None
+    if options.exclude:
+        both = [None if file is None else _column(file, options.exclude) for file in files]
+        assert both[0] is not None
+        groups = full_ranking.Groups(both[0], both[1])
+    searched = (None, None) if gallery is None else (gallery.semantic, gallery.labels)
+    found = full_ranking.rank_all(queries.semantic, queries.labels, *searched, groups=groups)
+    wanted = options.ranked or options.exclude
+    report = full_ranking.summarise(found, options.ks, cmc=groups is not None) if wanted else {}
+    rows = {label: row for row, label in reversed(list(enumerate(queries.labels.tolist())))}
+    worst = [
+        ClassRow(files[0].class_of(rows[row.label]) or str(row.label), row.recall, row.queries)
+        for row in full_ranking.class_recall(found)[: options.worst]
+    ]
+    return report, worst
+
+
+def _column(index: Index, name: str) -> np.ndarray:
+    """An array [n] of a file."""
+    assert index.path is not None
+    arrays, names = stored_arrays.read(index.path, {name})
+    size = len(index.files)
+    if name not in arrays:
+        raise UserError(f"{index.path}: holds no {name} (--exclude); it holds {', '.join(sorted(names))}")
+    if arrays[name].shape != (size,):
+        raise UserError(f"{index.path}: {name} has the shape {arrays[name].shape} (--exclude); expected ({size},)")
+    return arrays[name]
 
 
 def _metric(options: Options, index: Index, warn: Callable[[str], None]) -> Metric:

@@ -17,6 +17,7 @@ from idml_jax.ism import Embedding, Metric
 from idml_jax.metrics import calibration, retrieval, strangers, uncertainty, vote
 from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.confidence import confidence
+from idml_jax.metrics.retrieval import Neighbours
 from idml_jax.metrics.strangers import Rule
 from idml_jax.metrics.summary import Embedded, scores_of
 from idml_jax.metrics.uncertainty import Threshold
@@ -87,6 +88,7 @@ def search(
     scores: Mapping[str, Float[np.ndarray, "n"]] | None = None,
     rule: Rule | None = None,
     setting: Vote | None = Vote(),  # noqa: B008 (immutable)
+    found: Neighbours | None = None,
 ) -> Answers:
     """Finds the k nearest rows of a gallery, exactly, in tiles.
 
@@ -101,6 +103,7 @@ def search(
       scores: result of ``metrics.embedded.scores_of``, if already computed.
       rule: rule for answers where some queries' classes are not in the gallery; in place of ``threshold``.
       setting: settings of the vote, unless ``calibrated`` has some; ``None`` if the labels are unknown.
+      found: neighbours to answer with, in their order, if not the nearest ones.
 
     Returns:
       The answers.
@@ -108,7 +111,7 @@ def search(
     Raises:
       ValueError: for mismatched widths or a k that the gallery cannot serve.
     """
-    found = retrieval.neighbours(queries.semantic, gallery.semantic, k, own=own)
+    found = retrieval.neighbours(queries.semantic, gallery.semantic, k, own=own) if found is None else found
     if calibrated is not None:
         setting = calibrated.setting
     scores = scores_of(queries, gallery, metric, own, setting=setting) if scores is None else scores

@@ -42,6 +42,43 @@ TABLE: tuple[Described, ...] = (
     Described("lone_queries", "Queries whose class the gallery does not have.", "images", "neither"),
     Described("introspective/R@{k}", "R@k where the introspective distance ranks.", "share", "higher"),
     Described("introspective/MAP@R", "MAP@R where the introspective distance ranks.", "share", "higher"),
+    Described("P@{k}", "Share of the query's class among the k nearest.", "share", "higher"),
+    Described("mAP", "Mean average precision over all ranks.", "share", "higher"),
+    Described("CMC@{k}", "R@k without the images of the query's class and group.", "share", "higher"),
+    Described("CMC_queries", "Queries with an image of their class in another group.", "images", "neither"),
+    Described("reranked/R@{k}", "R@k after re-ranking.", "share", "higher"),
+    Described("reranked/P@{k}", "P@k after re-ranking.", "share", "higher"),
+    Described("reranked/MAP@R", "MAP@R after re-ranking.", "share", "higher"),
+    # Verification: is it the same class?
+    Described(
+        "verification/AUROC", "Probability that a pair of one class is more similar than another.", "share", "higher"
+    ),
+    Described(
+        "verification/AUROC_error",
+        "Most that verification/AUROC may be off, from its counting in bins.",
+        "share",
+        "lower",
+    ),
+    Described("verification/EER", "Rate at which FMR and FNMR are equal, by cosine similarity.", "share", "lower"),
+    Described(
+        "verification/FNMR@{fmr}",
+        "Share of pairs of one class that do not match where that share of other pairs does.",
+        "share",
+        "lower",
+    ),
+    Described("verification/chosen/EER", "EER of the score chosen on held-out classes.", "share", "lower"),
+    Described(
+        "verification/chosen/FMR@{fmr}",
+        "Share of other pairs that match at the threshold chosen for that share on held-out classes.",
+        "share",
+        "lower",
+    ),
+    Described(
+        "verification/chosen/FNMR@{fmr}",
+        "Share of pairs of one class that do not match at that threshold.",
+        "share",
+        "lower",
+    ),
     # Clustering.
     Described("NMI", "Normalised mutual information of k-means clusters and classes.", "share", "higher"),
     Described("AMI", "Mutual information of clusters and classes, adjusted for chance.", "share", "higher"),
@@ -131,6 +168,7 @@ TABLE: tuple[Described, ...] = (
 # Shown on the console at the end of a run, in this order.
 _SHOWN = (
     "NMI",
+    "verification/EER",
     "P(u_mixed>u)",
     "P(u_occlusion>u)",
     "spearman(u,ambiguity)",
@@ -167,6 +205,8 @@ _COMPARED = (
     "NMI",
     "AMI",
     "F1",
+    "verification/EER",
+    "verification/FNMR@0.001",
     "R-AUROC(uncertainty)",
     "R-AUROC(margin_10)",
     "R-AUROC(nearest_distance)",
@@ -219,4 +259,4 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile("".join(_PARTS.get(part, r"\w+") if part[:1] == "{" else re.escape(part) for part in parts))
 
 
-_PARTS = {"{k}": r"\d+", "{fpir}": r"[\w.]+", "{what}": r"[\w.@(),]+"}
+_PARTS = {"{k}": r"\d+", "{fmr}": r"[\w.-]+", "{fpir}": r"[\w.]+", "{what}": r"[\w.@(),]+"}

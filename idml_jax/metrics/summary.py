@@ -9,7 +9,17 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from idml_jax.ism import Metric
-from idml_jax.metrics import calibration, clustering, introspective, open_set, retrieval, strangers, uncertainty, vote
+from idml_jax.metrics import (
+    calibration,
+    clustering,
+    introspective,
+    open_set,
+    retrieval,
+    same_class,
+    strangers,
+    uncertainty,
+    vote,
+)
 from idml_jax.metrics.calibration import Calibration, HeldOut, Known
 from idml_jax.metrics.confidence import confidence
 from idml_jax.metrics.embedded import Embedded, joined, scores_of
@@ -77,7 +87,8 @@ def full_report(
       ``open_set/...`` of ``open_set.report``; with an uncertainty
       ``R-AUROC(uncertainty)_low`` and ``_high``, ``introspective/R@1`` and ``introspective/MAP@R`` (ranking by D) and
       ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined,
-      and of those in ``JOINED``; ``answered`` and ``answered_precision`` up to the threshold.
+      and of those in ``JOINED``; ``answered`` and ``answered_precision`` up to the threshold; ``verification/...`` of
+      ``same_class.report``.
 
     Raises:
       ValueError: for empty, mismatched or non-finite input.
@@ -110,6 +121,9 @@ def full_report(
         more, fitted = _threshold_report(scores, ranks, known, precision)
         report |= more
     report |= open_set.report(embedded, gallery, metric, fitted, precision=precision, seed=seed)
+    others = held_out.queries if isinstance(held_out, HeldOut) else held_out
+    pairs, told = same_class.report(embedded, gallery, others, seed=seed)
+    report, warnings = report | pairs, warnings + told
     return {k: float(v) for k, v in report.items()}, warnings
 
 

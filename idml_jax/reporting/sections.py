@@ -14,7 +14,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.metrics import uncertainty
 from idml_jax.metrics.summary import Embedded
 from idml_jax.reporting import html as pages
-from idml_jax.reporting import open_set, plots
+from idml_jax.reporting import open_set, pairs, plots
 from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.training.tasks import Task, task_of
 
@@ -381,6 +381,7 @@ SECTIONS: dict[str, Section] = {
     "predictions": predictions,
     "knowing": knowing,
     "strangers": strangers,
+    "verification": pairs.verification,
     "ambiguity": ambiguity,
     "answers": answers,
     "extremes": extremes,

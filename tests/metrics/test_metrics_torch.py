@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from idml_jax.metrics.clustering import ami, nmi
+from idml_jax.metrics.full_ranking import precision_at, rank_all, summarise
 from idml_jax.metrics.retrieval import retrieval_metrics
 
 REASON = "PyTorch and pytorch-metric-learning are not installed (extra 'parity')"
@@ -52,6 +53,15 @@ def test_query_and_gallery():
     queries, gallery = blobs(1, 200, 40, 1.5), blobs(2, 700, 40, 1.5)
     theirs = calculator(tuple(NAMES.values()), k=700).get_accuracy(*queries, *gallery)
     assert_agree(retrieval_metrics(*queries, *gallery), theirs)
+
+
+def test_average_precision_over_all_ranks():
+    rows, labels = blobs(4, 200, 20, 1.5)
+    theirs = calculator(("mean_average_precision", "precision_at_1"), k=None).get_accuracy(rows, labels)
+    found = rank_all(rows, labels)
+    some = np.diff(found.starts) > 0  # they leave lone queries out
+    assert summarise(found, (1,))["mAP"] == pytest.approx(theirs["mean_average_precision"], abs=1e-6)
+    assert precision_at(found, 1)[some].mean() == pytest.approx(theirs["precision_at_1"], abs=1e-6)
 
 
 def test_clusters():

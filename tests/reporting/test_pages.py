@@ -131,6 +131,7 @@ def seen(tmp_path):
     model = SimpleNamespace(config=config, introspective=True, step=3, workdir=tmp_path / HOSTILE[0])
     (tmp_path / "other").mkdir()
     best = {"R@1": 0.5, **{f"P(u_{name}>u)": 0.5 for name in HOSTILE}, **{name: 1.0 for name in HOSTILE}}
+    best |= {"verification/EER": 0.25, **{f"verification/FNMR@{name}": 0.125 for name in HOSTILE}}
     (tmp_path / "other" / "result.json").write_text(json.dumps({"best": best, "untrained": {"R@1": "<script>"}}))
     (tmp_path / "other" / "config.json").write_text("{}")
     rows = [json.dumps({"step": i, "train/loss": 1.0, "eval/R@1": "<script>"}) for i in range(3)]
@@ -168,6 +169,7 @@ def hostile_report(seen, tmp_path):
 
 def test_a_report(seen, tmp_path):
     shown = check(hostile_report(seen, tmp_path))
+    assert "EER 25.0%" in str(shown)
     for text in (
         "</title></style></td><script src=//x></script>",
         "<span onmouseover=alert(1)>x",

@@ -32,6 +32,7 @@ class Retrieval:
         "training",
         "knowing",
         "strangers",
+        "verification",
         "ambiguity",
         "answers",
         "extremes",

@@ -1,0 +1,198 @@
+"""Metrics of the whole ranking: P@k, mean average precision over all ranks, CMC with exclusions, R@1 by class.
+
+Distances, ties and lone queries as in `retrieval`, whose lists end at the class size. Here the rank of every positive
+is computed, from a block of distances at a time: rows are sorted as numbers, and ties counted by index. Memory is the
+rows, one block, and the ranks of all positives.
+
+Exclusions: with a group for each image (a camera, a recording, an album), a query does not find the images of its own
+class and group, as in person re-identification (Zheng et al., "Scalable person re-identification", ICCV 2015): they are
+neither hits nor misses. Images of its group and another class stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from idml_jax.metrics import nearest, ranking
+from idml_jax.metrics.checks import Array, embedding_rows, label_column
+
+
+class Groups(NamedTuple):
+    """A group for each image; a query does not find images of its class and group.
+
+    Attributes:
+      queries: ``[n]`` of any kind.
+      gallery: ``[m]``; ``None`` without a gallery.
+    """
+
+    queries: Shaped[np.ndarray, "n"]
+    gallery: Shaped[np.ndarray, "m"] | None = None
+
+
+class Ranking(NamedTuple):
+    """Ranks of all positives of n queries.
+
+    Attributes:
+      ranks: ``[p]`` ranks from 1, of one query after the other, each in ascending order.
+      starts: ``[n + 1]`` where the ranks of each query start.
+      found: ``[n]`` number of gallery images that each query can find.
+      codes: ``[n]`` class of each query, a number.
+      classes: ``[c]`` the class of each number.
+    """
+
+    ranks: Int[np.ndarray, "p"]
+    starts: Int[np.ndarray, "n1"]
+    found: Int[np.ndarray, "n"]
+    codes: Int[np.ndarray, "n"]
+    classes: Shaped[np.ndarray, "c"]
+
+    @property
+    def first_hit(self) -> Int[np.ndarray, "n"]:
+        """``[n]`` rank of the nearest positive; 0 for a lone query."""
+        some = np.diff(self.starts) > 0
+        first = np.zeros(len(some), np.int64)
+        first[some] = self.ranks[self.starts[:-1][some]]
+        return first
+
+
+def rank_all(
+    embeddings: Float[Array, "n d"],
+    labels: Shaped[Array, "n"],
+    gallery: Float[Array, "m d"] | None = None,
+    gallery_labels: Shaped[Array, "m"] | None = None,
+    *,
+    groups: Groups | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Ranking:
+    """Ranks the positives of every query among all that it can find.
+
+    Args:
+      embeddings: ``[n, d]`` queries; without a gallery each searches all the others.
+      labels: ``[n]`` classes of any kind.
+      gallery: ``[m, d]``.
+      gallery_labels: ``[m]``.
+      groups: groups whose images of the query's class it does not find.
+      devices: devices that share the distances; all of this process by default.
+
+    Raises:
+      ValueError: naming the argument, for empty, mismatched or non-finite input.
+    """
+    queries = embedding_rows(embeddings, "embeddings")[0]
+    own_labels = label_column(labels, len(queries), "labels", "embeddings")
+    same_set = gallery is None
+    if (gallery is None) != (gallery_labels is None):
+        raise ValueError("gallery and gallery_labels go together")
+    if gallery is None or gallery_labels is None:
+        rows, row_labels = queries, own_labels
+    else:
+        rows = embedding_rows(gallery, "gallery")[0]
+        row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery")
+        if rows.shape[1] != queries.shape[1]:
+            raise ValueError(f"gallery: width {rows.shape[1]} differs from the embeddings' width {queries.shape[1]}")
+    classes, codes = np.unique(np.concatenate([row_labels, own_labels]), return_inverse=True)
+    row_codes, own_codes = codes[: len(rows)], codes[len(rows) :]
+    own_groups, row_groups = _groups(groups, len(queries), len(rows), same_set)
+    order = np.argsort(row_codes, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(row_codes, minlength=len(classes)))[:-1])
+    (near, near_norms), (far, norms) = nearest.moved(queries, rows)
+    devices = list(jax.local_devices() if devices is None else devices)
+    ranks: list[np.ndarray] = []
+    found = np.empty(len(queries), np.int64)
+    for start, block in ranking.all_distances(near, near_norms, far, norms, devices):
+        for query, distances in enumerate(np.array(block), start):
+            same = members[own_codes[query]]
+            out = np.zeros(len(same), bool) if own_groups is None else row_groups[same] == own_groups[query]
+            if same_set:
+                out |= same == query
+            distances[same[out]] = np.inf
+            found[query] = len(rows) - out.sum()
+            ranks.append(_ranks(distances, same[~out]))
+    starts = np.concatenate([[0], np.cumsum([len(x) for x in ranks])])
+    return Ranking(np.concatenate(ranks), starts, found, own_codes, classes)
+
+
+def _groups(
+    groups: Groups | None, queries: int, rows: int, same_set: bool
+) -> tuple[Int[np.ndarray, "n"] | None, Int[np.ndarray, "m"]]:
+    """Groups as numbers."""
+    if groups is None:
+        return None, np.zeros(0, np.int64)
+    own = label_column(groups.queries, queries, "groups.queries", "embeddings")
+    if same_set != (groups.gallery is None):
+        raise ValueError("groups.gallery: goes together with a gallery")
+    others = own if groups.gallery is None else label_column(groups.gallery, rows, "groups.gallery", "gallery")
+    if (own.dtype.kind in "US") != (others.dtype.kind in "US"):
+        raise ValueError("groups: those of one side are text, those of the other numbers")
+    codes = np.unique(np.concatenate([own, others]), return_inverse=True)[1]
+    return codes[:queries], codes[queries:]
+
+
+def _ranks(distances: Float[np.ndarray, "m"], positives: Int[np.ndarray, "r"]) -> Int[np.ndarray, "r"]:
+    """Ranks of the positives, from 1, ascending; equal distances by index."""
+    ordered = np.sort(distances)
+    wanted = distances[positives]
+    before = np.searchsorted(ordered, wanted, side="left")
+    tied = np.searchsorted(ordered, wanted, side="right") - before > 1
+    for value in np.unique(wanted[tied]):
+        equal = np.flatnonzero(distances == value)
+        here = wanted == value
+        before[here] += np.searchsorted(equal, positives[here])
+    return np.sort(before) + 1
+
+
+def precision_at(found: Ranking, k: int) -> Float[np.ndarray, "n"]:
+    """``[n]`` share of positives among the k nearest; among all that a query can find if those are fewer."""
+    hits = np.add.reduceat(np.append(found.ranks <= k, False), found.starts[:-1]) * (np.diff(found.starts) > 0)
+    return hits / np.maximum(np.minimum(k, found.found), 1)
+
+
+def average_precision(found: Ranking) -> Float[np.ndarray, "n"]:
+    """``[n]`` mean over all positives of the precision at their rank; NaN for a lone query."""
+    positives = np.diff(found.starts)
+    place = np.arange(len(found.ranks)) - np.repeat(found.starts[:-1], positives) + 1
+    sums = np.bincount(np.repeat(np.arange(len(positives)), positives), place / found.ranks, len(positives))
+    return np.where(positives > 0, sums / np.maximum(positives, 1), np.nan)
+
+
+def summarise(found: Ranking, ks: Sequence[int], *, cmc: bool = False) -> dict[str, float]:
+    """Means over the queries.
+
+    Args:
+      found: from ``rank_all``.
+      ks: K of the names with @K.
+      cmc: whether to add ``CMC@K``, the share of queries with a hit among the K nearest. Queries without a positive are
+        left out of it, as in re-identification.
+
+    Returns:
+      ``P@K`` (a lone query has none right), ``mAP`` (without lone queries), ``CMC@K``.
+    """
+    some = np.diff(found.starts) > 0
+    mean = lambda values: float(np.mean(values)) if len(values) else float("nan")
+    report = {f"P@{k}": mean(precision_at(found, k)) for k in ks}
+    report["mAP"] = mean(average_precision(found)[some])
+    if cmc:
+        report |= {f"CMC@{k}": mean(found.first_hit[some] <= k) for k in ks}
+        report["CMC_queries"] = int(some.sum())
+    return report
+
+
+class ClassRecall(NamedTuple):
+    """R@1 of one class, and its number of queries."""
+
+    label: object
+    recall: float
+    queries: int
+
+
+def class_recall(found: Ranking) -> list[ClassRecall]:
+    """R@1 of every class of the queries, the worst first; of equal ones the class with more queries first."""
+    counts = np.bincount(found.codes, minlength=len(found.classes))
+    right = np.bincount(found.codes, found.first_hit == 1, minlength=len(found.classes))
+    asked = np.flatnonzero(counts)
+    rows = [ClassRecall(found.classes[c].item(), float(right[c] / counts[c]), int(counts[c])) for c in asked]
+    return sorted(rows, key=lambda row: (row.recall, -row.queries))

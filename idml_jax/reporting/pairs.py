@@ -1,0 +1,38 @@
+"""The section of a report about pairs of images: is it the same class?"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from markupsafe import Markup
+
+from idml_jax.reporting import html as pages
+
+
+class HasResult(Protocol):
+    """What the section needs of an evaluated run."""
+
+    @property
+    def result(self) -> dict[str, dict[str, float]]: ...
+
+
+def verification(seen: HasResult, images: object) -> Markup:
+    """FNMR by FMR of the best checkpoint; empty for a run that was evaluated before there was verification."""
+    best = seen.result.get("best", {})
+    if "verification/EER" not in best:
+        return Markup()
+    start = "verification/FNMR@"
+    rows = [_row(best, name.removeprefix(start)) for name in best if name.startswith(start)]
+    return pages.html(
+        "<h2>Is it the same class?</h2><p>All pairs of test images by cosine similarity: EER {:.1%}, AUROC {:.4f}. "
+        "FMR is the share of pairs of different classes taken for the same, FNMR the share of pairs of one class that "
+        "is missed.</p>{}",
+        best["verification/EER"],
+        best.get("verification/AUROC", float("nan")),
+        pages.table(("wanted FMR", "FNMR", "FMR of the threshold of held-out classes", "its FNMR"), rows),
+    )
+
+
+def _row(best: Mapping[str, float], fmr: str) -> tuple[str, str, str, str]:
+    cells = [best.get(f"verification/{name}@{fmr}") for name in ("FNMR", "chosen/FMR", "chosen/FNMR")]
+    shown = ["" if value is None else f"{value:.3g}" for value in cells]
+    return fmr, shown[0], shown[1], shown[2]
