@@ -7,6 +7,8 @@
 class. If all images of a folder lie in subfolders, the subfolders are the classes. Unreadable images are skipped and
 listed in ``<out>.skipped.txt``. A stopped command resumes when it is run again. ``python -m idml_jax.evaluate
 --embeddings=photos.npz`` measures them, ``python -m idml_jax.search`` searches them.
+
+In Python the module is a function: ``idml_jax.embed("runs/mine", images)``, see ``idml_jax.inference.use``.
 """
 
 import argparse
@@ -15,12 +17,14 @@ from typing import Any
 from idml_jax.errors import UserError, printable, run_command
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.embed import LISTS, SPLITS, embed_all, embed_to_file, index_of, list_images, split_source
-from idml_jax.inference.model import load
+from idml_jax.inference.use import embed, load
+from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path
 
 __all__ = [
     "LISTS",
     "SPLITS",
+    "embed",
     "embed_all",
     "embed_to_file",
     "index_of",
@@ -28,6 +32,8 @@ __all__ = [
     "main",
     "split_source",
 ]
+
+make_callable(__name__, embed)  # idml_jax.embed("runs/mine", "photos")
 
 
 def _embed(given: dict[str, Any]) -> None:

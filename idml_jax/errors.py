@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NoReturn
 
@@ -43,6 +43,19 @@ def printable(text: object) -> str:
 def warn(line: str) -> None:
     """Prints a warning as one line on standard error."""
     print(f"warning: {printable(line)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps the storage layer and other libraries from logging anything below an error, for as long as it lasts."""
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.ERROR))  # absl's numbers fall with severity
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def show_progress() -> None:

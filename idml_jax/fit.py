@@ -20,6 +20,7 @@ from absl import app, flags
 
 from idml_jax import main as training
 from idml_jax.errors import UserError
+from idml_jax.runtime.callable_module import make_callable
 
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "Move the files of another run in the workdir to its folder replaced."
@@ -32,6 +33,16 @@ def _fit(config: Any, workdir: str) -> None:
     if flags.FLAGS.mode != "train":
         raise UserError(f"--mode={flags.FLAGS.mode} is for python -m idml_jax.main, which also evaluates a fitted run")
     fit(training.resolved(config, workdir), workdir, overwrite=_OVERWRITE.value)
+
+
+def _call(config: Any, workdir: str, **options: Any) -> dict[str, Any]:
+    """``idml_jax.training.fit.fit``, imported when it is called."""
+    from idml_jax.training.fit import fit
+
+    return fit(config, workdir, **options)
+
+
+make_callable(__name__, _call)  # idml_jax.fit(config, "runs/fitted")
 
 
 def main() -> None:

@@ -70,6 +70,15 @@ class Embedding(NamedTuple):
     uncertainty: Float[Array, "n k"] | None = None
 
 
+def _check_embeddings(*given: object) -> None:
+    for value in given:
+        if value is not None and not hasattr(value, "semantic"):
+            raise ValueError(
+                f"the metric compares embeddings and got {type(value).__name__}; Embedding(semantic, uncertainty) makes "
+                "one of arrays [n, d] and [n, k]"
+            )
+
+
 def _beta(a: Embedding, b: Embedding) -> Float[Array, "n #m"]:
     """Uncertainty of all pairs; at least one side must have an uncertainty."""
     if a.uncertainty is None:
@@ -232,6 +241,7 @@ class Metric:
         Raises:
           ValueError: if the shapes do not fit, or the form has no distance.
         """
+        _check_embeddings(a, b)
         return FORMS[self.form].distance(a, a if b is None else b, self.temperature)
 
     __call__ = distance
@@ -242,6 +252,7 @@ class Metric:
         Raises:
           ValueError: if the shapes do not fit, or the form cannot compare these.
         """
+        _check_embeddings(a, b)
         return FORMS[self.form].similarity(a, a if b is None else b, self.temperature)
 
     def weakening(self, alpha: Float[Array, "..."], beta: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -11,6 +11,9 @@ import argparse
 
 from idml_jax.errors import run_command
 from idml_jax.reporting.page import comparison, look, make, read_record
+from idml_jax.runtime.callable_module import make_callable
+
+make_callable(__name__, make)  # idml_jax.report("runs/mine")
 
 __all__ = ["comparison", "look", "main", "make", "read_record"]
 

@@ -12,6 +12,8 @@ it from the uncertainty and the baseline scores (nearest distance, margins, norm
 known classes that the network was not trained on: ``--held_out`` (a file or a folder of class folders), or else the
 index itself, each image searching the others. ``--abstain=0.95`` leaves out answers below the threshold at which 95% of
 the answers for those images are correct.
+
+In Python the module is a function: ``idml_jax.search(queries, index, k)``, see ``idml_jax.inference.use``.
 """
 
 import argparse
@@ -22,12 +24,16 @@ from typing import Any
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.index import check_comparable, own_rows, read
 from idml_jax.inference.search import Answers, calibrate, confidence_for, load_model, open_index, search
+from idml_jax.inference.use import search as search_images
 from idml_jax.metrics.embedded import scores_of
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
+from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path, write_bytes
 
 __all__ = ["Answers", "as_html", "as_png", "as_table", "calibrate", "main", "picture_reader", "records", "search"]
 
+
+make_callable(__name__, search_images)  # idml_jax.search("bird.jpg", "photos.npz")
 
 FORMATS = (".jsonl", ".html", ".png")
 

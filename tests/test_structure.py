@@ -48,13 +48,21 @@ EDGES = {
     "cv2": {
         "data.images.colour",
         "data.images.decode",
+        "data.images.encode",
         "data.images.resample",
         "data.images.transforms",
         "data.glyphs.draw",
         "data.glyphs.builder",
         "data.stored.layouts_classification",
     },
-    "PIL": {"data.images.decode", "data.images.resample", "data.glyphs.draw", "data.glyphs.builder"},
+    "PIL": {
+        "data.given",
+        "data.images.decode",
+        "data.images.encode",
+        "data.images.resample",
+        "data.glyphs.draw",
+        "data.glyphs.builder",
+    },
     "ml_collections": {"training", "inference", "main"},
     "scipy": {"data.stored.layouts_retrieval", "data.stored.layouts_classification"},  # MATLAB files
 }

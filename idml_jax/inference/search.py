@@ -1,6 +1,7 @@
 """Finds the nearest neighbours of queries in an index, with the confidence of the answers."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.confidence import confidence
 from idml_jax.metrics.summary import Embedded, scores_of
 from idml_jax.metrics.uncertainty import Threshold
-from idml_jax.training.digests import weights_digest
 
 
 class Answers(NamedTuple):
@@ -149,7 +149,7 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
     known, step, made_in = (index.about.get(name) for name in ("weights", "step", "workdir"))
     cure = "the vectors cannot be compared; embed the index again"
     if known is not None:
-        found = weights_digest(model.variables)
+        found = model.embedder.digest
         if found != known:
             told = f"step {step} of {made_in} (weights {known})"
             raise UserError(
@@ -243,7 +243,7 @@ def confidence_for(
         others, what = open_index(held_out, "--held_out", model), held_out
         check_comparable(others, index, what, named)
     if others.class_names is not None:
-        return confidence_of(others._replace(about=index.about), what, wanted, names)
+        return confidence_of(replace(others, about=index.about), what, wanted, names)
     if wanted is not None or held_out:
         raise UserError(
             f"{held_out or named}: its classes are unknown, so nothing tells how sure an answer is; give --held_out, "

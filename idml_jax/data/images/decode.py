@@ -63,7 +63,7 @@ MAX_PIXELS = 89_478_485
 _FAST_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
 _FAST_MODES = ("L", "RGB", "RGBA", "LA", "1")
 # The operation that undoes each EXIF orientation.
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -174,7 +174,7 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """The operation that turns a photograph upright; ``None`` if there is none or the EXIF data are invalid."""
     try:
-        return _UPRIGHT.get(image.getexif().get(0x0112, 1))
+        return UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:
         return None
 
