@@ -22,9 +22,12 @@ from idml_jax.errors import UserError, run_command, warn
 from idml_jax.inference.index import read
 from idml_jax.inference.measure import Options, measure
 from idml_jax.metrics.embedded import Embedded
+from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
 
-__all__ = ["load_embeddings", "main", "show"]
+__all__ = ["load_embeddings", "main", "measure", "show"]
+
+make_callable(__name__, measure)  # idml_jax.evaluate("x.npz")
 
 
 def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] | None]:

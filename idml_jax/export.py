@@ -20,8 +20,11 @@ from idml_jax.inference import faiss_index
 from idml_jax.inference import model as trained
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.export import PLATFORMS, export_run, write
+from idml_jax.runtime.callable_module import make_callable
 
 __all__ = ["PLATFORMS", "export_run", "main", "write"]
+
+make_callable(__name__, write)  # idml_jax.export(idml_jax.load("runs/mine"), "model")
 
 
 def _export(given: dict[str, Any]) -> None:

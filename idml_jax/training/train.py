@@ -16,6 +16,7 @@ import idml_jax
 from idml_jax.errors import UserError
 from idml_jax.metrics.names import shown
 from idml_jax.runtime import hosts
+from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
@@ -344,3 +345,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+make_callable(__name__, train_and_evaluate)  # idml_jax.train(config, "runs/mine")
