@@ -40,16 +40,14 @@ COMMANDS = {
         "--config=folder --config.data.root=PHOTOS --workdir=runs/fitted",
     ),
     "eval": Command("main", "evaluate the best checkpoint of a run", "--workdir=runs/glyphs", ("--mode=eval",)),
-    "prepare": Command("prepare", "store a downloaded data set for training", "--dataset=cub --source=CUB_200_2011.tgz"),
-    "embed": Command(
-        "embed", "embed images into a file", "--workdir=runs/glyphs --images=PHOTOS --out=photos.npz"
+    "prepare": Command(
+        "prepare", "store a downloaded data set for training", "--dataset=cub --source=CUB_200_2011.tgz"
     ),
+    "embed": Command("embed", "embed images into a file", "--workdir=runs/glyphs --images=PHOTOS --out=photos.npz"),
     "search": Command("search", "find the images nearest to a query", "--index=photos.npz --query=bird.jpg -k 10"),
     "evaluate": Command("evaluate", "compute all metrics of a file of embeddings", "--embeddings=photos.npz"),
     "report": Command("report", "write a page about a run", "--workdir=runs/glyphs"),
-    "export": Command(
-        "export", "write a run as a program, or an index for faiss", "--workdir=runs/glyphs --out=model"
-    ),
+    "export": Command("export", "write a run as a program, or an index for faiss", "--workdir=runs/glyphs --out=model"),
     "pretrained": Command("pretrained", "show, fetch or convert weights", "show timm/resnet50.a1_in1k"),
 }
 

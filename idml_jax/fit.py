@@ -33,6 +33,7 @@ def _fit(config: Any, workdir: str) -> None:
     if flags.FLAGS.mode != "train":
         raise UserError(f"--mode={flags.FLAGS.mode} is for python -m idml_jax.main, which also evaluates a fitted run")
     fit(training.resolved(config, workdir), workdir, overwrite=_OVERWRITE.value)
+    training.say_next(workdir)
 
 
 def _call(config: Any, workdir: str, **options: Any) -> dict[str, Any]:
@@ -47,7 +48,7 @@ make_callable(__name__, _call)  # idml_jax.fit(config, "runs/fitted")
 
 def main() -> None:
     """The command line."""
-    app.run(lambda _: training.command(_fit), flags_parser=training.parse)
+    app.run(lambda _: training.command(_fit), flags_parser=lambda argv: training.parse(argv, __doc__, ("overwrite",)))
 
 
 if __name__ == "__main__":

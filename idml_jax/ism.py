@@ -74,8 +74,8 @@ def _check_embeddings(*given: object) -> None:
     for value in given:
         if value is not None and not hasattr(value, "semantic"):
             raise ValueError(
-                f"the metric compares embeddings and got {type(value).__name__}; Embedding(semantic, uncertainty) makes "
-                "one of arrays [n, d] and [n, k]"
+                f"the metric compares embeddings and got {type(value).__name__}; Embedding(semantic, uncertainty) "
+                "makes one of arrays [n, d] and [n, k]"
             )
 
 

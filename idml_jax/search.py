@@ -29,6 +29,7 @@ from idml_jax.metrics.embedded import scores_of
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
 from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path, write_bytes
+from idml_jax.runtime.options import Help
 
 __all__ = ["Answers", "as_html", "as_png", "as_table", "calibrate", "main", "picture_reader", "records", "search"]
 
@@ -91,7 +92,7 @@ def _search(given: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--index", required=True, help="file to search, .npz or .parquet of idml_jax.embed")
     parser.add_argument("--query", required=True, help="image, folder, list, or file of embeddings")
     parser.add_argument("-k", type=int, default=10, help="number of neighbours per query")

@@ -24,7 +24,7 @@ FLOORS = {
 }
 FLOORS["inference"] = FLOORS["training"] | {"training"}
 FLOORS["reporting"] = FLOORS["inference"] | {"inference"}
-DOORS = {"main", "fit", "prepare", "embed", "search", "report", "export", "evaluate", "pretrained"}
+DOORS = {"__main__", "main", "fit", "prepare", "embed", "search", "report", "export", "evaluate", "pretrained"}
 # The only modules that may import a package.
 EDGES = {
     "orbax": {"runtime.checkpoint"},

@@ -21,8 +21,8 @@ from idml_jax.errors import UserError, printable
 _CHANNELS = (1, 3, 4)
 _ACCEPTED = "a path, a folder, an image of Pillow, a numpy array, or a list of images"
 _RANGES = (
-    "pixels are uint8 (0 to 255) or uint16 (0 to 65535), or other numbers that are either fractions from 0 (black) to 1 "
-    "(white) or whole numbers from 0 to 255"
+    "pixels are uint8 (0 to 255) or uint16 (0 to 65535), or other numbers that are either fractions from 0 (black) to "
+    "1 (white) or whole numbers from 0 to 255"
 )
 
 
@@ -169,8 +169,12 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
         first = "np.moveaxis(x, -3, -1)"
         raise UserError(f"{name} has the shape {shape}, channels first; channels are last here: {first} moves them")
     if array.ndim == 3:
-        raise UserError(f"{name} has the shape {shape}; grey images are a list of [h, w], or [n, h, w, 1]: x[..., None]")
-    raise UserError(f"{name} has the shape {shape}; an image is [h, w] or [h, w, c], a batch [n, h, w, c], c of 1, 3, 4")
+        raise UserError(
+            f"{name} has the shape {shape}; grey images are a list of [h, w], or [n, h, w, 1]: x[..., None]"
+        )
+    raise UserError(
+        f"{name} has the shape {shape}; an image is [h, w] or [h, w, c], a batch [n, h, w, c], c of 1, 3, 4"
+    )
 
 
 def _to_pixels(items: list[Any]) -> None:

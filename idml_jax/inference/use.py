@@ -1,9 +1,9 @@
 """A loaded run in Python: images to vectors, the nearest images, and two images compared.
 
-    model = idml_jax.load("runs/mine")
-    photos = model.embed("photos")                  # a folder, paths, images of Pillow, numpy arrays
-    answers = model.search("bird.jpg", photos, 5)   # nearest images, with the probability of being right
-    model.compare("a.jpg", "b.jpg").distance
+model = idml_jax.load("runs/mine")
+photos = model.embed("photos")                  # a folder, paths, images of Pillow, numpy arrays
+answers = model.search("bird.jpg", photos, 5)   # nearest images, with the probability of being right
+model.compare("a.jpg", "b.jpg").distance
 """
 
 import weakref
@@ -21,7 +21,7 @@ from idml_jax.inference import model as trained
 from idml_jax.inference import search as searching
 from idml_jax.inference.index import SUFFIXES, Index, check_comparable, own_rows, read
 from idml_jax.inference.model import Trained
-from idml_jax.ism import semantic_distance
+from idml_jax.ism import Metric
 from idml_jax.metrics.calibration import Calibration
 from idml_jax.metrics.embedded import Embedded, scores_of
 
@@ -160,7 +160,7 @@ class Model(Trained):
         one, two = self._one(a, "the first"), self._one(b, "the second")
         check_comparable(one, two, "the first image", "the second")
         metric = self.metric.for_ranking()
-        distance = float(jax.device_get(semantic_distance(one.semantic, two.semantic))[0, 0])
+        distance = float(Metric("plain").distance(one.embedded.embedding, two.embedded.embedding)[0, 0])
         if one.uncertainty is None or two.uncertainty is None:
             return Comparison(distance, None)
         return Comparison(distance, float(metric.distance(one.embedded.embedding, two.embedded.embedding)[0, 0]))
@@ -292,7 +292,10 @@ def search(
     if any(not isinstance(x, Index) and x is not None for x in others):
         loaded = Model(*searching.load_model(index, "", warn))
         others = [None if x is None else loaded._index(x) for x in others]
-    return answers(others[0], index, k, held_out=others[1])
+    found, known = others
+    if found is None:
+        raise UserError("search: the queries are None")
+    return answers(found, index, k, held_out=known)
 
 
 def _model(model: Trained | str | Path) -> Model:

@@ -113,7 +113,9 @@ class Embedder:
 
     def __repr__(self) -> str:
         kind = type(self).__name__
-        return f"{kind}({type(self.network.model).__name__}, {self.batch_size} images a batch, {self.mesh.size} devices)"
+        return (
+            f"{kind}({type(self.network.model).__name__}, {self.batch_size} images a batch, {self.mesh.size} devices)"
+        )
 
     @functools.cached_property
     def digest(self) -> str:

@@ -49,6 +49,23 @@ def table() -> list[Setting]:
     ]
 
 
+def as_text() -> str:
+    """The table for a terminal: each setting as it is typed, with its default, its choices and its meaning."""
+    lines = []
+    for setting in table():
+        told = "; ".join(filter(None, [" | ".join(setting.choices), setting.meaning]))
+        lines.append(f"  --config.{setting.name}={shown(setting.default)}")
+        lines += textwrap.wrap(told, 110, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    """A default as it is typed."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(shown(part) for part in value)}{',' if len(value) == 1 else ''})"
+    return f"{value:.6g}" if isinstance(value, float) and value != int(value) else str(value)
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -86,7 +103,7 @@ def _of_loss(name: str) -> str:
         return ""
     doc = inspect.getdoc(LOSSES[parts[1]].function) or ""
     match = re.search(rf"^ +{parts[2]}: (.+?)(?=\n +\w+: |\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
-    return " ".join(match.group(1).split()) if match else ""
+    return " ".join(match.group(1).split()).removesuffix(".") if match else ""
 
 
 def check_known(config: Any) -> None:
@@ -96,7 +113,9 @@ def check_known(config: Any) -> None:
       UserError: naming the first wrong setting, with the nearest known name or the type that is expected.
     """
     if not isinstance(config, ConfigDict):
-        raise UserError(f"the settings are {type(config).__name__}, not a ConfigDict; idml_jax.default_config() makes one")
+        raise UserError(
+            f"the settings are {type(config).__name__}, not a ConfigDict; idml_jax.default_config() makes one"
+        )
     known = default_config().to_dict()
     _check_names(config.to_dict(), known, "", list(flatten(known)))
     _check_types(config.to_dict(), known, "")
@@ -135,7 +154,9 @@ _KINDS: dict[type, tuple[tuple[type, ...], str]] = {
 def _check_types(values: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
     for name, default in known.items():
         if name not in values:
-            raise UserError(f"config.{prefix}{name} is missing; start from idml_jax.default_config() or get_config(name)")
+            raise UserError(
+                f"config.{prefix}{name} is missing; start from idml_jax.default_config() or get_config(name)"
+            )
         value, kind = values[name], type(default)
         _check_type(value, kind, f"config.{prefix}{name}")
         if kind is dict:
