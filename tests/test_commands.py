@@ -10,6 +10,7 @@ import idml_jax
 from idml_jax import __main__ as commands
 from idml_jax import embed
 from idml_jax import main as main_lib
+from idml_jax.runtime import interrupt
 
 
 def test_help_version_and_unknown_commands(capsys):
@@ -38,9 +39,9 @@ def test_every_command_calls_its_module(name, monkeypatch):
     seen = []
     command = commands.COMMANDS[name]
     stub = types.SimpleNamespace(main=lambda: seen.append(list(sys.argv)))
-    monkeypatch.setattr(commands.importlib, "import_module", lambda path: seen.append(path) or stub)
     monkeypatch.setattr(sys, "argv", ["idml-jax"])
-    monkeypatch.setattr("idml_jax.runtime.interrupt.end_when_asked", lambda: None)
+    monkeypatch.setattr(interrupt, "end_when_asked", lambda: None)
+    monkeypatch.setattr(commands.importlib, "import_module", lambda path: seen.append(path) or stub)
     commands.main([name, "--workdir=x"])
     assert seen == [f"idml_jax.{command.module}", [f"idml-jax {name}", "--workdir=x", *command.extra]]
 

@@ -60,7 +60,7 @@ ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 # Pillow's own limit against decompression bombs: 268 MB of RGB.
 MAX_PIXELS = 89_478_485
 # Formats that OpenCV decodes like Pillow, but faster; Pillow decodes the others.
-_FAST_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+FAST_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
 _FAST_MODES = ("L", "RGB", "RGBA", "LA", "1")
 # The operation that undoes each EXIF orientation.
 UPRIGHT = {
@@ -163,7 +163,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
     """Whether OpenCV decodes the data like Pillow; OpenCV silently fills truncated files with grey."""
-    if image.format not in _FAST_FORMATS or image.mode not in _FAST_MODES or getattr(image, "is_animated", False):
+    if image.format not in FAST_FORMATS or image.mode not in _FAST_MODES or getattr(image, "is_animated", False):
         return False
     if image.format in ("JPEG", "MPO"):
         return b"\xff\xd9" in data[-64:]

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt
 from PIL import Image
 
-from idml_jax.data.images.decode import UPRIGHT, DecodeError
+from idml_jax.data.images.decode import FAST_FORMATS, UPRIGHT, DecodeError
 
 _ORIENTATION = 0x0112  # the EXIF tag that tells how a photograph was held
 # Pillow's modes that a PNG stores as they are; others are converted to RGB, as the decoder does with them.
@@ -54,7 +54,17 @@ def png_of_pillow(image: Image.Image) -> bytes:
     stored = image if image.mode in _STORED else image.convert("RGB")
     buffer = io.BytesIO()
     exif = Image.Exif()
-    if orientation in UPRIGHT:
-        exif[_ORIENTATION] = orientation
+    if orientation in UPRIGHT or stored is not image or _is_careful(image):
+        exif[_ORIENTATION] = orientation if orientation in UPRIGHT else 1
     stored.save(buffer, "PNG", compress_level=1, exif=exif.tobytes() if len(exif) else b"", icc_profile=None)
     return buffer.getvalue()
+
+
+def _is_careful(image: Image.Image) -> bool:
+    """Whether Pillow decodes the image's file, not OpenCV, whose grey of a colour may differ by 1.
+
+    A PNG with EXIF data is decoded by Pillow too.
+    """
+    if image.format in ("JPEG", "MPO"):
+        return False
+    return "exif" in image.info or (image.format is not None and image.format not in FAST_FORMATS)
