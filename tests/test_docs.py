@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from idml_jax.__main__ import COMMANDS
 from idml_jax.training import recipes
 from idml_jax.training.config import default_config
 from idml_jax.training.workdir import flatten
@@ -67,6 +68,9 @@ def commands(text):
     lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
     for line in lines:
         line = line.strip()
+        if line.startswith("idml-jax ") and line.split()[1] in COMMANDS:
+            name, _, rest = line.removeprefix("idml-jax ").partition(" ")
+            line = f"python -m idml_jax.{COMMANDS[name].module} {rest}"
         if line.startswith(("python ", "bash ")):
             yield shlex.split(line.replace("...", ""), comments=True)
 
