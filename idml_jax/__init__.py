@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from idml_jax import embed, evaluate, export, ism, losses, metrics, mixing, models, report, search
+    from idml_jax import embed, evaluate, export, fit, ism, losses, metrics, mixing, models, report, search
     from idml_jax.errors import UserError, show_progress
     from idml_jax.inference import model as trained
     from idml_jax.inference import store as embeddings
@@ -71,7 +71,6 @@ if TYPE_CHECKING:
     from idml_jax.models import create_classifier, create_model
     from idml_jax.training import config, recipes, train
     from idml_jax.training.config import default_config
-    from idml_jax.training.fit import fit
     from idml_jax.training.recipes import get_config
     from idml_jax.training.train import evaluate_checkpoint, train_and_evaluate
 
@@ -89,7 +88,7 @@ _HOMES = {
     "evaluate": "evaluate",
     "evaluate_checkpoint": "training.train:evaluate_checkpoint",
     "export": "export",
-    "fit": "training.fit:fit",
+    "fit": "fit",
     "get_config": "training.recipes:get_config",
     "introspective_distance": "ism:introspective_distance",
     "introspective_similarity": "ism:introspective_similarity",

@@ -89,7 +89,8 @@ def stop(error: Exception) -> NoReturn:
     """
     if _wants_traceback():
         raise error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError quotes its text
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):  # ml_collections puts one into its message
         lines = lines[-1:]
     print(f"error: {printable(' '.join(lines) or type(error).__name__)}", file=sys.stderr)

@@ -139,7 +139,9 @@ def _run(config: Any, workdir: str) -> None:
 
 def say_next(workdir: str) -> None:
     """Says what a finished run is used with."""
-    if _INDEX.value == 0:
+    import jax
+
+    if jax.process_index() == 0:
         run = shlex.quote(printable(workdir))
         print(f"next: python -m idml_jax.embed --workdir={run} --images=PHOTOS --out=photos.npz")
 
