@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from idml_jax.geometry import (
     cosine_similarity,
+    embedding_pair,
     l2_normalize,
     pair_uncertainty,
     promote,
@@ -68,15 +69,6 @@ class Embedding(NamedTuple):
 
     semantic: Float[Array, "n d"]
     uncertainty: Float[Array, "n k"] | None = None
-
-
-def _check_embeddings(*given: object) -> None:
-    for value in given:
-        if value is not None and not hasattr(value, "semantic"):
-            raise ValueError(
-                f"the metric compares embeddings and got {type(value).__name__}; Embedding(semantic, uncertainty) "
-                "makes one of arrays [n, d] and [n, k]"
-            )
 
 
 def _beta(a: Embedding, b: Embedding) -> Float[Array, "n #m"]:
@@ -241,8 +233,7 @@ class Metric:
         Raises:
           ValueError: if the shapes do not fit, or the form has no distance.
         """
-        _check_embeddings(a, b)
-        return FORMS[self.form].distance(a, a if b is None else b, self.temperature)
+        return FORMS[self.form].distance(*embedding_pair(a, b), self.temperature)
 
     __call__ = distance
 
@@ -252,8 +243,7 @@ class Metric:
         Raises:
           ValueError: if the shapes do not fit, or the form cannot compare these.
         """
-        _check_embeddings(a, b)
-        return FORMS[self.form].similarity(a, a if b is None else b, self.temperature)
+        return FORMS[self.form].similarity(*embedding_pair(a, b), self.temperature)
 
     def weakening(self, alpha: Float[Array, "..."], beta: Float[Array, "..."]) -> Float[Array, "..."]:
         """The factor ``exp(-beta~ / tau)`` by which uncertainty shortens a discrepancy.
@@ -407,5 +397,4 @@ def released_similarity(a: Embedding, proxies: Float[Array, "m d"]) -> Float[Arr
     semantic, proxies = promote(a.semantic, proxies)
     square = semantic_distance(semantic, proxies) ** 2
     length = jnp.sum(l2_normalize(a.uncertainty) ** 2, axis=1, keepdims=True)
-    weight = released_weakening(square, length)
-    return cosine + (1.0 - cosine) * (1.0 - weight)
+    return cosine + (1.0 - cosine) * (1.0 - released_weakening(square, length))

@@ -106,7 +106,7 @@ def what_is_wrong(words):
         if flag.startswith("--config.") and name in ("main", "fit"):
             if flag.removeprefix("--config.") not in SETTINGS:
                 wrong.append(f"no setting {flag}")
-        elif flag not in flags_of(name):
+        elif flag not in flags_of(name) | {"--help"}:
             wrong.append(f"{words[2]} has no flag {flag}")
         elif flag == "--config":
             wrong += settings_wrong(value)
