@@ -89,7 +89,9 @@ def stop(error: Exception) -> NoReturn:
     """
     if _wants_traceback():
         raise error
-    told = error.args[0] if isinstance(error, KeyError) and error.args else error  # a KeyError quotes its text
+    told: object = error
+    while isinstance(told, BaseException) and told.args and isinstance(told, KeyError | AttributeError):
+        told = told.args[0]  # str of a KeyError quotes its text, and ml_collections wraps one
     lines = [line.strip() for line in str(told).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):  # ml_collections puts one into its message
         lines = lines[-1:]
