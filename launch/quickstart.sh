@@ -6,11 +6,18 @@
 #
 # makes your own photographs (a folder per class) searchable instead, without training: ImageNet weights of
 # EfficientNet-Lite0, the metric in closed form, an index of all photographs, and the report.
+STARTED_IN="$PWD"
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 PHOTOS=""
 case "${1:-}" in
-  --photos=*) PHOTOS="${1#--photos=}"; shift; [ -d "$PHOTOS" ] || fail "--photos=$PHOTOS: no such folder" ;;
+  --photos=*)
+    PHOTOS="${1#--photos=}"
+    PHOTOS="${PHOTOS/#\~\//$HOME/}"
+    case "$PHOTOS" in /*) ;; *) PHOTOS="$STARTED_IN/$PHOTOS" ;; esac
+    [ -d "$PHOTOS" ] || fail "$1: no such folder"
+    shift
+    ;;
 esac
 make_venv
 

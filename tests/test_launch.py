@@ -139,3 +139,15 @@ def test_the_image_has_what_it_copies_and_gets_the_signals():
         if line.startswith("COPY"):
             assert all((ROOT / name).exists() for name in line.split()[1:-1]), line
     assert 'ENTRYPOINT ["python", "-m", "idml_jax.main"]' in text and "USER idml" in text
+
+
+def test_a_missing_folder_of_photographs_is_reported_before_anything_is_installed(tmp_path):
+    root = checkout(tmp_path / "checkout")
+    done = subprocess.run(
+        ["bash", str(root / "launch" / "quickstart.sh"), "--photos=nowhere"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (1, "error: --photos=nowhere: no such folder\n")
+    assert not (root / ".venv").exists()
