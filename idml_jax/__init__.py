@@ -11,6 +11,8 @@ and a run takes a few lines::
     config.data.root = "photos"
     idml_jax.train_and_evaluate(config, "runs/mine")
     model = idml_jax.load("runs/mine")
+    photos = model.embed(images)                        # a folder, paths, images of Pillow, numpy arrays
+    answers = model.search("bird.jpg", photos, 5)
 
 ``__all__`` lists the public names: modules, and the main entry functions. They are imported on first use, so
 ``import idml_jax`` is fast and the pure modules never load the dependencies of training.
@@ -34,6 +36,7 @@ __all__ = [
     "evaluate",
     "evaluate_checkpoint",
     "export",
+    "fit",
     "get_config",
     "introspective_distance",
     "introspective_similarity",
@@ -57,11 +60,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from idml_jax import embed, evaluate, export, ism, losses, metrics, mixing, models, report, search
+    from idml_jax import embed, evaluate, export, fit, ism, losses, metrics, mixing, models, report, search
     from idml_jax.errors import UserError, show_progress
     from idml_jax.inference import model as trained
     from idml_jax.inference import store as embeddings
-    from idml_jax.inference.model import load
+    from idml_jax.inference.use import load
     from idml_jax.ism import Embedding, introspective_distance, introspective_similarity, semantic_distance
     from idml_jax.losses import memory, miners, pairs_from_labels
     from idml_jax.losses import softmax as classifier
@@ -85,11 +88,12 @@ _HOMES = {
     "evaluate": "evaluate",
     "evaluate_checkpoint": "training.train:evaluate_checkpoint",
     "export": "export",
+    "fit": "fit",
     "get_config": "training.recipes:get_config",
     "introspective_distance": "ism:introspective_distance",
     "introspective_similarity": "ism:introspective_similarity",
     "ism": "ism",
-    "load": "inference.model:load",
+    "load": "inference.use:load",
     "losses": "losses",
     "memory": "losses.memory",
     "metrics": "metrics",

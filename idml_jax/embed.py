@@ -7,20 +7,26 @@
 class. If all images of a folder lie in subfolders, the subfolders are the classes. Unreadable images are skipped and
 listed in ``<out>.skipped.txt``. A stopped command resumes when it is run again. ``python -m idml_jax.evaluate
 --embeddings=photos.npz`` measures them, ``python -m idml_jax.search`` searches them.
+
+In Python the module is a function: ``idml_jax.embed("runs/mine", images)``, see ``idml_jax.inference.use``.
 """
 
 import argparse
+import shlex
 from typing import Any
 
 from idml_jax.errors import UserError, printable, run_command
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.embed import LISTS, SPLITS, embed_all, embed_to_file, index_of, list_images, split_source
-from idml_jax.inference.model import load
+from idml_jax.inference.use import embed, load
+from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path
+from idml_jax.runtime.options import Help
 
 __all__ = [
     "LISTS",
     "SPLITS",
+    "embed",
     "embed_all",
     "embed_to_file",
     "index_of",
@@ -28,6 +34,8 @@ __all__ = [
     "main",
     "split_source",
 ]
+
+make_callable(__name__, embed)  # idml_jax.embed("runs/mine", "photos")
 
 
 def _embed(given: dict[str, Any]) -> None:
@@ -48,11 +56,12 @@ def _embed(given: dict[str, Any]) -> None:
     classes = f" of {len(source.class_names):,} classes" if labelled else ", classes unknown"
     say(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}")
     embed_to_file(model, source, out, labelled=labelled, origin=origin, overwrite=given["overwrite"], say=say)
+    say(f"next: python -m idml_jax.search --index={shlex.quote(str(out))} --query=IMAGE")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--workdir", required=True, help="folder of a run")
     parser.add_argument("--images", default="", help="image, folder of images, or list of images")
     parser.add_argument(

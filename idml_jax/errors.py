@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NoReturn
 
@@ -45,6 +45,19 @@ def warn(line: str) -> None:
     print(f"warning: {printable(line)}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps the storage layer and other libraries from logging anything below an error, for as long as it lasts."""
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.ERROR))  # absl's numbers fall with severity
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def show_progress() -> None:
     """Shows the progress of training on standard output, as ``python -m idml_jax.main`` does; for notebooks."""
     own = logging.getLogger("idml_jax")
@@ -76,7 +89,10 @@ def stop(error: Exception) -> NoReturn:
     """
     if _wants_traceback():
         raise error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told: object = error
+    while isinstance(told, BaseException) and told.args and isinstance(told, KeyError | AttributeError):
+        told = told.args[0]  # str of a KeyError quotes its text, and ml_collections wraps one
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):  # ml_collections puts one into its message
         lines = lines[-1:]
     print(f"error: {printable(' '.join(lines) or type(error).__name__)}", file=sys.stderr)

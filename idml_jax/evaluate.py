@@ -28,9 +28,13 @@ from idml_jax.inference.index import read
 from idml_jax.inference.measure import Options, measure
 from idml_jax.inference.reranking import EXAMPLES, parse
 from idml_jax.metrics.embedded import Embedded
+from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
+from idml_jax.runtime.options import Help
 
-__all__ = ["load_embeddings", "main", "show"]
+__all__ = ["load_embeddings", "main", "measure", "show"]
+
+make_callable(__name__, measure)  # idml_jax.evaluate("x.npz")
 
 
 def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] | None]:
@@ -89,7 +93,7 @@ def _evaluate_files(given: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line for saved embeddings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument(
         "--embeddings", required=True, help="file of query embeddings, also the gallery if none is given"
     )

@@ -20,8 +20,12 @@ from idml_jax.inference import faiss_index
 from idml_jax.inference import model as trained
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.export import PLATFORMS, export_run, write
+from idml_jax.runtime.callable_module import make_callable
+from idml_jax.runtime.options import Help
 
 __all__ = ["PLATFORMS", "export_run", "main", "write"]
+
+make_callable(__name__, write)  # idml_jax.export(idml_jax.load("runs/mine"), "model")
 
 
 def _export(given: dict[str, Any]) -> None:
@@ -44,7 +48,7 @@ def _export(given: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--workdir", default="", help="folder of a run")
     parser.add_argument("--out", default="", help="new folder")
     parser.add_argument(

@@ -16,27 +16,42 @@ if __name__ == "__main__":
 
 from typing import Any
 
-from absl import app, flags
-
-from idml_jax import main as training
 from idml_jax.errors import UserError
+from idml_jax.runtime.callable_module import make_callable
 
-_OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "Move the files of another run in the workdir to its folder replaced."
-)
+
+def _call(config: Any, workdir: str, **options: Any) -> dict[str, Any]:
+    """``idml_jax.training.fit.fit``, imported when it is called."""
+    from idml_jax.training.fit import fit
+
+    return fit(config, workdir, **options)
+
+
+make_callable(__name__, _call)  # idml_jax.fit(config, "runs/fitted")
 
 
 def _fit(config: Any, workdir: str) -> None:
+    from absl import flags
+
+    from idml_jax import main as training
     from idml_jax.training.fit import fit  # imported late, so that wrong flags fail fast
 
     if flags.FLAGS.mode != "train":
         raise UserError(f"--mode={flags.FLAGS.mode} is for python -m idml_jax.main, which also evaluates a fitted run")
-    fit(training.resolved(config, workdir), workdir, overwrite=_OVERWRITE.value)
+    fit(training.resolved(config, workdir), workdir, overwrite=flags.FLAGS.overwrite)
+    training.say_next(workdir)
 
 
 def main() -> None:
     """The command line."""
-    app.run(lambda _: training.command(_fit), flags_parser=training.parse)
+    from absl import app, flags
+
+    from idml_jax import main as training  # imported late: it defines flags, which a program of one's own may have too
+
+    if "overwrite" not in flags.FLAGS:
+        flags.DEFINE_bool("overwrite", False, "Move the files of another run in the workdir to its folder replaced.")
+    parse = lambda argv: training.parse(argv, __doc__, ("overwrite",))
+    app.run(lambda _: training.command(_fit), flags_parser=parse)
 
 
 if __name__ == "__main__":

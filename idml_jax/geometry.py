@@ -8,6 +8,8 @@ are all much longer or shorter are scaled by one common factor. For a mixture of
 finite, but some gradients of the uncertainty are not.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -19,6 +21,21 @@ def promote(*arrays: Array) -> tuple[Array, ...]:
     """Promotes all arrays to one floating type, at least float32."""
     dtype = jnp.result_type(jnp.float32, *arrays)
     return tuple(jnp.asarray(a).astype(dtype) for a in arrays)
+
+
+def embedding_pair(a: Any, b: Any) -> tuple[Any, Any]:
+    """Two sets of embeddings to compare; ``b`` is ``a`` where it is ``None``.
+
+    Raises:
+      ValueError: for an array, of which it is unknown what it holds.
+    """
+    for value in (a, b):
+        if value is not None and not hasattr(value, "semantic"):
+            raise ValueError(
+                f"the metric compares embeddings and got {type(value).__name__}; Embedding(semantic, uncertainty) "
+                "makes one of arrays [n, d] and [n, k]"
+            )
+    return a, a if b is None else b
 
 
 def _check_matrices(a: Array, b: Array, name: str) -> None:

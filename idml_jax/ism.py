@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from idml_jax.geometry import (
     cosine_similarity,
+    embedding_pair,
     l2_normalize,
     pair_uncertainty,
     promote,
@@ -232,7 +233,7 @@ class Metric:
         Raises:
           ValueError: if the shapes do not fit, or the form has no distance.
         """
-        return FORMS[self.form].distance(a, a if b is None else b, self.temperature)
+        return FORMS[self.form].distance(*embedding_pair(a, b), self.temperature)
 
     __call__ = distance
 
@@ -242,7 +243,7 @@ class Metric:
         Raises:
           ValueError: if the shapes do not fit, or the form cannot compare these.
         """
-        return FORMS[self.form].similarity(a, a if b is None else b, self.temperature)
+        return FORMS[self.form].similarity(*embedding_pair(a, b), self.temperature)
 
     def weakening(self, alpha: Float[Array, "..."], beta: Float[Array, "..."]) -> Float[Array, "..."]:
         """The factor ``exp(-beta~ / tau)`` by which uncertainty shortens a discrepancy.
@@ -396,5 +397,4 @@ def released_similarity(a: Embedding, proxies: Float[Array, "m d"]) -> Float[Arr
     semantic, proxies = promote(a.semantic, proxies)
     square = semantic_distance(semantic, proxies) ** 2
     length = jnp.sum(l2_normalize(a.uncertainty) ** 2, axis=1, keepdims=True)
-    weight = released_weakening(square, length)
-    return cosine + (1.0 - cosine) * (1.0 - weight)
+    return cosine + (1.0 - cosine) * (1.0 - released_weakening(square, length))

@@ -14,6 +14,7 @@ from idml_jax.runtime import interrupt
 if __name__ == "__main__":
     interrupt.end_when_asked()  # before the imports below, which take a while
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from idml_jax.errors import UserError, end_now, hide_consequences, show_progress, stop
+from idml_jax.errors import UserError, end_now, hide_consequences, printable, run_command, show_progress, stop
 from idml_jax.runtime.files import user_path
 from idml_jax.training import recipes
 
@@ -38,8 +39,21 @@ _INDEX = flags.DEFINE_integer("process_index", 0, "Index of this process.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the full traceback of an error.")
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Reads the flags of a command line; wrong ones end it in one line."""
+_HELP = ("--help", "-h", "-help", "-?", "--helpshort", "--helpfull")
+_FLAGS = ("config", "workdir", "mode", "coordinator", "processes", "process_index", "traceback")
+
+
+def parse(argv: list[str], doc: str | None = __doc__, more: tuple[str, ...] = ()) -> list[str]:
+    """Reads the flags of a command line; wrong ones end it in one line, and ``--help`` in the help of a command.
+
+    Args:
+      argv: name of the program and its arguments.
+      doc: what the command is, for its help.
+      more: names of flags of its own.
+    """
+    if any(word in _HELP for word in argv[1:]):
+        run_command(lambda: print(_help(doc, more)))
+        sys.exit(0)
     try:
         rest = flags.FLAGS(_with_path(argv))
     except SystemExit:
@@ -49,6 +63,18 @@ def parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
         stop(UserError(f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"))
     return rest
+
+
+def _help(doc: str | None, more: tuple[str, ...]) -> str:
+    """The text of ``--help``: what the command is, its flags, and all settings with their defaults."""
+    from idml_jax.training import settings  # imported late, as it loads jax
+
+    lines = [doc or "", "flags:"]
+    for name in (*_FLAGS, *more):
+        flag = flags.FLAGS[name]
+        default = f" (default: {flag.default})" if flag.default not in (None, False) else ""
+        lines.append(f"  --{name:<14} {' '.join((flag.help or '').split())}{default}")
+    return "\n".join([*lines, "", "settings, with their defaults:", settings.as_text()])
 
 
 def _with_path(argv: list[str]) -> list[str]:
@@ -108,6 +134,16 @@ def _run(config: Any, workdir: str) -> None:
         train.evaluate_checkpoint(workdir, config)
     else:
         train.train_and_evaluate(resolved(config, workdir), workdir)
+        say_next(workdir)
+
+
+def say_next(workdir: str) -> None:
+    """Says what a finished run is used with."""
+    import jax
+
+    if jax.process_index() == 0:
+        run = shlex.quote(printable(workdir))
+        print(f"next: python -m idml_jax.embed --workdir={run} --images=PHOTOS --out=photos.npz")
 
 
 def resolved(config: Any, workdir: str) -> Any:

@@ -12,13 +12,14 @@ import argparse
 
 from idml_jax.data.stored.prepare import LAYOUTS, prepare
 from idml_jax.errors import run_command
+from idml_jax.runtime.options import Help
 
 __all__ = ["LAYOUTS", "main", "prepare"]
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--dataset", required=True, choices=list(LAYOUTS), metavar="|".join(LAYOUTS))
     parser.add_argument("--source", required=True, help="archive, folder of archives, or folder of unpacked files")
     parser.add_argument(

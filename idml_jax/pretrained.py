@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from idml_jax.errors import printable, run_command
 from idml_jax.models import known_models
+from idml_jax.runtime.options import Help
 from idml_jax.training.weights import convert, fetch, load, merge, read, show
 
 __all__ = ["convert", "fetch", "load", "main", "merge", "read", "show"]
@@ -25,9 +26,7 @@ _SOURCE = "owner/name on the hub, .safetensors, .pth, a folder written by this c
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m idml_jax.pretrained", description="Downloads, describes and converts weights."
-    )
+    parser = argparse.ArgumentParser(prog="python -m idml_jax.pretrained", description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("convert", help="write weights in another format")
     command.add_argument("source", help=_SOURCE)

@@ -11,13 +11,17 @@ import argparse
 
 from idml_jax.errors import run_command
 from idml_jax.reporting.page import comparison, look, make, read_record
+from idml_jax.runtime.callable_module import make_callable
+from idml_jax.runtime.options import Help
+
+make_callable(__name__, make)  # idml_jax.report("runs/mine")
 
 __all__ = ["comparison", "look", "main", "make", "read_record"]
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--workdir", required=True, help="folder of a run")
     parser.add_argument("--compare", default="", help="folder of a finished run to compare with, e.g. a plain one")
     parser.add_argument("--out", default="", help="HTML file to write; default: report.html in the run's folder")

@@ -13,6 +13,8 @@ their classes, distances, margins and the uncertainty. They are fitted on images
 not trained on: ``--held_out`` (a file or a folder of class folders), which search each other and the index, once with
 and once without their own class; or else on the index itself. ``--abstain=0.95`` leaves out the least sure answers, so
 that 95% of the others are right; ``--strangers=0.01`` answers at most 1% of the queries whose class the index lacks.
+
+In Python the module is a function: ``idml_jax.search(queries, index, k)``, see ``idml_jax.inference.use``.
 """
 
 import argparse
@@ -25,13 +27,18 @@ from idml_jax.inference.index import check_comparable, own_rows, read
 from idml_jax.inference.reranking import EXAMPLES, parse, rerank
 from idml_jax.inference.search import Answers, calibrate, load_model, open_index, search
 from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for
+from idml_jax.inference.use import search as search_images
 from idml_jax.metrics.embedded import scores_of
 from idml_jax.metrics.vote import Vote
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
+from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path, write_bytes
+from idml_jax.runtime.options import Help
 
 __all__ = ["Answers", "as_html", "as_png", "as_table", "calibrate", "main", "picture_reader", "records", "search"]
 
+
+make_callable(__name__, search_images)  # idml_jax.search("bird.jpg", "photos.npz")
 
 FORMATS = (".jsonl", ".html", ".png")
 
@@ -108,7 +115,7 @@ def _search(given: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--index", required=True, help="file to search, .npz or .parquet of idml_jax.embed")
     parser.add_argument("--query", required=True, help="image, folder, list, or file of embeddings")
     parser.add_argument("-k", type=int, default=10, help="number of neighbours per query")

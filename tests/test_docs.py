@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from idml_jax.__main__ import COMMANDS
 from idml_jax.training import recipes
 from idml_jax.training.config import default_config
 from idml_jax.training.workdir import flatten
@@ -67,6 +68,9 @@ def commands(text):
     lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
     for line in lines:
         line = line.strip()
+        if line.startswith("idml-jax ") and line.split()[1] in COMMANDS:
+            name, _, rest = line.removeprefix("idml-jax ").partition(" ")
+            line = f"python -m idml_jax.{COMMANDS[name].module} {rest}"
         if line.startswith(("python ", "bash ")):
             yield shlex.split(line.replace("...", ""), comments=True)
 
@@ -102,7 +106,7 @@ def what_is_wrong(words):
         if flag.startswith("--config.") and name in ("main", "fit"):
             if flag.removeprefix("--config.") not in SETTINGS:
                 wrong.append(f"no setting {flag}")
-        elif flag not in flags_of(name):
+        elif flag not in flags_of(name) | {"--help"}:
             wrong.append(f"{words[2]} has no flag {flag}")
         elif flag == "--config":
             wrong += settings_wrong(value)

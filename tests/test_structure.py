@@ -24,7 +24,9 @@ FLOORS = {
 }
 FLOORS["inference"] = FLOORS["training"] | {"training"}
 FLOORS["reporting"] = FLOORS["inference"] | {"inference"}
-DOORS = {"main", "fit", "prepare", "embed", "search", "compare", "report", "export", "evaluate", "pretrained"}
+DOORS = {
+    "__main__", "main", "fit", "prepare", "embed", "search", "compare", "report", "export", "evaluate", "pretrained",
+}  # fmt: skip
 # The only modules that may import a package.
 EDGES = {
     "orbax": {"runtime.checkpoint"},
@@ -48,13 +50,21 @@ EDGES = {
     "cv2": {
         "data.images.colour",
         "data.images.decode",
+        "data.images.encode",
         "data.images.resample",
         "data.images.transforms",
         "data.glyphs.draw",
         "data.glyphs.builder",
         "data.stored.layouts_classification",
     },
-    "PIL": {"data.images.decode", "data.images.resample", "data.glyphs.draw", "data.glyphs.builder"},
+    "PIL": {
+        "data.given",
+        "data.images.decode",
+        "data.images.encode",
+        "data.images.resample",
+        "data.glyphs.draw",
+        "data.glyphs.builder",
+    },
     "ml_collections": {"training", "inference", "main"},
     "scipy": {"data.stored.layouts_retrieval", "data.stored.layouts_classification"},  # MATLAB files
 }

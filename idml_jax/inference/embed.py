@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, printable
 from idml_jax.inference import store
 from idml_jax.inference.model import Trained
-from idml_jax.inference.store import Index
+from idml_jax.inference.store import Index, check_finite
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import user_path, write_text
 from idml_jax.runtime.writers import format_seconds
@@ -20,7 +21,17 @@ from idml_jax.training.build import data_of
 from idml_jax.training.embedder import Rows
 
 SPLITS = ("train", "test", "validation", "gallery")
-__all__ = ["LISTS", "SPLITS", "embed_all", "embed_to_file", "index_of", "list_images", "split_source"]
+__all__ = [
+    "LISTS",
+    "SPLITS",
+    "about_of",
+    "check_finite",
+    "embed_all",
+    "embed_to_file",
+    "index_of",
+    "list_images",
+    "split_source",
+]
 
 
 def embed_all(
@@ -129,13 +140,7 @@ class _Job:
     ):
         self._model, self._source, self._labelled, self._per_part, self._say = model, source, labelled, per_part, say
         self._names = [source.name(record) for record in range(len(source))]
-        self.about = {
-            "workdir": str(model.workdir),
-            "step": model.step,
-            "weights": store.weights_digest(model.variables),
-            "images": origin,
-            **model.metric.about(),
-        }
+        self.about = about_of(model, origin)
         identity = {
             **self.about,
             "names": store.digest(self._names),
@@ -220,7 +225,7 @@ def _list_skipped(out: Path, skipped: list[tuple[str, str]], total: int, say: Ca
 
 
 def _check_finite(model: Trained, source: Source, rows: Rows) -> None:
-    store.check_finite(rows.values, [source.name(record) for record in rows.records.tolist()], str(model.workdir))
+    check_finite(rows.values, [source.name(record) for record in rows.records.tolist()], str(model.workdir))
 
 
 class _Progress:
@@ -254,6 +259,13 @@ def split_source(model: Trained, split: str) -> Source:
     if source is None:
         raise UserError(f"--split={split}: the run's data has none")
     return source
+
+
+def about_of(model: Trained, origin: str) -> dict[str, Any]:
+    """The origin of embeddings, as an index and its file hold it."""
+    weights = model.embedder.digest
+    where = {"workdir": str(model.workdir), "step": model.step, "weights": weights, "images": origin}
+    return {**where, **model.metric.about()}
 
 
 def index_of(model: Trained, source: Source, labelled: bool, origin: str) -> Index:

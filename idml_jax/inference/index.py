@@ -10,8 +10,9 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -53,8 +54,9 @@ class Numbered(Sequence[str]):
         return str(label)
 
 
-class Index(NamedTuple):
-    """Embeddings with their metadata.
+@dataclass(frozen=True, eq=False, repr=False)
+class Index:
+    """Embeddings with their metadata; ``len`` gives the number of images.
 
     Attributes:
       embedded: embeddings; labels are 0 if unknown.
@@ -74,6 +76,30 @@ class Index(NamedTuple):
     ambiguity: Float[np.ndarray, "n"] | None = None
     path: Path | None = None
     named: bool = True
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.semantic.shape))
+        classes = "classes unknown" if self.class_names is None else f"{len(self.class_names):,} classes"
+        uncertainty = "no uncertainty" if self.uncertainty is None else f"{self.uncertainty.shape[1]} of uncertainty"
+        return f"Index({shape} embeddings, {uncertainty}, {classes})"
+
+    @property
+    def semantic(self) -> Float[np.ndarray, "n d"]:
+        """``[n, d]``, what the images show."""
+        return self.embedded.semantic
+
+    @property
+    def uncertainty(self) -> Float[np.ndarray, "n k"] | None:
+        """``[n, k]``, how ambiguous the images are; ``None`` where the run has not learned it."""
+        return self.embedded.uncertainty
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Name of the class of every image; ``None`` if unknown."""
+        return None if self.class_names is None else [str(self.class_of(row)) for row in range(len(self))]
 
     def class_of(self, row: int) -> str | None:
         """Name of a row's class, if known."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from idml_jax.errors import UserError
+from idml_jax.errors import warn as say
 from idml_jax.inference import arrays as stored_arrays
 from idml_jax.inference import reranking
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, read
@@ -63,7 +64,13 @@ class Measured(NamedTuple):
     worst: list[ClassRow]
 
 
-def measure(embeddings: str, gallery: str, held_out: str, options: Options, warn: Callable[[str], None]) -> Measured:
+def measure(
+    embeddings: str,
+    gallery: str = "",
+    held_out: str = "",
+    options: Options = Options(),  # noqa: B008 (immutable)
+    warn: Callable[[str], None] = say,
+) -> Measured:
     """Evaluates a file of embeddings.
 
     Args:
@@ -71,7 +78,7 @@ def measure(embeddings: str, gallery: str, held_out: str, options: Options, warn
       gallery: file that is searched, or empty.
       held_out: file of held-out classes, used to choose the answer threshold, or empty.
       options: evaluation options.
-      warn: receives a line if settings or classes of the files do not agree.
+      warn: receives a line if settings or classes of the files do not agree; by default it is printed.
 
     Raises:
       UserError: naming the file and what is wrong with it, or two files that cannot be compared.

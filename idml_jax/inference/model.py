@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from idml_jax.data.images.transforms import Transform
+from idml_jax.errors import quiet_libraries
 from idml_jax.ism import Metric
 from idml_jax.models import EmbeddingModel
 from idml_jax.runtime import checkpoint, sharding
@@ -41,7 +42,7 @@ class Trained(NamedTuple):
 
     def __repr__(self) -> str:
         kind = "introspective" if self.introspective else "plain"
-        return f"Trained({kind} {self.config.model.name}, step {self.step} of {self.workdir})"
+        return f"{type(self).__name__}({kind} {self.config.model.name}, step {self.step} of {self.workdir})"
 
     @property
     def model(self) -> EmbeddingModel:
@@ -101,7 +102,11 @@ def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Tr
     Raises:
       UserError: if there is no run or checkpoint, or the checkpoint has another architecture.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    with quiet_libraries():
+        return _load(Path(workdir).expanduser().absolute(), devices)
+
+
+def _load(workdir: Path, devices: Sequence[jax.Device] | None) -> Trained:
     config = workdir_lib.read(workdir)
     validate(config)
     folder = checkpoint.find_state(workdir / "checkpoints", config.eval.best_metric)

@@ -22,7 +22,6 @@ from idml_jax.metrics.strangers import Rule
 from idml_jax.metrics.summary import Embedded, scores_of
 from idml_jax.metrics.uncertainty import Threshold
 from idml_jax.metrics.vote import Ballot, Vote
-from idml_jax.training.digests import weights_digest
 
 
 class Answers(NamedTuple):
@@ -177,7 +176,7 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
     known, step, made_in = (index.about.get(name) for name in ("weights", "step", "workdir"))
     cure = "the vectors cannot be compared; embed the index again"
     if known is not None:
-        found = weights_digest(model.variables)
+        found = model.embedder.digest
         if found != known:
             told = f"step {step} of {made_in} (weights {known})"
             raise UserError(

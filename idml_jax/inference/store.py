@@ -20,11 +20,11 @@ import numpy as np
 from idml_jax.errors import UserError
 from idml_jax.inference.arrays import arrow
 from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows, read
-from idml_jax.runtime.files import TEMPORARY, atomic, locked, write_json
+from idml_jax.runtime.files import TEMPORARY, atomic, locked, user_path, write_json
 from idml_jax.training.digests import weights_digest
 
 __all__ = [
-    "SUFFIXES", "Index", "Parts", "check_finite", "check_suffix", "digest", "join", "own_rows", "read",
+    "SUFFIXES", "Index", "Parts", "check_finite", "check_suffix", "digest", "join", "own_rows", "read", "save",
     "weights_digest", "writing",
 ]  # fmt: skip
 
@@ -138,6 +138,40 @@ def join(out: Path, parts: PartsOf, class_names: Sequence[str] | None, about: di
     """
     with atomic(out) as file:
         (_join_npz if out.suffix == ".npz" else _join_parquet)(file, parts, class_names, json.dumps(about))
+
+
+def save(index: Index, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes embeddings made in memory to a file, as ``python -m idml_jax.embed`` does.
+
+    Args:
+      index: embeddings, such as those of ``Model.embed``.
+      path: ``.npz`` or ``.parquet``.
+      overwrite: replace an existing file.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: if the name has another ending, or the file exists.
+    """
+    path = user_path(path)
+    check_suffix(path, "path")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} already exists; overwrite=True replaces it")
+    embedded = index.embedded
+    columns: dict[str, np.ndarray | None] = {
+        "semantic": embedded.semantic,
+        "semantic_norm": embedded.semantic_norm,
+        "uncertainty": embedded.uncertainty,
+        "files": np.asarray(index.files, "U"),
+        "labels": None if index.class_names is None else embedded.labels.astype(np.int32),
+        "ambiguity": index.ambiguity,
+    }
+    part = {name: value for name, value in columns.items() if value is not None}
+    if embedded.uncertainty is not None:
+        part["uncertainty_norm"] = embedded.uncertainty_norm
+    join(path, lambda: iter([part]), index.class_names, index.about)
+    return path
 
 
 def _join_npz(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | None, about: str) -> None:

@@ -110,10 +110,15 @@ def confidence_for(
         return Confidence(None, "how sure answers are is unknown: neither --held_out nor an index with classes")
     if len(np.unique(others.embedded.labels)) < 2:
         raise UserError("the held-out images are of one class; at least 2 are needed to tell right from wrong")
-    found = held_out_beside(others, index)
-    known = calibration.answer(found, index.metric, labelled=index.class_names is not None, balanced=wanted.balanced)
-    fitted = calibration.fit(known, names)
+    fitted = fit(others, index, names, wanted)
     return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {what}")
+
+
+def fit(held_out: Index, index: Index, names: Collection[str], wanted: Wanted) -> Calibration:
+    """Fits the confidence of answers from an index on images of at least two known classes, or on the index itself."""
+    found = held_out_beside(held_out, index)
+    known = calibration.answer(found, index.metric, labelled=index.class_names is not None, balanced=wanted.balanced)
+    return calibration.fit(known, names)
 
 
 def rule_for(confidence: Confidence, scores: dict[str, Float[np.ndarray, "n"]], wanted: Wanted) -> Rule | None:

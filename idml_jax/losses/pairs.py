@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 __all__ = ["AxisName", "Pairs", "concatenate_pairs", "gather", "pairs_from_labels", "pairs_from_relation"]
@@ -127,7 +128,7 @@ def pairs_from_labels(
     """The relation of same and different labels.
 
     Args:
-      labels: ``[n]`` integer labels of the rows.
+      labels: ``[n]`` integer labels of the rows; outside of ``jit`` also names, as numpy arrays or lists of text.
       reference_labels: ``[m]`` labels of the columns; ``None`` compares the rows with themselves, and then no row is
         paired with itself.
       mask: ``[n]``, false for rows (and, without ``reference_labels``, columns) that are padding.
@@ -144,6 +145,8 @@ def pairs_from_labels(
     >>> pairs_from_labels(jnp.array([0, 0, 1])).positive.tolist()
     [[False, True, False], [True, False, False], [False, False, False]]
     """
+    if any(_are_names(some) for some in (labels, reference_labels)):
+        labels, reference_labels = _numbered(labels, reference_labels)
     labels = jnp.asarray(labels)
     columns = labels if reference_labels is None else jnp.asarray(reference_labels)
     if labels.ndim != 1 or columns.ndim != 1:
@@ -163,6 +166,20 @@ def pairs_from_labels(
         exclude_self=reference_labels is None,
         axis_name=axis_name,
     )
+
+
+def _are_names(labels: Any) -> bool:
+    return not isinstance(labels, jax.Array) and labels is not None and np.asarray(labels).dtype.kind in "USO"
+
+
+def _numbered(labels: Any, reference_labels: Any) -> tuple[Any, Any]:
+    """Numbers in place of names, the same in both."""
+    given = [np.asarray(some) for some in (labels, reference_labels) if some is not None]
+    if len({some.dtype.kind for some in given}) > 1:
+        raise ValueError(f"labels are names or numbers, not both; got {' and '.join(str(x.dtype) for x in given)}")
+    numbers = np.unique(np.concatenate([some.reshape(-1) for some in given]), return_inverse=True)[1]
+    rows = numbers[: given[0].size].reshape(given[0].shape).astype(np.int32)
+    return rows, None if reference_labels is None else numbers[given[0].size :].reshape(given[1].shape).astype(np.int32)
 
 
 def concatenate_pairs(*pairs: Pairs) -> Pairs:

@@ -46,9 +46,9 @@ def default_config() -> ConfigDict:
     """Every setting with its default: the paper's protocol for retrieval (METHOD: ResNet-50, AdamW, ProxyAnchor)."""
     config = ConfigDict()
     config.task = "retrieval"  # or classification: softmax over the training classes
-    config.seed = 0
-    config.batch_size = 120
-    config.epochs = 60
+    config.seed = 0  # of all randomness: weights, order, augmentation, mixing
+    config.batch_size = 120  # images per step, over all devices
+    config.epochs = 60  # passes over the training images
     config.max_steps = 0  # number of steps after which to end; 0: after all epochs
     config.debug = ""  # jax's checks: nans, infs, leaks, ranks, transfers (comma-separated), or all; slow
 
@@ -63,32 +63,32 @@ def default_config() -> ConfigDict:
     config.data.on_corrupt = "refuse"  # or skip
     config.data.on_small_class = "refuse"  # or skip, keep: classes with a single image
     config.data.transform = "retrieval"  # or imagenet, cifar
-    config.data.image_size = 224
+    config.data.image_size = 224  # side of the images that the network sees, in pixels
     config.data.resize = 256  # shorter side before the central crop of a test image
     config.data.channels = 3  # or 1
-    config.data.crop_scale = (0.08, 1.0)
-    config.data.crop_ratio = (3 / 4, 4 / 3)
-    config.data.flip = True
+    config.data.crop_scale = (0.08, 1.0)  # range of a training crop's area, as a share of the image
+    config.data.crop_ratio = (3 / 4, 4 / 3)  # range of a training crop's width over height
+    config.data.flip = True  # mirror half of the training images
     config.data.rotation = 0.0  # degrees, for transform retrieval
     config.data.color_jitter = 0.4  # for transform imagenet: brightness, contrast, saturation
     config.data.corrupt = 0.0  # share of training images that are blurred, noised, occluded or cropped
-    config.data.corrupt_kinds = CHANGES
+    config.data.corrupt_kinds = CHANGES  # changes that data.corrupt chooses from
     config.data.lighting = 0.1  # for transform imagenet: deviation along the principal components of colour
     config.data.pad = 4  # for transform cifar: pixels of padding before the crop
     config.data.resample = "fast"  # or exact: the pixels of Pillow, slower
-    config.data.mean = IMAGENET_MEAN
-    config.data.std = IMAGENET_STD
+    config.data.mean = IMAGENET_MEAN  # per channel, of images in [0, 1], for normalising
+    config.data.std = IMAGENET_STD  # per channel, of images in [0, 1], for normalising
     config.data.per_class = -1  # K of P x K batches; 0: plain shuffling; -1: 4 for losses on pairs, else 0
-    config.data.threads = 4
+    config.data.threads = 4  # number of reader and decoder threads
     config.data.prefetch = 4  # number of batches read ahead
     config.data.workers = 0  # number of decoding processes, for hosts with many cores
 
     config.model = ConfigDict()
     config.model.name = "resnet50"  # or auto: network and image settings of the weights in init_from
-    config.model.embedding_dim = 512
-    config.model.uncertainty_dim = 512
+    config.model.embedding_dim = 512  # width of the semantic embedding
+    config.model.uncertainty_dim = 512  # width of the uncertainty embedding
     config.model.uncertainty_head = "mlp"  # or linear, none
-    config.model.uncertainty_hidden = 128
+    config.model.uncertainty_hidden = 128  # width of the hidden layer of the uncertainty head mlp
     config.model.uncertainty_scale = 1.0  # factor on the initial weights of the last uncertainty layer
     # or avg, max, gem (learned power); of a transformer also token, mean_tokens; of CLIP projection
     config.model.pooling = "avg_max"
@@ -105,9 +105,9 @@ def default_config() -> ConfigDict:
     config.model.semantic_init = "random"  # or whiten (closed form on the training images), auto; docs/closed_form.md
 
     config.ism = ConfigDict()
-    config.ism.enabled = True
+    config.ism.enabled = True  # introspective: compare with the uncertainty; False: the plain metric
     config.ism.variant = "relative"  # or absolute, released
-    config.ism.temperature = 5.0
+    config.ism.temperature = 5.0  # tau of the metric; the larger, the weaker the effect of the uncertainty
     config.ism.ranking = 0.0  # weight of the loss that orders images by difficulty through the length of u
     config.ism.prior = 0.0  # weight of the pull of u's length towards 1, for losses under which u collapses
 
@@ -126,32 +126,30 @@ def default_config() -> ConfigDict:
     config.memory.warmup_epochs = 1  # epochs before it is used
 
     config.mixup = ConfigDict()  # for task retrieval
-    config.mixup.enabled = True
-    config.mixup.alpha = 1.0
-
+    config.mixup.enabled = True  # train on blends of two images too
+    config.mixup.alpha = 1.0  # parameter of the Beta distribution of the share of the first image
     config.classification = ConfigDict()  # for task classification
     config.classification.mixing = "none"  # or mixup, cutmix
     config.classification.alpha = 1.0  # parameter of the Beta distribution of the mixing share
     config.classification.probability = 1.0  # probability that a batch is mixed
     config.classification.per_sample = False  # mix every image in its own way; otherwise one way per batch
-    config.classification.label_smoothing = 0.0
-
+    config.classification.label_smoothing = 0.0  # share of the target spread evenly over all classes
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # or sgd
-    config.optim.learning_rate = 6e-4
-    config.optim.weight_decay = 1e-4
+    config.optim.learning_rate = 6e-4  # of trunk and heads
+    config.optim.weight_decay = 1e-4  # of every parameter that learns; decoupled from the gradient for adamw
     config.optim.momentum = 0.9  # momentum of sgd
     config.optim.schedule = "step"  # or cosine, constant
-    config.optim.step_epochs = 5
-    config.optim.step_factor = 0.5
+    config.optim.step_epochs = 5  # epochs between two drops of the rate, for schedule step
+    config.optim.step_factor = 0.5  # factor of each drop, for schedule step
     config.optim.step_at = ()  # epochs at which schedule step drops the rate, instead of every step_epochs
     config.optim.ema = 0.0  # decay of the moving averages of the weights used for evaluation; 0: none
     config.optim.warmup_epochs = 5  # epochs in which only heads and proxies train
     config.optim.trunk = "all"  # or none, last:N (the last N blocks): the part of the trunk that learns
     config.optim.layer_decay = 1.0  # factor on the rate per block of the trunk, from the last one back; 1: none
-    config.optim.proxy_lr_factor = 100.0
+    config.optim.proxy_lr_factor = 100.0  # factor on the learning rate of the proxies
     config.optim.loss_lr_factor = 1.0  # factor for other numbers that a loss learns
-    config.optim.clip_value = 10.0
+    config.optim.clip_value = 10.0  # largest absolute value of an entry of the gradient; 0: any
     config.optim.accumulate = 1  # number of parts of a batch in the trunk; the loss still sees the whole batch
 
     config.fit = ConfigDict()  # the metric in closed form, for idml_jax.fit and model.semantic_init
@@ -171,10 +169,10 @@ def default_config() -> ConfigDict:
     config.sharding.partners = "any"  # partners of Mixup and CutMix, from the whole batch; or near: a few rows away
 
     config.eval = ConfigDict()
-    config.eval.every_epochs = 1
-    config.eval.batch_size = 128
+    config.eval.every_epochs = 1  # epochs between two evaluations
+    config.eval.batch_size = 128  # images per step of an evaluation, over all devices
     config.eval.split = "test"  # or validation
-    config.eval.ks = (1, 2, 4, 8)
+    config.eval.ks = (1, 2, 4, 8)  # K of R@K
     config.eval.untrained = True  # measure the network before training too
     config.eval.best_metric = "R@1"  # for task classification: top1 or top5
     # For the evaluation at the end:
@@ -185,11 +183,10 @@ def default_config() -> ConfigDict:
     config.eval.precision = 0.9  # precision of answers that the threshold, chosen on held-out classes, aims at
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every_epochs = 1
+    config.checkpoint.every_epochs = 1  # epochs between two checkpoints
     config.checkpoint.keep_latest = 2  # more than one, so that a damaged newest one can be replaced
-    config.checkpoint.keep_best = 1
-
+    config.checkpoint.keep_best = 1  # number of checkpoints kept for their eval.best_metric
     config.log = ConfigDict()
-    config.log.every_steps = 50
-    config.log.tensorboard = True
+    config.log.every_steps = 50  # steps between two rows of metrics.jsonl
+    config.log.tensorboard = True  # also write TensorBoard's files
     return config

@@ -1,5 +1,6 @@
 """Embeds the images of a source; shared by evaluation, embedding, search and reports."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from idml_jax.data.sources import Source
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.models import EmbeddingModel
 from idml_jax.runtime import sharding
+from idml_jax.training.digests import weights_digest
 from idml_jax.training.steps import normalize
 
 OUTPUTS = ("semantic", "uncertainty", "semantic_norm")
@@ -108,6 +110,17 @@ class Embedder:
     threads: int = 4
     learned: bool = True
     check: Callable[[], None] = lambda: None
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        return (
+            f"{kind}({type(self.network.model).__name__}, {self.batch_size} images a batch, {self.mesh.size} devices)"
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest of the weights."""
+        return weights_digest(self.variables)
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from idml_jax.data.sources import Source
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, quiet_libraries
 from idml_jax.metrics.closed_form import METHODS, Projection, unit_rows
 from idml_jax.metrics.retrieval import retrieval_metrics
 from idml_jax.runtime import hosts
@@ -74,7 +74,7 @@ def fit(
       Stopped: on SIGTERM or SIGUSR1; the same call goes on from the features that are done.
     """
     workdir = user_path(workdir)
-    with StopRequest() as stop:
+    with StopRequest() as stop, quiet_libraries():
         try:
             return _fit(config, workdir, overwrite, stop, build)
         except Stopped as stopped:
@@ -100,6 +100,7 @@ def settings_of(config: ConfigDict) -> ConfigDict:
 
 def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, build: train.Build) -> dict[str, Any]:
     started = time.monotonic()
+    train.check_settings(config, build)
     # What the weights tell (model.name=auto) stays for a call that goes on, not for a run that is replaced.
     config = auto.resolved(settings_of(config), workdir / heads.FOLDER if overwrite else workdir)
     stored = None if overwrite else _stored(config, workdir)

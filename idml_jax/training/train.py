@@ -13,9 +13,10 @@ import jax
 from ml_collections import ConfigDict
 
 import idml_jax
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, quiet_libraries
 from idml_jax.metrics.names import shown
 from idml_jax.runtime import hosts
+from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
@@ -25,11 +26,23 @@ from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.config import starts_whitened
 from idml_jax.training.loop import Speed, Trainer
+from idml_jax.training.settings import check_known
 from idml_jax.training.workdir import remember
 
 logger = logging.getLogger("idml_jax")
 
 Build = Callable[[ConfigDict], Run]
+_BUILD = build
+
+
+def check_settings(config: Any, build: Build) -> None:
+    """Checks names and types of settings, as the command line does; a ``build`` of one's own may read others.
+
+    Raises:
+      UserError: naming the first wrong one.
+    """
+    if build is _BUILD:
+        check_known(config)
 
 
 def full_evaluation(run: Run, variables: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -71,12 +84,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = b
       UserError: for settings or data that cannot work, and if the loss is no longer finite.
       Stopped: on SIGTERM or SIGUSR1, after saving; the same call resumes and gives the same result.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, quiet_libraries():
         return _train_and_evaluate(config, user_path(workdir), stop, build)
 
 
 def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, build: Build) -> dict[str, Any]:
     speed = Speed(time.monotonic())
+    check_settings(config, build)
     if config.fit.only:
         raise UserError(
             "config.fit.only is set by python -m idml_jax.fit, which makes such runs; leave it out to train"
@@ -299,7 +313,7 @@ def evaluate_checkpoint(
       UserError: if there is no checkpoint, or it has another architecture.
       Stopped: on SIGTERM or SIGUSR1; nothing is written.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, quiet_libraries():
         try:
             return _evaluate_checkpoint(user_path(workdir), overrides, stop, build)
         except Stopped as stopped:
@@ -311,6 +325,7 @@ def _evaluate_checkpoint(
 ) -> dict[str, Any]:
     stored = workdir_lib.read(workdir)
     if overrides is not None:
+        check_settings(overrides, build)
         overrides = auto.resolved(overrides, workdir)
         remember(overrides, workdir)
     run = build(stored if overrides is None else overrides)
@@ -344,3 +359,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+make_callable(__name__, train_and_evaluate)  # idml_jax.train(config, "runs/mine")

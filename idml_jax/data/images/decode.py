@@ -60,10 +60,10 @@ ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 # Pillow's own limit against decompression bombs: 268 MB of RGB.
 MAX_PIXELS = 89_478_485
 # Formats that OpenCV decodes like Pillow, but faster; Pillow decodes the others.
-_FAST_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
+FAST_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
 _FAST_MODES = ("L", "RGB", "RGBA", "LA", "1")
 # The operation that undoes each EXIF orientation.
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -163,7 +163,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
     """Whether OpenCV decodes the data like Pillow; OpenCV silently fills truncated files with grey."""
-    if image.format not in _FAST_FORMATS or image.mode not in _FAST_MODES or getattr(image, "is_animated", False):
+    if image.format not in FAST_FORMATS or image.mode not in _FAST_MODES or getattr(image, "is_animated", False):
         return False
     if image.format in ("JPEG", "MPO"):
         return b"\xff\xd9" in data[-64:]
@@ -174,7 +174,7 @@ def _is_plain(image: Image.Image, data: bytes) -> bool:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """The operation that turns a photograph upright; ``None`` if there is none or the EXIF data are invalid."""
     try:
-        return _UPRIGHT.get(image.getexif().get(0x0112, 1))
+        return UPRIGHT.get(image.getexif().get(0x0112, 1))
     except Exception:
         return None
 

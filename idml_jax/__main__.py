@@ -1,0 +1,98 @@
+"""The commands of idml_jax in one: ``idml-jax COMMAND`` or ``python -m idml_jax COMMAND``.
+
+    idml-jax train --config=folder --config.data.root=PHOTOS --workdir=runs/mine
+    idml-jax embed --workdir=runs/mine --images=PHOTOS --out=photos.npz
+    idml-jax search --index=photos.npz --query=bird.jpg -k 10
+
+Every command is a module too: ``idml-jax embed`` is ``python -m idml_jax.embed``, and ``idml-jax train`` is ``python -m
+idml_jax.main``.
+"""
+
+import difflib
+import importlib
+import sys
+from typing import NamedTuple
+
+import idml_jax
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+      module: its module in the package.
+      does: what it does.
+      example: arguments that work.
+      extra: arguments added to those given.
+    """
+
+    module: str
+    does: str
+    example: str
+    extra: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "train": Command("main", "train a run, or resume it", "--config=glyphs:quick --workdir=runs/glyphs"),
+    "fit": Command(
+        "fit",
+        "make a run from pretrained features, without training",
+        "--config=folder --config.data.root=PHOTOS --workdir=runs/fitted",
+    ),
+    "eval": Command("main", "evaluate the best checkpoint of a run", "--workdir=runs/glyphs", ("--mode=eval",)),
+    "prepare": Command(
+        "prepare", "store a downloaded data set for training", "--dataset=cub --source=CUB_200_2011.tgz"
+    ),
+    "embed": Command("embed", "embed images into a file", "--workdir=runs/glyphs --images=PHOTOS --out=photos.npz"),
+    "search": Command("search", "find the images nearest to a query", "--index=photos.npz --query=bird.jpg -k 10"),
+    "evaluate": Command("evaluate", "compute all metrics of a file of embeddings", "--embeddings=photos.npz"),
+    "report": Command("report", "write a page about a run", "--workdir=runs/glyphs"),
+    "export": Command("export", "write a run as a program, or an index for faiss", "--workdir=runs/glyphs --out=model"),
+    "pretrained": Command("pretrained", "show, fetch or convert weights", "show timm/resnet50.a1_in1k"),
+}
+
+
+def usage() -> str:
+    """The commands, with an example of each."""
+    lines = ["usage: idml-jax COMMAND [options]", "", "commands:"]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<11} {command.does}", f"  {'':<11} idml-jax {name} {command.example}"]
+    lines += [
+        "",
+        "options:",
+        "  --help      show this text; idml-jax COMMAND --help shows the options of a command",
+        "  --version   show the version",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line.
+
+    Args:
+      argv: a command and its arguments; by default those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("--help", "-h", "help"):
+        print(usage())
+        sys.exit(0 if argv else 2)
+    if argv[0] in ("--version", "version"):
+        print(f"idml_jax {idml_jax.__version__}")
+        return
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        print(f"error: {name!r} is no command; {hint}known: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    command = COMMANDS[name]
+    if command.module in ("main", "fit"):
+        from idml_jax.runtime import interrupt
+
+        interrupt.end_when_asked()  # before the imports below, which take a while
+    sys.argv = [f"idml-jax {name}", *rest, *command.extra]
+    importlib.import_module(f"idml_jax.{command.module}").main()
+
+
+if __name__ == "__main__":
+    main()
