@@ -22,6 +22,7 @@ from idml_jax.errors import UserError, printable, run_command
 from idml_jax.inference.compare import TABLES, Compared, Decision, as_text, compare, decide, read_table
 from idml_jax.inference.model import load
 from idml_jax.runtime.files import check_target, user_path, write_bytes
+from idml_jax.runtime.options import Help
 
 __all__ = ["Compared", "Decision", "compare", "decide", "main"]
 
@@ -75,7 +76,7 @@ def _answer(found: Compared) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("images", nargs="*", help="two images")
     parser.add_argument("--workdir", required=True, help="folder of a run")
     parser.add_argument("--pairs", default="", help="table of pairs, .csv or .tsv with a header line")

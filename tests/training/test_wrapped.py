@@ -309,7 +309,8 @@ class TestAuto:
             UserError, match=r"none of this .* networks .*1 tensors, first a.weight \(2, 3, 1, 1\).*resnet50"
         ):
             auto.resolved(self.config(tmp_path / "a.safetensors"), tmp_path / "run")
-        with pytest.raises(UserError, match="config.model.init_from names"):
+        message = r"no pretrained weights are named.*config.model.init_from=efficientnet_lite0 .*config=folder:scratch"
+        with pytest.raises(UserError, match=message):
             auto.resolved(self.config(""), tmp_path / "run")
 
     def test_the_origin_in_the_settings_must_be_true(self, tmp_path):
