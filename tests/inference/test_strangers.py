@@ -1,6 +1,7 @@
 """Searches whose queries are partly of classes that the index lacks, from files of embeddings alone."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,9 +81,9 @@ def test_held_out_images_search_the_index_too(files):
     both = sureness.held_out_beside(mated, index)
     assert both.gallery.labels[96:].tolist() == both.queries.labels.tolist()
     assert sureness.held_out_beside(embeddings.read(files["index"]), index).gallery is None
-    numbered = held._replace(class_names=embeddings.Numbered(20))
+    numbered = replace(held, class_names=embeddings.Numbered(20))
     assert set(sureness.held_out_beside(numbered, index).gallery.labels[240:]) == set(range(20, 28))
-    unknown = sureness.held_out_beside(held, index._replace(class_names=None))
+    unknown = sureness.held_out_beside(held, replace(index, class_names=None))
     assert (unknown.gallery.labels[240:] == -1).all()
 
 
