@@ -67,7 +67,7 @@ def retrieval_config(dataset: str, arg: str) -> ConfigDict:
     losses = [word for word in words if word in LOSSES]
     if unknown or len(losses) > 1:
         problem = f"unknown variant {unknown[0]!r}" if unknown else f"two losses, {' and '.join(losses)}"
-        raise ValueError(f"{problem}; known: {', '.join((*_WORDS, *sorted(LOSSES)))}, joined by commas")
+        raise ValueError(f"{problem}; known: {', '.join((*_WORDS, *LOSSES))}, joined by commas")
     protocol = PROTOCOLS[dataset]
     schedule = protocol.plain if "plain" in words else protocol.introspective
     config = default_config()

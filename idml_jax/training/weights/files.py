@@ -105,8 +105,8 @@ def _content_without_torch(path: Path) -> tuple[Any, type, Callable[[str, Any], 
         content, array = plain_torch.read(path)
     except (PickleError, OSError) as error:
         raise UserError(
-            f"{path}: is damaged, or holds more than dense tensors ({first_line(error)}); save the state_dict alone, "
-            "or install PyTorch, which reads more (pip install torch)"
+            f"{path}: is damaged, or holds more than dense tensors ({first_line(error)}); the rest is read by PyTorch, "
+            "which is not installed; save the state_dict alone, or install it (pip install torch)"
         ) from error
     return content, plain_torch.PlainTensor, lambda name, value: array(value)
 
