@@ -18,6 +18,7 @@ body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; 
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.3rem 0 .4rem; }
 p { max-width: 48rem; margin: .3rem 0 .8rem; } .muted { color: #64707d; } .small { font-size: 13px; }
+@media (max-width: 640px) { table { display: block; overflow-x: auto; } }
 code { background: #f1f3f5; padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: .3rem 0 1.1rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid #e6e9ec; }
