@@ -20,16 +20,15 @@ In Python the module is a function: ``idml_jax.search(queries, index, k)``, see 
 import argparse
 import functools
 import json
+from collections.abc import Collection
 from typing import Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.index import check_comparable, own_rows, read
 from idml_jax.inference.reranking import EXAMPLES, parse, rerank
 from idml_jax.inference.search import Answers, calibrate, load_model, open_index, search
-from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for
+from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
 from idml_jax.inference.use import search as search_images
-from idml_jax.metrics.embedded import scores_of
-from idml_jax.metrics.vote import Vote
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
 from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path, write_bytes
@@ -68,18 +67,15 @@ def _search(given: dict[str, Any]) -> None:
     k = min(given["k"], len(index.files) - (own is not None))
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
-    setting = None if index.class_names is None else Vote()
-    vectors = queries.embedded, index.embedded, index.metric, own
-    scores = scores_of(*vectors, setting=setting)
     wanted = Wanted(given["abstain"], given["strangers"], given["balanced"])
     found = rerank(steps, queries.embedded, index.embedded, k, own) if steps else None
-    if steps:
-        sureness = Confidence(None, f"re-ranked by {given['rerank']}")
-    else:
-        sureness = confidence_for(given["held_out"], index, given["index"], model, scores, wanted)
-    if sureness.calibrated is not None and sureness.calibrated.setting != setting:
-        setting = sureness.calibrated.setting
-        scores = scores_of(*vectors, setting=setting)
+
+    def confident(names: Collection[str]) -> Confidence:
+        if steps:
+            return Confidence(None, f"re-ranked by {given['rerank']}")
+        return confidence_for(given["held_out"], index, given["index"], model, names, wanted)
+
+    scores, setting, sureness = scored(queries, index, own, confident)
     rule = rule_for(sureness, scores, wanted)
     answers = search(
         queries.embedded,

@@ -10,10 +10,11 @@ from idml_jax.errors import UserError
 from idml_jax.inference.index import Index, Numbered, check_comparable, labels_in_common, own_rows
 from idml_jax.inference.model import Trained
 from idml_jax.inference.search import open_index
-from idml_jax.metrics import calibration, strangers, visible
+from idml_jax.metrics import calibration, strangers, uncertainty, visible
 from idml_jax.metrics.calibration import Calibration, HeldOut
-from idml_jax.metrics.embedded import joined, rows_of
+from idml_jax.metrics.embedded import joined, rows_of, scores_of
 from idml_jax.metrics.strangers import Rule
+from idml_jax.metrics.vote import Vote
 
 
 class Wanted(NamedTuple):
@@ -119,6 +120,45 @@ def fit(held_out: Index, index: Index, names: Collection[str], wanted: Wanted) -
     found = held_out_beside(held_out, index)
     known = calibration.answer(found, index.metric, labelled=index.class_names is not None, balanced=wanted.balanced)
     return calibration.fit(known, names)
+
+
+class Scored(NamedTuple):
+    """Scores of the nearest images as answers, and the confidence that is fitted on the same scores.
+
+    Attributes:
+      scores: each ``[n]``.
+      setting: settings of the vote: those chosen for the confidence, if there is one; ``None`` without labels.
+      confidence: the confidence of the answers.
+    """
+
+    scores: dict[str, Float[np.ndarray, "n"]]
+    setting: Vote | None
+    confidence: Confidence
+
+
+def scored(
+    queries: Index,
+    index: Index,
+    own: Int[np.ndarray, "n"] | None,
+    confident: Callable[[Collection[str]], Confidence],
+) -> Scored:
+    """Scores the answers of an index to queries.
+
+    Args:
+      queries: the queries.
+      index: embeddings that are searched.
+      own: row of the index of each query itself; -1: none.
+      confident: gives the confidence for the names of the scores.
+    """
+    near = uncertainty.nearest_twenty(queries.embedded.semantic, index.embedded.semantic, own=own)
+    compute = lambda vote: scores_of(queries.embedded, index.embedded, index.metric, own, near, setting=vote)
+    setting = None if index.class_names is None else Vote()
+    scores = compute(setting)
+    confidence = confident(scores)
+    if confidence.calibrated is not None and confidence.calibrated.setting != setting:
+        setting = confidence.calibrated.setting
+        scores = compute(setting)
+    return Scored(scores, setting, confidence)
 
 
 def rule_for(confidence: Confidence, scores: dict[str, Float[np.ndarray, "n"]], wanted: Wanted) -> Rule | None:

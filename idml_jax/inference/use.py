@@ -25,8 +25,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.inference.sureness import Confidence, Wanted
 from idml_jax.ism import Metric
 from idml_jax.metrics.calibration import Calibration
-from idml_jax.metrics.embedded import Embedded, scores_of
-from idml_jax.metrics.vote import Vote
+from idml_jax.metrics.embedded import Embedded
 
 __all__ = ["Answer", "Comparison", "Model", "Near", "answers", "embed", "load", "search"]
 
@@ -232,22 +231,18 @@ def answers(queries: Index, index: Index, k: int = 10, *, held_out: Index | None
     count = min(int(k), len(index) - (own is not None))
     if count < 1:
         raise UserError("the index holds nothing but the query")
-    setting = None if index.class_names is None else Vote()
-    vectors = queries.embedded, index.embedded, index.metric, own
-    scores = scores_of(*vectors, setting=setting)
-    calibrated = _calibrated(index if held_out is None else held_out, index, frozenset(scores))
-    if calibrated is not None and calibrated.setting != setting:
-        setting = calibrated.setting
-        scores = scores_of(*vectors, setting=setting)
+    known = index if held_out is None else held_out
+    confident = lambda names: Confidence(_calibrated(known, index, frozenset(names)), "")
+    scores, setting, confidence = sureness.scored(queries, index, own, confident)
     found = searching.search(
         queries.embedded,
         index.embedded,
         count,
         own=own,
         metric=index.metric,
-        calibrated=calibrated,
+        calibrated=confidence.calibrated,
         scores=scores,
-        rule=sureness.rule_for(Confidence(calibrated, ""), scores, Wanted()),
+        rule=sureness.rule_for(confidence, scores, Wanted()),
         setting=setting,
     )
     return [
