@@ -67,6 +67,23 @@ def open_file(path: str | os.PathLike) -> IO[bytes]:
         raise FileError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
+def read_text(path: str | os.PathLike, limit: int, problem: str) -> str:
+    """The text of a regular file, without a byte order mark; bytes that are not UTF-8 become surrogate escapes.
+
+    Args:
+      path: file to read.
+      limit: largest accepted size in bytes.
+      problem: message about a file that is no text.
+
+    Raises:
+      UserError: ``problem``, if the file holds a zero byte; as ``read_file`` otherwise.
+    """
+    data = read_file(path, limit)
+    if b"\0" in data:
+        raise UserError(problem)
+    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+
+
 def read_file(path: str | os.PathLike, limit: int = MAX_FILE_BYTES) -> bytes:
     """The content of a regular file.
 

@@ -119,12 +119,10 @@ class _Row(NamedTuple):
 
 def _read_list(where: Path, option: str) -> list[_Row]:
     shown = files.shown(where)
-    data = files.read_file(where, MAX_LIST_BYTES)
-    if b"\0" in data:
-        raise UserError(f"{shown}: cannot be read as a list of paths; it is not UTF-8 text ({option})")
-    # File names may be any bytes; those that are not UTF-8 are kept as surrogate escapes.
-    lines = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    numbered = [(i, line.decode("utf-8", "surrogateescape")) for i, line in enumerate(lines, 1) if line.strip()]
+    problem = f"{shown}: cannot be read as a list of paths; it is not UTF-8 text ({option})"
+    lines = files.read_text(where, MAX_LIST_BYTES, problem).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    # Spaces of ASCII alone: a file may be named by others.
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip(" \t\n\r\v\f")]
     if not numbered:
         raise UserError(f"{shown}: lists no images ({option})")
     separator = _separator(where, [line for _, line in numbered[:100]])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from idml_jax.data import files, folders
+from idml_jax.data.lists import MAX_LIST_BYTES
 from idml_jax.data.sources import FolderSource
 from idml_jax.errors import UserError
 from idml_jax.inference.embed import embed_all, index_of
@@ -20,12 +21,10 @@ from idml_jax.inference.search import open_index
 from idml_jax.metrics.same_class import Judge, fit_judge
 from idml_jax.metrics.verification import Rates
 from idml_jax.training.build import data_of
-from idml_jax.training.digests import weights_digest
 
 FMRS = (0.001, 0.01, 0.1)
 TABLES = {".csv": ",", ".tsv": "\t"}
 ADDED = ("same", "probability", "score", "problem")
-_MAX_BYTES = 2**30
 
 
 class Table(NamedTuple):
@@ -86,10 +85,7 @@ def read_table(where: str) -> Table:
         raise UserError(f"--pairs={shown}: the name must end in {' or '.join(TABLES)}")
     if not os.path.isfile(path):
         raise UserError(f"{shown}: {'is not a file' if os.path.exists(path) else 'no such file'} (--pairs)")
-    data = files.read_file(path, _MAX_BYTES)
-    if b"\0" in data:
-        raise UserError(f"{shown}: is not UTF-8 text (--pairs)")
-    text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    text = files.read_text(path, MAX_LIST_BYTES, f"{shown}: is not UTF-8 text (--pairs)")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=TABLES[path.suffix.lower()], strict=True)
     rows: list[tuple[int, list[str]]] = []
     try:
@@ -156,7 +152,7 @@ def _held_out(model: Trained, where: str) -> tuple[Index, str]:
         index = open_index(where, "--held_out", lambda: model)
         if index.class_names is None:
             raise UserError(f"{where}: its classes are unknown (--held_out)")
-        known, own = index.about.get("weights"), weights_digest(model.variables)
+        known, own = index.about.get("weights"), model.embedder.digest
         if known is not None and known != own:
             raise UserError(f"{where} was embedded with the weights {known}, {model.workdir} has {own}; embed it again")
         return index, f"the {len(index.files):,} images of {where}"
