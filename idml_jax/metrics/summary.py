@@ -63,6 +63,7 @@ def full_report(
     metric: Metric = Metric(),  # noqa: B008 (immutable)
     ambiguity: Float[np.ndarray, "n"] | None = None,
     held_out: HeldOut | Embedded | None = None,
+    answered: Known | None = None,
     precision: float = 0.9,
     cluster: bool = True,
     seed: int = 0,
@@ -76,6 +77,7 @@ def full_report(
       metric: introspective metric, used besides the semantic distance.
       ambiguity: true ambiguity of each query, ``[n]``, where it is known.
       held_out: queries of classes that are neither training nor test classes; fit the confidence and its threshold.
+      answered: what ``calibration.answer`` gives for them, if it is known.
       precision: share of right answers that the threshold is chosen for.
       cluster: whether to cluster the queries into as many clusters as classes (NMI, AMI, F1).
       seed: seed of clustering and bootstrap.
@@ -102,7 +104,7 @@ def full_report(
         clusters = clustering.kmeans(embedded.semantic, classes, seed).labels
         for name in ("nmi", "ami", "f1"):
             report[name.upper()] = getattr(clustering, name)(embedded.labels, clusters)
-    known = _answered(held_out, metric)
+    known = _answered(held_out, metric) if answered is None else answered
     found = uncertainty.nearest_twenty(embedded.semantic, _searched(gallery)[0])
     report |= _vote_report(embedded, gallery, ranks, found, _setting(known))
     scores = scores_of(embedded, gallery, metric, found=found, setting=_setting(known))
@@ -208,7 +210,7 @@ def corrupted_report(
     gallery: Embedded,
     own: Int[np.ndarray, "n"],
     metric: Metric,
-    held_out: HeldOut | None = None,
+    known: Known | None = None,
 ) -> dict[str, float]:
     """How well each score detects wrong answers, over clean and corrupted queries together.
 
@@ -218,18 +220,17 @@ def corrupted_report(
       gallery: all images, unchanged.
       own: ``[n]``, the gallery row of each image, which it and its changed forms leave out.
       metric: introspective metric, used besides the semantic distance.
-      held_out: as in ``full_report``.
+      known: answered held-out queries, from ``calibration.answer``.
 
     Returns:
       ``corrupted/R@1`` over all these queries, and ``corrupted/R-AUROC(score)`` for every score of
-      ``introspective.answer_scores`` and, with ``held_out``, the confidence; NaN where all answers are right or all
+      ``introspective.answer_scores`` and, with ``known``, the confidence; NaN where all answers are right or all
       are wrong.
     """
     queries = joined([clean, *changed])
     own = np.tile(own, 1 + len(changed))
     found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
     correct = gallery.labels[found.index[:, 0]] == queries.labels
-    known = _answered(held_out, metric)
     scores = scores_of(queries, gallery, metric, own, found, setting=_setting(known))
     report = {f"R-AUROC({name})": uncertainty.r_auroc(score, correct) for name, score in scores.items()}
     if known is not None:

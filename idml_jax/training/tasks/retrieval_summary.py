@@ -6,6 +6,8 @@ import numpy as np
 
 from idml_jax.data.images.transforms import CHANGES, Changed, Transform
 from idml_jax.data.sources import Source
+from idml_jax.metrics import calibration
+from idml_jax.metrics.calibration import Known
 from idml_jax.metrics.embedded import Embedded, joined
 from idml_jax.metrics.summary import HeldOut, ambiguity_report, corrupted_report, full_report, retrieval_report
 from idml_jax.training.tasks.objective import metric_of
@@ -25,6 +27,7 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
     embedded, gallery = _embedded(evaluation)
     truth = evaluation.source.fields.get("ambiguity") if evaluation.embedder.learned else None
     held_out = held_out_queries(evaluation)
+    known = None if held_out is None else calibration.answer(held_out, metric_of(config))
     report, warnings = full_report(
         embedded,
         gallery,
@@ -34,10 +37,11 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
         metric=metric_of(config),
         precision=config.eval.precision,
         held_out=held_out,
+        answered=known,
         cluster=config.eval.cluster,
     )
     if config.eval.ambiguity_images:
-        report |= ambiguity(evaluation, embedded, held_out)
+        report |= ambiguity(evaluation, embedded, known)
     return report, warnings
 
 
@@ -48,14 +52,14 @@ def _embedded(evaluation: Evaluation) -> tuple[Embedded, Embedded | None]:
 
 
 def ambiguity(
-    evaluation: Evaluation, gallery: Embedded, held_out: HeldOut | None = None, kinds: Iterable[str] = CHANGES
+    evaluation: Evaluation, gallery: Embedded, known: Known | None = None, kinds: Iterable[str] = CHANGES
 ) -> dict[str, float]:
     """Measures how the uncertainty rises and detects errors on mixed, cropped, blurred, noised or occluded images.
 
     Args:
       evaluation: network and images; its settings give the number of images drawn and the seed.
       gallery: embeddings of all images of the source; without an uncertainty only baseline scores are evaluated.
-      held_out: queries that fit the confidence of answers, see ``held_out_queries``.
+      known: answered held-out queries, which fit the confidence of answers, see ``held_out_queries``.
       kinds: changes besides mixing, at the strengths 0.25, 0.5 and 0.75.
 
     Returns:
@@ -71,7 +75,7 @@ def ambiguity(
         kind: {s: evaluation.changed(Changed(transform, kind, s))(source, chosen) for s in STRENGTHS} for kind in kinds
     }
     every = [embedded for by_strength in changed.values() for embedded in by_strength.values()]
-    report = corrupted_report(original, every, gallery, chosen, metric_of(config), held_out)
+    report = corrupted_report(original, every, gallery, chosen, metric_of(config), known)
     if gallery.uncertainty is None:
         return report
     partners = partners_of_other_classes(source.labels, chosen, config.seed)
