@@ -45,6 +45,14 @@ def key_of(source: Source, index: int) -> str:
     return getattr(source, "key", source.name)(index)
 
 
+def movable_names(keys: Sequence[str]) -> list[str]:
+    """Identifiers that do not change if the data is moved as a whole: paths are relative to their common folder."""
+    if len(keys) < 2 or not all(os.path.isabs(key) for key in keys):
+        return list(keys)
+    common = os.path.commonpath(keys)
+    return [os.path.relpath(key, common) for key in keys]
+
+
 class FolderSource:
     """Image files with labels."""
 

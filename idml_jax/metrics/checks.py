@@ -46,3 +46,16 @@ def score_column(scores: Num[Array, "n"], name: str, rows: int | None = None) ->
     if np.isnan(scores).any():
         raise ValueError(f"{name}: NaN")
     return scores
+
+
+def check_pair(gallery: object | None, gallery_labels: Shaped[Array, "m"] | None) -> None:
+    """Raises ValueError unless both are given or neither is."""
+    if (gallery is None) != (gallery_labels is None):
+        missing = "gallery" if gallery is None else "gallery_labels"
+        raise ValueError(f"{missing}: missing; gallery and gallery_labels go together")
+
+
+def check_width(queries: Float[np.ndarray, "n d"], gallery: Float[np.ndarray, "m e"]) -> None:
+    """Raises ValueError unless both sides are equally wide."""
+    if gallery.shape[1] != queries.shape[1]:
+        raise ValueError(f"gallery: width {gallery.shape[1]} differs from the embeddings' width {queries.shape[1]}")

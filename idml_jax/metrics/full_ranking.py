@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from idml_jax.metrics import nearest, ranking
-from idml_jax.metrics.checks import Array, embedding_rows, label_column
+from idml_jax.metrics.checks import Array, check_pair, check_width, embedding_rows, label_column
 
 
 class Groups(NamedTuple):
@@ -85,15 +85,13 @@ def rank_all(
     queries = embedding_rows(embeddings, "embeddings")[0]
     own_labels = label_column(labels, len(queries), "labels", "embeddings")
     same_set = gallery is None
-    if (gallery is None) != (gallery_labels is None):
-        raise ValueError("gallery and gallery_labels go together")
+    check_pair(gallery, gallery_labels)
     if gallery is None or gallery_labels is None:
         rows, row_labels = queries, own_labels
     else:
         rows = embedding_rows(gallery, "gallery")[0]
         row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery")
-        if rows.shape[1] != queries.shape[1]:
-            raise ValueError(f"gallery: width {rows.shape[1]} differs from the embeddings' width {queries.shape[1]}")
+        check_width(queries, rows)
     classes, codes = np.unique(np.concatenate([row_labels, own_labels]), return_inverse=True)
     row_codes, own_codes = codes[: len(rows)], codes[len(rows) :]
     own_groups, row_groups = _groups(groups, len(queries), len(rows), same_set)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from idml_jax.metrics.checks import Array, label_column
+from idml_jax.metrics.checks import Array, check_pair, label_column
 from idml_jax.metrics.pair_scores import Scored
 
 TILE = 1024
@@ -24,8 +24,7 @@ class Pairs:
         gallery: Scored | None,
         gallery_labels: Shaped[Array, "m"] | None,
     ):
-        if (gallery is None) != (gallery_labels is None):
-            raise ValueError("gallery and gallery_labels go together")
+        check_pair(gallery, gallery_labels)
         self._same_set = gallery is None
         own = label_column(labels, len(scored.rows), "labels", "scored")
         if gallery is None or gallery_labels is None:

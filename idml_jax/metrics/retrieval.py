@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, PyTree, Shaped
 
 from idml_jax.metrics import nearest, ranking
-from idml_jax.metrics.checks import Array, embedding_rows, label_column
+from idml_jax.metrics.checks import Array, check_pair, check_width, embedding_rows, label_column
 
 # An array, or a tree (tuple, dict) of arrays with the same first axis.
 Tree: TypeAlias = PyTree[Shaped[Array, "_ ..."]]
@@ -122,7 +122,7 @@ def ranks_by_distance(
     again for every new function object: pass a named function, not a lambda made in a loop. Raises ValueError for
     empty or mismatched input and for a distance that gives NaN.
     """
-    _check_pair(gallery, gallery_labels)
+    check_pair(gallery, gallery_labels)
     queries, labels = _tree_set(queries, labels, "queries", "labels")
     same_set = gallery is None
     if same_set:
@@ -158,7 +158,7 @@ def neighbours(
     queries = embedding_rows(embeddings, "embeddings")[0]
     same_set = gallery is None
     rows = queries if gallery is None else embedding_rows(gallery, "gallery")[0]
-    _check_width(queries, rows)
+    check_width(queries, rows)
     own = _own_rows(own, same_set, len(queries), len(rows))
     leaves_out = bool(np.any(own >= 0))
     if not 1 <= k <= len(rows) - leaves_out:
@@ -189,7 +189,7 @@ def _task(
     gallery_labels: Shaped[Array, "m"] | None,
 ) -> ranking.Task:
     """The validated Euclidean task, its rows moved to their centre."""
-    _check_pair(gallery, gallery_labels)
+    check_pair(gallery, gallery_labels)
     queries = embedding_rows(embeddings, "embeddings")[0]
     labels = label_column(labels, len(queries), "labels", "embeddings")
     if gallery is None:
@@ -202,7 +202,7 @@ def _task(
         rows = embedding_rows(gallery, "gallery")[0]
         assert gallery_labels is not None  # see `_check_pair`
         row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery")
-        _check_width(queries, rows)
+        check_width(queries, rows)
         (queries, query_norms), (rows, norms) = nearest.moved(queries, rows)
     return ranking.make_task(queries, query_norms, labels, rows, norms, row_labels, gallery is None)
 
@@ -231,19 +231,6 @@ def _tree_set(
     if len(sizes) != 1 or sizes & {(), (0,)}:
         raise ValueError(f"{name}: expected arrays with the same number of rows, got {[x.shape for x in leaves]}")
     return tree, label_column(labels, len(leaves[0]), labels_name, name)
-
-
-def _check_pair(gallery: Tree | None, gallery_labels: Shaped[Array, "m"] | None) -> None:
-    """Raises ValueError unless both are given or neither is."""
-    if (gallery is None) != (gallery_labels is None):
-        missing = "gallery" if gallery is None else "gallery_labels"
-        raise ValueError(f"{missing}: missing; gallery and gallery_labels go together")
-
-
-def _check_width(queries: Float[np.ndarray, "n d"], gallery: Float[np.ndarray, "m e"]) -> None:
-    """Raises ValueError unless both sides are equally wide."""
-    if gallery.shape[1] != queries.shape[1]:
-        raise ValueError(f"gallery: width {gallery.shape[1]} differs from the embeddings' width {queries.shape[1]}")
 
 
 def _checked_ks(ks: Sequence[int]) -> tuple[int, ...]:

@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from idml_jax.data.datasets import Splits
-from idml_jax.data.sources import Source, key_of
+from idml_jax.data.sources import Source, key_of, movable_names
 from idml_jax.errors import UserError, printable
 from idml_jax.runtime.files import first_line, write_json
 
@@ -35,10 +34,7 @@ def record_of(splits: Splits) -> Record:
 
 
 def _record(source: Source) -> dict[str, object]:
-    names = [key_of(source, i) for i in range(len(source))]
-    if len(names) > 1 and all(os.path.isabs(name) for name in names):
-        common = os.path.commonpath(names)
-        names = [os.path.relpath(name, common) for name in names]
+    names = movable_names([key_of(source, i) for i in range(len(source))])
     classes = list(source.class_names)
     return {
         "images": len(source),

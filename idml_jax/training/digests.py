@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from idml_jax.data.sources import Source, key_of
+from idml_jax.data.sources import Source, key_of, movable_names
 from idml_jax.models import naming
 
 
@@ -33,11 +33,8 @@ def images_digest(source: Source) -> str:
     records of prepared data, are recognised by their names alone.
     """
     keys = [key_of(source, index) for index in range(len(source))]
-    paths = len(keys) > 1 and all(os.path.isabs(key) for key in keys)
-    common = os.path.commonpath(keys) if paths else ""
     found = hashlib.sha256()
-    for key in keys:
-        name = os.path.relpath(key, common) if paths else key
+    for key, name in zip(keys, movable_names(keys), strict=True):
         found.update(name.encode("utf-8", "surrogateescape") + b"\0")
         try:
             status = os.stat(key)

@@ -45,7 +45,7 @@ def table() -> list[Setting]:
     choices = {"task": tuple(TASKS), **CHOICES}
     return [
         Setting(name, default, choices.get(name, ()), meanings.get(name) or _of_loss(name))
-        for name, default in _flat(default_config().to_dict()).items()
+        for name, default in flatten(default_config().to_dict()).items()
     ]
 
 
@@ -64,13 +64,6 @@ def shown(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"({', '.join(shown(part) for part in value)}{',' if len(value) == 1 else ''})"
     return f"{value:.6g}" if isinstance(value, float) and value != int(value) else str(value)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _comments() -> dict[str, str]:
