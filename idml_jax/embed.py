@@ -2,11 +2,15 @@
 
     python -m idml_jax.embed --workdir=RUN --images=PHOTOS --out=photos.npz        # or photos.parquet
     python -m idml_jax.embed --workdir=RUN --split=test --out=test.npz             # the run's own images
+    python -m idml_jax.embed --workdir=RUN --images=PHOTOS --out=photos --shard=1/4  # one of four processes
 
 ``--images`` is an image, a folder, or a list: a text file with one path per line, optionally followed by a tab and the
 class. If all images of a folder lie in subfolders, the subfolders are the classes. Unreadable images are skipped and
 listed in ``<out>.skipped.txt``. A stopped command resumes when it is run again. ``python -m idml_jax.evaluate
 --embeddings=photos.npz`` measures them, ``python -m idml_jax.search`` searches them.
+
+With ``--shard=i/n`` the output is a gallery, a folder of Parquet parts, for collections that outgrow memory or one
+process; ``--append`` adds images to it.
 
 In Python the module is a function: ``idml_jax.embed("runs/mine", images)``, see ``idml_jax.inference.use``.
 """
@@ -18,6 +22,7 @@ from typing import Any
 from idml_jax.errors import UserError, printable, run_command
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.embed import LISTS, SPLITS, embed_all, embed_to_file, index_of, list_images, split_source
+from idml_jax.inference.gallery_parts import embed_to_gallery, parse_shard
 from idml_jax.inference.use import embed, load
 from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path
@@ -42,8 +47,14 @@ def _embed(given: dict[str, Any]) -> None:
     if bool(given["images"]) == bool(given["split"]):
         raise UserError("give either --images or --split")
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
-    embeddings.check_suffix(out, "--out")
-    check_target(out)  # fails before the work starts
+    parts = bool(given["shard"] or given["append"])
+    if parts:
+        shard = parse_shard(given["shard"] or "1/1")
+        if given["overwrite"]:
+            raise UserError("--overwrite replaces a file; a gallery keeps its parts: delete the folder to start anew")
+    else:
+        embeddings.check_suffix(out, "--out")
+        check_target(out)  # fails before the work starts
     for name in ("batch_size", "threads"):
         if given[name] < (name == "threads"):
             raise UserError(f"--{name}={given[name]} must be at least {int(name == 'threads')}")
@@ -55,7 +66,11 @@ def _embed(given: dict[str, Any]) -> None:
     labelled = labelled and not given["no_labels"]
     classes = f" of {len(source.class_names):,} classes" if labelled else ", classes unknown"
     say(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}")
-    embed_to_file(model, source, out, labelled=labelled, origin=origin, overwrite=given["overwrite"], say=say)
+    if parts:
+        how = {"labelled": labelled, "origin": origin, "append": given["append"], "say": say}
+        embed_to_gallery(model, source, out, shard=shard, **how)
+    else:
+        embed_to_file(model, source, out, labelled=labelled, origin=origin, overwrite=given["overwrite"], say=say)
     say(f"next: python -m idml_jax.search --index={shlex.quote(str(out))} --query=IMAGE")
 
 
@@ -67,13 +82,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--split", default="", choices=SPLITS, help="instead of --images: a split of the run's own data"
     )
-    parser.add_argument("--out", required=True, help="file to write, .npz or .parquet")
+    parser.add_argument(
+        "--out", required=True, help="file to write, .npz or .parquet; with --shard or --append a folder"
+    )
     parser.add_argument("--no_labels", action="store_true", help="do not take folder names as classes")
     parser.add_argument(
         "--batch_size", type=int, default=0, help="images per batch; default: the run's evaluation batch size"
     )
     parser.add_argument("--threads", type=int, default=4, help="number of reader and decoder threads")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "--shard", default="", help="i/n: write part i of n of a gallery, a folder that n processes fill together"
+    )
+    parser.add_argument("--append", action="store_true", help="add to a gallery the images that it lacks")
     given = vars(parser.parse_args(argv))
     run_command(lambda: _embed(given), "stopped; rerun the same command to resume")
 
