@@ -47,7 +47,14 @@ def _embed(given: dict[str, Any]) -> None:
     if bool(given["images"]) == bool(given["split"]):
         raise UserError("give either --images or --split")
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
-    parts = bool(given["shard"] or given["append"])
+    cluster = given["engine"] == "ray"
+    parts = bool(given["shard"] or given["append"] or cluster)
+    if cluster and given["shard"]:
+        raise UserError("--engine=ray divides the work by itself; leave out --shard")
+    if not cluster and (given["workers"] != 1 or given["worker_gpus"]):
+        raise UserError("--workers and --worker_gpus are for --engine=ray")
+    if given["workers"] < 1 or given["worker_gpus"] < 0:
+        raise UserError(f"--workers={given['workers']}: at least 1; --worker_gpus={given['worker_gpus']}: at least 0")
     if parts:
         shard = parse_shard(given["shard"] or "1/1")
         if given["overwrite"]:
@@ -58,6 +65,12 @@ def _embed(given: dict[str, Any]) -> None:
     for name in ("batch_size", "threads"):
         if given[name] < (name == "threads"):
             raise UserError(f"--{name}={given[name]} must be at least {int(name == 'threads')}")
+    if cluster:
+        from idml_jax.inference.ray_engine import Job, Workers, embed_on_cluster
+
+        job = Job(**{name: given[name] for name in Job._fields if name != "out"}, out=str(out))
+        embed_on_cluster(job, Workers(given["workers"], given["worker_gpus"]), say)
+        return
     model = load(given["workdir"]).using(threads=given["threads"], batch_size=given["batch_size"])
     if given["split"]:
         source, labelled, origin = split_source(model, given["split"]), True, f"split:{given['split']}"
@@ -94,6 +107,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--shard", default="", help="i/n: write part i of n of a gallery, a folder that n processes fill together"
     )
+    parser.add_argument(
+        "--engine", default="", choices=("", "ray"), help="ray: workers of a Ray cluster write a gallery"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="with --engine=ray: number of workers")
+    parser.add_argument("--worker_gpus", type=float, default=0.0, help="with --engine=ray: accelerators of each worker")
     parser.add_argument("--append", action="store_true", help="add to a gallery the images that it lacks")
     given = vars(parser.parse_args(argv))
     run_command(lambda: _embed(given), "stopped; rerun the same command to resume")

@@ -25,7 +25,8 @@ FLOORS = {
 FLOORS["inference"] = FLOORS["training"] | {"training"}
 FLOORS["reporting"] = FLOORS["inference"] | {"inference"}
 DOORS = {
-    "__main__", "main", "fit", "prepare", "embed", "search", "compare", "report", "export", "evaluate", "pretrained",
+    "__main__", "audit", "main", "fit", "prepare", "embed", "search", "compare", "report", "export", "evaluate",
+    "pretrained",
 }  # fmt: skip
 # The only modules that may import a package.
 EDGES = {
@@ -46,6 +47,7 @@ EDGES = {
     "sklearn": {"reporting.plots"},
     "pyarrow": {"inference.arrays"},
     "faiss": {"inference.faiss_index"},
+    "ray": {"inference.ray_engine"},
     "grain": {"data.pipeline"},
     "cv2": {
         "data.images.colour",

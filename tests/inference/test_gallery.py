@@ -1,6 +1,8 @@
 """Galleries: folders of parts that many processes write, and that are searched without being read whole."""
 
+import contextlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -265,3 +267,36 @@ def test_wrong_options_are_refused_in_a_line(stored, tmp_path, capsys):
             run(search, f"--index={folder}", f"--query={folder}", f"--exclude={rule}")
         assert message in capsys.readouterr().err
     assert gallery.is_gallery(folder) and not gallery.is_gallery(tmp_path / "full")
+
+
+def die_once(marker):
+    """A function that ends its process at the first call of all processes."""
+
+    def die(number):
+        with contextlib.suppress(FileExistsError), open(marker, "x"):
+            os._exit(1)
+
+    return die
+
+
+@pytest.mark.slow
+def test_workers_on_ray_make_the_vectors_of_one_process_though_one_is_killed(finished, image_folder, tmp_path):
+    ray = pytest.importorskip("ray", reason="ray is not installed (extra 'ray')")
+    from idml_jax.inference.ray_engine import Job, Workers, embed_on_cluster
+
+    images, out = str(image_folder / "train"), tmp_path / "photos"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        run(embed, f"--workdir={finished[0]}", f"--images={images}", f"--out={tmp_path / 'one'}", "--shard=1/1")
+        job = Job(str(finished[0]), images, "", False, 0, 1, str(out), False)
+        work = job.open()  # with small parts, as the workers read it
+        source = work.folder / "_source-0000.json"
+        source.write_text(json.dumps({**json.loads(source.read_text()), "per_part": 20}))
+        embed_on_cluster(job, Workers(2), before=die_once(str(tmp_path / "died")))
+    finally:
+        ray.shutdown()
+    assert (tmp_path / "died").exists() and len(list(out.glob("*.parquet"))) == 5
+    one, found = read_gallery(tmp_path / "one").index(), read_gallery(out).index()
+    for name in ("semantic", "uncertainty", "labels"):
+        np.testing.assert_array_equal(getattr(one.embedded, name), getattr(found.embedded, name))
+    assert one.files.tolist() == found.files.tolist()
