@@ -123,7 +123,7 @@ def _labels(index: Index, found: Neighbours, score: str, most: int, notes: list[
         notes.append(
             f"{int((~seen.judged).sum()):,} images are the only one of their class; their labels are not judged"
         )
-    flagged = np.flatnonzero(label_errors.confident(seen, labels))
+    flagged = np.flatnonzero(seen.wrong)
     order = flagged[np.argsort(-suspicion[flagged], kind="stable")]
     if len(order) > most:
         notes.append(f"label: the first {most:,} of {len(order):,} are listed")

@@ -40,6 +40,11 @@ class Evidence(NamedTuple):
     disagreement: Float[np.ndarray, "n"]
     judged: Bool[np.ndarray, "n"]
 
+    @property
+    def wrong(self) -> Bool[np.ndarray, "n"]:
+        """Whether another class is more probable than the given one."""
+        return self.judged & (self.other > self.given)
+
     def scores(self) -> dict[str, Float[np.ndarray, "n"]]:
         """Scores, larger = more probably wrong.
 
@@ -100,15 +105,6 @@ def evidence(rows: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], found
         other[cut] = both[place, proposed[cut]] if len(classes) > 1 else np.finfo(float).tiny
     near = labels[found.index[:, :AGREEING]]
     return Evidence(given, other, classes[proposed], _disagreement(near, labels), size[labels] > 1)
-
-
-def confident(found: Evidence, labels: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-    """Whether a label is to be proposed for change: another class is more probable than the given one, and at least as
-    probable as it is, on average, for the images that bear its label (confident learning, Northcutt et al. 2021)."""
-    classes, codes = np.unique(labels, return_inverse=True)
-    mean = np.bincount(codes, weights=found.given) / np.bincount(codes)
-    place = np.minimum(np.searchsorted(classes, found.proposed), len(classes) - 1)
-    return found.judged & (found.other > found.given) & (found.other >= mean[place])
 
 
 def _unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -14,13 +14,15 @@ import pytest
 from idml_jax import embed, search
 from idml_jax.errors import UserError
 from idml_jax.inference import approximate, gallery, gallery_parts
+from idml_jax.inference import search as searching
 from idml_jax.inference.gallery import read_gallery
 from idml_jax.inference.gallery_parts import Shard, embed_to_gallery, parse_shard
 from idml_jax.inference.index import Index, read
 from idml_jax.inference.store import save
 from idml_jax.metrics import retrieval
 from idml_jax.metrics.blocks import neighbours_in_blocks
-from idml_jax.metrics.embedded import Embedded
+from idml_jax.metrics.embedded import Embedded, rows_of
+from idml_jax.reporting.answers import records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,28 +90,21 @@ def test_a_gallery_is_read_as_it_was_written(stored):
 
 
 def test_search_in_blocks_answers_as_search_in_memory(stored, tmp_path, capsys):
-    _, folder = stored
-    save(some_index(seed=1, rows=40), tmp_path / "asked.npz")
-    answers = {}
-    for memory in (100, 0):
-        out = tmp_path / f"{memory}.jsonl"
-        run(
-            search,
-            f"--index={folder}",
-            f"--query={tmp_path / 'asked.npz'}",
-            f"--out={out}",
-            f"--memory={memory}",
-            "--exclude=/none/00*",
-            "--exclude=class=c3",
-        )
-        told = capsys.readouterr().out
-        answers[memory] = [json.loads(line) for line in out.read_text().splitlines()]
-        size = 300 - len({*range(100), *range(3, 300, 12)})
-        assert f"{size} images searched for 40" in told and re.search(r"40 of 40 answered, [\d.]+% rightly", told)
-    for whole, part in zip(answers[100], answers[0], strict=True):
-        for name in ("answer", "neighbours", "uncertainty", "margin", "class", "answered"):
-            assert whole[name] == part[name], name
-        assert part["sure"] is None and whole["sure"] is not None
+    index, folder = stored
+    asked, out = some_index(seed=1, rows=40), tmp_path / "x.jsonl"
+    save(asked, tmp_path / "asked.npz")
+    rules = ["--exclude=/none/00*", "--exclude=class=c3"]
+    run(search, f"--index={folder}", f"--query={tmp_path / 'asked.npz'}", f"--out={out}", "--memory=0", *rules)
+    told, found = capsys.readouterr().out, [json.loads(line) for line in out.read_text().splitlines()]
+    kept = np.array([row for row in range(100, 300) if row % 12 != 3])
+    assert "100 images are left out" in told and f"{len(kept)} images searched for 40" in told
+    assert re.search(r"40 of 40 answered, [\d.]+% rightly; 4 are of classes that the index lacks", told)
+    whole = Index(rows_of(index.embedded, kept), index.files[kept], index.class_names, index.about)
+    answers = searching.search(asked.embedded, whole.embedded, 10, metric=index.metric)
+    for one, two in zip(found, records(asked, whole, answers), strict=True):
+        for name in ("answer", "votes", "neighbours", "uncertainty", "margin", "class", "answered"):
+            assert one[name] == two[name], name
+        assert one["sure"] is None
 
 
 def test_confidence_of_a_search_in_blocks_needs_held_out_classes(stored, tmp_path, capsys):
