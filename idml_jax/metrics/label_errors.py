@@ -19,8 +19,9 @@ from idml_jax.metrics.retrieval import Neighbours
 NEAREST, VOTE_TEMPERATURE, TEMPERATURES = 50, 10.0, (5.0, 10.0, 20.0, 40.0)
 AGREEING = 10  # neighbours of `disagreement`
 _TILE = 2**22  # numbers of a tile of images and classes
-# Names of the scores of `Evidence`; the first is the best of those measured (docs/audit.md).
-SCORES = ("log_odds", "self_confidence", "normalized_margin", "disagreement")
+DAMPING = 0.1  # of `odds`
+# Names of the scores of `Evidence`; the first is the default (docs/audit.md has the measurements).
+SCORES = ("odds", "log_odds", "self_confidence", "normalized_margin", "disagreement")
 
 
 class Evidence(NamedTuple):
@@ -48,13 +49,17 @@ class Evidence(NamedTuple):
     def scores(self) -> dict[str, Float[np.ndarray, "n"]]:
         """Scores, larger = more probably wrong.
 
-        log_odds: log of the probability of the best other class over that of the given class.
+        odds: log of the probability of the best other class over that of the given class, 0.1 added to both. So it lies
+            between ``log_odds``, which is best for labels that are wrong at random, and ``normalized_margin``, for
+            labels of the most similar class.
+        log_odds: the same, with nothing added.
         self_confidence, normalized_margin: minus the probability of the given class, and of the best other class less
             that (the two label quality scores of confident learning: Northcutt, Jiang, Chuang, JAIR 2021; Kuan and
             Mueller, 2022).
         disagreement: `disagreement`.
         """
         return {
+            "odds": np.log((self.other + DAMPING) / (self.given + DAMPING)),
             "log_odds": np.log(self.other) - np.log(self.given),
             "self_confidence": -self.given,
             "normalized_margin": self.other - self.given,
