@@ -21,8 +21,8 @@ from typing import Any
 from idml_jax.errors import UserError, printable, run_command
 from idml_jax.inference import corrections
 from idml_jax.inference.audit import KINDS, MOST, Audit, audit, count_of
-from idml_jax.inference.gallery import is_gallery, read_gallery
-from idml_jax.inference.index import Index, read
+from idml_jax.inference.gallery import read_stored
+from idml_jax.inference.index import Index
 from idml_jax.metrics.duplicates import NEAR
 from idml_jax.metrics.label_errors import SCORES
 from idml_jax.reporting.answers import picture_reader
@@ -34,10 +34,6 @@ from idml_jax.runtime.options import Help
 __all__ = ["Audit", "audit", "main"]
 
 make_callable(__name__, audit)  # idml_jax.audit(index)
-
-
-def _read(where: str, option: str) -> Index:
-    return read_gallery(where, option).index() if is_gallery(where) else read(where, option)
 
 
 def _records(index: Index, other: Index | None, found: Audit) -> str:
@@ -55,7 +51,7 @@ def _records(index: Index, other: Index | None, found: Audit) -> str:
 
 def _audit(given: dict[str, Any]) -> None:
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
-    index = _read(given["index"], "--index")
+    index = read_stored(given["index"], "--index")
     if given["apply"]:
         changes, rejected, open_ = corrections.read_decisions(given["apply"])
         corrected = corrections.apply(index, changes)
@@ -71,7 +67,7 @@ def _audit(given: dict[str, Any]) -> None:
             raise UserError(f"--{name}={given[name]} must not be below 0")
     if out.exists():
         raise UserError(f"{out} already exists; give a new folder (--out)")
-    other = _read(given["against"], "--against") if given["against"] else None
+    other = read_stored(given["against"], "--against") if given["against"] else None
     workdir = str(given["workdir"] or index.about.get("workdir", ""))
     readers = picture_reader(index, workdir), picture_reader(other or index, workdir)
     found = audit(

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from idml_jax.errors import UserError, printable, run_command, warn
-from idml_jax.inference.index import read
+from idml_jax.inference.gallery import read_stored
 from idml_jax.inference.measure import Options, measure
 from idml_jax.inference.reranking import EXAMPLES, parse
 from idml_jax.metrics.embedded import Embedded
@@ -49,7 +49,7 @@ def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] 
     Raises:
       UserError: naming the file and what is wrong with it.
     """
-    index = read(path, "--embeddings", labels=True)
+    index = read_stored(path, "--embeddings", labels=True)
     return index.embedded, index.ambiguity
 
 

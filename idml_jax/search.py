@@ -27,10 +27,10 @@ from typing import Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference import exclude
-from idml_jax.inference.gallery_search import MEMORY, confidence_near, near, open_queries, open_searched
+from idml_jax.inference.gallery_search import MEMORY, confidence_near, near, open_searched
 from idml_jax.inference.index import check_comparable
 from idml_jax.inference.reranking import EXAMPLES, parse, rerank
-from idml_jax.inference.search import Answers, calibrate, load_model, search
+from idml_jax.inference.search import Answers, calibrate, load_model, open_index, search
 from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
 from idml_jax.inference.use import search as search_images
 from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
@@ -73,7 +73,7 @@ def _search(given: dict[str, Any]) -> None:
     if searched.ann is not None:
         say(str(searched.ann))
     model = functools.cache(lambda: load_model(searched.head, given["workdir"], warn))
-    queries = open_queries(given["query"], "--query", model)
+    queries = open_index(given["query"], "--query", model)
     check_comparable(queries, searched.head, given["query"], given["index"])
     seen = near(searched, queries, given["k"], keep_same=given["keep_same"], say=say)
     index, own = seen.images, seen.own

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int
 
 from idml_jax.errors import UserError
 from idml_jax.inference.arrays import arrow, column_of
-from idml_jax.inference.index import COLUMNS, Index, checked_about, checked_numbers, texts
+from idml_jax.inference.index import COLUMNS, Index, checked_about, checked_numbers, read, texts
 from idml_jax.ism import Metric
 from idml_jax.metrics.blocks import Block
 from idml_jax.metrics.embedded import Embedded
@@ -266,7 +266,8 @@ class Gallery:
             columns.get("semantic_norm"),
         )
         files = np.asarray(texts(columns["files"]))
-        return Index(embedded, files, self.class_names, self.about, columns.get("ambiguity"))
+        path = self.folder if rows is None else None
+        return Index(embedded, files, self.class_names, self.about, columns.get("ambiguity"), path)
 
     @property
     def megabytes(self) -> float:
@@ -284,6 +285,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise
     except Exception as error:  # damaged files can make the library raise anything
         raise UserError(f"{path}: not a part of a gallery ({first_line(error)})") from error
+
+
+def read_stored(path: str | Path, option: str = "--index", *, labels: bool = False) -> Index:
+    """Reads embeddings from a file (``index.read``, with the same arguments and errors) or from all of a gallery."""
+    if not is_gallery(path):
+        return read(path, option, labels=labels)
+    gallery = read_gallery(path, option)
+    if labels and gallery.class_names is None:
+        raise UserError(f"{gallery.folder}: needs classes, and its images have none ({option})")
+    return gallery.index()
 
 
 def read_gallery(path: str | Path, option: str = "--index") -> Gallery:

@@ -6,7 +6,6 @@ the answers are those of a search of the whole gallery in memory.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -208,11 +207,3 @@ def confidence_near(
     beside = near(searched, others, VOTERS + 1, say=lambda line: None).images
     fitted = fit(others, beside, [name for name in names if name not in NEED_ALL], wanted)
     return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {held_out}")
-
-
-def open_queries(where: str, option: str, model: Callable[[], Trained]) -> Index:
-    """Reads queries from a file or a gallery, or embeds images."""
-    if is_gallery(where):
-        gallery = read_gallery(where, option)
-        return replace(gallery.index(), path=gallery.folder)
-    return open_index(where, option, model)

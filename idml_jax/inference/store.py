@@ -19,7 +19,8 @@ import numpy as np
 
 from idml_jax.errors import UserError
 from idml_jax.inference.arrays import arrow
-from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows, read
+from idml_jax.inference.gallery import read_stored as read
+from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows
 from idml_jax.runtime.files import TEMPORARY, atomic, locked, user_path, write_json
 from idml_jax.training.digests import weights_digest
 
