@@ -297,18 +297,19 @@ def read_stored(path: str | Path, option: str = "--index", *, labels: bool = Fal
     return gallery.index()
 
 
-def read_gallery(path: str | Path, option: str = "--index") -> Gallery:
+def read_gallery(path: str | Path, option: str = "--index", sources: Sequence[Made] | None = None) -> Gallery:
     """Opens the folder of a gallery.
 
     Args:
       path: the folder.
       option: name of the command-line option, for messages.
+      sources: sources to read; by default all.
 
     Raises:
       UserError: if it is not a gallery, parts are missing or damaged, or belong to another one.
     """
     folder = user_path(path)
-    sources = sources_of(folder)
+    sources = sources_of(folder) if sources is None else sources
     if not sources:
         raise UserError(f"{folder}: is not a gallery of idml_jax.embed --shard ({option})")
     parts: list[Part] = []

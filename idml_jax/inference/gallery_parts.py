@@ -272,7 +272,9 @@ def _added(
     if sources:
         if not append:
             raise UserError(f"{folder}: holds other images; --append adds those that it lacks, or give another --out")
-        present = {name for _, part in reading.read_gallery(folder).names() for name in part}
+        # Of these sources alone: another process may just have started the one that this command wants, too.
+        before = reading.read_gallery(folder, "--out", sources)
+        present = {name for _, part in before.names() for name in part}
         left_out = tuple(record for record, name in enumerate(asked.names) if name in present)
         say(f"{len(left_out):,} of {len(asked.names):,} images are in the gallery already")
         if len(left_out) == len(asked.names):

@@ -190,10 +190,10 @@ def confidence_near(
     if not held_out:
         if wanted.some:
             raise UserError(
-                f"{named}: is searched in blocks, so the confidence cannot be fitted on itself; give --held_out, or a "
-                "larger --memory"
+                f"{named}: is not read whole, so the confidence cannot be fitted on itself; give --held_out, or a "
+                "larger --memory without --ann"
             )
-        return Confidence(None, "how sure answers are is unknown: the gallery is searched in blocks; give --held_out")
+        return Confidence(None, "how sure answers are is unknown: the gallery is not read whole; give --held_out")
     others = open_index(held_out, "--held_out", model)
     check_comparable(others, searched.head, held_out, named)
     if others.class_names is None or len(np.unique(others.embedded.labels)) < 2:
@@ -201,8 +201,8 @@ def confidence_near(
     here = {others.class_names[int(label)] for label in np.unique(others.embedded.labels)}
     if shared := sorted(here & set(searched.head.class_names or ())):
         raise UserError(
-            f"{held_out}: {len(shared):,} of its classes are in {named}, the first {shared[0]}; a gallery searched in "
-            "blocks needs held-out classes of their own; or give a larger --memory"
+            f"{held_out}: {len(shared):,} of its classes are in {named}, the first {shared[0]}; a gallery that is "
+            "not read whole needs held-out classes that it lacks; or give a larger --memory without --ann"
         )
     beside = near(searched, others, VOTERS + 1, say=lambda line: None).images
     fitted = fit(others, beside, [name for name in names if name not in NEED_ALL], wanted)

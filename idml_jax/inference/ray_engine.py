@@ -5,6 +5,7 @@ files. It writes whole parts, as ``embed --shard`` does: a part that was lost wi
 another, and finished parts are never written twice. Scheduling, restarts and retries are Ray's.
 """
 
+import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -122,6 +123,7 @@ def embed_on_cluster(
     if missing:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, logging_level="error")
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
         ray.data.DataContext.get_current().enable_progress_bars = False
         parts = ray.data.from_items([{"number": n} for n in missing], override_num_blocks=len(missing)).map_batches(
             _Writer,

@@ -1,9 +1,12 @@
 """The audit finds planted mistakes; decisions about them make a corrected list or folder."""
 
 import csv
+import html
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import cv2
 import numpy as np
@@ -19,6 +22,7 @@ from idml_jax.inference.index import Index
 from idml_jax.inference.store import save
 from idml_jax.metrics import duplicates, label_errors, retrieval
 from idml_jax.metrics.embedded import Embedded
+from idml_jax.reporting import audit_sheet
 
 CLASSES, EACH = 6, 20
 
@@ -40,7 +44,7 @@ def make(folder=None, seed=0):
         for row, file in enumerate(files):
             pixels = np.full((12, 12), 7, np.uint8) if row == 119 else rng.integers(0, 255, (12, 12)).astype(np.uint8)
             cv2.imwrite(file, pixels)
-    names = [f"class {label}" for label in range(CLASSES)]
+    names = [f"class {label}" for label in range(CLASSES - 1)] + ["<script>5"]
     return Index(Embedded(vectors, labels, u), np.asarray(files), names, {"weights": "abc"})
 
 
@@ -215,3 +219,34 @@ def test_sets_that_a_list_cannot_name_are_refused(tmp_path):
         index = make()
         corrections.apply(index, [corrections.Change(str(index.files[0]), "relabel", name) for name in "ab"])
     assert not list(tmp_path.iterdir())
+
+
+def browser():
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="no Chromium is installed")
+def test_the_keys_of_the_page(tmp_path, monkeypatch):
+    presses = """
+    const make = URL.createObjectURL;
+    URL.createObjectURL = blob => { blob.text().then(text => { document.title = text; }); return make(blob); };
+    for (const key of ['a', 'r', 'j', 'a', 'k', 'u', 'n', 'ArrowRight', 'r', 's'])
+      document.dispatchEvent(new KeyboardEvent('keydown', {key}));
+    """
+    monkeypatch.setattr(audit_sheet, "SCRIPT", audit_sheet.SCRIPT + presses)
+    index = make()
+    found, nothing = audit(index), lambda name: None
+    (tmp_path / "x.html").write_text(audit_sheet.sheet(index, None, found, (nothing, nothing), 'x "<b>.npz'))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    words = [browser(), *flags, "--virtual-time-budget=3000", (tmp_path / "x.html").as_uri()]
+    page = subprocess.run(words, capture_output=True, text=True, timeout=120).stdout
+    assert re.findall('id="state">([^<]*)', page) == [f"1 accepted, 2 rejected, {len(found.findings) - 3} undecided"]
+    (saved,) = re.findall("<title>(.*?)</title>", page, re.S)
+    (tmp_path / "decisions.csv").write_text(html.unescape(saved))
+    accepted, rejected, undecided = corrections.read_decisions(tmp_path / "decisions.csv")
+    first = corrections.as_rows(index, found.findings)[0]
+    assert accepted == [corrections.Change(first["path"], first["action"], first["proposed"])]
+    assert rejected == 2 and undecided == len(found.findings) - 3

@@ -116,7 +116,7 @@ def test_confidence_of_a_search_in_blocks_needs_held_out_classes(stored, tmp_pat
     save(Index(others.embedded, others.files, [f"h{i}" for i in range(12)], others.about), tmp_path / "held.npz")
     words = [f"--index={folder}", f"--query={tmp_path / 'asked.npz'}", "--memory=0", f"--out={tmp_path / 'x.jsonl'}"]
     for more, message in (
-        (["--abstain=0.9"], "give --held_out, or a larger --memory"),
+        (["--abstain=0.9"], "give --held_out, or a larger --memory without --ann"),
         ([f"--held_out={tmp_path / 'same.npz'}"], "12 of its classes are in"),
         (["--balanced"], "--balanced needs the class sizes of the whole gallery"),
     ):
