@@ -13,15 +13,18 @@ In Python the module is a function: ``idml_jax.embed("runs/mine", images)``, see
 
 import argparse
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command
-from idml_jax.inference import store as embeddings
-from idml_jax.inference.embed import LISTS, SPLITS, embed_all, embed_to_file, index_of, list_images, split_source
-from idml_jax.inference.use import embed, load
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.inference.choices import SPLITS
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import keep_compiled
 from idml_jax.runtime.files import check_target, user_path
 from idml_jax.runtime.options import Help
+
+if TYPE_CHECKING:
+    from idml_jax.inference.embed import LISTS, embed_all, embed_to_file, index_of, list_images, split_source
+    from idml_jax.inference.use import embed
 
 __all__ = [
     "LISTS",
@@ -35,12 +38,18 @@ __all__ = [
     "split_source",
 ]
 
-make_callable(__name__, embed)  # idml_jax.embed("runs/mine", "photos")
+_PARTS = ("LISTS", "embed_all", "embed_to_file", "index_of", "list_images", "split_source")
+__getattr__ = late(__name__, {"embed": "inference.use", **dict.fromkeys(_PARTS, "inference.embed")})
+make_callable(__name__, "inference.use:embed")  # idml_jax.embed("runs/mine", "photos")
 
 
 def _embed(given: dict[str, Any]) -> None:
     if bool(given["images"]) == bool(given["split"]):
         raise UserError("give either --images or --split")
+    from idml_jax.inference import store as embeddings
+    from idml_jax.inference.embed import embed_to_file, list_images, split_source
+    from idml_jax.inference.use import load
+
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
     embeddings.check_suffix(out, "--out")
     check_target(out)  # fails before the work starts
@@ -75,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=4, help="number of reader and decoder threads")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     given = vars(parser.parse_args(argv))
+    keep_compiled()
     run_command(lambda: _embed(given), "stopped; rerun the same command to resume")
 
 

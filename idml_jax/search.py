@@ -21,23 +21,25 @@ import argparse
 import functools
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
-from idml_jax.inference.index import check_comparable, own_rows, read
-from idml_jax.inference.reranking import EXAMPLES, parse, rerank
-from idml_jax.inference.search import Answers, calibrate, load_model, open_index, search
-from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
-from idml_jax.inference.use import search as search_images
-from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.inference.choices import EXAMPLES
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import keep_compiled
 from idml_jax.runtime.files import check_target, user_path, write_bytes
 from idml_jax.runtime.options import Help
+
+if TYPE_CHECKING:
+    from idml_jax.inference.search import Answers, calibrate, search
+    from idml_jax.reporting.answers import as_html, as_png, as_table, picture_reader, records
 
 __all__ = ["Answers", "as_html", "as_png", "as_table", "calibrate", "main", "picture_reader", "records", "search"]
 
 
-make_callable(__name__, search_images)  # idml_jax.search("bird.jpg", "photos.npz")
+_SEARCH, _ANSWERS = ("Answers", "calibrate", "search"), ("as_html", "as_png", "as_table", "picture_reader", "records")
+__getattr__ = late(__name__, dict.fromkeys(_SEARCH, "inference.search") | dict.fromkeys(_ANSWERS, "reporting.answers"))
+make_callable(__name__, "inference.use:search")  # idml_jax.search("bird.jpg", "photos.npz")
 
 FORMATS = (".jsonl", ".html", ".png")
 
@@ -51,6 +53,12 @@ def _search(given: dict[str, Any]) -> None:
     for name, what in (("abstain", "of right answers"), ("strangers", "of answered strangers")):
         if given[name] is not None and not 0 < given[name] < 1:
             raise UserError(f"--{name}={given[name]}: a share {what}, above 0 and below 1")
+    from idml_jax.inference.index import check_comparable, own_rows, read
+    from idml_jax.inference.reranking import parse, rerank
+    from idml_jax.inference.search import load_model, open_index, search
+    from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
+    from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
+
     steps = parse(given["rerank"])
     if steps and (given["abstain"] is not None or given["strangers"] is not None or given["held_out"]):
         raise UserError(
@@ -126,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep_same", action="store_true", help="let an image find itself")
     parser.add_argument("--out", default="", help="file to write, .jsonl, .html or .png; default: print a table")
     given = vars(parser.parse_args(argv))
+    keep_compiled()
     run_command(lambda: _search(given))
 
 
