@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command
 from idml_jax.runtime.callable_module import late
-from idml_jax.runtime.compiled import keep_compiled
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path, write_bytes
 from idml_jax.runtime.options import Help
 
@@ -49,8 +49,9 @@ def _compare(given: dict[str, Any]) -> None:
             raise UserError(f"--{name}={given[name]}: a share above 0 and below 1")
     if out is not None and not given["pairs"]:
         raise UserError("--out needs --pairs; the answer for two images is printed")
-    from idml_jax.inference.compare import TABLES, as_text, compare, decide, read_table
-    from idml_jax.inference.model import load
+    with loading():
+        from idml_jax.inference.compare import TABLES, as_text, compare, decide, read_table
+        from idml_jax.inference.model import load
 
     if out is not None and out.suffix not in TABLES:
         raise UserError(f"--out={out}: the name must end in {' or '.join(TABLES)}")
@@ -95,7 +96,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--share", type=float, default=0.5, help="share of pairs of one class among the compared ones")
     parser.add_argument("--out", default="", help="table to write, .csv or .tsv; default: print")
     given = vars(parser.parse_args(argv))
-    keep_compiled()
     run_command(lambda: _compare(given))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from idml_jax.errors import UserError, printable, run_command
 from idml_jax.inference.choices import SPLITS
 from idml_jax.runtime.callable_module import late, make_callable
-from idml_jax.runtime.compiled import keep_compiled
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path
 from idml_jax.runtime.options import Help
 
@@ -46,9 +46,10 @@ make_callable(__name__, "inference.use:embed")  # idml_jax.embed("runs/mine", "p
 def _embed(given: dict[str, Any]) -> None:
     if bool(given["images"]) == bool(given["split"]):
         raise UserError("give either --images or --split")
-    from idml_jax.inference import store as embeddings
-    from idml_jax.inference.embed import embed_to_file, list_images, split_source
-    from idml_jax.inference.use import load
+    with loading():
+        from idml_jax.inference import store as embeddings
+        from idml_jax.inference.embed import embed_to_file, list_images, split_source
+        from idml_jax.inference.use import load
 
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
     embeddings.check_suffix(out, "--out")
@@ -84,7 +85,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=4, help="number of reader and decoder threads")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     given = vars(parser.parse_args(argv))
-    keep_compiled()
     run_command(lambda: _embed(given), "stopped; rerun the same command to resume")
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.choices import EXAMPLES
 from idml_jax.runtime.callable_module import late, make_callable
-from idml_jax.runtime.compiled import keep_compiled
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
 from idml_jax.runtime.options import Help
 
@@ -83,8 +83,9 @@ def _evaluate_files(given: dict[str, Any]) -> None:
     if given["worst"] < 0:
         raise UserError(f"--worst={given['worst']}: a number of classes, at least 0")
     ks = _ks(given["ks"])
-    from idml_jax.inference.measure import Options, measure
-    from idml_jax.inference.reranking import parse
+    with loading():
+        from idml_jax.inference.measure import Options, measure
+        from idml_jax.inference.reranking import parse
 
     names = "temperature", "absolute", "precision", "seed", "ranked", "exclude", "worst"
     chosen = {name: given[name] for name in names} | {"rerank": parse(given["rerank"])}
@@ -124,7 +125,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of clustering and bootstrap")
     parser.add_argument("--out", default="", help="JSON file to write the metrics to")
     given = vars(parser.parse_args(argv))
-    keep_compiled()
     run_command(lambda: _evaluate_files(given))
 
 

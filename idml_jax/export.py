@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from idml_jax.errors import UserError, run_command
 from idml_jax.inference.choices import PLATFORMS
 from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def _export(given: dict[str, Any]) -> None:
     platforms = tuple(name.strip() for name in given["platforms"].split(","))
     if unknown := [name for name in platforms if name not in PLATFORMS]:
         raise UserError(f"--platforms={given['platforms']}: {unknown[0]!r} is unknown; known: {', '.join(PLATFORMS)}")
-    from idml_jax.inference import model as trained
-    from idml_jax.inference.export import write
+    with loading():
+        from idml_jax.inference import model as trained
+        from idml_jax.inference.export import write
 
     out = write(trained.load(given["workdir"]), given["out"], platforms)
     size = (out / "model.stablehlo").stat().st_size / 1e6

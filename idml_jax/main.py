@@ -25,7 +25,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from idml_jax.errors import UserError, end_now, hide_consequences, printable, run_command, show_progress, stop
-from idml_jax.runtime.compiled import keep_compiled
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import user_path
 from idml_jax.training import recipes
 
@@ -57,9 +57,9 @@ def parse(argv: list[str], doc: str | None = __doc__, more: tuple[str, ...] = ()
     if any(word in _HELP for word in argv[1:]):
         run_command(lambda: print(_help(doc, more)))
         sys.exit(0)
-    keep_compiled()  # settings files load jax
     try:
-        rest = flags.FLAGS(_with_path(argv))
+        with loading():  # settings files load jax
+            rest = flags.FLAGS(_with_path(argv))
     except SystemExit:
         raise
     except Exception as error:  # anything that a config file or a wrong override raises
@@ -130,7 +130,8 @@ def _check_config(config: Any) -> None:
 
 
 def _run(config: Any, workdir: str) -> None:
-    from idml_jax.training import train  # imported late, so that wrong flags fail fast
+    with loading():
+        from idml_jax.training import train  # imported late, so that wrong flags fail fast
 
     if _MODE.value == "eval":
         train.evaluate_checkpoint(workdir, config)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from idml_jax.data.stored.names import NAMES
 from idml_jax.errors import run_command
 from idml_jax.runtime.callable_module import late
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ __getattr__ = late(__name__, dict.fromkeys(("LAYOUTS", "prepare"), "data.stored.
 
 
 def _prepare(given: dict[str, Any]) -> None:
-    from idml_jax.data.stored.prepare import prepare
+    with loading():
+        from idml_jax.data.stored.prepare import prepare
 
     prepare(**given, say=lambda line: print(line, flush=True))
 

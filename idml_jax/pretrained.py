@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import printable, run_command
 from idml_jax.runtime.callable_module import imported, late
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help, LateText
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(given: dict[str, Any]) -> None:
-    from idml_jax.training.weights import convert, fetch, show
+    with loading():
+        from idml_jax.training.weights import convert, fetch, show
 
     if given["command"] == "fetch":
         print(printable(fetch(given["source"], given["out"])))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import run_command
 from idml_jax.runtime.callable_module import late, make_callable
-from idml_jax.runtime.compiled import keep_compiled
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ __all__ = ["comparison", "look", "main", "make", "read_record"]
 
 
 def _report(given: dict[str, Any]) -> None:
-    from idml_jax.reporting.page import make
+    with loading():
+        from idml_jax.reporting.page import make
 
     print(f"report           {make(**given)}")
 
@@ -38,7 +39,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="", help="HTML file to write; default: report.html in the run's folder")
     parser.add_argument("--threads", type=int, default=4, help="number of reader and decoder threads")
     given = vars(parser.parse_args(argv))
-    keep_compiled()
     run_command(lambda: _report(given))
 
 

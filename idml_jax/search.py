@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.choices import EXAMPLES
 from idml_jax.runtime.callable_module import late, make_callable
-from idml_jax.runtime.compiled import keep_compiled
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path, write_bytes
 from idml_jax.runtime.options import Help
 
@@ -53,11 +53,12 @@ def _search(given: dict[str, Any]) -> None:
     for name, what in (("abstain", "of right answers"), ("strangers", "of answered strangers")):
         if given[name] is not None and not 0 < given[name] < 1:
             raise UserError(f"--{name}={given[name]}: a share {what}, above 0 and below 1")
-    from idml_jax.inference.index import check_comparable, own_rows, read
-    from idml_jax.inference.reranking import parse, rerank
-    from idml_jax.inference.search import load_model, open_index, search
-    from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
-    from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
+    with loading():
+        from idml_jax.inference.index import check_comparable, own_rows, read
+        from idml_jax.inference.reranking import parse, rerank
+        from idml_jax.inference.search import load_model, open_index, search
+        from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
+        from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
 
     steps = parse(given["rerank"])
     if steps and (given["abstain"] is not None or given["strangers"] is not None or given["held_out"]):
@@ -134,7 +135,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep_same", action="store_true", help="let an image find itself")
     parser.add_argument("--out", default="", help="file to write, .jsonl, .html or .png; default: print a table")
     given = vars(parser.parse_args(argv))
-    keep_compiled()
     run_command(lambda: _search(given))
 
 

@@ -1,22 +1,47 @@
-"""Compiled programs kept between processes, and the time that compiling takes.
+"""The start of a command: imports, compiled programs kept between processes, and the time that compiling takes.
 
 The commands keep them by JAX's persistent cache, in ``$XDG_CACHE_HOME/idml_jax/compiled`` (default ``~/.cache``). What
 compiles in a process of one's own, that has loaded jax by itself, is left to that process.
 """
 
 import contextlib
+import gc
 import hashlib
 import os
 import platform
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from idml_jax.runtime.files import cache_home
 
-LEAST_SECONDS = 0.1  # compile time of programs worth keeping; JAX's default, 1 s, would keep few of those of a search
+LEAST_SECONDS = 0.0  # compile time of programs worth keeping: reading one takes less than compiling the smallest
 MOST_BYTES = 2 * 2**30  # what is kept; the programs longest unused go first
+
+
+_ours = False  # whether a command, and not a program of the user's own, loads jax in this process
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Imports of a command: what compiles later is kept, and Python does not look for cycles of garbage meanwhile.
+
+    That search takes a fifth of the time of the imports, and what they load is kept anyway.
+    """
+    global _ours
+    _ours = _ours or "jax" not in sys.modules
+    if not _ours or not gc.isenabled():
+        yield
+        return
+    keep_compiled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def keep_compiled() -> None:
