@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# As Google Colab had them at the end of 2025; later versions are inside the ranges too. A run was trained with this set.
+# Like those of a notebook server (Google Colab) at the end of 2025. A run was trained with this set.
 COLAB = {
     "jax": "0.7.2", "jaxlib": "0.7.2", "numpy": "2.0.2", "protobuf": "5.29.5", "tensorflow": "2.19.0",
     "tensorboard": "2.19.0", "tensorflow-datasets": "4.9.9", "tensorflow-metadata": "1.17.2",
