@@ -16,28 +16,29 @@ In Python the module is a function: ``idml_jax.audit(index)``, see ``idml_jax.in
 import argparse
 import json
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command
-from idml_jax.inference import corrections
-from idml_jax.inference.audit import KINDS, MOST, Audit, audit, count_of
-from idml_jax.inference.gallery import read_stored
-from idml_jax.inference.index import Index
-from idml_jax.metrics.duplicates import NEAR
-from idml_jax.metrics.label_errors import SCORES
-from idml_jax.reporting.answers import picture_reader
-from idml_jax.reporting.audit_sheet import sheet
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.inference.choices import MOST, NEAR, SCORES
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import replace_folder, user_path
 from idml_jax.runtime.options import Help
 
+if TYPE_CHECKING:
+    from idml_jax.inference.audit import Audit, audit
+    from idml_jax.inference.index import Index
+
 __all__ = ["Audit", "audit", "main"]
 
-make_callable(__name__, audit)  # idml_jax.audit(index)
+__getattr__ = late(__name__, dict.fromkeys(("Audit", "audit"), "inference.audit"))
+make_callable(__name__, "inference.audit:audit")  # idml_jax.audit(index)
 
 
-def _records(index: Index, other: Index | None, found: Audit) -> str:
+def _records(index: "Index", other: "Index | None", found: "Audit") -> str:
     """The findings as JSON lines."""
+    from idml_jax.inference import corrections
+
     lines = []
     for row, finding in zip(corrections.as_rows(index, found.findings), found.findings, strict=True):
         del row["decision"]
@@ -50,6 +51,13 @@ def _records(index: Index, other: Index | None, found: Audit) -> str:
 
 
 def _audit(given: dict[str, Any]) -> None:
+    with loading():
+        from idml_jax.inference import corrections
+        from idml_jax.inference.audit import KINDS, audit, count_of
+        from idml_jax.inference.gallery import read_stored
+        from idml_jax.reporting.answers import picture_reader
+        from idml_jax.reporting.audit_sheet import sheet
+
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
     index = read_stored(given["index"], "--index")
     if given["apply"]:

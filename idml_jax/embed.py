@@ -17,16 +17,18 @@ In Python the module is a function: ``idml_jax.embed("runs/mine", images)``, see
 
 import argparse
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command
-from idml_jax.inference import store as embeddings
-from idml_jax.inference.embed import LISTS, SPLITS, embed_all, embed_to_file, index_of, list_images, split_source
-from idml_jax.inference.gallery_parts import embed_to_gallery, parse_shard
-from idml_jax.inference.use import embed, load
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.inference.choices import SPLITS
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path
 from idml_jax.runtime.options import Help
+
+if TYPE_CHECKING:
+    from idml_jax.inference.embed import LISTS, embed_all, embed_to_file, index_of, list_images, split_source
+    from idml_jax.inference.use import embed
 
 __all__ = [
     "LISTS",
@@ -40,12 +42,20 @@ __all__ = [
     "split_source",
 ]
 
-make_callable(__name__, embed)  # idml_jax.embed("runs/mine", "photos")
+_PARTS = ("LISTS", "embed_all", "embed_to_file", "index_of", "list_images", "split_source")
+__getattr__ = late(__name__, {"embed": "inference.use", **dict.fromkeys(_PARTS, "inference.embed")})
+make_callable(__name__, "inference.use:embed")  # idml_jax.embed("runs/mine", "photos")
 
 
 def _embed(given: dict[str, Any]) -> None:
     if bool(given["images"]) == bool(given["split"]):
         raise UserError("give either --images or --split")
+    with loading():
+        from idml_jax.inference import store as embeddings
+        from idml_jax.inference.embed import embed_to_file, list_images, split_source
+        from idml_jax.inference.gallery_parts import embed_to_gallery, parse_shard
+        from idml_jax.inference.use import load
+
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
     cluster = given["engine"] == "ray"
     parts = bool(given["shard"] or given["append"] or cluster)

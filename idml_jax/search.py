@@ -23,25 +23,25 @@ import argparse
 import functools
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
-from idml_jax.inference import exclude
-from idml_jax.inference.gallery_search import MEMORY, confidence_near, near, open_searched
-from idml_jax.inference.index import check_comparable
-from idml_jax.inference.reranking import EXAMPLES, parse, rerank
-from idml_jax.inference.search import Answers, calibrate, load_model, open_index, search
-from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
-from idml_jax.inference.use import search as search_images
-from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.inference.choices import EXAMPLES, MEMORY
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path, write_bytes
 from idml_jax.runtime.options import Help
+
+if TYPE_CHECKING:
+    from idml_jax.inference.search import Answers, calibrate, search
+    from idml_jax.reporting.answers import as_html, as_png, as_table, picture_reader, records
 
 __all__ = ["Answers", "as_html", "as_png", "as_table", "calibrate", "main", "picture_reader", "records", "search"]
 
 
-make_callable(__name__, search_images)  # idml_jax.search("bird.jpg", "photos.npz")
+_SEARCH, _ANSWERS = ("Answers", "calibrate", "search"), ("as_html", "as_png", "as_table", "picture_reader", "records")
+__getattr__ = late(__name__, dict.fromkeys(_SEARCH, "inference.search") | dict.fromkeys(_ANSWERS, "reporting.answers"))
+make_callable(__name__, "inference.use:search")  # idml_jax.search("bird.jpg", "photos.npz")
 
 FORMATS = (".jsonl", ".html", ".png")
 
@@ -55,6 +55,15 @@ def _search(given: dict[str, Any]) -> None:
     for name, what in (("abstain", "of right answers"), ("strangers", "of answered strangers")):
         if given[name] is not None and not 0 < given[name] < 1:
             raise UserError(f"--{name}={given[name]}: a share {what}, above 0 and below 1")
+    with loading():
+        from idml_jax.inference import exclude
+        from idml_jax.inference.gallery_search import confidence_near, near, open_searched
+        from idml_jax.inference.index import check_comparable
+        from idml_jax.inference.reranking import parse, rerank
+        from idml_jax.inference.search import load_model, open_index, search
+        from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
+        from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
+
     steps = parse(given["rerank"])
     if steps and (given["abstain"] is not None or given["strangers"] is not None or given["held_out"]):
         raise UserError(

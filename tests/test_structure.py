@@ -31,7 +31,11 @@ DOORS = {
 # The only modules that may import a package.
 EDGES = {
     "orbax": {"runtime.checkpoint"},
-    "clu": {"runtime.writers"},
+    "clu": {"runtime.tensorboard"},
+    "tensorboard": {"runtime.tensorboard"},
+    "wandb": {"runtime.trackers"},
+    "mlflow": {"runtime.trackers"},
+    "trackio": {"runtime.trackers"},
     "tensorflow": set(),
     "torch": {"training.weights.files"},
     "safetensors": {"training.weights.files"},
@@ -61,6 +65,7 @@ EDGES = {
     },
     "PIL": {
         "data.given",
+        "runtime.trackers",
         "data.images.decode",
         "data.images.encode",
         "data.images.resample",

@@ -12,6 +12,7 @@ from idml_jax.data.lists import LISTS, list_images
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, printable
 from idml_jax.inference import store
+from idml_jax.inference.choices import SPLITS
 from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index, check_finite
 from idml_jax.metrics.embedded import Embedded
@@ -20,7 +21,6 @@ from idml_jax.runtime.writers import format_seconds
 from idml_jax.training.build import data_of
 from idml_jax.training.embedder import Rows
 
-SPLITS = ("train", "test", "validation", "gallery")
 __all__ = [
     "LISTS",
     "SPLITS",

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from idml_jax.errors import UserError
 from idml_jax.inference import approximate, exclude
 from idml_jax.inference.approximate import Approximate
+from idml_jax.inference.choices import MEMORY
 from idml_jax.inference.exclude import Rule
 from idml_jax.inference.gallery import Gallery, is_gallery, read_gallery
 from idml_jax.inference.index import Index, check_comparable, own_rows, place_of, read
@@ -26,7 +27,6 @@ from idml_jax.metrics.embedded import Embedded
 VOTERS = 20  # neighbours that scores and votes use
 # Scores that need more of the gallery than the images near the queries.
 NEED_ALL = ("class_margin", "answer_density")
-MEMORY = 4096  # MiB
 
 
 class Searched(NamedTuple):

@@ -6,6 +6,7 @@ into HTML. No value is trusted because of its content.
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
@@ -104,6 +105,14 @@ def data_url(data: bytes) -> str:
 def plot(png: bytes, description: str) -> Markup:
     """A plot over the width of the page; the description is its alternative text."""
     return html('<img class="plot" src="{}" alt="{}">', data_url(png), description)
+
+
+def plots_of(page: str) -> list[tuple[str, bytes]]:
+    """The plots of a page: the description and the PNG of each."""
+    found = []
+    for data, description in re.findall(r'<img class="plot" src="data:image/png;base64,([^"]*)" alt="([^"]*)"', page):
+        found.append((Markup(description).unescape(), base64.b64decode(data)))
+    return found
 
 
 def tile(picture: bytes | None, caption: Sequence[str], kind: str = "", title: str = "") -> Markup:

@@ -1,5 +1,6 @@
 """Checks of settings, also of their combinations."""
 
+import difflib
 import math
 
 from ml_collections import ConfigDict
@@ -9,6 +10,7 @@ from idml_jax.data.images.transforms import CHANGES, TRANSFORMS
 from idml_jax.errors import UserError
 from idml_jax.metrics.closed_form import METHODS as CLOSED_FORMS
 from idml_jax.mixing import PARTNERS
+from idml_jax.runtime.trackers import TRACKERS, names_of
 from idml_jax.training import learning, watch
 from idml_jax.training.config import learns_uncertainty, starts_whitened
 from idml_jax.training.fields import at_least, choice, value_of
@@ -72,6 +74,7 @@ def validate(config: ConfigDict) -> None:
     _check_learning(config)
     _check_evaluation(config)
     _check_closed_form(config)
+    _check_trackers(config.log)
     task_of(config).check(config)
 
 
@@ -157,6 +160,22 @@ def _check_evaluation(config: ConfigDict) -> None:
             "config.eval.split = 'validation' needs config.data.validation_classes (classification: "
             "config.data.validation_images) above 0"
         )
+
+
+def _check_trackers(log: ConfigDict) -> None:
+    """Checks the names of trackers, and that what is said to them is said to somebody."""
+    if any(not isinstance(name, str) for name in log.trackers):
+        raise UserError(f"config.log.trackers = {tuple(log.trackers)} must be names, of {', '.join(TRACKERS)}")
+    for name in names_of(log.trackers):
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"config.log.trackers: {name!r} is unknown; {hint}known: {', '.join(TRACKERS)}")
+    if not log.project:
+        raise UserError("config.log.project is empty; it is the project that trackers file the run under")
+    for field, default in (("project", "idml_jax"), ("name", "")):
+        if log[field] != default and not log.trackers:
+            raise UserError(f"config.log.{field} = {log[field]!r} is for trackers, but config.log.trackers is empty")
 
 
 def _check_closed_form(config: ConfigDict) -> None:

@@ -250,3 +250,11 @@ def test_the_keys_of_the_page(tmp_path, monkeypatch):
     first = corrections.as_rows(index, found.findings)[0]
     assert accepted == [corrections.Change(first["path"], first["action"], first["proposed"])]
     assert rejected == 2 and undecided == len(found.findings) - 3
+
+
+def test_the_command_line_knows_the_defaults():
+    from idml_jax.inference import audit, choices
+    from idml_jax.metrics import duplicates, label_errors
+
+    assert choices.SCORES == label_errors.SCORES
+    assert (choices.NEAR, choices.MOST) == (duplicates.NEAR, audit.MOST)
