@@ -12,8 +12,8 @@ from idml_jax.training.config import default_config
 
 # Fields that affect how a run is executed but not its result: a resumed run may change them.
 FREE_FIELDS = (
-    "data.root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps", "log.tensorboard",
-    "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size", "debug",
+    "data.root", "data.image_root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps",
+    "log.tensorboard", "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size", "debug",
 )  # fmt: skip
 
 # Fields that a run writes itself; where they are empty, nothing is claimed.
@@ -55,7 +55,7 @@ def remember(config: ConfigDict, workdir: Path) -> None:
             )
         return
     values = config.to_dict()
-    for field in ("root", "data_dir"):  # absolute, so that the run finds its data from any folder
+    for field in ("root", "image_root", "data_dir"):  # absolute, so that the run finds its data from any folder
         if values["data"][field]:
             values["data"][field] = str(user_path(values["data"][field]))
     write_json(path, values)
