@@ -122,7 +122,7 @@ class StoredSource(FolderSource):
 
 def box_of(source: Source, index: int) -> tuple[int, int, int, int] | None:
     """The part of a picture that is the image: left, top, right, bottom in pixels; ``None``: all of it."""
-    boxes = source.fields.get("box")
+    boxes = getattr(source, "fields", {}).get("box")
     if boxes is None or not boxes[index].any():
         return None
     left, top, right, bottom = boxes[index].tolist()
@@ -131,7 +131,7 @@ def box_of(source: Source, index: int) -> tuple[int, int, int, int] | None:
 
 def sets_of(source: Source) -> Int[np.ndarray, "n l"] | None:
     """All labels of each image, filled up with -1, if there are images with several; otherwise ``None``."""
-    return source.fields.get("labels")
+    return getattr(source, "fields", {}).get("labels")
 
 
 class TfdsSource:

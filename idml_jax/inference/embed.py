@@ -18,7 +18,7 @@ from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import user_path, write_text
 from idml_jax.runtime.writers import format_seconds
 from idml_jax.training.build import data_of
-from idml_jax.training.embedder import Rows
+from idml_jax.training.embedder import Rows, embedded_rows
 
 SPLITS = ("train", "test", "validation", "gallery")
 __all__ = [
@@ -66,7 +66,7 @@ def embed_all(
         warn(f"left out: {source.name(record)}: {reason}")
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     read = np.concatenate(records)
-    return Embedded(labels=source.labels[read], **whole), read
+    return embedded_rows(source, read, whole), read
 
 
 def embed_to_file(

@@ -25,7 +25,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.inference.sureness import Confidence, Wanted
 from idml_jax.ism import Metric
 from idml_jax.metrics.calibration import Calibration
-from idml_jax.metrics.embedded import Embedded
+from idml_jax.training.embedder import embedded_rows
 
 __all__ = ["Answer", "Comparison", "Model", "Near", "answers", "embed", "load", "search"]
 
@@ -140,7 +140,7 @@ class Model(Trained):
             whole = {name: np.concatenate([part[name] for part in values]) for name in values[0]}
             names = [source.name(record) for record in range(len(source))]
             embedding.check_finite(whole, names, str(self.workdir))
-            embedded = Embedded(labels=source.labels, **whole)
+            embedded = embedded_rows(source, np.arange(len(source)), whole)
         else:
             embedded, records = embedding.embed_all(model, source)
             names = [source.name(int(record)) for record in records]

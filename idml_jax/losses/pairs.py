@@ -118,8 +118,8 @@ def pairs_from_relation(
 
 
 def pairs_from_labels(
-    labels: Int[Array, "n"],
-    reference_labels: Int[Array, "m"] | None = None,
+    labels: Int[Array, "n"] | Int[Array, "n l"],
+    reference_labels: Int[Array, "m"] | Int[Array, "m l"] | None = None,
     mask: Bool[Array, "n"] | None = None,
     *,
     reference_mask: Bool[Array, "m"] | None = None,
@@ -128,9 +128,10 @@ def pairs_from_labels(
     """The relation of same and different labels.
 
     Args:
-      labels: ``[n]`` integer labels of the rows; outside of ``jit`` also names, as numpy arrays or lists of text.
-      reference_labels: ``[m]`` labels of the columns; ``None`` compares the rows with themselves, and then no row is
-        paired with itself.
+      labels: ``[n]`` integer labels of the rows; outside of ``jit`` also names, as numpy arrays or lists of text. Or
+        ``[n, l]``, several labels of each image, filled up with -1: images that share one are the same.
+      reference_labels: ``[m]`` or ``[m, l]`` labels of the columns; ``None`` compares the rows with themselves, and
+        then no row is paired with itself.
       mask: ``[n]``, false for rows (and, without ``reference_labels``, columns) that are padding.
       reference_mask: ``[m]``, false for columns that are padding; only with ``reference_labels``.
       axis_name: under ``pmap`` or ``shard_map``, the mapped axis: the rows are this device's, and without
@@ -149,23 +150,32 @@ def pairs_from_labels(
         labels, reference_labels = _numbered(labels, reference_labels)
     labels = jnp.asarray(labels)
     columns = labels if reference_labels is None else jnp.asarray(reference_labels)
-    if labels.ndim != 1 or columns.ndim != 1:
-        raise ValueError(f"labels need the shape [n]; got {labels.shape} and {columns.shape}")
+    if labels.ndim not in (1, 2) or columns.ndim not in (1, 2):
+        raise ValueError(f"labels need the shape [n] or [n, l]; got {labels.shape} and {columns.shape}")
     if mask is not None:
         mask = jnp.asarray(mask, bool)
-        if mask.shape != labels.shape:
-            raise ValueError(f"the mask needs the labels' shape {labels.shape}; got {mask.shape}")
+        if mask.shape != labels.shape[:1]:
+            raise ValueError(f"the mask needs the labels' shape {labels.shape[:1]}; got {mask.shape}")
     if reference_labels is None:
         if reference_mask is not None:
             raise ValueError("reference_mask needs reference_labels: without them the mask covers the columns too")
         columns, reference_mask = gather((columns, mask), axis_name)
     return pairs_from_relation(
-        labels[:, None] == columns[None, :],
+        _same(labels, columns),
         mask,
         reference_mask=reference_mask,
         exclude_self=reference_labels is None,
         axis_name=axis_name,
     )
+
+
+def _same(labels: Array, columns: Array) -> Bool[Array, "n m"]:
+    """Which rows and columns share a label."""
+    if labels.ndim == columns.ndim == 1:
+        return labels[:, None] == columns[None, :]
+    labels, columns = (x[:, None] if x.ndim == 1 else x for x in (labels, columns))
+    equal = labels[:, None, :, None] == columns[None, :, None, :]
+    return jnp.any(equal & (labels >= 0)[:, None, :, None], axis=(2, 3))
 
 
 def _are_names(labels: Any) -> bool:

@@ -281,10 +281,9 @@ def _decode_carefully(image: Image.Image, channels: int) -> UInt8[np.ndarray, "h
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """A picture with transparent pixels on white; opaque ones keep their colours exactly."""
-    pixels = np.asarray(image.convert("RGBA")).astype(np.uint32)
-    alpha = pixels[..., 3:]
-    return Image.fromarray(((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8))
+    """A picture with transparent pixels on white; opaque ones keep their colours."""
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 class Picture:
