@@ -1,6 +1,7 @@
 """Data sets by name: the benchmarks, image folders, the built-in glyphs, and tfds sets stored as array_record."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 
 from idml_jax.data.files import expand, shown
 from idml_jax.data.listed import table_splits
-from idml_jax.data.sources import Joined, Source, Subset, drop_unreadable, scan_splits, sets_of
+from idml_jax.data.sources import Joined, Source, Subset, TfdsSource, drop_unreadable, scan_splits, sets_of
 from idml_jax.data.splits import check_classes, hold_out_classes, hold_out_images, select_classes, split_by_class
 from idml_jax.data.stored import prepared as prepared_lib
 from idml_jax.data.stored.benchmarks import BENCHMARKS, Count, differences
@@ -169,7 +170,11 @@ def load_benchmark(
     data_dir, benchmark = data_dir or default_data_dir(), BENCHMARKS[name]
     found = prepared_lib.find(name, data_dir)
     wanted = ("train", "test") if benchmark.train_classes and not found.ours else tuple(benchmark.splits)
-    parts: dict[str, Source] = {s: prepared_lib.source(found, s, say=warn) for s in wanted if s in found.splits}
+    keys = ("file_name",) if benchmark.group else ()
+    opened = {s: prepared_lib.source(found, s, field_keys=keys, say=warn) for s in wanted if s in found.splits}
+    for part in opened.values():
+        _add_groups(part, benchmark.group)
+    parts: dict[str, Source] = dict(opened)
     if benchmark.train_classes and not found.ours:
         # The official splits joined, then divided by class.
         whole = Joined([parts[s] for s in wanted if s in parts])
@@ -189,6 +194,14 @@ def load_benchmark(
         warn(f"{found.folder} has no validation images; {_TRAIN_ONLY_SHARE:.0%} of the training images replace them")
         return Splits(*hold_out_images(parts["train"], _TRAIN_ONLY_SHARE, seed))
     return Splits(parts["train"], parts["test"] if "test" in parts else parts["validation"])
+
+
+def _add_groups(source: TfdsSource, pattern: str) -> None:
+    """Adds the cameras that the names of the files tell."""
+    if pattern:
+        names = [os.fsdecode(name).rsplit("/", 1)[-1] for name in source.fields.pop("file_name").tolist()]
+        cameras = [re.search(pattern, name) for name in names]
+        source.fields["group"] = np.asarray([camera[1] if camera else "" for camera in cameras])
 
 
 def _benchmark_loader(name: str) -> Callable[..., Splits]:

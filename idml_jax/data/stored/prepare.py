@@ -20,6 +20,8 @@ LAYOUTS: dict[str, Callable[[Path], Plan]] = {
     "cars": layouts_retrieval.cars,
     "sop": layouts_retrieval.sop,
     "inshop": layouts_retrieval.inshop,
+    "market": layouts_retrieval.market,
+    "inaturalist": layouts_retrieval.inaturalist,
     "cifar10": layouts_classification.cifar10,
     "cifar100": layouts_classification.cifar100,
     "imagenet": layouts_classification.imagenet,
