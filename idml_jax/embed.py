@@ -3,10 +3,11 @@
     python -m idml_jax.embed --workdir=RUN --images=PHOTOS --out=photos.npz        # or photos.parquet
     python -m idml_jax.embed --workdir=RUN --split=test --out=test.npz             # the run's own images
 
-``--images`` is an image, a folder, or a list: a text file with one path per line, optionally followed by a tab and the
-class. If all images of a folder lie in subfolders, the subfolders are the classes. Unreadable images are skipped and
-listed in ``<out>.skipped.txt``. A stopped command resumes when it is run again. ``python -m idml_jax.evaluate
---embeddings=photos.npz`` measures them, ``python -m idml_jax.search`` searches them.
+``--images`` is an image, a folder, or a table: a text file with one path per line, optionally followed by a tab and the
+class, or a CSV, TSV, JSON lines or Parquet file with named columns (docs/data.md). If all images of a folder lie in
+subfolders, the subfolders are the classes. Unreadable images are skipped and listed in ``<out>.skipped.txt``. A stopped
+command resumes when it is run again. ``python -m idml_jax.evaluate --embeddings=photos.npz`` measures them, ``python -m
+idml_jax.search`` searches them.
 
 In Python the module is a function: ``idml_jax.embed("runs/mine", images)``, see ``idml_jax.inference.use``.
 """
@@ -41,6 +42,8 @@ make_callable(__name__, embed)  # idml_jax.embed("runs/mine", "photos")
 def _embed(given: dict[str, Any]) -> None:
     if bool(given["images"]) == bool(given["split"]):
         raise UserError("give either --images or --split")
+    if given["root"] and not given["images"]:
+        raise UserError("--root needs --images, a table")
     out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
     embeddings.check_suffix(out, "--out")
     check_target(out)  # fails before the work starts
@@ -51,7 +54,8 @@ def _embed(given: dict[str, Any]) -> None:
     if given["split"]:
         source, labelled, origin = split_source(model, given["split"]), True, f"split:{given['split']}"
     else:
-        (source, labelled), origin = list_images(given["images"]), str(user_path(given["images"]))
+        source, labelled = list_images(given["images"], root=given["root"])
+        origin = str(user_path(given["images"]))
     labelled = labelled and not given["no_labels"]
     classes = f" of {len(source.class_names):,} classes" if labelled else ", classes unknown"
     say(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}")
@@ -63,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--workdir", required=True, help="folder of a run")
-    parser.add_argument("--images", default="", help="image, folder of images, or list of images")
+    parser.add_argument("--images", default="", help="image, folder of images, or list or table of images")
+    parser.add_argument("--root", default="", help="folder that a table's relative paths start from; default: its own")
     parser.add_argument(
         "--split", default="", choices=SPLITS, help="instead of --images: a split of the run's own data"
     )

@@ -11,8 +11,9 @@ introspective metric are those that ``idml_jax.embed`` stored with the embedding
 
 ``--ranked`` adds P@K and the mean average precision over all ranks, ``--worst=10`` lists the classes with the lowest
 R@1, and ``--exclude=camera`` leaves out, for each query, the images of its class with the same value of the array
-``camera`` [n] of the file, and adds CMC@K. ``--rerank=reciprocal`` (or ``expand``, ``augment+expand``) adds the metrics
-after re-ranking, as ``reranked/...``.
+``camera`` [n] of the file, and adds CMC@K. Of images from a table (docs/data.md) the marked queries search the marked
+gallery, images that share a label are right answers, and images of the query's class and group are not found.
+``--rerank=reciprocal`` (or ``expand``, ``augment+expand``) adds the metrics after re-ranking, as ``reranked/...``.
 """
 
 import argparse

@@ -24,7 +24,8 @@ from collections.abc import Collection
 from typing import Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
-from idml_jax.inference.index import check_comparable, own_rows, read
+from idml_jax.inference.index import check_comparable, read
+from idml_jax.inference.own import own_rows
 from idml_jax.inference.reranking import EXAMPLES, parse, rerank
 from idml_jax.inference.search import Answers, calibrate, load_model, open_index, search
 from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored

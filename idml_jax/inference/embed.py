@@ -148,6 +148,9 @@ class _Job:
             "labelled": labelled,
             "labels": store.digest([str(label) for label in source.labels]),
         }
+        self._columns = of_table(source, labelled)
+        if self._columns:
+            identity["table"] = store.digest([f"{name} {value.tolist()}" for name, value in self._columns.items()])
         try:
             self.parts = store.Parts(out, identity)
         except OSError as error:
@@ -189,9 +192,18 @@ class _Job:
             part["files"] = np.asarray([self._names[record] for record in records])
             if self._labelled:
                 part["labels"] = self._source.labels[records].astype(np.int32)
+            part |= {name: value[records] for name, value in self._columns.items()}
             if "uncertainty" in part:
                 part["uncertainty_norm"] = np.linalg.norm(part["uncertainty"], axis=1)
             yield part
+
+
+def of_table(source: Source, labelled: bool = True) -> dict[str, np.ndarray]:
+    """What a table says about its images, by the names of ``inference.index.OF_TABLES``."""
+    fields = getattr(source, "fields", {})
+    known = {"label_sets": "labels"} if labelled else {}
+    known |= {name: name for name in ("group", "box", "is_query", "is_gallery")}
+    return {name: fields[field] for name, field in known.items() if field in fields}
 
 
 def _part(model: Trained, source: Source, records: np.ndarray, progress: "_Progress") -> dict[str, np.ndarray]:
@@ -268,8 +280,19 @@ def about_of(model: Trained, origin: str) -> dict[str, Any]:
     return {**where, **model.metric.about()}
 
 
+def index_columns(source: Source, records: np.ndarray) -> dict[str, Any]:
+    """The arguments of an ``Index`` that come from a table."""
+    columns = of_table(source)
+    flags = [columns[name][records] for name in ("is_query", "is_gallery") if name in columns]
+    return {
+        "boxes": columns["box"][records] if "box" in columns else None,
+        "marked": np.stack(flags, axis=1) if len(flags) == 2 else None,
+    }
+
+
 def index_of(model: Trained, source: Source, labelled: bool, origin: str) -> Index:
     """Embeds a source in memory, as an index."""
     embedded, records = embed_all(model, source)
     files = np.asarray([source.name(int(record)) for record in records])
-    return Index(embedded, files, list(source.class_names) if labelled else None, {"images": origin})
+    classes = list(source.class_names) if labelled else None
+    return Index(embedded, files, classes, {"images": origin}, **index_columns(source, records))

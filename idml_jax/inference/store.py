@@ -2,8 +2,9 @@
 
 The arrays of an ``.npz``: ``semantic`` [n, d], ``semantic_norm`` [n], ``uncertainty`` [n, k] and ``uncertainty_norm``
 [n] if the run is introspective, ``files`` [n], ``labels`` [n] and ``class_names`` if classes are known, and ``about``,
-a JSON text about their origin. A ``.parquet`` file has the same columns, the class name next to the class number, and
-``about`` in its metadata (key ``idml_jax``). ``inference.index`` reads both.
+a JSON text about their origin; and, of images from a table, the arrays of ``index.OF_TABLES``. A ``.parquet`` file has
+the same columns, the class name next to the class number, and ``about`` in its metadata (key ``idml_jax``).
+``inference.index`` reads both.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ import numpy as np
 
 from idml_jax.errors import UserError
 from idml_jax.inference.arrays import arrow
-from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows, read
+from idml_jax.inference.index import SUFFIXES, Index, check_suffix, read
+from idml_jax.inference.own import own_rows
 from idml_jax.runtime.files import TEMPORARY, atomic, locked, user_path, write_json
 from idml_jax.training.digests import weights_digest
 
@@ -166,6 +168,11 @@ def save(index: Index, path: str | Path, *, overwrite: bool = False) -> Path:
         "files": np.asarray(index.files, "U"),
         "labels": None if index.class_names is None else embedded.labels.astype(np.int32),
         "ambiguity": index.ambiguity,
+        "label_sets": embedded.sets,
+        "group": embedded.groups,
+        "box": index.boxes,
+        "is_query": None if index.marked is None else index.marked[:, 0],
+        "is_gallery": None if index.marked is None else index.marked[:, 1],
     }
     part = {name: value for name, value in columns.items() if value is not None}
     if embedded.uncertainty is not None:

@@ -316,8 +316,8 @@ def market(source: Path) -> Plan:
 
 
 def inaturalist(source: Path) -> Plan:
-    """iNaturalist 2018 with the retrieval split of Brown et al. ("Smooth-AP", ECCV 2020): ``Inaturalist_train_set1.txt``
-    and ``Inaturalist_test_set1.txt``, and ``train_val2018/<kingdom>/<species>/`` or its archive."""
+    """iNaturalist 2018 with the retrieval split of Brown et al. ("Smooth-AP", ECCV 2020), which lists name:
+    ``Inaturalist_train_set1.txt`` and ``Inaturalist_test_set1.txt`` above ``train_val2018`` or its archive."""
     needed = ("Inaturalist_train_set1.txt", "Inaturalist_test_set1.txt")
     archive = r"(train_val2018|.*inat.*)" + _ENDING
     _, lists, enter = _look(source, r"Inaturalist_(train|test)_set1\.txt", needed, archive)

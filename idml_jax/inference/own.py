@@ -1,0 +1,61 @@
+"""Finds the images of one set of embeddings in another, so that a query does not find itself."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from idml_jax.inference.index import Index
+
+
+def _same_file(one: Path | None, two: Path | None) -> bool:
+    """Whether two files of embeddings are the same file or have the same content."""
+    if one is None or two is None:
+        return False
+    if os.path.samefile(one, two):
+        return True
+    return one.stat().st_size == two.stat().st_size and _file_digest(one) == _file_digest(two)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _same_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
+    """Row of the index that is the same row of their file as each query."""
+    if queries.rows is None and index.rows is None:
+        return np.arange(len(index.files))
+    sides = [np.arange(len(side)) if side.rows is None else side.rows for side in (queries, index)]
+    known = {row: place for place, row in enumerate(sides[1].tolist())}
+    own = np.asarray([known.get(row, -1) for row in sides[0].tolist()])
+    return own if (own >= 0).any() else None
+
+
+def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
+    """Row of the index with each query's own image, -1 if there is none; ``None`` if no query is in the index.
+
+    A query's own image is the same row of the same file of embeddings, the image with the same existing absolute path,
+    or the same image of the same split of the same run. Equal relative names are not enough, since ``1.jpg`` is in many
+    folders.
+    """
+    if _same_file(queries.path, index.path):
+        return _same_rows(queries, index)
+    if not (queries.named and index.named):
+        return None
+    origins = [(i.about.get("images"), i.about.get("weights", i.about.get("workdir"))) for i in (queries, index)]
+    if origins[0] == origins[1] and None not in origins[0] and str(origins[0][0]).startswith("split:"):
+        place = lambda name: name
+    else:
+        place = lambda name: os.path.realpath(name) if os.path.isabs(name) and os.path.exists(name) else None
+
+    def places(side: Index) -> list[tuple[str | None, tuple[int, ...]]]:
+        boxes = np.zeros((len(side), 0), int) if side.boxes is None else side.boxes
+        parts = [tuple(box) if any(box) else () for box in boxes.tolist()]
+        return [(place(name), part) for name, part in zip(side.files.tolist(), parts, strict=True)]
+
+    known = {found: row for row, found in enumerate(places(index)) if found[0] is not None}
+    own = np.asarray([known.get(found, -1) for found in places(queries)])
+    return own if (own >= 0).any() else None
