@@ -44,7 +44,10 @@ EDGES = {
     "array_record": {"data.stored.shards"},
     "matplotlib": {"data.glyphs.draw", "reporting.plots"},
     "sklearn": {"reporting.plots"},
-    "pyarrow": {"inference.arrays"},
+    "pyarrow": {"data.tables"},
+    "pillow_heif": {"data.images.decode"},
+    "jax2onnx": {"inference.onnx_model"},
+    "onnxruntime": {"inference.onnx_model"},
     "faiss": {"inference.faiss_index"},
     "grain": {"data.pipeline"},
     "cv2": {
