@@ -16,13 +16,14 @@ import argparse
 import shlex
 from typing import Any
 
-from idml_jax.errors import UserError, printable, run_command
+from idml_jax.errors import UserError, run_command
 from idml_jax.inference import store as embeddings
 from idml_jax.inference.embed import LISTS, SPLITS, embed_all, embed_to_file, index_of, list_images, split_source
 from idml_jax.inference.use import embed, load
 from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import say_next, tell
 
 __all__ = [
     "LISTS",
@@ -44,7 +45,7 @@ def _embed(given: dict[str, Any]) -> None:
         raise UserError("give either --images or --split")
     if given["root"] and not given["images"]:
         raise UserError("--root needs --images, a table")
-    out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
+    out, say = user_path(given["out"]), tell
     embeddings.check_suffix(out, "--out")
     check_target(out)  # fails before the work starts
     for name in ("batch_size", "threads"):
@@ -60,7 +61,7 @@ def _embed(given: dict[str, Any]) -> None:
     classes = f" of {len(source.class_names):,} classes" if labelled else ", classes unknown"
     say(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}")
     embed_to_file(model, source, out, labelled=labelled, origin=origin, overwrite=given["overwrite"], say=say)
-    say(f"next: python -m idml_jax.search --index={shlex.quote(str(out))} --query=IMAGE")
+    say_next(f"python -m idml_jax.search --index={shlex.quote(str(out))} --query=IMAGE")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,6 +17,7 @@ gallery, images that share a label are right answers, and images of the query's 
 """
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import say_next, tell
 
 __all__ = ["load_embeddings", "main", "measure", "show"]
 
@@ -89,7 +91,8 @@ def _evaluate_files(given: dict[str, Any]) -> None:
         print(f"R@1 {row.recall:.4f} of {row.queries:,} queries of {printable(row.name)}")
     for warning in found.warnings:
         print(f"warning: {warning}")
-    print(f"{found.queries} queries in {time.monotonic() - start:.1f} s")
+    tell(f"{found.queries} queries in {time.monotonic() - start:.1f} s")
+    say_next(f"python -m idml_jax.search --index={shlex.quote(given['gallery'] or given['embeddings'])} --query=IMAGE")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from idml_jax.inference import store as embeddings
 from idml_jax.inference.export import FORMATS, PLATFORMS, export_run, write
 from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import say_next
 
 __all__ = ["PLATFORMS", "export_run", "main", "write"]
 
@@ -52,7 +53,7 @@ def _export(given: dict[str, Any]) -> None:
     program = out / f"model.{given['format']}"
     size, runs = program.stat().st_size / 1e6, ", ".join(platforms) if given["format"] == "stablehlo" else "onnxruntime"
     print(f"{program} ({size:.1f} MB) for {runs}")
-    print(f"next: python {shlex.quote(str(out / 'example.py'))} IMAGE IMAGE")
+    say_next(f"python {shlex.quote(str(out / 'example.py'))} IMAGE IMAGE")
 
 
 def main(argv: list[str] | None = None) -> None:

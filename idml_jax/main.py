@@ -25,6 +25,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+import idml_jax
 from idml_jax.errors import UserError, end_now, hide_consequences, printable, run_command, show_progress, stop
 from idml_jax.runtime.files import user_path
 from idml_jax.training import recipes
@@ -56,6 +57,9 @@ def parse(argv: list[str], doc: str | None = __doc__, more: tuple[str, ...] = ()
       doc: what the command is, for its help.
       more: names of flags of its own.
     """
+    if "--version" in argv[1:]:
+        print(f"idml_jax {idml_jax.__version__}")
+        sys.exit(0)
     if any(word in _HELP for word in argv[1:]):
         run_command(lambda: print(_help(doc, more)))
         sys.exit(0)
@@ -163,9 +167,11 @@ def say_next(workdir: str) -> None:
     """Says what a finished run is used with."""
     import jax
 
+    from idml_jax.runtime import progress
+
     if jax.process_index() == 0:
         run = shlex.quote(printable(workdir))
-        print(f"next: python -m idml_jax.embed --workdir={run} --images=PHOTOS --out=photos.npz")
+        progress.say_next(f"python -m idml_jax.embed --workdir={run} --images=PHOTOS --out=photos.npz")
 
 
 def resolved(config: Any, workdir: str) -> Any:

@@ -9,12 +9,23 @@ is refused, naming what is missing, unless --allow_incomplete is given. TensorFl
 """
 
 import argparse
+import shlex
+from typing import Any
 
 from idml_jax.data.stored.prepare import LAYOUTS, prepare
 from idml_jax.errors import run_command
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import say_next, tell
 
 __all__ = ["LAYOUTS", "main", "prepare"]
+
+
+def _prepare(given: dict[str, Any]) -> None:
+    folder, name = prepare(**given, say=tell), given["dataset"]
+    if name == "folder":
+        name = f"folder --config.data.variant={folder.parent.name}"
+    home = f" --config.data.data_dir={shlex.quote(given['data_dir'])}" if given["data_dir"] else ""
+    say_next(f"python -m idml_jax.main --config={name}{home} --workdir=runs/{given['dataset']}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,9 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--shard_megabytes", type=int, default=256, help="size of each record file in MB")
     given = vars(parser.parse_args(argv))
-    run_command(
-        lambda: prepare(**given, say=lambda line: print(line, flush=True)), "stopped; rerun the same command to resume"
-    )
+    run_command(lambda: _prepare(given), "stopped; rerun the same command to resume")
 
 
 if __name__ == "__main__":

@@ -4,42 +4,34 @@ Every command reads tables through this module, so that a table means the same i
 """
 
 import difflib
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.data import files, folders, tables
+from idml_jax.data.columns import (
+    ROLES,
+    WANTED,
+    boxes_of,
+    column_of,
+    flags_of,
+    labels_of,
+    paths_of,
+    split_of,
+    text_of,
+    weights_of,
+)
 from idml_jax.data.images.decode import ENDINGS
 from idml_jax.data.sources import FolderSource, StoredSource
 from idml_jax.data.tables import TABLES, StoredImages, Table
 from idml_jax.errors import UserError
 
 LISTS = TABLES
-# The columns of a table: what a column means, and the names that it may have.
-ROLES: dict[str, tuple[str, ...]] = {
-    "path": ("path", "paths", "file", "files", "filename", "file_name", "filepath", "file_path", "image", "images",
-             "image_path", "img"),
-    "label": ("label", "class", "class_name", "target", "category"),
-    "labels": ("labels", "classes", "tags"),
-    "split": ("split", "subset", "partition"),
-    "is_query": ("is_query",),
-    "is_gallery": ("is_gallery",),
-    "box": ("box",),
-    "x1": ("x1", "x_1"), "y1": ("y1", "y_1"), "x2": ("x2", "x_2"), "y2": ("y2", "y_2"),
-    "group": ("group", "camera", "camera_id"),
-    "weight": ("weight", "sample_weight"),
-}  # fmt: skip
-_WANTED = frozenset(name for names in ROLES.values() for name in names)
-_CORNERS = ("x1", "y1", "x2", "y2")
-SEVERAL = "|"  # separates the labels of an image in a cell of text
-_TRUE, _FALSE = {"true", "1", "1.0", "yes", "y"}, {"false", "0", "0.0", "no", "n", ""}
-_EMPTY = {"", "nan", "none", "null", "<na>"}
 
 
 def _complain(line: str) -> None:
@@ -92,166 +84,29 @@ def read_listing(
     Raises:
       UserError: naming the file, the line, and what is wrong with it.
     """
-    table = tables.read(where, _WANTED, ROLES["path"], option)
+    table = tables.read(where, WANTED, ROLES["path"], option)
     shown = files.shown(where)
-    cells = {role: _column(table, role, option) for role in ROLES}
+    cells = {role: column_of(table, role, option) for role in ROLES}
     if cells["path"] is None:
         raise UserError(f"{shown}: has no column {ROLES['path'][0]} (or {', '.join(ROLES['path'][1:4])}) ({option})")
     for name in table.others:
-        near = difflib.get_close_matches(name.lower(), _WANTED, 1, 0.6)
+        near = difflib.get_close_matches(name.lower(), WANTED, 1, 0.6)
         if near:
             warn(f"{shown}: the column {files.shown(name)!r} is not used; did you mean {near[0]!r}?")
-    paths = _paths(table, cells["path"], files.expand(root) if root else None, option)
+    paths = paths_of(table, cells["path"], files.expand(root) if root else None, option)
     listing = Listing(
         table,
         paths,
-        _labels(table, cells, option),
-        None if cells["split"] is None else [_split(table, row, x) for row, x in enumerate(cells["split"])],
-        _flags(table, "is_query", cells["is_query"]),
-        _flags(table, "is_gallery", cells["is_gallery"]),
-        _boxes(table, cells),
-        None if cells["group"] is None else np.asarray([_text(value) for value in cells["group"]], "U"),
-        _weights(table, cells["weight"]),
+        labels_of(table, cells, option),
+        None if cells["split"] is None else [split_of(table, row, x) for row, x in enumerate(cells["split"])],
+        flags_of(table, "is_query", cells["is_query"]),
+        flags_of(table, "is_gallery", cells["is_gallery"]),
+        boxes_of(table, cells),
+        None if cells["group"] is None else np.asarray([text_of(value) for value in cells["group"]], "U"),
+        weights_of(table, cells["weight"]),
     )
     _check_files(listing, root, option, warn)
     return listing
-
-
-def _column(table: Table, role: str, option: str) -> list[Any] | None:
-    found = [name for name in ROLES[role] if name in table.columns]
-    if len(found) > 1:
-        # Of an image and its path, the image itself is read.
-        if role == "path" and table.images is not None and "image" in found:
-            return table.columns["image"]
-        raise UserError(
-            f"{files.shown(table.where)}: the columns {' and '.join(found[:2])} mean the same, the {role}; rename one "
-            f"of them ({option})"
-        )
-    return table.columns[found[0]] if found else None
-
-
-def _text(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float) and value == int(value):  # a column of whole numbers with an empty cell
-        return str(int(value))
-    return str(value).strip()
-
-
-def _paths(table: Table, cells: list[Any], root: Path | None, option: str) -> list[str]:
-    above = root or (table.where if table.where.is_dir() else table.where.parent)
-    stored = table.images is not None
-    paths = []
-    for row, value in enumerate(cells):
-        name = _text(value)
-        if not name and stored:
-            paths.append(table.place(row))
-        elif not name:
-            raise UserError(f"{table.place(row)}: no path ({option})")
-        else:
-            paths.append(name if stored else str(above / os.path.expanduser(name)))
-    return paths
-
-
-def _labels(table: Table, cells: dict[str, list[Any] | None], option: str) -> list[tuple[str, ...]]:
-    """The classes of each image, from a column with one or with several."""
-    one, several = cells["label"], cells["labels"]
-    if one is not None and several is not None:
-        raise UserError(f"{files.shown(table.where)}: has both a column for one label and one for several ({option})")
-    column = several if one is None else one
-    if column is None:
-        return [()] * len(table.lines)
-    role = "labels" if one is None else "label"
-    known = next((table.class_names[name] for name in ROLES[role] if name in table.class_names), None)
-    found = [tuple(dict.fromkeys(_names(table, row, x, known, one is None))) for row, x in enumerate(column)]
-    # An unlabeled set of Hugging Face has -1 in every row.
-    without = next((row for row, names in enumerate(found) if not names), None)
-    if without is not None and any(found):
-        raise UserError(
-            f"{table.place(without)}: no class ({_text((cells['path'] or [''])[without])}), while other lines have "
-            f"one; give every image a class or none ({option})"
-        )
-    return found
-
-
-def _names(table: Table, row: int, value: Any, known: list[str] | None, several: bool) -> list[str]:
-    if isinstance(value, list | tuple):
-        return [name for part in value for name in _names(table, row, part, known, False)]
-    if known is not None and isinstance(value, int):
-        if value == -1:
-            return []
-        if not 0 <= value < len(known):
-            raise UserError(f"{table.place(row)}: label {value}, but there are {len(known):,} class names")
-        return [known[value]]
-    text = _text(value)
-    parts = [part.strip() for part in text.split(SEVERAL)] if several else [text]
-    return [part for part in parts if part]
-
-
-def _split(table: Table, row: int, value: Any) -> str:
-    name = folders.SPLIT_NAMES.get(_text(value).lower())
-    if name is None:
-        raise UserError(f"{table.place(row)}: split {_text(value)!r}; known: {', '.join(folders.SPLIT_NAMES)}")
-    return name
-
-
-def _flags(table: Table, name: str, cells: list[Any] | None) -> Bool[np.ndarray, "n"] | None:
-    if cells is None:
-        return None
-    found = np.zeros(len(cells), bool)
-    for row, value in enumerate(cells):
-        text = _text(value).lower()
-        if text not in _TRUE and text not in _FALSE | _EMPTY:
-            raise UserError(f"{table.place(row)}: {name} = {_text(value)!r}; it must be true or false")
-        found[row] = text in _TRUE
-    return found
-
-
-def _boxes(table: Table, cells: dict[str, list[Any] | None]) -> Int[np.ndarray, "n 4"] | None:
-    column = cells["box"]
-    given = [name for name in _CORNERS if cells[name] is not None]
-    if column is None and not given:
-        return None
-    shown = files.shown(table.where)
-    if column is not None and given:
-        raise UserError(f"{shown}: has a column box and columns {', '.join(given)}; keep one of them")
-    if column is None:
-        missing = [name for name in _CORNERS if cells[name] is None]
-        if missing:
-            raise UserError(f"{shown}: has columns {', '.join(given)}, but no {missing[0]}")
-        column = [list(parts) for parts in zip(*(cells[name] or () for name in _CORNERS), strict=True)]
-    boxes = np.zeros((len(column), 4), np.int32)
-    for row, value in enumerate(column):
-        parts = list(value) if isinstance(value, list | tuple) else _text(value).strip("[]()").replace(",", " ").split()
-        if all(_text(part).lower() in _EMPTY for part in parts):
-            continue  # the whole image
-        try:
-            numbers = [round(float(part)) for part in parts]
-            left, top, right, bottom = numbers
-            good = 0 <= left < right < 2**31 and 0 <= top < bottom < 2**31
-        except (TypeError, ValueError, OverflowError):
-            good, numbers = False, []
-        if not good:
-            raise UserError(
-                f"{table.place(row)}: box {' '.join(_text(part) for part in parts)[:80]!r}; it must be x1,y1,x2,y2 in "
-                "pixels, from the upper left corner, with x1 < x2 and y1 < y2"
-            )
-        boxes[row] = numbers
-    return boxes
-
-
-def _weights(table: Table, cells: list[Any] | None) -> Float[np.ndarray, "n"] | None:
-    if cells is None:
-        return None
-    found = np.ones(len(cells), np.float64)
-    for row, value in enumerate(cells):
-        try:
-            found[row] = float(_text(value))
-        except ValueError:
-            found[row] = math.nan
-        if not 0 <= found[row] < math.inf:
-            raise UserError(f"{table.place(row)}: weight {_text(value)!r}; it must be a number of at least 0")
-    return found
 
 
 def _check_files(listing: Listing, root: str, option: str, warn: Callable[[str], None]) -> None:
@@ -357,6 +212,20 @@ def list_images(
     if folders.is_image(path.name):
         return _labelled([str(path)], [""])
     raise UserError(f"{shown}: neither an image nor a folder nor a list ({', '.join(LISTS)}) ({option})")
+
+
+def listed_paths(where: str | Path, option: str) -> list[str]:
+    """The paths of a table as they stand, and those relative to the table; files need not exist.
+
+    Raises:
+      UserError: if the table is missing or cannot be parsed.
+    """
+    path = files.expand(where)
+    if not os.path.isfile(path):
+        raise UserError(f"{files.shown(path)}: no such file ({option})")
+    table = tables.read(path, WANTED, ROLES["path"], option)
+    names = [text_of(value) for value in column_of(table, "path", option) or ()]
+    return [*names, *paths_of(table, names, None, option)]
 
 
 def _of_folder(root: Path, option: str, warn: Callable[[str], None]) -> tuple[FolderSource, bool]:

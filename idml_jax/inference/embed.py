@@ -1,5 +1,6 @@
 """Embeds images, in memory or into a file."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index, check_finite
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import user_path, write_text
+from idml_jax.runtime.progress import Ticker, bar
 from idml_jax.runtime.writers import format_seconds
 from idml_jax.training.build import data_of
 from idml_jax.training.embedder import Rows, embedded_rows
@@ -166,11 +168,11 @@ class _Job:
         done = min(len(known) * self._per_part, total)
         if known:
             self._say(f"resuming: {done:,} of {total:,} images are done")
-        progress = _Progress(total, done, self._say)
-        for number in range(self._count):
-            if number not in known:
-                records = np.arange(number * self._per_part, min((number + 1) * self._per_part, total))
-                self.parts.write(number, _part(self._model, self._source, records, progress))
+        with contextlib.closing(_Progress(total, done, self._say)) as progress:
+            for number in range(self._count):
+                if number not in known:
+                    records = np.arange(number * self._per_part, min((number + 1) * self._per_part, total))
+                    self.parts.write(number, _part(self._model, self._source, records, progress))
 
     def skipped(self) -> list[tuple[str, str]]:
         """Name and reason of every unreadable image."""
@@ -241,24 +243,24 @@ def _check_finite(model: Trained, source: Source, rows: Rows) -> None:
 
 
 class _Progress:
-    """Reports images done, speed and remaining time every few seconds."""
+    """Reports images done, speed and remaining time."""
 
     def __init__(self, total: int, done: int, say: Callable[[str], None], seconds: float = 5.0):
-        self._total, self._done, self._say, self._seconds = total, done, say, seconds
-        self._first, self._start = done, time.monotonic()
-        self._last = self._start
+        self._total, self._done, self._first = total, done, done
+        self._start, self._ticker = time.monotonic(), Ticker(say, seconds)
 
     def add(self, count: int) -> None:
         self._done += count
-        now = time.monotonic()
-        if now - self._last < self._seconds:
+        if not self._ticker.due():
             return
-        self._last = now
-        rate = (self._done - self._first) / (now - self._start)
-        filled = 20 * self._done // self._total
-        bar = "#" * filled + "." * (20 - filled)
+        rate = (self._done - self._first) / (time.monotonic() - self._start)
         left = format_seconds((self._total - self._done) / max(rate, 1e-9))
-        self._say(f"[{bar}] {self._done:,} of {self._total:,} images, {rate:,.0f}/s, {left} to go")
+        done = f"{bar(self._done, self._total)} {self._done:,} of {self._total:,} images"
+        self._ticker.show(f"{done}, {rate:,.0f}/s, {left} to go")
+
+    def close(self) -> None:
+        """Ends the line of the progress."""
+        self._ticker.close()
 
 
 def split_source(model: Trained, split: str) -> Source:

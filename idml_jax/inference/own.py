@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -16,6 +18,8 @@ def _same_file(one: Path | None, two: Path | None) -> bool:
         return False
     if os.path.samefile(one, two):
         return True
+    if not (one.is_file() and two.is_file()):
+        return False
     return one.stat().st_size == two.stat().st_size and _file_digest(one) == _file_digest(two)
 
 
@@ -45,11 +49,7 @@ def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
         return _same_rows(queries, index)
     if not (queries.named and index.named):
         return None
-    origins = [(i.about.get("images"), i.about.get("weights", i.about.get("workdir"))) for i in (queries, index)]
-    if origins[0] == origins[1] and None not in origins[0] and str(origins[0][0]).startswith("split:"):
-        place = lambda name: name
-    else:
-        place = lambda name: os.path.realpath(name) if os.path.isabs(name) and os.path.exists(name) else None
+    place = place_of(queries.about, index.about)
 
     def places(side: Index) -> list[tuple[str | None, tuple[int, ...]]]:
         boxes = np.zeros((len(side), 0), int) if side.boxes is None else side.boxes
@@ -59,3 +59,11 @@ def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
     known = {found: row for row, found in enumerate(places(index)) if found[0] is not None}
     own = np.asarray([known.get(found, -1) for found in places(queries)])
     return own if (own >= 0).any() else None
+
+
+def place_of(one: Mapping[str, Any], two: Mapping[str, Any]) -> Callable[[str], str | None]:
+    """A function from a name to what identifies the image in two sets of these origins; ``None``: nothing does."""
+    origins = [(about.get("images"), about.get("weights", about.get("workdir"))) for about in (one, two)]
+    if origins[0] == origins[1] and None not in origins[0] and str(origins[0][0]).startswith("split:"):
+        return lambda name: name
+    return lambda name: os.path.realpath(name) if os.path.isabs(name) and os.path.exists(name) else None
