@@ -64,6 +64,8 @@ def _search(given: dict[str, Any]) -> None:
     model = functools.cache(lambda: load_model(index, given["workdir"], warn))
     queries = open_index(given["query"], "--query", model)
     check_comparable(queries, index, given["query"], given["index"])
+    if index.embedded.sets is not None:
+        warn(f"{given['index']}: images with several labels count as the class of their first")
     own = None if given["keep_same"] else own_rows(queries, index)
     k = min(given["k"], len(index.files) - (own is not None))
     if k < 1:

@@ -213,7 +213,7 @@ class _Labelled:
 
     def __init__(self, source: Source, labels: np.ndarray, class_names: Sequence[str]):
         self._source, self.labels, self.class_names = source, labels, class_names
-        self.fields = source.fields
+        self.fields = {name: value for name, value in source.fields.items() if name != "labels"}
 
     def __len__(self) -> int:
         return len(self._source)

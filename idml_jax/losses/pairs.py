@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-__all__ = ["AxisName", "Pairs", "concatenate_pairs", "gather", "pairs_from_labels", "pairs_from_relation"]
+__all__ = [
+    "AxisName", "Pairs", "concatenate_pairs", "gather", "pairs_from_label_sets", "pairs_from_labels",
+    "pairs_from_relation",
+]  # fmt: skip
 
 AxisName = str | tuple[str, ...]
 Tree = TypeVar("Tree")
@@ -118,8 +121,8 @@ def pairs_from_relation(
 
 
 def pairs_from_labels(
-    labels: Int[Array, "n"] | Int[Array, "n l"],
-    reference_labels: Int[Array, "m"] | Int[Array, "m l"] | None = None,
+    labels: Int[Array, "n"],
+    reference_labels: Int[Array, "m"] | None = None,
     mask: Bool[Array, "n"] | None = None,
     *,
     reference_mask: Bool[Array, "m"] | None = None,
@@ -128,10 +131,9 @@ def pairs_from_labels(
     """The relation of same and different labels.
 
     Args:
-      labels: ``[n]`` integer labels of the rows; outside of ``jit`` also names, as numpy arrays or lists of text. Or
-        ``[n, l]``, several labels of each image, filled up with -1: images that share one are the same.
-      reference_labels: ``[m]`` or ``[m, l]`` labels of the columns; ``None`` compares the rows with themselves, and
-        then no row is paired with itself.
+      labels: ``[n]`` integer labels of the rows; outside of ``jit`` also names, as numpy arrays or lists of text.
+      reference_labels: ``[m]`` labels of the columns; ``None`` compares the rows with themselves, and then no row is
+        paired with itself.
       mask: ``[n]``, false for rows (and, without ``reference_labels``, columns) that are padding.
       reference_mask: ``[m]``, false for columns that are padding; only with ``reference_labels``.
       axis_name: under ``pmap`` or ``shard_map``, the mapped axis: the rows are this device's, and without
@@ -148,6 +150,41 @@ def pairs_from_labels(
     """
     if any(_are_names(some) for some in (labels, reference_labels)):
         labels, reference_labels = _numbered(labels, reference_labels)
+    labels = jnp.asarray(labels)
+    columns = labels if reference_labels is None else jnp.asarray(reference_labels)
+    if labels.ndim != 1 or columns.ndim != 1:
+        raise ValueError(f"labels need the shape [n]; got {labels.shape} and {columns.shape}")
+    columns = None if reference_labels is None else columns
+    return pairs_from_label_sets(labels, columns, mask, reference_mask=reference_mask, axis_name=axis_name)
+
+
+def pairs_from_label_sets(
+    labels: Int[Array, "n"] | Int[Array, "n l"],
+    reference_labels: Int[Array, "m"] | Int[Array, "m k"] | None = None,
+    mask: Bool[Array, "n"] | None = None,
+    *,
+    reference_mask: Bool[Array, "m"] | None = None,
+    axis_name: AxisName | None = None,
+) -> Pairs:
+    """The relation of images that share a label and images that share none.
+
+    Args:
+      labels: ``[n, l]`` labels of each row, at least 0, filled up with -1; or ``[n]``, one label of each.
+      reference_labels: the same of the columns; ``None`` compares the rows with themselves, and then no row is paired
+        with itself.
+      mask: as for ``pairs_from_labels``, like the others.
+      reference_mask: ``[m]``.
+      axis_name: the mapped axis.
+
+    Returns:
+      ``Pairs`` of shape ``[n, m]``.
+
+    Raises:
+      ValueError: if the labels are neither vectors nor matrices, or a mask does not fit.
+
+    >>> pairs_from_label_sets(jnp.array([[0, 1], [1, -1], [2, -1]]), jnp.array([0, 1])).positive.tolist()
+    [[True, True], [False, True], [False, False]]
+    """
     labels = jnp.asarray(labels)
     columns = labels if reference_labels is None else jnp.asarray(reference_labels)
     if labels.ndim not in (1, 2) or columns.ndim not in (1, 2):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from idml_jax.losses import pairs_from_labels
+from idml_jax.losses import pairs_from_label_sets
 from idml_jax.metrics import relevance, retrieval
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report, retrieval_report
@@ -68,9 +68,9 @@ def test_one_label_per_image_is_the_ordinary_case():
 
 
 def test_relation_of_several_labels():
-    found = pairs_from_labels(SETS)
+    found = pairs_from_label_sets(SETS)
     expected = sharing(SETS, SETS) & ~np.eye(24, dtype=bool)
     np.testing.assert_array_equal(found.positive, expected)
     np.testing.assert_array_equal(found.negative, ~expected & ~np.eye(24, dtype=bool))
-    proxies = pairs_from_labels(SETS, np.arange(7))
+    proxies = pairs_from_label_sets(SETS, np.arange(7))
     np.testing.assert_array_equal(proxies.positive, sharing(SETS, np.arange(7)[:, None]))
