@@ -5,8 +5,8 @@ which training amplifies.
 """
 
 import json
+import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -22,7 +22,7 @@ from idml_jax.training import config as config_lib
 from idml_jax.training import train
 from idml_jax.training.workdir import flatten
 
-GOLDEN = json.loads((golden.HERE / "golden.json").read_text())
+GOLDEN = json.loads(golden.file_of(os.environ["IDML_JAX_TESTS"]).read_text())
 OLD = json.loads((golden.HERE / "fields_0_1_0.json").read_text())
 EXACT = GOLDEN["machine"] == golden.machine()
 # On another machine: of the metrics of three steps, of the parameters after them, and of the metrics of a short run.
@@ -99,20 +99,10 @@ def test_every_metric_of_a_run(name, roots, tmp_path):
     assert result["config"]["task"] == stored["config"]["task"]
 
 
-def copied(name, root, target):
-    """A run folder of version 0.1.0, with its data where the images of this test are."""
-    shutil.copytree(golden.HERE / "runs" / name, target)
-    path = target / "config.json"
-    config = json.loads(path.read_text())
-    config["data"]["root"] = str(root)
-    path.write_text(json.dumps(config))
-    return target
-
-
 @pytest.mark.parametrize("name", sorted(golden.RUNS))
 def test_a_run_folder_of_version_0_1_0_works_in_every_door(name, roots, tmp_path):
     root = root_of(roots, golden.RUNS[name])
-    workdir = copied(name, root, tmp_path / "run")
+    workdir = golden.copied(name, root, tmp_path / "run")
     written = json.loads((workdir / "result.json").read_text())
     metrics = json.loads(json.dumps(without_nan(train.evaluate_checkpoint(workdir))))
     # Of that version's metrics all are there, and the same but for the confidence, which uses more scores today.
@@ -136,11 +126,9 @@ def test_a_run_folder_of_version_0_1_0_works_in_every_door(name, roots, tmp_path
 
 
 def test_a_run_stopped_by_version_0_1_0_goes_on_to_the_same_result(roots, tmp_path):
-    workdir = copied("stopped", roots[False], tmp_path / "run")
+    workdir = golden.copied("stopped", roots[False], tmp_path / "run")
     assert not (workdir / "result.json").exists() and (workdir / "stopped").is_dir()
-    train.train_and_evaluate(golden.stopped_config(roots[False]), workdir)
-    stored = json.loads((workdir / "result.json").read_text())
-    assert_same(without_added(golden.metrics_of(stored)), GOLDEN["resumed"], RUN_TOLERANCE)
+    assert_same(without_added(golden.resumed(workdir, roots[False])), GOLDEN["resumed"], RUN_TOLERANCE)
 
 
 def test_settings_of_version_0_1_0_are_there_with_their_defaults():
