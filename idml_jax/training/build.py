@@ -238,7 +238,7 @@ def sampler_of(config: ConfigDict, splits: datasets.Splits) -> samplers.Sampler:
     if per_class < 0:
         per_class = task_of(config).images_per_class(config)
     train = splits.train
-    weights, sets = train.fields.get("weight"), sets_of(train)
+    weights, sets = getattr(train, "fields", {}).get("weight"), sets_of(train)
     if per_class:
         labels = train.labels if sets is None else sets
         return samplers.BalancedSampler(labels, config.batch_size, per_class, config.seed, weights)
