@@ -149,6 +149,7 @@ def default_config() -> ConfigDict:
     config.optim.ema = 0.0  # decay of the moving averages of the weights used for evaluation; 0: none
     config.optim.warmup_epochs = 5  # epochs in which only heads and proxies train
     config.optim.trunk = "all"  # or none, last:N (the last N blocks): the part of the trunk that learns
+    config.optim.cached_features = False  # with trunk=none: the heads learn from fit.views stored features per image
     config.optim.layer_decay = 1.0  # factor on the rate per block of the trunk, from the last one back; 1: none
     config.optim.proxy_lr_factor = 100.0  # factor on the learning rate of the proxies
     config.optim.loss_lr_factor = 1.0  # factor for other numbers that a loss learns

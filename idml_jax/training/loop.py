@@ -17,7 +17,7 @@ from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.runtime.files import without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.writers import MetricWriter, format_seconds
-from idml_jax.training import steps, watch
+from idml_jax.training import semantic_init, steps, watch
 from idml_jax.training.build import Run
 from idml_jax.training.state import TrainState
 
@@ -147,6 +147,10 @@ class Trainer:
 
     def _batches(self) -> Iterator[pipeline.Batch]:
         config, run = self.run.config, self.run
+        if config.optim.cached_features:
+            folder = self.checkpoints.folder.parent
+            views = semantic_init.training_features(run, self.state.latest, folder, self.stop.check)
+            return views.batches(run.sampler, seed=config.seed, start=self.step, stop=run.total_steps)
         reading = pipeline.Reading(
             run.train_transform,
             channels=config.data.channels,
