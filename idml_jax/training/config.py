@@ -60,8 +60,11 @@ def default_config() -> ConfigDict:
     config.debug = ""  # jax's checks: nans, infs, leaks, ranks, transfers (comma-separated), or all; slow
 
     config.data = ConfigDict()
-    config.data.name = "folder"  # or glyphs, tfds, cub, cars, sop, inshop, cifar10, cifar100, imagenet
-    config.data.root = ""  # folder of images
+    config.data.name = (
+        "folder"  # or glyphs, tfds, cub, cars, sop, inshop, market, inaturalist, cifar10, cifar100, imagenet
+    )
+    config.data.root = ""  # folder or table of images
+    config.data.image_root = ""  # folder that relative paths of a table start from; empty: the table's own
     config.data.data_dir = ""  # folder of prepared tfds data sets; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets
     config.data.variant = ""  # name of the tfds data set, prepared image folder, or variant of the glyphs
     config.data.train_classes = 0.5  # share (or number) of classes to train on where the data has no split
