@@ -7,11 +7,16 @@ import pytest
 from runs_made import small_config
 
 from idml_jax import embed, export
+from idml_jax.data.listed import table_splits
 from idml_jax.errors import UserError
+from idml_jax.inference import corrections, gallery_parts, measure, store
 from idml_jax.inference import index as indices
-from idml_jax.inference import measure, store
 from idml_jax.inference import model as trained
+from idml_jax.inference.exclude import kept
+from idml_jax.inference.gallery import read_gallery, read_stored
+from idml_jax.inference.gallery_search import near, open_searched
 from idml_jax.inference.index import Index
+from idml_jax.inference.own import own_rows
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.training import going_on, workdir
 
@@ -55,6 +60,76 @@ def stored(path, **more):
     embedded = Embedded(RNG.normal(size=(12, 4)).astype(np.float32), np.arange(12) % 3, **more)
     files = np.asarray([f"{i}.png" for i in range(12)])
     return str(store.save(Index(embedded, files, ["a", "b", "c"], {}), path))
+
+
+def with_table(folder):
+    """12 images with all that a table may say: each picture is two images, by their boxes."""
+    files = np.asarray([str(folder / f"{i // 2}.png") for i in range(12)])
+    for file in files:
+        open(file, "w").close()
+    boxes = np.asarray([[0, 0, 5 + i, 9] for i in range(12)], np.int32)
+    boxes[3] = 0
+    labels = np.arange(12) % 3
+    sets = np.stack([labels, np.where(np.arange(12) % 2, (labels + 1) % 3, -1)], axis=1)
+    embedded = Embedded(RNG.normal(size=(12, 4)).astype(np.float32), labels, sets=sets, groups=np.arange(12) % 2)
+    marked = np.stack([np.isin(np.arange(12), [3, 4, 5, 6]), np.arange(12) > 5], axis=1)
+    return Index(embedded, files, ["a", "b", "c"], {}, boxes=boxes, marked=marked)
+
+
+def test_a_gallery_keeps_what_a_table_says_as_a_file_does(tmp_path):
+    index = with_table(tmp_path)
+    folder = gallery_parts.save(index, tmp_path / "parts", per_part=5)
+    store.save(index, tmp_path / "x.npz")
+    rows = np.asarray([1, 3, 11])
+    for found, own in ((read_stored(folder), index), (read_gallery(folder).index(rows), index.take(rows))):
+        np.testing.assert_array_equal(found.embedded.sets, own.embedded.sets)
+        np.testing.assert_array_equal(found.embedded.groups, own.embedded.groups)
+        np.testing.assert_array_equal(found.boxes, own.boxes)
+        np.testing.assert_array_equal(found.marked, own.marked)
+    np.testing.assert_array_equal(measure._column(read_stored(folder), "group"), index.embedded.groups)
+    np.testing.assert_array_equal(measure._column(read_stored(folder).take(rows), "group"), rows % 2)
+    with pytest.raises(UserError, match=r"holds no camera \(--exclude\); it holds box, class_name"):
+        measure._column(read_stored(folder), "camera")
+
+
+def test_a_query_is_found_in_a_gallery_by_picture_and_box(tmp_path):
+    index = with_table(tmp_path)
+    gallery_parts.save(index, tmp_path / "parts", per_part=5)
+    queries = indices.read(store.save(index, tmp_path / "x.npz")).take(np.asarray([2, 3, 7]))
+    searched = open_searched(str(tmp_path / "parts"), memory=0)
+    assert searched.gallery is not None
+    for whole in (searched, searched._replace(head=read_stored(tmp_path / "parts"), gallery=None)):
+        assert near(whole, queries, 1).whole_own.tolist() == [2, 3, 7]
+    stored = read_stored(tmp_path / "parts")
+    less, own = kept(stored, np.arange(12) < 3, own_rows(queries, stored))
+    assert own.tolist() == [-1, 0, 4] and own_rows(stored, less).tolist() == [-1] * 3 + list(range(9))
+    with pytest.raises(UserError, match="have a box from a table, and these none"):
+        gallery_parts._check_told(tmp_path, {"box": 4}, {})
+
+
+def test_a_corrected_list_keeps_the_table_and_is_read_by_training(tmp_path):
+    index = with_table(tmp_path)
+    gone = corrections.Change(str(index.files[6]), "remove", "", corrections.box_of(index, 6))
+    corrected = corrections.apply(index, [gone])
+    splits = table_splits(str(corrections.write(corrected, tmp_path / "x.csv")))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "query": 3, "gallery": 5}
+    found = splits["gallery"].fields
+    np.testing.assert_array_equal(found["box"], index.boxes[7:])
+    assert found["labels"].tolist() == index.embedded.sets[7:].tolist() and found["group"].tolist() == list("10101")
+    with pytest.raises(UserError, match="a folder cannot hold label_sets"):
+        corrections.write(corrected, tmp_path / "folder")
+    with pytest.raises(UserError, match="several labels, of which none can be replaced"):
+        corrections.apply(index, [corrections.Change(str(index.files[3]), "relabel", "b")])
+
+
+def test_the_faiss_index_of_a_gallery_has_its_rows(tmp_path, capsys):
+    faiss = pytest.importorskip("faiss")
+    index = with_table(tmp_path)
+    gallery_parts.save(index, tmp_path / "parts", per_part=5)
+    export.main([f"--index={tmp_path / 'parts'}", f"--faiss={tmp_path / 'x.faiss'}"])
+    assert "12 rows of 4 dimensions" in capsys.readouterr().out
+    found = faiss.read_index(str(tmp_path / "x.faiss"))
+    np.testing.assert_array_equal(found.reconstruct_n(0, 12), index.semantic)
 
 
 def test_a_query_does_not_find_itself_in_the_gallery(tmp_path):
