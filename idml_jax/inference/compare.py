@@ -13,7 +13,7 @@ import numpy as np
 from idml_jax.data import files, folders
 from idml_jax.data.sources import FolderSource
 from idml_jax.data.tables import MAX_BYTES
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, warn
 from idml_jax.inference.embed import embed_all, index_of
 from idml_jax.inference.index import Index
 from idml_jax.inference.model import Trained
@@ -133,6 +133,8 @@ def decide(model: Trained, held_out: str, fmr: float | None = None) -> Decision:
       UserError: if there are too few held-out images, or they were embedded by another network.
     """
     index, about = _held_out(model, held_out)
+    if index.embedded.sets is not None:
+        warn(f"{about}: images with several labels count as the class of their first")
     wanted = FMRS if fmr is None else (fmr,)
     try:
         judge = fit_judge(index.embedded.semantic, index.embedded.labels, fmrs=wanted)
