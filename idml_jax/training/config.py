@@ -177,7 +177,7 @@ def default_config() -> ConfigDict:
     config.sharding.proxies = (
         "auto"  # split over devices from 50,000 classes on; or split, whole (a copy on every device)
     )
-    config.sharding.partners = "any"  # partners of Mixup and CutMix, from the whole batch; or near: a few rows away
+    config.sharding.partners = "near"  # partners of Mixup and CutMix, a few rows away; or any, from the whole batch
 
     config.eval = ConfigDict()
     config.eval.every_epochs = 1  # epochs between two evaluations

@@ -144,11 +144,6 @@ def _check_learning(config: ConfigDict) -> None:
         raise UserError(f"config.optim.ema = {config.optim.ema} must be at least 0 and below 1")
     learning.check(config.optim)
     learning.check_cached(config)
-    field = "classification.mixing" if config.task == "classification" else "mixup.enabled"
-    if config.sharding.partners != "any" and value_of(config, field) in ("none", False):
-        raise UserError(
-            f"config.sharding.partners = {config.sharding.partners!r} needs Mixup or CutMix (config.{field})"
-        )
 
 
 def _check_evaluation(config: ConfigDict) -> None:

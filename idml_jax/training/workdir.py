@@ -100,7 +100,8 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     # Settings that did not exist when the run started take their defaults.
     config = default_config()
-    config.model.semantic_init = "random"  # what older runs did, whatever the default is today
+    # What older runs did, whatever the default is today.
+    config.model.semantic_init, config.sharding.partners = "random", "any"
     try:
         _check_types(values, config.to_dict())
         with config.unlocked():
