@@ -112,7 +112,8 @@ def default_config() -> ConfigDict:
     config.model.init_origin.file = ""  # name of the file
     config.model.init_origin.commit = ""  # of a repository on the hub
     config.model.init_origin.sha256 = ""  # of the file
-    config.model.semantic_init = "random"  # or whiten (closed form on the training images), auto; docs/closed_form.md
+    # The start of the semantic head: docs/closed_form.md
+    config.model.semantic_init = "auto"  # whiten with pretrained weights; or random, whiten: closed form of the images
 
     config.ism = ConfigDict()
     config.ism.enabled = True  # introspective: compare with the uncertainty; False: the plain metric
