@@ -1,6 +1,7 @@
 """Builds tiny data sets in the official layouts, with correct names and lists and real JPEG bytes."""
 
 import io
+import itertools
 import pickle
 import tarfile
 import zipfile
@@ -237,3 +238,27 @@ def imagenet_devkit() -> dict[str, bytes]:
     truth = "".join(f"{DEVKIT_NUMBER[label]}\n" for label in VALIDATION)
     root = "ILSVRC2012_devkit_t12/data/"
     return {root + "meta.mat": buffer.getvalue(), root + "ILSVRC2012_validation_ground_truth.txt": truth.encode()}
+
+
+def market(shots: int = 1) -> dict[str, bytes]:
+    """Market-1501: three persons to train, three to test, seen by two cameras; a distractor and a junk image."""
+    files = {}
+    for person in range(1, 7):
+        for camera, shot in itertools.product((1, 2), range(1, shots + 1)):
+            name = f"{person:04d}_c{camera}s1_000{camera}_0{shot}.jpg"
+            image = jpeg(person, 10 * shot + camera)
+            files[f"{'bounding_box_train' if person <= 3 else 'bounding_box_test'}/{name}"] = image
+            if person > 3 and camera == 1:
+                files[f"query/{name}"] = image
+    return files | {f"bounding_box_test/{who}_c3s2_7.jpg": jpeg(9, 1) for who in ("-1", "0000")}
+
+
+def inaturalist(species: int = 4, per_species: int = 3) -> dict[str, bytes]:
+    """iNaturalist 2018 with the lists for retrieval: half of the species train."""
+    files, lists = {}, {"train": [], "test": []}
+    for number in range(species):
+        for i in range(per_species):
+            name = f"train_val2018/Aves/{number}/{i}.jpg"
+            files[name] = jpeg(number, i)
+            lists["train" if number < species // 2 else "test"].append(name)
+    return files | {f"splits/Inaturalist_{k}_set1.txt": "\n".join(v).encode() for k, v in lists.items()}

@@ -46,13 +46,17 @@ def downloads(dataset: str, root: Path) -> Path:
         return made.write_files(root, {f"{dataset[:5]}-{dataset[5:]}-python.tar.gz": made.tar_bytes(files, "w:gz")})
     if dataset == "imagenet":
         return made.write_files(root, {"ILSVRC2012_img_train.tar": made.tar_bytes(made.imagenet_train())})
+    if dataset == "market":
+        return made.write_files(root, made.market(shots=2))
+    if dataset == "inaturalist":
+        return made.write_files(root, made.inaturalist(6, 4))
     files = {f"c{k}/{i}.jpg": made.jpeg(k, i) for k in range(6) for i in range(4)}
     return made.write_files(root / "mine", files)
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A data folder with all eight data sets."""
+    """A data folder with all data sets."""
     data_dir, root = tmp_path_factory.mktemp("sets"), tmp_path_factory.mktemp("downloads")
     for dataset in prepare_lib.LAYOUTS:
         source = downloads(dataset, root / dataset)

@@ -1,6 +1,5 @@
 """From official archives to stored sets to batches: every layout, the protocol's splits, refusals, interruptions."""
 
-import itertools
 import json
 import os
 import pickle
@@ -256,14 +255,7 @@ class TestInshop:
 
 class TestMarket:
     def test_persons_and_cameras(self, tmp_path):
-        files = {}
-        for person, camera in itertools.product(range(1, 7), (1, 2)):
-            name = f"{person:04d}_c{camera}s1_000{camera}_01.jpg"
-            image = made.jpeg(person, camera)
-            files[f"{'bounding_box_train' if person <= 3 else 'bounding_box_test'}/{name}"] = image
-            if person > 3 and camera == 1:
-                files[f"query/{name}"] = image
-        files |= {f"bounding_box_test/{who}_c3s2_7.jpg": made.jpeg(9, 1) for who in ("-1", "0000")}
+        files = made.market()
         archive = {"market.zip": made.zip_bytes({f"Market-1501/{name}": data for name, data in files.items()})}
         _, said = prepare("market", made.write_files(tmp_path / "x", archive), tmp_path / "sets")
         assert any("left out 1 junk images" in line for line in said)
@@ -284,12 +276,7 @@ class TestMarket:
 
 class TestInaturalist:
     def test_the_lists_for_retrieval(self, tmp_path):
-        files, lists = {}, {"train": [], "test": []}
-        for species, i in itertools.product(range(4), range(3)):
-            name = f"train_val2018/Aves/{species}/{i}.jpg"
-            files[name] = made.jpeg(species, i)
-            lists["train" if species < 2 else "test"].append(name)
-        files |= {f"splits/Inaturalist_{k}_set1.txt": "\n".join(v).encode() for k, v in lists.items()}
+        files = made.inaturalist()
         prepare("inaturalist", made.write_files(tmp_path / "x", files), tmp_path / "sets")
         splits, _ = load("inaturalist", tmp_path / "sets")
         assert splits.train.class_names == ["Aves/0", "Aves/1"] and splits.test.class_names == ["Aves/2", "Aves/3"]

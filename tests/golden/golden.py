@@ -102,7 +102,8 @@ def config_of(root: str, **changes):
         "log.tensorboard": False,
         "log.every_steps": 1,
         "checkpoint.keep_latest": 1,
-        "sharding.partners": "any",  # what version 0.1.0 did
+        "sharding.partners": "any",  # what version 0.1.0 did, and:
+        "model.semantic_init": "random",
     }
     with config.unlocked():
         config.update_from_flattened_dict(flat | changes)
