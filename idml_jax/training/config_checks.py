@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from idml_jax.data.images.resample import METHODS
 from idml_jax.data.images.transforms import CHANGES, TRANSFORMS
+from idml_jax.data.wrong_labels import KINDS
 from idml_jax.errors import UserError
 from idml_jax.metrics.closed_form import METHODS as CLOSED_FORMS
 from idml_jax.mixing import PARTNERS
@@ -26,7 +27,7 @@ AT_LEAST_ZERO = (
     "seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay", "optim.clip_value",
     "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation", "data.pad", "ism.ranking",
     "ism.prior", "loss.centre_spread", "loss.embedding_norm", "mixup.alpha", "memory.size", "memory.warmup_epochs",
-    "eval.ambiguity_images",
+    "eval.ambiguity_images", "data.label_noise.seed",
 )  # fmt: skip
 SHARES = ("data.corrupt", "data.color_jitter", "data.lighting")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -44,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("test", "validation"),
     "data.transform": TRANSFORMS,
     "data.resample": METHODS,
+    "data.label_noise.kind": KINDS,
 }
 
 
@@ -117,9 +119,16 @@ def _check_data(data: ConfigDict) -> None:
     kinds = data.corrupt_kinds
     if not set(kinds) <= set(CHANGES) or (data.corrupt and not kinds):
         raise UserError(f"config.data.corrupt_kinds = {tuple(kinds)} must be some of {', '.join(CHANGES)}")
-    for field in ("validation_classes", "validation_images"):
-        if not 0 <= data[field] < 1:
-            raise UserError(f"config.data.{field} = {data[field]} must be a share, at least 0 and below 1")
+    for field in ("validation_classes", "validation_images", "label_noise.share"):
+        if not 0 <= (share := value_of(data, field)) < 1:
+            raise UserError(f"config.data.{field} = {share} must be a share, at least 0 and below 1")
+    noise = data.label_noise
+    for field, default in (("seed", 0), ("kind", "uniform")):
+        if noise[field] != default and not noise.share:
+            raise UserError(
+                f"config.data.label_noise.{field} = {noise[field]!r} is of wrong labels, and "
+                "config.data.label_noise.share is 0"
+            )
 
 
 def _check_learning(config: ConfigDict) -> None:
