@@ -91,7 +91,7 @@ def default_config() -> ConfigDict:
     config.model.name = "resnet50"  # or auto: network and image settings of the weights in init_from
     config.model.embedding_dim = 512  # width of the semantic embedding
     config.model.uncertainty_dim = 512  # width of the uncertainty embedding
-    config.model.uncertainty_head = "mlp"  # or linear, none
+    config.model.uncertainty_head = "mlp"  # or linear, none, scalar (a length alone, for task retrieval)
     config.model.uncertainty_hidden = 128  # width of the hidden layer of the uncertainty head mlp
     config.model.uncertainty_scale = 1.0  # factor on the initial weights of the last uncertainty layer
     # or avg, max, gem (learned power); of a transformer also token, mean_tokens; of CLIP projection
@@ -114,6 +114,11 @@ def default_config() -> ConfigDict:
     config.ism.temperature = 5.0  # tau of the metric; the larger, the weaker the effect of the uncertainty
     config.ism.ranking = 0.0  # weight of the loss that orders images by difficulty through the length of u
     config.ism.prior = 0.0  # weight of the pull of u's length towards 1, for losses under which u collapses
+    config.ism.prior_by = (
+        "constant"  # or confusion: towards a length that doubles per deviation of the image's confusion
+    )
+    config.ism.negatives = "learn"  # or stop: pairs of different classes read u but do not teach it
+    config.ism.attenuation = 0.0  # weight of the log term that an uncertain pair of one class costs
 
     config.loss = ConfigDict()
     config.loss.name = "proxy_anchor"  # or several joined by +, as in proxy_anchor+sup_con; see docs/losses.md
@@ -128,6 +133,12 @@ def default_config() -> ConfigDict:
     config.memory = ConfigDict()  # cross-batch memory, for losses on pairs
     config.memory.size = 0  # number of embeddings; 0: no memory
     config.memory.warmup_epochs = 1  # epochs before it is used
+
+    config.prism = ConfigDict()  # leaves out images whose label is probably wrong (PRISM), for task retrieval
+    config.prism.share = 0.0  # expected share of wrong labels, left out of every batch; 0: off
+    config.prism.window = 10  # number of batches whose thresholds are averaged; 1: each batch by itself
+    config.prism.features = 4096  # number of past features that labels are judged by
+    config.prism.warmup_epochs = 1  # epochs in which all images are kept
 
     config.mixup = ConfigDict()  # for task retrieval
     config.mixup.enabled = True  # train on blends of two images too
