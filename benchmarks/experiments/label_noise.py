@@ -20,7 +20,7 @@ all runs, ``--list`` prints the commands and runs nothing, ``--show`` only makes
 
 About the controls: AdamW divides the gradient by its own size, so a constant factor on the loss changes nothing but
 the rounding (row ``loss x SCALE`` shows that); a slower pace is a smaller learning rate (row ``rate x SCALE``).
-``SCALE`` is the mean of ISM's factor H over the training pairs, as measured by who_is_uncertain.py.
+``SCALE`` should be the mean of ISM's factor H over the training pairs, as measured by who_is_uncertain.py.
 """
 
 import argparse
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--noise", default="", help="shares of wrong labels; default 0,0.2,0.4,0.6 (damage: 0)")
     parser.add_argument("--kind", default="uniform", help="data.label_noise.kind; give another --out for another kind")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--scale", type=float, default=0.7, help="mean of ISM's factor H, for the controls")
+    parser.add_argument("--scale", type=float, default=0.7, help="for the controls: factor of the pace")
     parser.add_argument("--own-rate", action="store_true", help="the best rate of each metric, from --table=rates")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the image sets")
     parser.add_argument("--out", type=Path, default=Path("runs/label_noise"))
