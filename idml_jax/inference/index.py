@@ -1,8 +1,8 @@
 """Reads and checks embeddings with their metadata from a file of any origin.
 
 The arrays of a file: ``semantic`` (or ``embeddings``) [n, d]; optionally ``uncertainty`` [n, k], ``semantic_norm`` [n],
-``ambiguity`` [n], ``labels`` [n] (numbers from 0, or names), ``class_names`` by label, ``files`` [n], and ``about``, a
-JSON text about the origin of the embeddings.
+``ambiguity`` [n], ``risk`` [n], ``labels`` [n] (numbers from 0, or names), ``class_names`` by label, ``files`` [n], and
+``about``, a JSON text about the origin of the embeddings.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import first_line, user_path
 
 SUFFIXES = (".npz", ".parquet")
-COLUMNS = ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity", "labels", "files")
+COLUMNS = ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity", "risk", "labels", "files")
 _WANTED = frozenset((*COLUMNS, "class_names", "about"))
 # Known entries of ``about``, and their types.
 _ABOUT: dict[str, type | tuple[type, ...]] = {
@@ -151,7 +151,7 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
         if name in arrays:
             wide = name in ("semantic", "embeddings", "uncertainty")
             _check_shape(path, name, arrays[name], semantic.shape, 2 if wide else 1)
-    numbers = {name: _numbers(path, name, arrays[name]) for name in COLUMNS[:5] if name in arrays}
+    numbers = {name: _numbers(path, name, arrays[name]) for name in COLUMNS[:6] if name in arrays}
     classes, class_names = _labels(path, arrays)
     semantic = numbers.get("semantic", numbers.get("embeddings"))
     assert semantic is not None
@@ -161,6 +161,7 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
         np.zeros(len(semantic), np.int32) if classes is None else classes,
         numbers.get("uncertainty"),
         numbers.get("semantic_norm"),
+        risk=numbers.get("risk"),
     )
     about = _about(path, arrays["about"]) if "about" in arrays else {}
     return Index(

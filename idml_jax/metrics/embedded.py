@@ -21,12 +21,14 @@ class Embedded(NamedTuple):
       labels: ``[n]``.
       uncertainty: ``[n, k]``, ``None`` where there is none.
       semantic_norm: ``[n]``, length of the semantic embedding before normalising, if known.
+      risk: ``[n]``, output of the run's risk head, if it has one.
     """
 
     semantic: Float[np.ndarray, "n d"]
     labels: Int[np.ndarray, "n"]
     uncertainty: Float[np.ndarray, "n k"] | None = None
     semantic_norm: Float[np.ndarray, "n"] | None = None
+    risk: Float[np.ndarray, "n"] | None = None
 
     @property
     def embedding(self) -> ism.Embedding:
@@ -52,8 +54,8 @@ def scores_of(
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """All scores of the nearest image as the answer, larger = less certain.
 
-    ``introspective.answer_scores``, with ``own`` and ``found`` as there, ``density.density_score`` and
-    ``vote.label_scores``.
+    ``introspective.answer_scores``, with ``own`` and ``found`` as there, ``risk`` of the query where it
+    is known, ``density.density_score`` and ``vote.label_scores``.
 
     Args:
       embedded: the queries; without a gallery every image queries all the others.
@@ -77,6 +79,8 @@ def scores_of(
         found=found,
         metric=metric,
     )
+    if embedded.risk is not None:
+        scores["risk"] = np.asarray(embedded.risk, np.float64)
     searched, own = (embedded, np.arange(len(embedded.labels))) if gallery is None else (gallery, own)
     scores |= density_score(embedded.semantic, searched.semantic, searched.labels, found, own, absent=absent)
     if setting is None:

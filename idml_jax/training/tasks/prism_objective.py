@@ -61,5 +61,11 @@ class PrismObjective(Objective):
         return super().__call__(params, embedding, labels, key=key, store=of_loss, step=step, mask=mask)
 
     def _selected(self, store: Store, embedding: Embedding, labels: Int[Array, "n"]) -> Any:
-        settings = {"share": self.share, "num_classes": self.num_classes, "warmup": self.warmup}
-        return prism.select(store.prism, embedding.semantic, labels, **settings)
+        return prism.select(
+            store.prism,
+            embedding.semantic,
+            labels,
+            share=self.share,
+            num_classes=self.num_classes,
+            warmup=self.warmup,
+        )
