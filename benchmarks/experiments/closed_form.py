@@ -2,12 +2,13 @@
 
     python benchmarks/experiments/imagenet_trunk.py --out=data/resnet50_v1.safetensors
     python benchmarks/experiments/closed_form.py --data=birds_imagenet --root=data --seeds=0,1,2
-    python benchmarks/experiments/closed_form.py --data=omniglot --trunk=runs/glyphs --root=data --seeds=0,1,2
+    python benchmarks/experiments/closed_form.py --data=omniglot_imagenet --root=data --seeds=0,1,2
 
 Rows: the closed form (``idml_jax.fit``, one run, which also measures the features as they are), and fine-tuning for two
 epochs from the whitened and from a random head, without warm-up, and for two epochs of the heads and two of everything
 from a random head; each with the plain and with the introspective metric. Everything else is equal. Finished runs are
-skipped. ``--set name=value`` changes a setting of all runs (``--set epochs=1``), ``--list`` prints the commands.
+skipped. ``--set name=value`` changes a setting of all runs (``--set epochs=1``); with ``--set eval.every_epochs=1``
+a second table shows the metrics after every epoch. ``--only=A|B`` selects rows; ``--list`` prints the commands.
 """
 
 import argparse
@@ -60,6 +61,21 @@ def cell(runs: Found, name: str) -> str:
     values = [100 * run[name] for run in runs.values()]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
+
+
+def by_step(out: Path, rows: list[str]) -> list[str]:
+    """The metrics of every row at each evaluation, mean over the seeds; step 0 is the start."""
+    lines = []
+    for row in rows:
+        found: dict[int, list[dict[str, float]]] = {}
+        for log in sorted((out / folder_of(row)).glob("seed*/metrics.jsonl")):
+            for line in map(json.loads, log.read_text().splitlines()):
+                if f"eval/{COLUMNS[0]}" in line:
+                    found.setdefault(line["step"], []).append(line)
+        for step, logged in sorted(found.items()):
+            values = " | ".join(f"{100 * statistics.mean(line[f'eval/{c}'] for line in logged):.1f}" for c in COLUMNS)
+            lines.append(f"| {row} | {step} | {len(logged)} | {values} |")
+    return [f"| row | step | seeds | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 3) + "|", *lines]
 
 
 def difference(one: Found, other: Found, name: str) -> str:
@@ -117,10 +133,13 @@ def main() -> None:
     for seed in given.seeds.split(","):
         for row, overrides in rows(extra).items():
             workdir = out / folder_of(row) / f"seed{seed}"
-            if given.only in row and finished(make(row, overrides, int(seed), workdir), workdir, given.list):
+            if any(part in row for part in given.only.split("|")) and finished(
+                make(row, overrides, int(seed), workdir), workdir, given.list
+            ):
                 found.setdefault(row, {})[seed] = json.loads((workdir / "result.json").read_text())["final"]
     if not given.list:
         print("\n".join(table(peers, found)))
+        print("\n".join(by_step(out, list(found))))
     sys.exit(0)
 
 

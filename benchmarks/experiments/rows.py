@@ -70,6 +70,17 @@ DATA: dict[str, dict[str, Any]] = {
         },
     },
 }
+# Handwritten characters with the same network: far from what ImageNet shows.
+DATA["omniglot_imagenet"] = {
+    "config": "cub100.py",
+    "root": "omniglot_small",
+    "overrides": {
+        **DATA["birds_imagenet"]["overrides"],
+        "data.crop_scale": (0.6, 1.0),
+        "data.flip": False,
+        "data.rotation": 10.0,
+    },
+}
 
 METRICS: dict[str, Overrides] = {
     "plain": {"ism.enabled": False, "mixup.enabled": False, "model.uncertainty_head": "none"},
