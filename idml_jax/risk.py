@@ -31,7 +31,7 @@ _MEANINGS = {
     "learning_rate": "of AdamW",
     "gap": "least difference of two risks in the right order",
     "shrinkage": "of the closed forms that the folds search with",
-    "seed": "of folds, weights, order and pictures",
+    "seed": "of folds, weights and order",
 }
 _SHOWN = ("risk", "uncertainty", "norm", "feature_norm", "nearest_distance", "vote_share")
 

@@ -61,7 +61,7 @@ class Settings:
       learning_rate: of AdamW.
       gap: least difference of two risks in the right order.
       shrinkage: of the closed forms that the folds search with.
-      seed: of the folds, weights, order and pictures.
+      seed: of the folds, weights and order; the pictures depend on the run's seed.
     """
 
     crops: int = 1
@@ -241,14 +241,14 @@ def _mean_of_known(values: list[list[float]]) -> Float[np.ndarray, "epochs"]:
 
 
 def pictures_of(run: Run, variables: Any, workdir: Path, settings: Settings) -> tuple[Pictures, int]:
-    """The pictures of the training images, from cached features, and the number of images."""
+    """The pictures of the training images, from features kept as ``idml_jax.fit`` does, and the number of images."""
     embedder, train, config = run.evaluation(variables).embedder, run.splits.train, run.config
-    views = {"risk_train": embedder}
+    views = {"train": embedder}
     for number in range(1, settings.crops + 1):
-        views[f"risk_crop{number}"] = _seen_through(embedder, run.train_transform, settings.seed, number)
+        views[f"train_view{number}"] = _seen_through(embedder, run.train_transform, config.seed, number)
     changed = SometimesChanged(run.test_transform, 1.0)
     for number in range(1, settings.corrupted + 1):
-        views[f"risk_corrupted{number}"] = _seen_through(embedder, changed, settings.seed, -number % 2**31)
+        views[f"train_corrupted{number}"] = _seen_through(embedder, changed, config.seed, number)
     features = [features_of(one, network_of(config), train, workdir / FOLDER / name) for name, one in views.items()]
     classes, width = len(train.class_names), min(config.model.embedding_dim, features[0].width)
     losses, folds = cross_fitted_losses(features, classes, width, settings)
@@ -267,7 +267,7 @@ def measured(run: Run, variables: Any, workdir: Path, head: RiskHead) -> dict[st
     known: list[tuple[Source, Features]] = []
     for source, name in ((evaluation.source, config.eval.split), (evaluation.gallery, "gallery")):
         if source is not None:
-            folder = workdir / FOLDER / f"risk_{name}"
+            folder = workdir / FOLDER / name
             known.append((source, features_of(evaluation.embedder, network_of(config), source, folder)))
     embedder = FeatureEmbedder.over(dataclasses.replace(evaluation.embedder, risk=head), tuple(known))
     queries = embedder(evaluation.source)
