@@ -135,7 +135,8 @@ TABLES = {
 
 
 def place(given: argparse.Namespace, table: str, noise: float) -> Path:
-    return (given.out / table / given.data / f"noise{round(100 * noise)}").resolve()
+    kind = "" if given.kind == "uniform" or not noise else f"_{given.kind}"
+    return (given.out / table / given.data / f"noise{round(100 * noise)}{kind}").resolve()
 
 
 def settings(given: argparse.Namespace, overrides: Overrides, noise: float, seed: int) -> Overrides:
@@ -297,7 +298,7 @@ def main() -> None:
     parser.add_argument("--table", choices=sorted(TABLES), required=True)
     parser.add_argument("--data", choices=sorted(DATA), required=True)
     parser.add_argument("--noise", default="", help="shares of wrong labels; default 0,0.2,0.4,0.6 (damage: 0)")
-    parser.add_argument("--kind", default="uniform", help="data.label_noise.kind; give another --out for another kind")
+    parser.add_argument("--kind", default="uniform", help="data.label_noise.kind: uniform or confusable")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--scale", type=float, default=0.7, help="for the controls: factor of the pace")
     parser.add_argument("--own-rate", action="store_true", help="the best rate of each metric, from --table=rates")
