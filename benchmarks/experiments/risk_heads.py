@@ -10,6 +10,7 @@ evaluated on the other half, both ways. It says how much can be known about a wr
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -50,13 +51,13 @@ def ceiling(run: risk.Run, variables: object, workdir: Path, settings: Settings,
     return statistics.mean(found)
 
 
-def of_run(workdir: Path, seeds: list[int], epochs: int) -> list[dict[str, float]]:
+def of_run(workdir: Path, seeds: list[int], settings: Settings) -> list[dict[str, float]]:
     """The values of every seed."""
     with quiet_libraries():
         run, variables, _ = risk.restored(workdir)
         found = []
         for seed in seeds:
-            settings = Settings(seed=seed, epochs=epochs)
+            settings = dataclasses.replace(settings, seed=seed)
             pictures, images = risk.pictures_of(run, variables, workdir, settings)
             head, about = risk.fit_head(pictures, images, settings)
             report = risk.measured(run, variables, workdir, head)
@@ -87,15 +88,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="+", help="folder of a finished run")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--epochs", type=int, default=Settings().epochs, help="most passes over the pictures")
+    for name in ("epochs", "crops", "corrupted"):
+        parser.add_argument(
+            f"--{name}", type=int, default=getattr(Settings(), name), help="see python -m idml_jax.risk"
+        )
     parser.add_argument("--out", type=Path, help="JSON file for the values")
     given = parser.parse_args()
     show_progress()
     absl_logging.set_verbosity(absl_logging.ERROR)
     seeds = [int(seed) for seed in given.seeds.split(",")]
+    settings = Settings(epochs=given.epochs, crops=given.crops, corrupted=given.corrupted)
     found = {}
     for workdir in given.run:
-        found[workdir.name] = of_run(user_path(workdir), seeds, given.epochs)
+        found[workdir.name] = of_run(user_path(workdir), seeds, settings)
         print("\n".join(table(found)), flush=True)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1))
