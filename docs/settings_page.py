@@ -1,8 +1,8 @@
-"""Writes the reference of all settings, ``docs/settings.md``, from the table in the package."""
+"""Writes the reference of all settings, ``docs/settings.md``, and the help ``idml_jax/training/settings.txt``."""
 
 from pathlib import Path
 
-from idml_jax.training.settings import shown, table
+from idml_jax.training.settings import HELP, as_text, shown, table
 
 PAGE = Path(__file__).resolve().parent / "settings.md"
 HEAD = """# Settings
@@ -12,7 +12,8 @@ and in a settings file `config.data.image_size = 128`. An unknown name is refuse
 and so is a value of another type. A meaning that starts with "or" names the other choices than the default.
 `python -m idml_jax.main --help` prints these tables.
 
-Written by `python docs/settings_page.py` from `idml_jax.training.settings`. A test fails if the page is out of date.
+Written by `python docs/settings_page.py` from `idml_jax.training.settings`, as is `idml_jax/training/settings.txt`, the
+text of `--help`. A test fails if either is out of date.
 """
 
 
@@ -39,3 +40,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    HELP.write_text(as_text() + "\n")

@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Embedding",
     "UserError",
+    "audit",
     "classifier",
     "config",
     "create_classifier",
@@ -61,7 +62,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from idml_jax import embed, evaluate, export, fit, ism, losses, metrics, mixing, models, report, risk, search
+    from idml_jax import (
+        audit,
+        embed,
+        evaluate,
+        export,
+        fit,
+        ism,
+        losses,
+        metrics,
+        mixing,
+        models,
+        report,
+        risk,
+        search,
+    )
     from idml_jax.errors import UserError, show_progress
     from idml_jax.inference import model as trained
     from idml_jax.inference import store as embeddings
@@ -79,6 +94,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Embedding": "ism:Embedding",
     "UserError": "errors:UserError",
+    "audit": "audit",
     "classifier": "losses.softmax",
     "config": "training.config",
     "create_classifier": "models:create_classifier",

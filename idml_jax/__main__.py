@@ -48,6 +48,7 @@ COMMANDS = {
     "evaluate": Command("evaluate", "compute all metrics of a file of embeddings", "--embeddings=photos.npz"),
     "compare": Command("compare", "tell whether two images are of one class", "a.jpg b.jpg --workdir=runs/glyphs"),
     "risk": Command("risk", "learn from which images alone answers will be wrong", "--workdir=runs/glyphs"),
+    "audit": Command("audit", "find wrong labels, copies and junk in a set", "--index=photos.npz --out=audited"),
     "report": Command("report", "write a page about a run", "--workdir=runs/glyphs"),
     "export": Command("export", "write a run as a program, or an index for faiss", "--workdir=runs/glyphs --out=model"),
     "pretrained": Command("pretrained", "show, fetch or convert weights", "show timm/resnet50.a1_in1k"),

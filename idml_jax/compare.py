@@ -16,18 +16,23 @@ file. ``--out`` gets the same lines with the columns same, probability, score an
 """
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command
-from idml_jax.inference.compare import TABLES, Compared, Decision, as_text, compare, decide, read_table
-from idml_jax.inference.model import load
+from idml_jax.runtime.callable_module import late
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path, write_bytes
 from idml_jax.runtime.options import Help
 
+if TYPE_CHECKING:
+    from idml_jax.inference.compare import Compared, Decision, compare, decide
+
 __all__ = ["Compared", "Decision", "compare", "decide", "main"]
 
+__getattr__ = late(__name__, dict.fromkeys(("Compared", "Decision", "compare", "decide"), "inference.compare"))
 
-def _described(decision: Decision, share: float) -> str:
+
+def _described(decision: "Decision", share: float) -> str:
     rates, judge = decision.rates, decision.judge
     return (
         f"threshold {rates.threshold:.4f} of the score {judge.name}, FMR {rates.fmr:.2g} and FNMR {rates.fnmr:.2g} on "
@@ -44,6 +49,10 @@ def _compare(given: dict[str, Any]) -> None:
             raise UserError(f"--{name}={given[name]}: a share above 0 and below 1")
     if out is not None and not given["pairs"]:
         raise UserError("--out needs --pairs; the answer for two images is printed")
+    with loading():
+        from idml_jax.inference.compare import TABLES, as_text, compare, decide, read_table
+        from idml_jax.inference.model import load
+
     if out is not None and out.suffix not in TABLES:
         raise UserError(f"--out={out}: the name must end in {' or '.join(TABLES)}")
     if out is not None:
@@ -70,7 +79,7 @@ def _compare(given: dict[str, Any]) -> None:
     print(printable(_described(decision, given["share"])))
 
 
-def _answer(found: Compared) -> str:
+def _answer(found: "Compared") -> str:
     return f"{'same' if found.same else 'different'}: probability {found.probability:.3f}, score {found.score:.4f}"
 
 

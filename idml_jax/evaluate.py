@@ -18,26 +18,29 @@ after re-ranking, as ``reranked/...``.
 import argparse
 import time
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from jaxtyping import Float
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
-from idml_jax.inference.index import read
-from idml_jax.inference.measure import Options, measure
-from idml_jax.inference.reranking import EXAMPLES, parse
-from idml_jax.metrics.embedded import Embedded
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.inference.choices import EXAMPLES
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
 from idml_jax.runtime.options import Help
 
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Float
+
+    from idml_jax.inference.measure import measure
+    from idml_jax.metrics.embedded import Embedded
+
 __all__ = ["load_embeddings", "main", "measure", "show"]
 
-make_callable(__name__, measure)  # idml_jax.evaluate("x.npz")
+__getattr__ = late(__name__, {"measure": "inference.measure"})
+make_callable(__name__, "inference.measure:measure")  # idml_jax.evaluate("x.npz")
 
 
-def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] | None]:
+def load_embeddings(path: str | Path) -> "tuple[Embedded, Float[np.ndarray, 'n'] | None]":
     """Reads embeddings with labels; pickled content is refused.
 
     Args:
@@ -49,7 +52,9 @@ def load_embeddings(path: str | Path) -> tuple[Embedded, Float[np.ndarray, "n"] 
     Raises:
       UserError: naming the file and what is wrong with it.
     """
-    index = read(path, "--embeddings", labels=True)
+    from idml_jax.inference.gallery import read_stored
+
+    index = read_stored(path, "--embeddings", labels=True)
     return index.embedded, index.ambiguity
 
 
@@ -77,9 +82,14 @@ def _evaluate_files(given: dict[str, Any]) -> None:
         check_target(out)  # fails before the work starts
     if given["worst"] < 0:
         raise UserError(f"--worst={given['worst']}: a number of classes, at least 0")
+    ks = _ks(given["ks"])
+    with loading():
+        from idml_jax.inference.measure import Options, measure
+        from idml_jax.inference.reranking import parse
+
     names = "temperature", "absolute", "precision", "seed", "ranked", "exclude", "worst"
     chosen = {name: given[name] for name in names} | {"rerank": parse(given["rerank"])}
-    options = Options(_ks(given["ks"]), cluster=not given["no_clustering"], **chosen)
+    options = Options(ks, cluster=not given["no_clustering"], **chosen)
     found = measure(given["embeddings"], given["gallery"], given["held_out"], options, warn)
     if out is not None:
         write_json(out, without_nan(found.report))

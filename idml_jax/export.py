@@ -13,19 +13,21 @@ index is row i of the file.
 """
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, run_command
-from idml_jax.inference import faiss_index
-from idml_jax.inference import model as trained
-from idml_jax.inference import store as embeddings
-from idml_jax.inference.export import PLATFORMS, export_run, write
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.inference.choices import PLATFORMS
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
+
+if TYPE_CHECKING:
+    from idml_jax.inference.export import export_run, write
 
 __all__ = ["PLATFORMS", "export_run", "main", "write"]
 
-make_callable(__name__, write)  # idml_jax.export(idml_jax.load("runs/mine"), "model")
+__getattr__ = late(__name__, dict.fromkeys(("export_run", "write"), "inference.export"))
+make_callable(__name__, "inference.export:write")  # idml_jax.export(idml_jax.load("runs/mine"), "model")
 
 
 def _export(given: dict[str, Any]) -> None:
@@ -34,6 +36,9 @@ def _export(given: dict[str, Any]) -> None:
     if given["index"]:
         if not given["faiss"]:
             raise UserError("--faiss is missing: the file of the index, e.g. photos.faiss")
+        from idml_jax.inference import faiss_index
+        from idml_jax.inference import store as embeddings
+
         index = embeddings.read(given["index"])
         path = faiss_index.write(index.embedded.semantic, given["faiss"], given["faiss_kind"])
         print(f"{len(index.files):,} rows of {index.embedded.semantic.shape[1]} dimensions in {path}")
@@ -41,6 +46,10 @@ def _export(given: dict[str, Any]) -> None:
     platforms = tuple(name.strip() for name in given["platforms"].split(","))
     if unknown := [name for name in platforms if name not in PLATFORMS]:
         raise UserError(f"--platforms={given['platforms']}: {unknown[0]!r} is unknown; known: {', '.join(PLATFORMS)}")
+    with loading():
+        from idml_jax.inference import model as trained
+        from idml_jax.inference.export import write
+
     out = write(trained.load(given["workdir"]), given["out"], platforms)
     size = (out / "model.stablehlo").stat().st_size / 1e6
     print(f"{out / 'model.stablehlo'} ({size:.1f} MB) for {', '.join(platforms)}; {out / 'example.py'} loads it")

@@ -34,7 +34,10 @@ def _fit(config: Any, workdir: str) -> None:
     from absl import flags
 
     from idml_jax import main as training
-    from idml_jax.training.fit import fit  # imported late, so that wrong flags fail fast
+    from idml_jax.runtime.compiled import loading
+
+    with loading():
+        from idml_jax.training.fit import fit  # imported late, so that wrong flags fail fast
 
     if flags.FLAGS.mode != "train":
         raise UserError(f"--mode={flags.FLAGS.mode} is for python -m idml_jax.main, which also evaluates a fitted run")

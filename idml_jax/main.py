@@ -25,6 +25,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from idml_jax.errors import UserError, end_now, hide_consequences, printable, run_command, show_progress, stop
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import user_path
 from idml_jax.training import recipes
 
@@ -39,6 +40,8 @@ _INDEX = flags.DEFINE_integer("process_index", 0, "Index of this process.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the full traceback of an error.")
 
 
+# The settings as text, written by docs/settings_page.py: making it would load jax and all losses.
+SETTINGS = Path(__file__).with_name("training") / "settings.txt"
 _HELP = ("--help", "-h", "-help", "-?", "--helpshort", "--helpfull")
 _FLAGS = ("config", "workdir", "mode", "coordinator", "processes", "process_index", "traceback")
 
@@ -55,7 +58,8 @@ def parse(argv: list[str], doc: str | None = __doc__, more: tuple[str, ...] = ()
         run_command(lambda: print(_help(doc, more)))
         sys.exit(0)
     try:
-        rest = flags.FLAGS(_with_path(argv))
+        with loading():  # settings files load jax
+            rest = flags.FLAGS(_with_path(argv))
     except SystemExit:
         raise
     except Exception as error:  # anything that a config file or a wrong override raises
@@ -67,14 +71,12 @@ def parse(argv: list[str], doc: str | None = __doc__, more: tuple[str, ...] = ()
 
 def _help(doc: str | None, more: tuple[str, ...]) -> str:
     """The text of ``--help``: what the command is, its flags, and all settings with their defaults."""
-    from idml_jax.training import settings  # imported late, as it loads jax
-
     lines = [doc or "", "flags:"]
     for name in (*_FLAGS, *more):
         flag = flags.FLAGS[name]
         default = f" (default: {flag.default})" if flag.default not in (None, False) else ""
         lines.append(f"  --{name:<14} {' '.join((flag.help or '').split())}{default}")
-    return "\n".join([*lines, "", "settings, with their defaults:", settings.as_text()])
+    return "\n".join([*lines, "", "settings, with their defaults:", SETTINGS.read_text().rstrip("\n")])
 
 
 def _with_path(argv: list[str]) -> list[str]:
@@ -128,7 +130,8 @@ def _check_config(config: Any) -> None:
 
 
 def _run(config: Any, workdir: str) -> None:
-    from idml_jax.training import train  # imported late, so that wrong flags fail fast
+    with loading():
+        from idml_jax.training import train  # imported late, so that wrong flags fail fast
 
     if _MODE.value == "eval":
         train.evaluate_checkpoint(workdir, config)

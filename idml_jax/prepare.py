@@ -9,18 +9,34 @@ is refused, naming what is missing, unless --allow_incomplete is given. TensorFl
 """
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
-from idml_jax.data.stored.prepare import LAYOUTS, prepare
+from idml_jax.data.stored.names import NAMES
 from idml_jax.errors import run_command
+from idml_jax.runtime.callable_module import late
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
 
+if TYPE_CHECKING:
+    from idml_jax.data.stored.prepare import LAYOUTS, prepare
+
 __all__ = ["LAYOUTS", "main", "prepare"]
+
+
+__getattr__ = late(__name__, dict.fromkeys(("LAYOUTS", "prepare"), "data.stored.prepare"))
+
+
+def _prepare(given: dict[str, Any]) -> None:
+    with loading():
+        from idml_jax.data.stored.prepare import prepare
+
+    prepare(**given, say=lambda line: print(line, flush=True))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--dataset", required=True, choices=list(LAYOUTS), metavar="|".join(LAYOUTS))
+    parser.add_argument("--dataset", required=True, choices=NAMES, metavar="|".join(NAMES))
     parser.add_argument("--source", required=True, help="archive, folder of archives, or folder of unpacked files")
     parser.add_argument(
         "--data_dir", default="", help="folder of data sets; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"
@@ -37,9 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--shard_megabytes", type=int, default=256, help="size of each record file in MB")
     given = vars(parser.parse_args(argv))
-    run_command(
-        lambda: prepare(**given, say=lambda line: print(line, flush=True)), "stopped; rerun the same command to resume"
-    )
+    run_command(lambda: _prepare(given), "stopped; rerun the same command to resume")
 
 
 if __name__ == "__main__":

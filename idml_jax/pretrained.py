@@ -13,40 +13,59 @@ Classifiers, projection heads and heads that are not requested are left out and 
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import printable, run_command
-from idml_jax.models import known_models
-from idml_jax.runtime.options import Help
-from idml_jax.training.weights import convert, fetch, load, merge, read, show
+from idml_jax.runtime.callable_module import imported, late
+from idml_jax.runtime.compiled import loading
+from idml_jax.runtime.options import Help, LateText
+
+if TYPE_CHECKING:
+    from idml_jax.training.weights import convert, fetch, load, merge, read, show
 
 __all__ = ["convert", "fetch", "load", "main", "merge", "read", "show"]
+
+__getattr__ = late(__name__, dict.fromkeys(("convert", "fetch", "load", "merge", "read", "show"), "training.weights"))
 
 _SOURCE = "owner/name on the hub, .safetensors, .pth, a folder written by this command, or a run's folder"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
+    known = lambda: imported("models:known_models")()
     parser = argparse.ArgumentParser(prog="python -m idml_jax.pretrained", description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("convert", help="write weights in another format")
+    command = commands.add_parser("convert", formatter_class=Help, help="write weights in another format")
     command.add_argument("source", help=_SOURCE)
     command.add_argument("out", help=".safetensors file (PyTorch's naming) or folder (this package's format)")
-    command.add_argument("--model", default="", help=f"default: the weights' own, or resnet50; known: {known_models()}")
+    command.add_argument(
+        "--model", default="", help=LateText("default: the weights' own, or resnet50; known: {}", known)
+    )
     command.add_argument("--size", type=int, default=224, help="image size in pixels, for a vision transformer")
     command.add_argument("--prefix", default="", help="prefix of every PyTorch name, e.g. model.")
-    command = commands.add_parser("fetch", help="write the trunk of weights to one file that says what it is")
+    command = commands.add_parser(
+        "fetch", formatter_class=Help, help="write the trunk of weights to one file that says what it is"
+    )
     command.add_argument("source", help=_SOURCE)
     command.add_argument("--out", required=True, help=".safetensors file to write")
-    command = commands.add_parser("show", help="list the tensors of weights and say which networks they fit")
+    command = commands.add_parser(
+        "show", formatter_class=Help, help="list the tensors of weights and say which networks they fit"
+    )
     command.add_argument("source", help=_SOURCE)
-    given = parser.parse_args(arguments)
-    if given.command == "fetch":
-        run_command(lambda: print(printable(fetch(given.source, given.out))))
-    elif given.command == "show":
-        run_command(lambda: print("\n".join(map(printable, show(given.source).split("\n")))))
+    given = vars(parser.parse_args(arguments))
+    run_command(lambda: _run(given))
+
+
+def _run(given: dict[str, Any]) -> None:
+    with loading():
+        from idml_jax.training.weights import convert, fetch, show
+
+    if given["command"] == "fetch":
+        print(printable(fetch(given["source"], given["out"])))
+    elif given["command"] == "show":
+        print("\n".join(map(printable, show(given["source"]).split("\n"))))
     else:
-        options = {"model": given.model, "size": given.size, "prefix": given.prefix}
-        run_command(lambda: print(convert(given.source, given.out, **options)))
+        print(convert(given["source"], given["out"], **{name: given[name] for name in ("model", "size", "prefix")}))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,27 @@ embeddings, confused classes and, with ``--compare``, a second run. The best che
 """
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import run_command
-from idml_jax.reporting.page import comparison, look, make, read_record
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
 
-make_callable(__name__, make)  # idml_jax.report("runs/mine")
+if TYPE_CHECKING:
+    from idml_jax.reporting.page import comparison, look, make, read_record
+
+__getattr__ = late(__name__, dict.fromkeys(("comparison", "look", "make", "read_record"), "reporting.page"))
+make_callable(__name__, "reporting.page:make")  # idml_jax.report("runs/mine")
 
 __all__ = ["comparison", "look", "main", "make", "read_record"]
+
+
+def _report(given: dict[str, Any]) -> None:
+    with loading():
+        from idml_jax.reporting.page import make
+
+    print(f"report           {make(**given)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="", help="HTML file to write; default: report.html in the run's folder")
     parser.add_argument("--threads", type=int, default=4, help="number of reader and decoder threads")
     given = vars(parser.parse_args(argv))
-    run_command(lambda: print(f"report           {make(**given)}"))
+    run_command(lambda: _report(given))
 
 
 if __name__ == "__main__":

@@ -10,34 +10,40 @@ when it is run again.
 """
 
 import argparse
-import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import run_command, show_progress
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
-from idml_jax.training.risk import RESULT, Settings, fit_risk
 
-__all__ = ["Settings", "fit_risk", "main"]
+if TYPE_CHECKING:
+    from idml_jax.training.risk import Settings, fit_risk
 
-make_callable(__name__, fit_risk)  # idml_jax.risk("runs/mine")
+__getattr__ = late(__name__, dict.fromkeys(("Settings", "fit_risk"), "training.risk"))
+make_callable(__name__, "training.risk:fit_risk")  # idml_jax.risk("runs/mine")
 
-_MEANINGS = {
-    "crops": "pictures per image by the training transform",
-    "corrupted": "pictures per image that are cropped, blurred, noised or occluded",
-    "folds": "folds of training classes, each left out once",
-    "epochs": "most passes over the pictures",
-    "batch_size": "pictures in a step",
-    "learning_rate": "of AdamW",
-    "gap": "least difference of two risks in the right order",
-    "shrinkage": "of the closed forms that the folds search with",
-    "seed": "of folds, weights and order",
+__all__ = ["OPTIONS", "Settings", "fit_risk", "main"]
+
+# The fields of training.risk.Settings: default and meaning.
+OPTIONS: dict[str, tuple[int | float, str]] = {
+    "crops": (1, "pictures per image by the training transform"),
+    "corrupted": (1, "pictures per image that are cropped, blurred, noised or occluded"),
+    "folds": (4, "folds of training classes, each left out once"),
+    "epochs": (10, "most passes over the pictures"),
+    "batch_size": (256, "pictures in a step"),
+    "learning_rate": (1e-3, "of AdamW"),
+    "gap": (0.1, "least difference of two risks in the right order"),
+    "shrinkage": (1.0, "of the closed forms that the folds search with"),
+    "seed": (0, "of folds, weights and order"),
 }
 _SHOWN = ("risk", "uncertainty", "norm", "feature_norm", "nearest_distance", "vote_share")
 
 
 def _risk(given: dict[str, Any]) -> None:
     show_progress()
+    with loading():
+        from idml_jax.training.risk import RESULT, Settings, fit_risk
     workdir, overwrite = given.pop("workdir"), given.pop("overwrite")
     found = fit_risk(workdir, Settings(**given), overwrite=overwrite)
     best = [value for value in found["held_out/clean"] if value is not None]
@@ -55,10 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--workdir", required=True, help="folder of a finished run")
-    for field in dataclasses.fields(Settings):
-        parser.add_argument(
-            f"--{field.name}", type=type(field.default), default=field.default, help=_MEANINGS[field.name]
-        )
+    for name, (default, meaning) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing risk head")
     given = vars(parser.parse_args(argv))
     run_command(lambda: _risk(given), "stopped; rerun the same command to go on")

@@ -3,8 +3,10 @@
     python -m idml_jax.search --index=photos.npz --query=bird.jpg -k 10
     python -m idml_jax.search --index=photos.npz --query=FOLDER --abstain=0.95 --held_out=other.npz --out=answers.html
 
-The index is a file of ``python -m idml_jax.embed``; queries are an image, a folder, a list, or another such file. The
-search is exact, by the semantic distance; an image does not find itself. ``--out`` ends in ``.jsonl``, ``.html`` or
+The index is a file or a gallery (a folder of parts) of ``python -m idml_jax.embed``; queries are an image, a folder, a
+list, or another such file. The search is exact, by the semantic distance; an image does not find itself. A gallery
+larger than ``--memory`` is searched block by block; ``--ann`` searches it approximately, by faiss, and prints the
+recall. ``--exclude`` leaves out images of the index. ``--out`` ends in ``.jsonl``, ``.html`` or
 ``.png``; without it a table is printed.
 
 The answer is the class of the nearest image, with two probabilities: ``known``, that the query's class is in the index
@@ -21,23 +23,25 @@ import argparse
 import functools
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
-from idml_jax.inference.index import check_comparable, own_rows, read
-from idml_jax.inference.reranking import EXAMPLES, parse, rerank
-from idml_jax.inference.search import Answers, calibrate, load_model, open_index, search
-from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
-from idml_jax.inference.use import search as search_images
-from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
-from idml_jax.runtime.callable_module import make_callable
+from idml_jax.inference.choices import EXAMPLES, MEMORY
+from idml_jax.runtime.callable_module import late, make_callable
+from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path, write_bytes
 from idml_jax.runtime.options import Help
+
+if TYPE_CHECKING:
+    from idml_jax.inference.search import Answers, calibrate, search
+    from idml_jax.reporting.answers import as_html, as_png, as_table, picture_reader, records
 
 __all__ = ["Answers", "as_html", "as_png", "as_table", "calibrate", "main", "picture_reader", "records", "search"]
 
 
-make_callable(__name__, search_images)  # idml_jax.search("bird.jpg", "photos.npz")
+_SEARCH, _ANSWERS = ("Answers", "calibrate", "search"), ("as_html", "as_png", "as_table", "picture_reader", "records")
+__getattr__ = late(__name__, dict.fromkeys(_SEARCH, "inference.search") | dict.fromkeys(_ANSWERS, "reporting.answers"))
+make_callable(__name__, "inference.use:search")  # idml_jax.search("bird.jpg", "photos.npz")
 
 FORMATS = (".jsonl", ".html", ".png")
 
@@ -51,6 +55,15 @@ def _search(given: dict[str, Any]) -> None:
     for name, what in (("abstain", "of right answers"), ("strangers", "of answered strangers")):
         if given[name] is not None and not 0 < given[name] < 1:
             raise UserError(f"--{name}={given[name]}: a share {what}, above 0 and below 1")
+    with loading():
+        from idml_jax.inference import exclude
+        from idml_jax.inference.gallery_search import confidence_near, near, open_searched
+        from idml_jax.inference.index import check_comparable
+        from idml_jax.inference.reranking import parse, rerank
+        from idml_jax.inference.search import load_model, open_index, search
+        from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
+        from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
+
     steps = parse(given["rerank"])
     if steps and (given["abstain"] is not None or given["strangers"] is not None or given["held_out"]):
         raise UserError(
@@ -59,12 +72,21 @@ def _search(given: dict[str, Any]) -> None:
         )
     if out is not None:
         check_target(out)  # fails before the work starts
-    index = read(given["index"])
-    model = functools.cache(lambda: load_model(index, given["workdir"], warn))
+    say = lambda line: print(printable(line), flush=True)
+    rules = tuple(exclude.parse(given["exclude"]))
+    searched = open_searched(given["index"], rules, memory=given["memory"], ann=given["ann"], say=say)
+    partly = searched.gallery is not None
+    if partly and (steps or given["balanced"]):
+        what = "--rerank needs" if steps else "--balanced needs the class sizes of"
+        raise UserError(f"{what} the whole gallery in memory; leave it out, or give a larger --memory without --ann")
+    if searched.ann is not None:
+        say(str(searched.ann))
+    model = functools.cache(lambda: load_model(searched.head, given["workdir"], warn))
     queries = open_index(given["query"], "--query", model)
-    check_comparable(queries, index, given["query"], given["index"])
-    own = None if given["keep_same"] else own_rows(queries, index)
-    k = min(given["k"], len(index.files) - (own is not None))
+    check_comparable(queries, searched.head, given["query"], given["index"])
+    seen = near(searched, queries, given["k"], keep_same=given["keep_same"], say=say)
+    index, own = seen.images, seen.own
+    k = min(given["k"], len(seen.whole) - (seen.whole_own is not None))
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
     wanted = Wanted(given["abstain"], given["strangers"], given["balanced"])
@@ -73,6 +95,8 @@ def _search(given: dict[str, Any]) -> None:
     def confident(names: Collection[str]) -> Confidence:
         if steps:
             return Confidence(None, f"re-ranked by {given['rerank']}")
+        if partly:
+            return confidence_near(given["held_out"], searched, given["index"], model, names, wanted)
         return confidence_for(given["held_out"], index, given["index"], model, names, wanted)
 
     scores, setting, sureness = scored(queries, index, own, confident)
@@ -90,9 +114,11 @@ def _search(given: dict[str, Any]) -> None:
         found=found,
     )
     rows = records(queries, index, answers, own)
-    said = note_of(sureness, rule, wanted), outcome(queries, index, own, answers.index[:, 0], answers.answered)
+    nearest = seen.rows[answers.index[:, 0]]
+    came_out = outcome(queries, seen.whole, seen.whole_own, nearest, answers.answered)
+    said = note_of(sureness, rule, wanted), came_out
     note = printable("; ".join(part for part in said if part))
-    note = f"{len(index.files):,} images searched for {len(rows):,}; {note}"
+    note = f"{len(seen.whole):,} images searched for {len(rows):,}; {note}"
     if out is None:
         print(as_table(rows))
         print(note)
@@ -112,7 +138,7 @@ def _search(given: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--index", required=True, help="file to search, .npz or .parquet of idml_jax.embed")
+    parser.add_argument("--index", required=True, help="file (.npz, .parquet) or gallery of idml_jax.embed to search")
     parser.add_argument("--query", required=True, help="image, folder, list, or file of embeddings")
     parser.add_argument("-k", type=int, default=10, help="number of neighbours per query")
     parser.add_argument(
@@ -124,6 +150,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--balanced", action="store_true", help="votes count less for classes with many images")
     parser.add_argument("--rerank", default="", help=f"re-ranking, e.g. {EXAMPLES}; without a confidence")
     parser.add_argument("--keep_same", action="store_true", help="let an image find itself")
+    parser.add_argument(
+        "--exclude", action="append", default=[],
+        help="images to leave out: a list of files, a pattern such as '*/drafts/*', or class=NAME; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--ann", action="store_true", help="approximate search of a gallery, by faiss")
+    parser.add_argument(
+        "--memory", type=int, default=MEMORY, help="MiB of vectors up to which a gallery is read whole, else in blocks"
+    )
     parser.add_argument("--out", default="", help="file to write, .jsonl, .html or .png; default: print a table")
     given = vars(parser.parse_args(argv))
     run_command(lambda: _search(given))

@@ -1,10 +1,20 @@
 # Shared by quickstart.sh and test.sh: finds a Python, makes .venv and installs the pinned requirements into it.
-# To be sourced. Sets ROOT (folder of the checkout) and VENV_PYTHON.
+# To be sourced. Sets ROOT (folder of the checkout) and VENV_PYTHON. use_next_stack chooses the newest packages instead.
 # install_accelerator adds jax for a GPU or TPU; $ACCELERATOR (cuda, tpu, cpu) decides, otherwise what the machine has.
 
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
+VENV="$ROOT/.venv"
+REQUIREMENTS="$ROOT/requirements.txt"
+OLDEST=11 # of Python 3
+
+# The newest set of packages, in a virtual environment of its own.
+use_next_stack() {
+  VENV="$ROOT/.venv-next"
+  REQUIREMENTS="$ROOT/requirements-next.txt"
+  OLDEST=12
+}
 
 fail() {
   echo "error: $*" >&2
@@ -16,11 +26,12 @@ find_python() {
   for candidate in "${PYTHON:-}" python3 python3.12 python3.13 python3.11 python; do
     [ -n "$candidate" ] || continue
     # A command that exists may be a stub that fails, so it is run.
-    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
+    if "$candidate" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1; then
       echo "$candidate"
       return
     fi
   done
+  [ "$OLDEST" = 11 ] || fail "no Python 3.12 or 3.13 found, which the newest packages need (set PYTHON=/path/to/python to name one)"
   fail "no Python 3.11, 3.12 or 3.13 found (looked for python3, python3.11, python3.12, python3.13; set PYTHON=/path/to/python to name one)"
 }
 
@@ -28,11 +39,11 @@ find_python() {
 install_into_venv() {
   local name="$1" stamp log
   shift
-  stamp="$ROOT/.venv/.installed-$name"
+  stamp="$VENV/.installed-$name"
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$WANTED" ]; then
     return
   fi
-  log="$ROOT/.venv/install.log"
+  log="$VENV/install.log"
   if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1; then
     tail -n 15 "$log" >&2
     if grep -qiE "NewConnectionError|Temporary failure|Name or service|Network is unreachable|timed out|Max retries|ConnectionError|from versions: none" "$log"; then
@@ -46,20 +57,20 @@ install_into_venv() {
 make_venv() {
   local python
   python="$(find_python)" || exit 1
-  VENV_PYTHON="$ROOT/.venv/bin/python"
-  if ! "$VENV_PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
-    echo "making $ROOT/.venv with $("$python" --version)"
-    rm -rf "$ROOT/.venv"
-    "$python" -m venv "$ROOT/.venv" >/dev/null 2>"${TMPDIR:-/tmp}/idml_venv.log" ||
+  VENV_PYTHON="$VENV/bin/python"
+  if ! "$VENV_PYTHON" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1; then
+    echo "making $VENV with $("$python" --version)"
+    rm -rf "$VENV"
+    "$python" -m venv "$VENV" >/dev/null 2>"${TMPDIR:-/tmp}/idml_venv.log" ||
       fail "$python cannot make a virtual environment: $(tail -n 1 "${TMPDIR:-/tmp}/idml_venv.log") (on Debian and Ubuntu: apt install python3-venv)"
   fi
-  WANTED="$ROOT $(cat "$ROOT/requirements.txt" "$ROOT/pyproject.toml" | cksum)"
-  if [ ! -f "$ROOT/.venv/.installed-base" ] || [ "$(cat "$ROOT/.venv/.installed-base")" != "$WANTED" ]; then
+  WANTED="$ROOT $(cat "$REQUIREMENTS" "$ROOT/pyproject.toml" | cksum)"
+  if [ ! -f "$VENV/.installed-base" ] || [ "$(cat "$VENV/.installed-base")" != "$WANTED" ]; then
     echo "installing the packages (a minute or two) ..."
   fi
-  install_into_venv base -r "$ROOT/requirements.txt"
+  install_into_venv base -r "$REQUIREMENTS"
   install_into_venv package --no-deps -e "$ROOT"
-  # Compiled programs are cached, so that a second start is fast.
+  # Compiled programs are kept, so that a second start is fast.
   export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
   export PYTHONUNBUFFERED=1
 }
@@ -92,5 +103,5 @@ install_accelerator() {
     return
   fi
   echo "jax for $accelerator (ACCELERATOR=cpu to do without)"
-  install_into_venv "$accelerator" -e "$ROOT[$accelerator]" -c "$ROOT/requirements.txt"
+  install_into_venv "$accelerator" -e "$ROOT[$accelerator]" -c "$REQUIREMENTS"
 }

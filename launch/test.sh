@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # Sets up as quickstart.sh does and runs the whole test suite. --parity installs PyTorch, timm, transformers and
 # pytorch-metric-learning too, for the tests that compare with them (on Linux plain PyPI serves PyTorch with several GB
-# of CUDA packages; give PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS for a CPU build). Other arguments are passed to pytest.
+# of CUDA packages; give PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS for a CPU build). --next runs it on the newest packages,
+# requirements-next.txt, in .venv-next. Other arguments are passed to pytest.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 EXTRAS=test
-if [ "${1:-}" = "--parity" ]; then
+while true; do
+  case "${1:-}" in
+    --parity) EXTRAS=test,parity ;;
+    --next) use_next_stack ;;
+    *) break ;;
+  esac
   shift
-  EXTRAS=test,parity
-fi
+done
 make_venv
-install_into_venv "$EXTRAS" -e "$ROOT[$EXTRAS]" -c "$ROOT/requirements.txt"
+install_into_venv "$EXTRAS" -e "$ROOT[$EXTRAS]" -c "$REQUIREMENTS"
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m mypy

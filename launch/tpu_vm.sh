@@ -46,7 +46,7 @@ create() {
 install() {
   do_it git archive --format=tar.gz --output=/tmp/idml_jax.tgz HEAD
   do_it gcloud compute tpus tpu-vm scp /tmp/idml_jax.tgz "$NAME:idml_jax.tgz" --zone "$ZONE" --worker=all
-  on_workers 'mkdir -p idml_jax && tar -xzf idml_jax.tgz -C idml_jax && cd idml_jax && python3 -m venv .venv && .venv/bin/pip install -q ".[tpu]"'
+  on_workers 'mkdir -p idml_jax && tar -xzf idml_jax.tgz -C idml_jax && cd idml_jax && python3 -m venv .venv && .venv/bin/pip install -q ".[tpu,clu]"'
 }
 run() {
   local words

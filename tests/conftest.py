@@ -4,11 +4,12 @@ import logging
 import os
 import sys
 
+import compiler_options
+
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Compilation takes most of the suite's time, and LLVM's optimisations a third of that. XLA's own passes stay enabled,
-# and with --slow LLVM's too. Child processes inherit the setting of the first process.
-if os.environ.setdefault("IDML_JAX_TESTS", "slow" if "--slow" in sys.argv else "quick") == "quick":
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
+# With --slow the tests compile as users do. Child processes inherit the setting of the first process.
+os.environ.setdefault("IDML_JAX_TESTS", "slow" if "--slow" in sys.argv else "quick")
+os.environ["XLA_FLAGS"] += f" {compiler_options.of_tests(os.environ['IDML_JAX_TESTS'])}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

@@ -25,13 +25,17 @@ FLOORS = {
 FLOORS["inference"] = FLOORS["training"] | {"training"}
 FLOORS["reporting"] = FLOORS["inference"] | {"inference"}
 DOORS = {
-    "__main__", "main", "fit", "prepare", "embed", "search", "compare", "report", "export", "evaluate", "pretrained",
-    "risk",
+    "__main__", "audit", "main", "fit", "prepare", "embed", "search", "compare", "report", "export", "evaluate",
+    "pretrained", "risk",
 }  # fmt: skip
 # The only modules that may import a package.
 EDGES = {
     "orbax": {"runtime.checkpoint"},
-    "clu": {"runtime.writers"},
+    "clu": {"runtime.tensorboard"},
+    "tensorboard": {"runtime.tensorboard"},
+    "wandb": {"runtime.trackers"},
+    "mlflow": {"runtime.trackers"},
+    "trackio": {"runtime.trackers"},
     "tensorflow": set(),
     "torch": {"training.weights.files"},
     "safetensors": {"training.weights.files"},
@@ -47,6 +51,7 @@ EDGES = {
     "sklearn": {"reporting.plots"},
     "pyarrow": {"inference.arrays"},
     "faiss": {"inference.faiss_index"},
+    "ray": {"inference.ray_engine"},
     "grain": {"data.pipeline"},
     "cv2": {
         "data.images.colour",
@@ -60,6 +65,7 @@ EDGES = {
     },
     "PIL": {
         "data.given",
+        "runtime.trackers",
         "data.images.decode",
         "data.images.encode",
         "data.images.resample",

@@ -77,6 +77,19 @@ def list_images(
     return _labelled(paths, names)
 
 
+def listed_paths(where: str | Path, option: str) -> list[str]:
+    """The paths of a list as they stand, and those relative to the list; files need not exist.
+
+    Raises:
+      UserError: if the list is missing or cannot be parsed.
+    """
+    path = files.expand(where)
+    if not os.path.isfile(path):
+        raise UserError(f"{files.shown(path)}: no such file ({option})")
+    rows = _read_list(path, option)
+    return [*(row.path for row in rows), *(str(path.parent / os.path.expanduser(row.path)) for row in rows)]
+
+
 def _of_folder(root: Path, option: str, warn: Callable[[str], None]) -> tuple[FolderSource, bool]:
     found = folders.images(root)
     if not found.names:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import grain
 import numpy as np
 from jaxtyping import Int, UInt8
 
@@ -115,6 +114,8 @@ class _Batches:
 
 
 def _iterate(batches: _Batches, reading: Reading) -> Iterator[Batch]:
+    import grain  # takes a while, and only training needs it
+
     options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
     chain = grain.MapDataset.source(batches).to_iter_dataset(options)
     if reading.workers:

@@ -128,7 +128,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.nda
             _check_size(held, path)
             batches.append(batch)
         table = pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in chosen]))
-    arrays = {name: _column(pa, table[name].combine_chunks(), name) for name in chosen}
+    arrays = {name: column_of(table[name].combine_chunks(), name) for name in chosen}
     if b"idml_jax" in known:
         arrays["about"] = np.asarray(known[b"idml_jax"].decode())
     if b"class_names" in known:
@@ -139,8 +139,9 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.nda
     return arrays, names
 
 
-def _column(pa: ModuleType, column: Any, name: str) -> np.ndarray:
+def column_of(column: Any, name: str) -> np.ndarray:
     """A column of numbers, text or lists of numbers as an array of one or two dimensions."""
+    pa = arrow()
     if isinstance(column, pa.ChunkedArray):  # a table without rows
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if pa.types.is_dictionary(column.type):
@@ -156,7 +157,7 @@ def _column(pa: ModuleType, column: Any, name: str) -> np.ndarray:
         widths = {kind.list_size} if not lists else set(column.value_lengths().unique().to_pylist())
         if len(widths) > 1:
             raise _NotArrays(f"{name} has rows of different widths: {', '.join(map(str, sorted(widths)[:3]))}")
-        return _column(pa, values, name).reshape(len(column), next(iter(widths), 0))
+        return column_of(values, name).reshape(len(column), next(iter(widths), 0))
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return np.asarray(column.to_pylist(), "U")
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):

@@ -12,6 +12,7 @@ from idml_jax.data.lists import LISTS, list_images
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, printable
 from idml_jax.inference import store
+from idml_jax.inference.choices import SPLITS
 from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index, check_finite
 from idml_jax.metrics.embedded import Embedded
@@ -21,7 +22,6 @@ from idml_jax.training.build import data_of
 from idml_jax.training.embedder import Rows
 from idml_jax.training.risk import digest
 
-SPLITS = ("train", "test", "validation", "gallery")
 __all__ = [
     "LISTS",
     "SPLITS",
@@ -164,11 +164,11 @@ class _Job:
         done = min(len(known) * self._per_part, total)
         if known:
             self._say(f"resuming: {done:,} of {total:,} images are done")
-        progress = _Progress(total, done, self._say)
+        progress = Progress(total, done, self._say)
         for number in range(self._count):
             if number not in known:
                 records = np.arange(number * self._per_part, min((number + 1) * self._per_part, total))
-                self.parts.write(number, _part(self._model, self._source, records, progress))
+                self.parts.write(number, embed_records(self._model, self._source, records, progress.add))
 
     def skipped(self) -> list[tuple[str, str]]:
         """Name and reason of every unreadable image."""
@@ -195,8 +195,23 @@ class _Job:
             yield part
 
 
-def _part(model: Trained, source: Source, records: np.ndarray, progress: "_Progress") -> dict[str, np.ndarray]:
-    """Embeds some records to the arrays of one part of the file."""
+def embed_records(
+    model: Trained, source: Source, records: np.ndarray, done: Callable[[int], None] = lambda count: None
+) -> dict[str, np.ndarray]:
+    """Embeds some records of a source.
+
+    Args:
+      model: trained embedding.
+      source: images.
+      records: records to embed.
+      done: receives the number of images of every finished batch.
+
+    Returns:
+      The columns of the embeddings; ``records`` [m], the readable ones; and of the others ``skipped`` and ``reasons``.
+
+    Raises:
+      UserError: if the network gives NaN or infinity.
+    """
     values: list[dict[str, np.ndarray]] = []
     kept, skipped = [np.zeros(0, np.int64)], []
     for rows in model.embedder.rows(source, records):
@@ -205,7 +220,7 @@ def _part(model: Trained, source: Source, records: np.ndarray, progress: "_Progr
         if rows.values:
             _check_finite(model, source, rows)
             values.append(rows.values)
-        progress.add(len(rows.records) + len(rows.skipped))
+        done(len(rows.records) + len(rows.skipped))
     arrays = {name: np.concatenate([part[name] for part in values]) for name in values[0]} if values else {}
     return arrays | {
         "records": np.concatenate(kept).astype(np.int64),
@@ -229,7 +244,7 @@ def _check_finite(model: Trained, source: Source, rows: Rows) -> None:
     check_finite(rows.values, [source.name(record) for record in rows.records.tolist()], str(model.workdir))
 
 
-class _Progress:
+class Progress:
     """Reports images done, speed and remaining time every few seconds."""
 
     def __init__(self, total: int, done: int, say: Callable[[str], None], seconds: float = 5.0):

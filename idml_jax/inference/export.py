@@ -14,8 +14,6 @@ from idml_jax.runtime.files import replace_folder, user_path
 from idml_jax.training.digests import weights_digest
 from idml_jax.training.embedder import embed_step
 
-PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
-
 EXAMPLE = '''"""Embeds images: python example.py a.jpg b.jpg. Needs jax, numpy, flatbuffers and pillow."""
 import json
 import pathlib

@@ -14,7 +14,8 @@ _ROWS = 65536  # rows added at a time
 _MOST_LINKS = 512  # links of a row in a graph
 
 
-def _faiss() -> ModuleType:
+def library() -> ModuleType:
+    """faiss; ``UserError`` where it is not installed."""
     try:
         import faiss
     except ImportError as error:
@@ -48,7 +49,7 @@ def write(semantic: Float[np.ndarray, "n d"], path: str | Path, kind: str = "Fla
     Raises:
       UserError: if faiss is missing, the kind is unknown, rows are not finite, or the file cannot be written.
     """
-    faiss = _faiss()
+    faiss = library()
     _check_kind(kind)
     path = user_path(path)
     check_target(path)  # fails before the work starts

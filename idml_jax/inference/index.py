@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,11 +151,11 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
         if name in arrays:
             wide = name in ("semantic", "embeddings", "uncertainty")
             _check_shape(path, name, arrays[name], semantic.shape, 2 if wide else 1)
-    numbers = {name: _numbers(path, name, arrays[name]) for name in COLUMNS[:6] if name in arrays}
+    numbers = {name: checked_numbers(path, name, arrays[name]) for name in COLUMNS[:6] if name in arrays}
     classes, class_names = _labels(path, arrays)
     semantic = numbers.get("semantic", numbers.get("embeddings"))
     assert semantic is not None
-    files = _text(arrays["files"]) if "files" in arrays else [f"row {row}" for row in range(len(semantic))]
+    files = texts(arrays["files"]) if "files" in arrays else [f"row {row}" for row in range(len(semantic))]
     embedded = Embedded(
         semantic,
         np.zeros(len(semantic), np.int32) if classes is None else classes,
@@ -163,7 +163,7 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
         numbers.get("semantic_norm"),
         risk=numbers.get("risk"),
     )
-    about = _about(path, arrays["about"]) if "about" in arrays else {}
+    about = checked_about(path, arrays["about"]) if "about" in arrays else {}
     return Index(
         embedded, np.asarray(files), class_names, about, numbers.get("ambiguity"), path, named="files" in arrays
     )
@@ -178,7 +178,8 @@ def _check_shape(path: Path, name: str, value: np.ndarray, of: tuple[int, ...], 
         raise UserError(f"{path}: {name} has the shape {value.shape}, so no dimensions")
 
 
-def _numbers(path: Path, name: str, value: np.ndarray) -> np.ndarray:
+def checked_numbers(path: Path, name: str, value: np.ndarray) -> np.ndarray:
+    """A column of numbers as float32 or float64; ``UserError`` for text, NaN, infinity and what float32 cannot hold."""
     if value.dtype.kind not in "fiub":
         raise UserError(f"{path}: {name} holds {value.dtype}, not numbers")
     value = value.astype(np.float64 if value.dtype.itemsize >= 8 else np.float32, copy=False)
@@ -193,7 +194,7 @@ def _numbers(path: Path, name: str, value: np.ndarray) -> np.ndarray:
     return value
 
 
-def _text(value: np.ndarray) -> list[str]:
+def texts(value: np.ndarray) -> list[str]:
     """Converts an array of names, which may be bytes, to strings."""
     if value.dtype.kind == "S":
         return [name.decode("utf-8", "surrogateescape") for name in value.reshape(-1).tolist()]
@@ -205,7 +206,7 @@ def _labels(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[Int[np.ndarra
     if labels is None:
         return None, None
     if labels.dtype.kind in "US":
-        found, numbers = np.unique(np.asarray(_text(labels)), return_inverse=True)
+        found, numbers = np.unique(np.asarray(texts(labels)), return_inverse=True)
         return numbers.astype(np.int64), found.tolist()
     whole = labels.dtype.kind != "f" or bool(np.isfinite(labels).all() and (labels == np.floor(labels)).all())
     if not whole or int(labels.min()) < 0 or int(labels.max()) >= 2**63 - 1:
@@ -216,12 +217,13 @@ def _labels(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[Int[np.ndarra
         return labels, Numbered(int(labels.max()) + 1)
     if names.ndim != 1 or int(labels.max()) >= names.size:
         raise UserError(f"{path}: labels go up to {int(labels.max()):,}, but class_names has {names.size:,}")
-    return labels, _text(names)
+    return labels, texts(names)
 
 
-def _about(path: Path, value: np.ndarray) -> dict[str, Any]:
+def checked_about(path: Path, value: np.ndarray) -> dict[str, Any]:
+    """The origin of embeddings from its JSON text; ``UserError`` for values that cannot be."""
     try:
-        about = json.loads(_text(value)[0])
+        about = json.loads(texts(value)[0])
     except (ValueError, IndexError, RecursionError) as error:
         raise UserError(f"{path}: about is not JSON ({first_line(error)})") from error
     if not isinstance(about, dict):
@@ -302,6 +304,8 @@ def _same_file(one: Path | None, two: Path | None) -> bool:
         return False
     if os.path.samefile(one, two):
         return True
+    if not (one.is_file() and two.is_file()):  # a gallery
+        return False
     return one.stat().st_size == two.stat().st_size and _file_digest(one) == _file_digest(two)
 
 
@@ -321,11 +325,15 @@ def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
         return np.arange(len(index.files))
     if not (queries.named and index.named):
         return None
-    origins = [(i.about.get("images"), i.about.get("weights", i.about.get("workdir"))) for i in (queries, index)]
-    if origins[0] == origins[1] and None not in origins[0] and str(origins[0][0]).startswith("split:"):
-        place = lambda name: name
-    else:
-        place = lambda name: os.path.realpath(name) if os.path.isabs(name) and os.path.exists(name) else None
+    place = place_of(queries.about, index.about)
     known = {found: row for row, name in enumerate(index.files.tolist()) if (found := place(name)) is not None}
-    own = np.asarray([known.get(place(name), -1) for name in queries.files.tolist()])
+    own = np.asarray([known.get(place(name) or "", -1) for name in queries.files.tolist()])
     return own if (own >= 0).any() else None
+
+
+def place_of(one: Mapping[str, Any], two: Mapping[str, Any]) -> Callable[[str], str | None]:
+    """A function from a name to what identifies the image in two sets of these origins; ``None``: nothing does."""
+    origins = [(about.get("images"), about.get("weights", about.get("workdir"))) for about in (one, two)]
+    if origins[0] == origins[1] and None not in origins[0] and str(origins[0][0]).startswith("split:"):
+        return lambda name: name
+    return lambda name: os.path.realpath(name) if os.path.isabs(name) and os.path.exists(name) else None

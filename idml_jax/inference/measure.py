@@ -9,7 +9,8 @@ from idml_jax.errors import UserError
 from idml_jax.errors import warn as say
 from idml_jax.inference import arrays as stored_arrays
 from idml_jax.inference import reranking
-from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, read
+from idml_jax.inference.gallery import read_stored
+from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common
 from idml_jax.inference.reranking import Step
 from idml_jax.inference.sureness import held_out_beside
 from idml_jax.ism import Metric
@@ -83,7 +84,7 @@ def measure(
     Raises:
       UserError: naming the file and what is wrong with it, or two files that cannot be compared.
     """
-    index = read(embeddings, "--embeddings", labels=True)
+    index = read_stored(embeddings, "--embeddings", labels=True)
     metric = _metric(options, index, warn)
     overridden = {"temperature": options.temperature, "relative": options.absolute}
     stored = [name for name, value in overridden.items() if value is None]
@@ -91,7 +92,7 @@ def measure(
     def beside(path: str, option: str) -> Index | None:
         if not path:
             return None
-        other = read(path, option, labels=True)
+        other = read_stored(path, option, labels=True)
         check_comparable(index, other, embeddings, path, stored)
         return other
 
@@ -148,6 +149,8 @@ def _ranked(
 def _column(index: Index, name: str) -> np.ndarray:
     """An array [n] of a file."""
     assert index.path is not None
+    if index.path.is_dir():
+        raise UserError(f"{index.path}: is a gallery, which holds no {name} (--exclude)")
     arrays, names = stored_arrays.read(index.path, {name})
     size = len(index.files)
     if name not in arrays:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.errors import UserError
+from idml_jax.inference.choices import EXAMPLES
 from idml_jax.metrics import reranking
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.retrieval import Neighbours, neighbours
@@ -18,7 +19,6 @@ STEPS: dict[str, dict[str, int | float]] = {
     "expand": {"k": 10, "alpha": 3.0},
     "reciprocal": {"k1": 20, "k2": 6, "weight": 0.3},
 }
-EXAMPLES = "reciprocal:k1=20,k2=6,weight=0.3, expand:k=10,alpha=3, augment:k=10, or augment+expand"
 
 
 class Step(NamedTuple):

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.errors import UserError
 from idml_jax.inference import embed
 from idml_jax.inference import model as trained
-from idml_jax.inference.index import SUFFIXES, Index, read
+from idml_jax.inference.gallery import is_gallery, read_stored
+from idml_jax.inference.index import SUFFIXES, Index
 from idml_jax.inference.model import Trained
 from idml_jax.ism import Embedding, Metric
 from idml_jax.metrics import calibration, retrieval, strangers, uncertainty, vote
@@ -196,11 +197,11 @@ def open_index(where: str, option: str, model: Callable[[], Trained]) -> Index:
     """Reads embeddings from a file, or embeds images.
 
     Args:
-      where: a file of embeddings, or an image, folder or list of images.
+      where: a file or gallery of embeddings, or an image, folder or list of images.
       option: name of the command-line option, for messages.
       model: loads the network, if images must be embedded.
     """
-    if Path(where).suffix in SUFFIXES:
-        return read(where, option)
+    if Path(where).suffix in SUFFIXES or is_gallery(where):
+        return read_stored(where, option)
     source, labelled = embed.list_images(where, option)
     return embed.index_of(model(), source, labelled, where)

@@ -19,7 +19,8 @@ import numpy as np
 
 from idml_jax.errors import UserError
 from idml_jax.inference.arrays import arrow
-from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows, read
+from idml_jax.inference.gallery import read_stored as read
+from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows
 from idml_jax.runtime.files import TEMPORARY, atomic, locked, user_path, write_json
 from idml_jax.training.digests import weights_digest
 
@@ -206,23 +207,13 @@ def _join_parquet(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | No
     pa = arrow()
     writer = None
     # Names that are not UTF-8 are stored as bytes; all rows of a column have the same type.
-    binary = any(not _is_text(name) for part in parts() for name in part.get("files", ()))
-    named = [name.encode("utf-8", "backslashreplace").decode() for name in class_names or ()]
+    binary = any(not is_text(name) for part in parts() for name in part.get("files", ()))
     try:
         for part in parts():
-            columns = {}
-            for name, value in part.items():
-                if value.ndim == 2:
-                    flat = pa.array(np.ascontiguousarray(value).reshape(-1))
-                    columns[name] = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
-                else:
-                    columns[name] = pa.array(_names(value, binary)) if value.dtype.kind == "U" else pa.array(value)
-            if class_names is not None:
-                columns["class_name"] = pa.array([named[label] for label in part["labels"]])
             known = {"idml_jax": about}
             if class_names is not None:
                 known["class_names"] = json.dumps(list(class_names))
-            table = pa.table(columns).replace_schema_metadata(known)
+            table = table_of(part, class_names, binary).replace_schema_metadata(known)
             if writer is None:
                 writer = pa.parquet.ParquetWriter(out, table.schema)
             writer.write_table(table)
@@ -231,7 +222,23 @@ def _join_parquet(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | No
             writer.close()
 
 
-def _is_text(name: str) -> bool:
+def table_of(part: Mapping[str, np.ndarray], class_names: Sequence[str] | None, binary: bool) -> Any:
+    """Columns as a table of pyarrow, the class name next to the class number; binary: names of files as bytes."""
+    pa, columns = arrow(), {}
+    for name, value in part.items():
+        if value.ndim == 2:
+            flat = pa.array(np.ascontiguousarray(value).reshape(-1))
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
+        else:
+            columns[name] = pa.array(_names(value, binary)) if value.dtype.kind == "U" else pa.array(value)
+    if class_names is not None:
+        named = [class_names[label] for label in part["labels"].tolist()]
+        columns["class_name"] = pa.array([name.encode("utf-8", "backslashreplace").decode() for name in named])
+    return pa.table(columns)
+
+
+def is_text(name: str) -> bool:
+    """Whether a name of a file is valid UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

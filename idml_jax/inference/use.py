@@ -20,7 +20,8 @@ from idml_jax.inference import embed as embedding
 from idml_jax.inference import model as trained
 from idml_jax.inference import search as searching
 from idml_jax.inference import sureness
-from idml_jax.inference.index import SUFFIXES, Index, check_comparable, own_rows, read
+from idml_jax.inference.gallery import is_gallery, read_stored
+from idml_jax.inference.index import SUFFIXES, Index, check_comparable, own_rows
 from idml_jax.inference.model import Trained
 from idml_jax.inference.sureness import Confidence, Wanted
 from idml_jax.ism import Metric
@@ -186,7 +187,7 @@ class Model(Trained):
         if isinstance(images, Index):
             found = images
         elif _is_file_of_embeddings(images):
-            found = read(images, "index")
+            found = read_stored(images, "index")
         else:
             return self.embed(images)
         known = found.about.get("weights")
@@ -199,7 +200,7 @@ class Model(Trained):
 
 
 def _is_file_of_embeddings(value: Any) -> bool:
-    return isinstance(value, str | Path) and Path(value).suffix in SUFFIXES
+    return isinstance(value, str | Path) and (Path(value).suffix in SUFFIXES or is_gallery(value))
 
 
 # Of an index and the names of its scores: fitting it means a search of the index by itself.
@@ -299,10 +300,10 @@ def search(
     if model is not None:
         return _model(model).search(queries, index, k, held_out=held_out)
     if _is_file_of_embeddings(index):
-        index = read(index, "index")
+        index = read_stored(index, "index")
     if not isinstance(index, Index):
         raise UserError("search: the index is neither an index nor a file of embeddings; images need model=, the run")
-    others = [read(x, "queries") if _is_file_of_embeddings(x) else x for x in (queries, held_out)]
+    others = [read_stored(x, "queries") if _is_file_of_embeddings(x) else x for x in (queries, held_out)]
     if any(not isinstance(x, Index) and x is not None for x in others):
         loaded = Model(*searching.load_model(index, "", warn))
         others = [None if x is None else loaded._index(x) for x in others]

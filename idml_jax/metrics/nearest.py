@@ -61,6 +61,24 @@ def nearest(
 ) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, "n k"]]:
     """The k nearest gallery rows of each query by their Euclidean distance in float64, equal ones by index.
 
+    Arguments as for `nearest_squares`.
+
+    Returns:
+      Distances, rounded to float32, and indices, nearest first.
+    """
+    squares, found = nearest_squares(queries, gallery, k, own, devices)
+    return np.sqrt(squares).astype(np.float32), found
+
+
+def nearest_squares(
+    queries: Float[np.ndarray, "n d"],
+    gallery: Float[np.ndarray, "m d"],
+    k: int,
+    own: Int[np.ndarray, "n"],
+    devices: list[jax.Device],
+) -> tuple[Float[np.ndarray, "n k"], Int[np.ndarray, "n k"]]:
+    """The k nearest gallery rows of each query, as `nearest`, with their squared distances in float64.
+
     Args:
       queries: finite float32 rows.
       gallery: finite float32 rows.
@@ -69,7 +87,7 @@ def nearest(
       devices: devices that share the work.
 
     Returns:
-      Distances, rounded to float32, and indices, nearest first.
+      Squared distances and indices, nearest first.
     """
     others = len(gallery) - bool(np.any(own >= 0))
     wide = min(k + _SLACK, others)
@@ -81,7 +99,7 @@ def nearest(
     share = rounding(near.shape[1])
     largest = np.sqrt(norms.max(), dtype=np.float64)
     for cut in _chunks(len(queries), wide * queries.shape[1]):
-        exact = _squares(queries[cut, None, :], gallery[index[cut]])
+        exact = squares_of(queries[cut, None, :], gallery[index[cut]])
         order = np.lexsort((index[cut], exact))
         found[cut] = np.take_along_axis(index[cut], order[:, :k], axis=1)
         exact = np.take_along_axis(exact, order, axis=1)
@@ -91,7 +109,7 @@ def nearest(
         unsure[cut] = exact[:, -1] - exact[:, k - 1] <= 2 * bound
     if wide < others and unsure.any():
         _among_all(queries, gallery, np.flatnonzero(unsure), own, squares, found, devices)
-    return np.sqrt(squares).astype(np.float32), found
+    return squares, found
 
 
 def _among_all(
@@ -121,7 +139,7 @@ def _among_all(
             bound = share * (np.sqrt(float(near_norms[place])) + lengths) ** 2
             some = np.flatnonzero(approximate <= squares[query, -1] + bound)
             exact = np.concatenate(
-                [_squares(queries[query], distinct[some[cut]]) for cut in _chunks(len(some), gallery.shape[1])]
+                [squares_of(queries[query], distinct[some[cut]]) for cut in _chunks(len(some), gallery.shape[1])]
             )
             some = some[np.argsort(exact, kind="stable")]
             exact = np.sort(exact)
@@ -141,7 +159,7 @@ def rounding(width: int) -> float:
     return (4 * np.sqrt(width) + 16) * float(np.finfo(np.float32).eps) / 2
 
 
-def _squares(a: Float[np.ndarray, "... d"], b: Float[np.ndarray, "... d"]) -> Float[np.ndarray, "..."]:
+def squares_of(a: Float[np.ndarray, "... d"], b: Float[np.ndarray, "... d"]) -> Float[np.ndarray, "..."]:
     """Squared distances by differences, in float64."""
     return np.sum(np.square(np.subtract(a, b, dtype=np.float64)), axis=-1)
 

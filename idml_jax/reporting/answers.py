@@ -14,7 +14,6 @@ from idml_jax.inference import model as trained
 from idml_jax.inference.search import Answers
 from idml_jax.inference.store import Index
 from idml_jax.reporting import html as pages
-from idml_jax.reporting import plots
 from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.runtime.files import without_nan
 
@@ -143,6 +142,8 @@ def picture_reader(index: Index, workdir: str) -> Reader:
 
 def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str:
     """An HTML page with the queries and their answers."""
+    from idml_jax.reporting import plots  # loads matplotlib, which a table does without
+
     encode = lambda pixels: None if pixels is None else plots.encode(pixels)
     body = [pages.html('<h1>{:,} queries</h1><p class="muted">{}</p>', len(rows), note)]
     for row in rows:
@@ -178,4 +179,6 @@ def as_png(rows: list[Row], read_query: Reader, read: Reader) -> bytes:
             [(read_query(row["query"]), caption, "#33658a")]
             + [(read(near["file"]), short(_near(near)), colours[_kind(row, near)]) for near in row["neighbours"]]
         )
+    from idml_jax.reporting import plots
+
     return plots.sheet(cells)

@@ -6,6 +6,7 @@ into HTML. No value is trusted because of its content.
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
@@ -39,12 +40,20 @@ figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 6.6em; }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 1rem 0; }
 .card { border: 1px solid #e0e4e8; border-radius: 6px; padding: .6rem 1rem; min-width: 118px; }
 .card b { display: block; font-size: 1.45rem; font-weight: 600; }
+.finding { border-left: 5px solid #e0e4e8; padding: .4rem 0 .1rem .8rem; margin: 0 0 .6rem; }
+.finding.here { background: #f1f6fb; outline: 2px solid #33658a; }
+.finding.accept { border-color: #2f8f5b; } .finding.reject { border-color: #c8423b; opacity: .75; }
+.bar { position: sticky; top: 0; background: #fff; padding: .4rem 0; border-bottom: 1px solid #e0e4e8;
+  max-width: none; }
 """
 
 
-# A page cannot load anything or run scripts; only its own style sheet is allowed.
-_STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-POLICY = f"default-src 'none'; img-src data:; style-src 'sha256-{_STYLE_HASH}'; base-uri 'none'; form-action 'none'"
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+# A page cannot load anything or run scripts; only its own style sheet is allowed, and where it has one its own script.
+POLICY = f"default-src 'none'; img-src data:; style-src {_digest(STYLE)}; base-uri 'none'; form-action 'none'"
 
 
 def text(value: object) -> Markup:
@@ -69,18 +78,20 @@ def join(parts: Iterable[object], separator: str = "") -> Markup:
     return Markup(separator).join(map(text, parts))
 
 
-def page(title: str, body: Iterable[Markup]) -> str:
-    """A complete self-contained page."""
+def page(title: str, body: Iterable[Markup], script: str = "") -> str:
+    """A complete self-contained page; script: JavaScript, written in this package, the only one that may run."""
+    policy = f"{POLICY}; script-src {_digest(script)}" if script else POLICY
     return str(
         html(
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta http-equiv="Content-Security-Policy" content="{}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            "<title>{}</title><style>{}</style></head>\n<body>\n{}\n</body></html>\n",
-            Markup(POLICY),
+            "<title>{}</title><style>{}</style></head>\n<body>\n{}\n{}</body></html>\n",
+            Markup(policy),
             title,
             Markup(STYLE),
             join(body, "\n"),
+            Markup(f"<script>{script}</script>\n") if script else Markup(""),
         )
     )
 
@@ -94,6 +105,14 @@ def data_url(data: bytes) -> str:
 def plot(png: bytes, description: str) -> Markup:
     """A plot over the width of the page; the description is its alternative text."""
     return html('<img class="plot" src="{}" alt="{}">', data_url(png), description)
+
+
+def plots_of(page: str) -> list[tuple[str, bytes]]:
+    """The plots of a page: the description and the PNG of each."""
+    found = []
+    for data, description in re.findall(r'<img class="plot" src="data:image/png;base64,([^"]*)" alt="([^"]*)"', page):
+        found.append((Markup(description).unescape(), base64.b64decode(data)))
+    return found
 
 
 def tile(picture: bytes | None, caption: Sequence[str], kind: str = "", title: str = "") -> Markup:

@@ -18,6 +18,7 @@ from idml_jax.reporting import plots
 from idml_jax.reporting import sections as parts
 from idml_jax.reporting.record import read_record
 from idml_jax.reporting.sections import SECTIONS, Seen, Thumbnails
+from idml_jax.runtime import trackers
 from idml_jax.runtime.files import check_target, user_path, write_text
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import data_of
@@ -121,5 +122,7 @@ def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: 
     beside = comparison(seen, user_path(compare)) if compare else Markup()
     images = Thumbnails(seen)
     sections = [SECTIONS[name](seen, images) for name in seen.task.sections]
-    write_text(out, pages.page(f"idml_jax: {seen.model.workdir.name}", [parts.head(seen, images), beside, *sections]))
+    page = pages.page(f"idml_jax: {seen.model.workdir.name}", [parts.head(seen, images), beside, *sections])
+    write_text(out, page)
+    trackers.send_page(seen.model.workdir, out, pages.plots_of(page))
     return out

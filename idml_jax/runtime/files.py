@@ -35,6 +35,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def cache_home() -> Path:
+    """The folder for caches of this user: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def user_path(given: str | Path) -> Path:
     """Makes a path typed by a user absolute and expands ``~``.
 

@@ -1,7 +1,4 @@
-"""Metric writers: metrics.jsonl, and TensorBoard and progress through CLU. The only importer of CLU.
-
-CLU's writers import TensorFlow and TensorBoard. Without those, a run continues after one warning.
-"""
+"""Writes the metrics of a run: metrics.jsonl itself, TensorBoard's files and trackers each in a thread of its own."""
 
 import contextlib
 import errno
@@ -10,26 +7,17 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from idml_jax.errors import UserError
+from idml_jax.runtime import trackers
+from idml_jax.runtime.background import Background
 from idml_jax.runtime.files import check_target, write_text
+from idml_jax.runtime.tensorboard import open_events
 
 logger = logging.getLogger("idml_jax")
-
-
-def _clu() -> tuple[Any, Any] | None:
-    """CLU's ``metric_writers`` and ``periodic_actions``, or ``None`` where they cannot be imported."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    try:
-        from clu import metric_writers, periodic_actions
-    except ImportError as error:
-        logger.warning("no TensorBoard logs (%s); metrics still go to the console and to metrics.jsonl", error)
-        return None
-    return metric_writers, periodic_actions
 
 
 class MetricWriter:
@@ -38,18 +26,27 @@ class MetricWriter:
     Args:
       workdir: folder of the run, for ``metrics.jsonl`` and ``tensorboard/``.
       active: false on all hosts but the first; an inactive writer writes nothing.
-      tensorboard: also write TensorBoard logs, if possible.
+      tensorboard: also write TensorBoard logs.
       rows: number of rows of ``metrics.jsonl`` that belong to the resumed state, 0 for a new run. Later rows are
         dropped, since the run will write them again.
+      tracking: trackers to write to as well, and what they are told about the run.
 
     Attributes:
       rows: number of rows written so far, including the kept ones.
     """
 
-    def __init__(self, workdir: Path, *, active: bool = True, tensorboard: bool = True, rows: int = 0):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        active: bool = True,
+        tensorboard: bool = True,
+        rows: int = 0,
+        tracking: trackers.Tracking | None = None,
+    ):
         self._active, self.rows = active, rows
-        self._clu: Any = None
-        self._tensorboard: Any = None
+        self._tensorboard: Background | None = None
+        self._writers: list[Background] = []
         self._file: Any = None
         if not active:
             return
@@ -63,16 +60,16 @@ class MetricWriter:
         if keep != lines:
             write_text(path, "".join(line + "\n" for line in keep))
         self._file = path.open("a")
-        self._clu = _clu() if tensorboard else None
-        if self._clu:
-            metric_writers, _ = self._clu
-            writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
-            self._tensorboard = metric_writers.AsyncWriter(writer)
+        if tensorboard:
+            self._tensorboard = Background("TensorBoard logs", lambda: open_events(workdir / "tensorboard"))
+            self._writers.append(self._tensorboard)
+        if tracking is not None:
+            self._writers += trackers.start(tracking, workdir)
 
     @property
     def tensorboard(self) -> bool:
         """Whether TensorBoard logs are written."""
-        return self._tensorboard is not None
+        return self._tensorboard is not None and not self._tensorboard.failed
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one row: the scalars of a step.
@@ -91,8 +88,8 @@ class MetricWriter:
             self._file.flush()
         except OSError as error:
             raise self._cannot(error) from error
-        if self._tensorboard:
-            self._tensorboard.write_scalars(step, values)
+        for writer in self._writers:
+            writer.scalars(step, values)
 
     def sync(self) -> None:
         """Flushes the rows to disk; called before a checkpoint that relies on them."""
@@ -112,14 +109,12 @@ class MetricWriter:
 
     def progress(self, total: int, first: int) -> "Progress":
         """An object that reports progress and the remaining time every few seconds."""
-        periodic = self._clu[1] if self._clu else None
-        return Progress(total, first, periodic, self._tensorboard)
+        return Progress(total, first, self._tensorboard)
 
-    def close(self) -> None:
-        """Flushes everything to disk."""
-        if self._tensorboard:
-            self._tensorboard.flush()
-            self._tensorboard.close()
+    def close(self, finished: bool = True) -> None:
+        """Flushes everything to disk and to the trackers, which are told whether the run is finished."""
+        for writer in self._writers:
+            writer.close(finished)
         if self._file:
             with contextlib.suppress(OSError):  # reported when the row was written
                 self._file.close()
@@ -134,18 +129,19 @@ def _is_row(line: str) -> bool:
 
 
 class Progress:
-    """Measures speed and remaining time; CLU's periodic action also reports steps per second to TensorBoard."""
+    """Measures speed and remaining time; TensorBoard's writer reports the steps per second every few seconds."""
 
-    def __init__(self, total: int, first: int, periodic: Any, writer: Any):
+    def __init__(self, total: int, first: int, tensorboard: Background | None = None):
         self._total, self._step, self._time = total, first, time.monotonic()
-        self._action = None
-        if periodic:
-            self._action = periodic.ReportProgress(num_train_steps=total, writer=writer, every_secs=30.0)
+        self._tensorboard = tensorboard
+        self._report: Callable[[int], object] | None = None
 
     def tick(self, step: int) -> None:
         """Must be called after every step."""
-        if self._action:
-            self._action(step)
+        if self._tensorboard and self._tensorboard.writer and not self._report:  # opened by now
+            self._report = self._tensorboard.writer.speed(self._total, self._tensorboard.scalars)
+        if self._report:
+            self._report(step)
 
     def pause(self, seconds: float) -> None:
         """Excludes time, in seconds, that was not spent on training."""

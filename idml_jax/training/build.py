@@ -157,6 +157,8 @@ def build(config: ConfigDict) -> Run:
     except ValueError as error:
         raise UserError(f"{error} (config.model.name = {config.model.name!r}, config.data.image_size)") from error
     learning = learning_of(config, model, image_shape(config))
+    if config.optim.cached_features and jax.process_count() > 1:
+        raise UserError("config.optim.cached_features is for one process, which keeps the features in its folder")
     if not learning.everything and not config.model.init_from:
         logger.warning(
             "warning: config.optim.trunk = %r freezes random weights; name pretrained ones (config.model.init_from) or "
@@ -173,6 +175,7 @@ def build(config: ConfigDict) -> Run:
         seed=config.seed,
         accumulate=config.optim.accumulate,
         ema=config.optim.ema,
+        features=config.optim.cached_features,
         near=0 if config.sharding.partners == "any" else getattr(sampler, "per_class", 1),
     )
     total_steps = min(config.max_steps or all_steps, all_steps)

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from idml_jax.data.images.transforms import CHANGES
 from idml_jax.losses import LOSSES
+from idml_jax.runtime.trackers import Tracking, names_of
 
 SPLIT_CLASSES = 50_000  # number of classes from which proxies are split over devices by default
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -40,6 +41,12 @@ def starts_whitened(config: ConfigDict) -> bool:
     if model.semantic_init == "auto":
         return bool(model.init_from) and model.init_parts == "trunk" and config.task == "retrieval"
     return model.semantic_init == "whiten"
+
+
+def tracking_of(config: ConfigDict) -> Tracking:
+    """What the trackers of a run are told about it."""
+    log = config.log
+    return Tracking(names_of(log.trackers), log.project, log.name, config.to_dict())
 
 
 def default_config() -> ConfigDict:
@@ -161,6 +168,7 @@ def default_config() -> ConfigDict:
     config.optim.ema = 0.0  # decay of the moving averages of the weights used for evaluation; 0: none
     config.optim.warmup_epochs = 5  # epochs in which only heads and proxies train
     config.optim.trunk = "all"  # or none, last:N (the last N blocks): the part of the trunk that learns
+    config.optim.cached_features = False  # with trunk=none: the heads learn from fit.views stored features per image
     config.optim.layer_decay = 1.0  # factor on the rate per block of the trunk, from the last one back; 1: none
     config.optim.proxy_lr_factor = 100.0  # factor on the learning rate of the proxies
     config.optim.loss_lr_factor = 1.0  # factor for other numbers that a loss learns
@@ -204,4 +212,7 @@ def default_config() -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 50  # steps between two rows of metrics.jsonl
     config.log.tensorboard = True  # also write TensorBoard's files
+    config.log.trackers = ()  # also send metrics, settings and report to some of wandb, mlflow, trackio
+    config.log.project = "idml_jax"  # project there; MLflow calls it an experiment
+    config.log.name = ""  # name of the run there; empty: that of the run's folder
     return config

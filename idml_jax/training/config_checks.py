@@ -1,5 +1,6 @@
 """Checks of settings, also of their combinations."""
 
+import difflib
 import math
 
 from ml_collections import ConfigDict
@@ -12,11 +13,12 @@ from idml_jax.losses import LOSSES
 from idml_jax.metrics.closed_form import METHODS as CLOSED_FORMS
 from idml_jax.mixing import PARTNERS
 from idml_jax.models.heads import UNCERTAINTY_HEADS
+from idml_jax.runtime.trackers import TRACKERS, names_of
 from idml_jax.training import learning, watch
 from idml_jax.training.config import learns_uncertainty, starts_whitened
 from idml_jax.training.fields import at_least, choice, value_of
-from idml_jax.training.tasks import TASKS, task_of
-from idml_jax.training.tasks.terms import check_loss, names_of
+from idml_jax.training.tasks import TASKS, task_of, terms
+from idml_jax.training.tasks.terms import check_loss
 
 # Fields that must be at least 1, and at least 0; all must be finite.
 AT_LEAST_ONE = (
@@ -79,6 +81,7 @@ def validate(config: ConfigDict) -> None:
     _check_evaluation(config)
     _check_closed_form(config)
     _check_remedies(config)
+    _check_trackers(config.log)
     task_of(config).check(config)
 
 
@@ -152,6 +155,7 @@ def _check_learning(config: ConfigDict) -> None:
     if not 0 <= config.optim.ema < 1:
         raise UserError(f"config.optim.ema = {config.optim.ema} must be at least 0 and below 1")
     learning.check(config.optim)
+    learning.check_cached(config)
     field = "classification.mixing" if config.task == "classification" else "mixup.enabled"
     if config.sharding.partners != "any" and value_of(config, field) in ("none", False):
         raise UserError(
@@ -172,7 +176,7 @@ def _check_remedies(config: ConfigDict) -> None:
             raise UserError(f"{set_to} needs config.task = 'retrieval' and config.ism.enabled")
         if ism.variant == "released":
             raise UserError(f"{set_to}: config.ism.variant = 'released' does not teach u")
-        if reads := [name for name in names_of(config.loss.name) if LOSSES[name].reads == "embeddings"]:
+        if reads := [name for name in terms.names_of(config.loss.name) if LOSSES[name].reads == "embeddings"]:
             raise UserError(f"{set_to}: the loss {reads[0]} does not read the metric")
     if not 0 <= prism.share < 1:
         raise UserError(f"config.prism.share = {prism.share} must be a share, at least 0 and below 1")
@@ -201,6 +205,22 @@ def _check_evaluation(config: ConfigDict) -> None:
             "config.eval.split = 'validation' needs config.data.validation_classes (classification: "
             "config.data.validation_images) above 0"
         )
+
+
+def _check_trackers(log: ConfigDict) -> None:
+    """Checks the names of trackers, and that what is said to them is said to somebody."""
+    if any(not isinstance(name, str) for name in log.trackers):
+        raise UserError(f"config.log.trackers = {tuple(log.trackers)} must be names, of {', '.join(TRACKERS)}")
+    for name in names_of(log.trackers):
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"config.log.trackers: {name!r} is unknown; {hint}known: {', '.join(TRACKERS)}")
+    if not log.project:
+        raise UserError("config.log.project is empty; it is the project that trackers file the run under")
+    for field, default in (("project", "idml_jax"), ("name", "")):
+        if log[field] != default and not log.trackers:
+            raise UserError(f"config.log.{field} = {log[field]!r} is for trackers, but config.log.trackers is empty")
 
 
 def _check_closed_form(config: ConfigDict) -> None:

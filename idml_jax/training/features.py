@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from idml_jax.data.images.transforms import AnyPicture, Picture, Transform
+from idml_jax.data.samplers import Sampler
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, printable
 from idml_jax.metrics.embedded import Embedded
@@ -331,6 +332,28 @@ class Views:
     def __iter__(self) -> Iterator[tuple[Float[np.ndarray, "m f"], Int[np.ndarray, "m"]]]:
         for features in self.of:
             yield from features
+
+    def batches(self, sampler: Sampler, *, seed: int, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """Training batches of features in place of images; the view of an image is a function of (seed, step).
+
+        Args:
+          sampler: order of the images.
+          seed: seed of the run.
+          start: first step.
+          stop: step after the last.
+
+        Yields:
+          ``image`` [b, f] float32, ``label`` [b] int32, ``index`` [b] int32.
+        """
+        for step in range(start, stop):
+            records = sampler.batch(step)
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step))))
+            view = generator.integers(len(self.of), size=len(records))
+            rows = np.empty((len(records), self.plain.width), np.float32)
+            for number in np.unique(view):
+                rows[view == number] = self.of[number].rows(records[view == number])
+            labels = self.plain.labels[records].astype(np.int32)
+            yield {"image": rows, "label": labels, "index": records.astype(np.int32)}
 
     @property
     def plain(self) -> Features:

@@ -22,11 +22,13 @@ from idml_jax.runtime import hosts
 from idml_jax.runtime.checkpoint import Checkpoints, has_checkpoints
 from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
+from idml_jax.runtime.trackers import check_installed
 from idml_jax.runtime.writers import MetricWriter
 from idml_jax.training import auto, train
 from idml_jax.training import semantic_init as heads
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
+from idml_jax.training.config import tracking_of
 from idml_jax.training.features import FeatureEmbedder, Features, Views, features_of
 from idml_jax.training.state import TrainState
 from idml_jax.training.tasks import Evaluation
@@ -48,7 +50,7 @@ SHOWN = {"zero_shot": "zero-shot features", "random": "random projection", "pca"
 # What a run has in its folder, besides the features.
 FILES = (
     "config.json", "data.json", "metrics.jsonl", "result.json", "eval.json", "report.html", "checkpoints", "stopped",
-    "damaged", "tensorboard", "broken_batch.json",
+    "damaged", "tensorboard", "broken_batch.json", "trackers.json", "wandb",
 )  # fmt: skip
 
 
@@ -109,6 +111,7 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
         logger.info("this run is finished: %s", workdir / "result.json")
         return stored
     run = build(config)
+    check_installed(tracking_of(config).names)
     train_source, classes = run.splits.train, len(run.splits.train.class_names)
     logger.info("%s: %d training images of %d classes", config.data.name, len(train_source), classes)
     state = run.initial_state()
@@ -318,7 +321,12 @@ def _evaluated(
 def _save(run: Run, state: TrainState, workdir: Path, result: dict[str, Any], metric: float) -> None:
     """Writes the row of ``metrics.jsonl`` and the checkpoint of step 0."""
     config = run.config
-    writer = MetricWriter(workdir, active=jax.process_index() == 0, tensorboard=config.log.tensorboard)
+    writer = MetricWriter(
+        workdir,
+        active=jax.process_index() == 0,
+        tensorboard=config.log.tensorboard,
+        tracking=tracking_of(config),
+    )
     try:
         row = {f"final/{name}": value for name, value in result.get("final", {}).items()}
         writer.write(0, row)

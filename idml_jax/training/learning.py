@@ -102,6 +102,25 @@ def check(optim: ConfigDict) -> None:
         )
 
 
+def check_cached(config: ConfigDict) -> None:
+    """Checks that nothing is set with ``optim.cached_features`` that stored features cannot give.
+
+    Raises:
+      UserError: naming the setting.
+    """
+    if not config.optim.cached_features:
+        return
+    field = "config.optim.cached_features"
+    if blocks_from_end(config.optim.trunk) != 0:
+        raise UserError(f"{field} needs a trunk that does not learn: config.optim.trunk=none")
+    mixing = {"retrieval": "mixup.enabled", "classification": "classification.mixing"}[config.task]
+    if config.mixup.enabled if config.task == "retrieval" else config.classification.mixing != "none":
+        wanted = "False" if config.task == "retrieval" else "none"
+        raise UserError(f"{field}: mixed images have no stored features; use config.{mixing}={wanted}")
+    if config.optim.accumulate != 1:
+        raise UserError(f"{field}: config.optim.accumulate = {config.optim.accumulate} has no effect; use 1")
+
+
 def learning_of(config: ConfigDict, model: EmbeddingModel, image_shape: tuple[int, int, int]) -> TrunkLearning:
     """How the trunk of a run learns.
 

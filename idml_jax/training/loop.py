@@ -14,10 +14,11 @@ from idml_jax.data import pipeline
 from idml_jax.errors import UserError
 from idml_jax.runtime import sharding
 from idml_jax.runtime.checkpoint import Checkpoints
+from idml_jax.runtime.compiled import compiling
 from idml_jax.runtime.files import without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.writers import MetricWriter, format_seconds
-from idml_jax.training import steps, watch
+from idml_jax.training import semantic_init, steps, watch
 from idml_jax.training.build import Run
 from idml_jax.training.state import TrainState
 
@@ -29,6 +30,7 @@ class Speed:
 
     def __init__(self, started: float):
         self.started = started
+        self.compiling = compiling()
         self.first_step: float | None = None
         self.rates: list[float] = []
 
@@ -125,7 +127,8 @@ class Trainer:
                 if self.speed.first_step is None:
                     jax.block_until_ready(metrics)
                     self.speed.first_step = time.monotonic() - self.speed.started
-                    logger.info("first step done %.1f s after the start", self.speed.first_step)
+                    told = "first step done %.1f s after the start; %s"
+                    logger.info(told, self.speed.first_step, compiling().since(self.speed.compiling))
                     progress.measure(self.step)
                 progress.tick(self.step)
                 end_of_epoch = self.step % per_epoch == 0 or self.last
@@ -147,6 +150,10 @@ class Trainer:
 
     def _batches(self) -> Iterator[pipeline.Batch]:
         config, run = self.run.config, self.run
+        if config.optim.cached_features:
+            folder = self.checkpoints.folder.parent
+            views = semantic_init.training_features(run, self.state.latest, folder, self.stop.check)
+            return views.batches(run.sampler, seed=config.seed, start=self.step, stop=run.total_steps)
         reading = pipeline.Reading(
             run.train_transform,
             channels=config.data.channels,

@@ -1,7 +1,8 @@
 """The table of all settings - name, default, choices, meaning - and the check of settings against it.
 
 The meanings are the comments of ``config.default_config`` and, for the options of losses, the docstrings of the losses.
-``docs/settings.md`` and ``python -m idml_jax.main --help`` show the table.
+``docs/settings.md`` and ``python -m idml_jax.main --help`` show the table. The help reads it from ``settings.txt``:
+making it loads jax and all losses.
 """
 
 import ast
@@ -11,6 +12,7 @@ import io
 import re
 import textwrap
 import tokenize
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -21,6 +23,8 @@ from idml_jax.training.config import default_config
 from idml_jax.training.config_checks import CHOICES
 from idml_jax.training.tasks import TASKS
 from idml_jax.training.workdir import flatten
+
+HELP = Path(__file__).with_suffix(".txt")  # what ``as_text`` gives, written by docs/settings_page.py
 
 
 class Setting(NamedTuple):

@@ -35,6 +35,7 @@ class StepSetup:
         with one part; live statistics are computed per part, and the running statistics are updated once per part.
       loss: loss function of the batch; ``None``: ``objective.batch_loss``.
       ema: decay of the moving averages of weights and statistics used for evaluation; 0: none.
+      features: whether ``image`` of a batch holds pooled features [n, f] of a trunk that does not learn.
       near: 0: partners of Mixup and CutMix from the whole batch; otherwise near ones, see ``mixing.with_partners``.
     """
 
@@ -49,6 +50,7 @@ class StepSetup:
     loss: BatchLoss | None = None
     ema: float = 0.0
     near: int = 0
+    features: bool = False
 
 
 def normalize(
@@ -86,6 +88,8 @@ def pooled_features(
       ``[n, k, f]`` features and the new statistics.
     """
 
+    if setup.features:
+        return inputs[0][:, None], batch_stats
     count, learning = setup.accumulate, setup.optimizer.trunk
     model = setup.model if count == 1 else setup.model.looped
 
@@ -151,7 +155,7 @@ def train_step(
 
     Args:
       state: state before the step.
-      batch: ``image`` [n, h, w, c] uint8 and ``label`` [n].
+      batch: ``image`` [n, h, w, c] uint8 (or features, see ``StepSetup``) and ``label`` [n].
       setup: fixed parts of the step.
       train_trunk: false during warm-up: only heads and the loss's parameters move, and no gradient is computed for
         the trunk. Otherwise the parts of it learn that ``setup.optimizer.trunk`` says.

@@ -20,11 +20,12 @@ from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
+from idml_jax.runtime.trackers import check_installed
 from idml_jax.runtime.writers import MetricWriter
 from idml_jax.training import auto, data_record, semantic_init
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
-from idml_jax.training.config import starts_whitened
+from idml_jax.training.config import starts_whitened, tracking_of
 from idml_jax.training.loop import Speed, Trainer
 from idml_jax.training.settings import check_known
 from idml_jax.training.workdir import remember
@@ -96,6 +97,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
             "config.fit.only is set by python -m idml_jax.fit, which makes such runs; leave it out to train"
         )
     run = build(auto.resolved(config, workdir))
+    check_installed(tracking_of(run.config).names)
     if stop.requested:
         raise Stopped(f"stopped by {stop.requested} before the first step; nothing was changed in {workdir}")
     finished = workdir / "result.json"
@@ -111,6 +113,7 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
         except ValueError as error:
             raise UserError(f"{finished} is not valid JSON ({error}); without it the run is evaluated again") from error
     trainer = _started(run, workdir, pretrained, stop, speed)
+    complete = False
     try:
         _start_whitened(trainer, workdir)
         _measure_untrained(trainer)
@@ -118,10 +121,11 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
         trainer.checkpoints.wait()
         result = without_nan(_finish(trainer))
         _write_result(trainer, workdir, result)
+        complete = True
     except Stopped as stopped:
         raise _told(stopped, workdir, trainer.checkpoints) from None
     finally:
-        trainer.writer.close()
+        trainer.writer.close(complete)
         trainer.checkpoints.close()
     return result
 
@@ -198,7 +202,11 @@ def _started(
         state = run.with_variables(state, variables)
         logger.info("starting from %s", source)
     writer = MetricWriter(
-        workdir, active=jax.process_index() == 0, tensorboard=config.log.tensorboard, rows=record["rows"]
+        workdir,
+        active=jax.process_index() == 0,
+        tensorboard=config.log.tensorboard,
+        rows=record["rows"],
+        tracking=tracking_of(config),
     )
     return Trainer(run, state, checkpoints, writer, stop, _end_epoch, speed, record)
 

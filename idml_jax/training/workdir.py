@@ -13,7 +13,8 @@ from idml_jax.training.config import default_config
 # Fields that affect how a run is executed but not its result: a resumed run may change them.
 FREE_FIELDS = (
     "data.root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps", "log.tensorboard",
-    "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size", "debug",
+    "log.trackers", "log.project", "log.name", "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size",
+    "debug",
 )  # fmt: skip
 
 # Fields that a run writes itself; where they are empty, nothing is claimed.

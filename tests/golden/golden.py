@@ -1,9 +1,14 @@
 """Golden outputs: computed before the code was reorganised, and still required.
 
-They were computed as the ordinary tests run, with few of LLVM's optimisations (``tests/conftest.py``).
-``python tests/golden/golden.py`` writes the files beside this one anew: only to be done when the numbers are meant to
-change, and then said in the commit. ``runs/`` was written by the code of version 0.1.0 and is never made again: it
-stands for the run folders that users have. ``fields_0_1_0.json`` lists that version's settings and options.
+Rounding depends on the compiler's options, so there is a file for each of the two sets of options that are used:
+``golden.json`` for ``COMPILED`` of ``compiler_options.py``, with which they were first computed, and
+``golden_quick.json`` for ``QUICK``, with which the ordinary tests run. ``python tests/golden/golden.py`` writes the
+first anew, with ``--quick`` the second: only to be done when the numbers are meant to change, and then said in the
+commit.
+``IDML_JAX_TESTS=compiled pytest tests/test_golden.py`` compares with the first file.
+
+``runs/`` was written by the code of version 0.1.0 and is never made again: it stands for the run folders that users
+have. ``fields_0_1_0.json`` lists that version's settings and options.
 """
 
 import hashlib
@@ -12,10 +17,15 @@ import os
 import platform
 import re
 import shutil
+import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # as tests/conftest.py has it, before jax is imported
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+if __name__ == "__main__":  # before jax is imported
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import compiler_options
+
+    KIND = "quick" if "--quick" in sys.argv else "compiled"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {compiler_options.of_tests(KIND)}"
 
 import cv2
 import jax
@@ -35,9 +45,15 @@ def machine() -> str:
     known = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line) if path.exists() else {}
     known = {name.strip(): value.strip() for name, value in known.items()}
     features = [f for f in known.get("flags", "").split() if f.startswith(("avx", "amx", "fma"))]
-    limit = sorted(set(re.findall(r"xla_(?:cpu_max_isa|backend_optimization_level)=\w+", os.environ["XLA_FLAGS"])))
+    options = "cpu_max_isa|backend_optimization_level|cpu_use_fusion_emitters"
+    limit = sorted(set(re.findall(rf"xla_(?:{options})=\w+", os.environ["XLA_FLAGS"])))
     digest = hashlib.sha256(" ".join(features + limit).encode()).hexdigest()[:8]
     return f"{known.get('model name', platform.processor())}, features {digest}, jaxlib {jax.lib.__version__}"
+
+
+def file_of(kind: str) -> Path:
+    """The golden numbers for the options of a kind of tests."""
+    return HERE / ("golden_quick.json" if kind == "quick" else "golden.json")
 
 
 def pictures(count: int, seed: int) -> np.ndarray:
@@ -201,6 +217,24 @@ def stopped_config(root: Path):
     return config_of(str(root), **STOPPED)
 
 
+def copied(name: str, root: Path, target: Path) -> Path:
+    """A run folder of version 0.1.0, with its data where the images of this call are."""
+    shutil.copytree(HERE / "runs" / name, target)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["root"] = str(root)
+    path.write_text(json.dumps(config))
+    return target
+
+
+def resumed(workdir: Path, root: Path) -> dict:
+    """The result of the stopped run of version 0.1.0 after it went on."""
+    from idml_jax.training import train
+
+    train.train_and_evaluate(stopped_config(root), workdir)
+    return metrics_of(json.loads((workdir / "result.json").read_text()))
+
+
 def vectors(workdir: Path, scratch: Path) -> dict:
     """What the exported program of a run and ``embed`` give for some images."""
     from jax import export as jax_export
@@ -233,11 +267,11 @@ def main() -> None:
                 name: metrics_of(train.train_and_evaluate(config_of(str(of(changes)), **changes), scratch / name))
                 for name, changes in RUNS.items()
             },
-            "resumed": metrics_of(train.train_and_evaluate(stopped_config(roots[False]), scratch / "whole")),
+            "resumed": resumed(copied("stopped", roots[False], scratch / "stopped"), roots[False]),
             "vectors": {name: vectors(HERE / "runs" / name, scratch / f"of_{name}") for name in RUNS},
         }
     text = json.dumps(found, sort_keys=True, default=float)
-    (HERE / "golden.json").write_text(text.replace("}, ", "},\n") + "\n")
+    file_of(KIND).write_text(text.replace("}, ", "},\n") + "\n")
 
 
 if __name__ == "__main__":

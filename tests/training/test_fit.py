@@ -11,6 +11,7 @@ import pytest
 from runs_made import last_state, rows, small_config
 
 from idml_jax import embed, evaluate, export, report, search
+from idml_jax.data.samplers import ShuffledSampler
 from idml_jax.errors import UserError
 from idml_jax.inference import model as trained
 from idml_jax.inference import store
@@ -264,3 +265,49 @@ class TestStart:
         auto = lambda **changes: starts_whitened(settings(**{"model.semantic_init": "auto", **changes}))
         assert auto() and not auto(**{"model.init_from": ""}) and not auto(**{"model.init_parts": "all"})
         assert not auto(task="classification") and not starts_whitened(settings())
+
+
+class TestHeadsOnStoredFeatures:
+    @pytest.fixture
+    def changes(self):
+        return {
+            "optim.trunk": "none", "optim.cached_features": True, "mixup.enabled": False, "fit.views": 2, "epochs": 2,
+            "model.semantic_init": "whiten", "optim.warmup_epochs": 0,
+        }  # fmt: skip
+
+    def test_images_go_through_the_trunk_once(self, changes, settings, tmp_path, monkeypatch):
+        config = settings(**changes)
+        # No image is read for a step.
+        monkeypatch.setattr("idml_jax.data.pipeline.train_batches", lambda *a, **k: pytest.fail("images are read"))
+        train.train_and_evaluate(config, tmp_path / "run")
+        stored = sorted(path.name for path in (tmp_path / "run" / "features").iterdir())
+        assert stored == ["train", "train_view1"]
+        first = build(config).initial_state()
+        state, _ = last_state(config, tmp_path / "run")
+        assert not np.allclose(state.params["heads"]["semantic"]["kernel"], first.params["heads"]["semantic"]["kernel"])
+        pretrained = build(config).pretrained()[0]["params"]["trunk"]
+        jax.tree.map(np.testing.assert_array_equal, state.params["trunk"], jax.tree.map(np.asarray, pretrained))
+        losses = [row["train/loss"] for row in rows(tmp_path / "run") if "train/loss" in row]
+        assert losses[-1] < losses[0]
+
+    def test_batches(self):
+        labels = np.arange(10) // 2
+        of = [features_lib.Features((np.full((10, 3), v) + np.arange(10)[:, None],), labels) for v in (0.0, 100.0)]
+        sampler = ShuffledSampler(10, 4, seed=0)
+        views = features_lib.Views(tuple(of))
+        batches = list(views.batches(sampler, seed=0, start=0, stop=4))
+        for batch in batches:
+            np.testing.assert_array_equal(batch["image"][:, 0] % 100, batch["index"])
+            np.testing.assert_array_equal(batch["label"], labels[batch["index"]])
+        assert {bool(value) for batch in batches for value in batch["image"][:, 0] >= 100} == {False, True}
+        later = next(views.batches(sampler, seed=0, start=3, stop=4))
+        np.testing.assert_array_equal(later["image"], batches[3]["image"])
+
+    def test_refused(self, changes, settings):
+        for name, value, text in (
+            ("optim.trunk", "all", "optim.trunk=none"),
+            ("mixup.enabled", True, "no stored features"),
+            ("optim.accumulate", 2, "optim.accumulate"),
+        ):
+            with pytest.raises(UserError, match=text):
+                validate(settings(**{**changes, name: value}))

@@ -1,5 +1,6 @@
 """The risk head: its losses, its fit, its file, and that embeddings and scores have it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -113,6 +114,10 @@ def test_the_file_of_a_head(with_risk, tmp_path, caplog):
     damaged.write_bytes(damaged.read_bytes()[:200])
     with pytest.raises(UserError, match=r"risk.npz: is damaged .* makes it again"):
         risk.load(tmp_path, "w")
+
+
+def test_the_options_of_the_door_are_the_settings():
+    assert {name: default for name, (default, _) in door.OPTIONS.items()} == dataclasses.asdict(Settings())
 
 
 @pytest.mark.parametrize(

@@ -58,4 +58,5 @@ def test_the_settings_of_the_package_are_known():
 def test_the_page_of_settings_is_current():
     written = runpy.run_path(str(ROOT / "docs" / "settings_page.py"))["page"]()
     assert (ROOT / "docs" / "settings.md").read_text() == written, "python docs/settings_page.py"
+    assert settings.HELP.read_text() == settings.as_text() + "\n", "python docs/settings_page.py"
     assert all(setting.meaning or setting.choices for setting in settings.table())

@@ -175,19 +175,6 @@ def test_the_command_trains_evaluates_and_writes_tensorboard(image_folder, tmp_p
     assert done.returncode == 0 and "R@1" in done.stdout, done.stderr
 
 
-def test_without_tensorflow_a_run_continues_with_one_warning(tmp_path):
-    code = (
-        "import sys, logging; sys.modules['tensorflow'] = None; logging.basicConfig(format='%(message)s')\n"
-        "from pathlib import Path; from idml_jax.runtime.writers import MetricWriter\n"
-        f"w = MetricWriter(Path({str(tmp_path)!r})); w.write(1, {{'a': 1.0}}); p = w.progress(2, 0); p.tick(1)\n"
-        "print(p.measure(1)[0] > 0); w.close()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
-    assert done.stderr.count("no TensorBoard logs") == 1
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": 1.0}
-
-
 @pytest.mark.parametrize(
     "name,size,message",
     [

@@ -1,0 +1,163 @@
+"""Proposed changes of a set of images as a table, decisions about them, and the corrected list or folder."""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from idml_jax.data.lists import LISTS
+from idml_jax.errors import UserError, printable
+from idml_jax.inference.audit import Finding
+from idml_jax.inference.index import Index
+from idml_jax.runtime.files import first_line, replace_folder, user_path, write_text
+
+COLUMNS = ("id", "action", "path", "class", "proposed", "kind", "score", "reason", "decision")
+_NEEDED = ("action", "path", "proposed", "decision")
+DECISIONS = ("accept", "reject", "")
+_MOST_BYTES = 2**28
+
+
+class Change(NamedTuple):
+    """A decided change.
+
+    Attributes:
+      path: the image.
+      action: ``relabel`` or ``remove``.
+      proposed: new class; empty for ``remove``.
+    """
+
+    path: str
+    action: str
+    proposed: str
+
+
+def as_rows(index: Index, findings: Sequence[Finding]) -> list[dict[str, str]]:
+    """The findings as rows of the table ``changes.csv``, without decisions."""
+    rows = []
+    for number, finding in enumerate(findings, 1):
+        proposed = "" if finding.proposed is None or index.class_names is None else index.class_names[finding.proposed]
+        values = (
+            str(number), "remove" if finding.proposed is None else "relabel", str(index.files[finding.row]),
+            index.class_of(finding.row) or "", str(proposed), finding.kind, f"{finding.score:.4f}", finding.reason, "",
+        )  # fmt: skip
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def as_csv(rows: Sequence[dict[str, str]]) -> str:
+    """Rows as CSV with a header."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def read_decisions(where: str | Path) -> tuple[list[Change], int, int]:
+    """Accepted changes of a table, and the numbers of rejected and of undecided ones.
+
+    Raises:
+      UserError: naming the file, the line and what is wrong with it.
+    """
+    path = user_path(where)
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"{path}: more than {_MOST_BYTES:,} bytes; not a table of decisions")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        table = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table of decisions ({first_line(error)})") from error
+    if not table or any(name not in table[0] for name in _NEEDED):
+        raise UserError(f"{path}: needs the columns {', '.join(_NEEDED)}, as in changes.csv and decisions.csv of audit")
+    accepted, counts = [], dict.fromkeys(DECISIONS, 0)
+    for line, row in enumerate(table, 2):
+        decision, action = (row["decision"] or "").strip().lower(), row["action"]
+        if decision not in DECISIONS:
+            raise UserError(f"{path}, row {line}: the decision {row['decision']!r} is none of accept, reject and empty")
+        if action not in ("relabel", "remove") or (action == "relabel" and not row["proposed"]):
+            raise UserError(f"{path}, row {line}: the action is relabel, with a class in proposed, or remove")
+        counts[decision] += 1
+        if decision == "accept":
+            accepted.append(Change(row["path"], action, row["proposed"] or ""))
+    return accepted, counts["reject"], counts[""]
+
+
+class Corrected(NamedTuple):
+    """A corrected set.
+
+    Attributes:
+      paths: its images.
+      classes: class of each.
+      relabelled: number of images with another class than before.
+      removed: names of the images that were removed.
+    """
+
+    paths: list[str]
+    classes: list[str]
+    relabelled: int
+    removed: list[str]
+
+
+def apply(index: Index, changes: Sequence[Change]) -> Corrected:
+    """The set with the changes; an image that is to be removed is removed, whatever else is decided about it.
+
+    Raises:
+      UserError: for an image that the index lacks, two different classes for one image, or if nothing is left.
+    """
+    if index.class_names is None:
+        raise UserError("the index has no classes, so no list with classes can be made of it")
+    names = [str(name) for name in index.files]
+    known, gone = set(names), set()
+    new: dict[str, str] = {}
+    for change in changes:
+        if change.path not in known:
+            raise UserError(
+                f"{change.path}: is not an image of the index; apply decisions to the index they were made for"
+            )
+        if change.action == "remove":
+            gone.add(change.path)
+        elif new.setdefault(change.path, change.proposed) != change.proposed:
+            raise UserError(f"{change.path}: two classes are accepted, {new[change.path]} and {change.proposed}")
+    kept = [row for row, name in enumerate(names) if name not in gone]
+    if not kept:
+        raise UserError("all images are removed; nothing is left")
+    before = [index.class_of(row) or "" for row in kept]
+    classes = [new.get(names[row], old) for row, old in zip(kept, before, strict=True)]
+    changed = sum(one != two for one, two in zip(before, classes, strict=True))
+    return Corrected([names[row] for row in kept], classes, changed, [name for name in names if name in gone])
+
+
+def write(corrected: Corrected, out: str | Path) -> Path:
+    """Writes a corrected set: a list (``path,class``), or a folder of links to the images, a folder per class.
+
+    Args:
+      corrected: the set.
+      out: file that ends as a list, or else a new folder.
+
+    Raises:
+      UserError: for images that are no files, names that a list or folder cannot hold, or if it cannot be written.
+    """
+    out = user_path(out)
+    absent = next((path for path in corrected.paths if not os.path.isabs(path)), None)
+    if absent is not None:
+        raise UserError(f"{absent}: is not the path of a file, so no list or folder can name it; embed with --images")
+    if out.suffix.lower() in LISTS:
+        for name in (*corrected.paths, *corrected.classes):
+            if any(mark in name for mark in "\r\n\t"):
+                raise UserError(f"{printable(name)}: a list cannot hold a name with a tab or line break")
+        text = io.StringIO()
+        separator = "," if out.suffix.lower() == ".csv" else "\t"
+        table = csv.writer(text, delimiter=separator, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        table.writerows([("path", "class"), *zip(corrected.paths, corrected.classes, strict=True)])
+        write_text(out, text.getvalue())
+        return out
+    for name in set(corrected.classes):
+        if not name or name.startswith(".") or "/" in name or "\0" in name:
+            raise UserError(f"the class {printable(name)!r} cannot be the name of a folder; give a list, e.g. out.csv")
+    with replace_folder(out) as folder:
+        for row, (path, name) in enumerate(zip(corrected.paths, corrected.classes, strict=True)):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / f"{row:06d}_{Path(path).name}").symlink_to(path)
+    return out

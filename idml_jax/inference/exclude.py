@@ -1,0 +1,128 @@
+"""Images that a search leaves out: by a list of files, a pattern of names, or a class."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from idml_jax.data.lists import LISTS, listed_paths
+from idml_jax.errors import UserError
+from idml_jax.inference.index import Index
+from idml_jax.metrics.embedded import rows_of
+
+EXAMPLES = "--exclude=removed.csv, --exclude='*/drafts/*' or --exclude=class=Mallard"
+
+
+class Rule(NamedTuple):
+    """One value of ``--exclude``.
+
+    Attributes:
+      given: the value.
+      names: names of a list; ``None`` for other rules.
+      pattern: pattern of names; ``None`` for other rules.
+      class_name: a class; ``None`` for other rules.
+    """
+
+    given: str
+    names: frozenset[str] | None = None
+    pattern: re.Pattern[str] | None = None
+    class_name: str | None = None
+
+    def of_name(self, name: str) -> bool:
+        """Whether the rule is for this image."""
+        if self.names is not None:
+            return name in self.names
+        return self.pattern is not None and self.pattern.match(name) is not None
+
+
+def parse(values: Sequence[str]) -> list[Rule]:
+    """Rules from the values of ``--exclude``.
+
+    A name with the ending of a list is a file of names, one per line as for ``--images`` (relative paths are taken as
+    they stand, and relative to the list); ``class=NAME`` is a class; anything else a pattern of file
+    names, with ``*`` and ``?``.
+
+    Raises:
+      UserError: for an empty value, or a list that cannot be read.
+    """
+    rules = []
+    for given in values:
+        if not given:
+            raise UserError(f"--exclude is empty; give {EXAMPLES}")
+        if given.startswith("class="):
+            rules.append(Rule(given, class_name=given.removeprefix("class=")))
+        elif Path(given).suffix.lower() in LISTS:
+            names = listed_paths(given, "--exclude")
+            rules.append(Rule(given, names=frozenset(names)))
+        else:
+            rules.append(Rule(given, pattern=re.compile(fnmatch.translate(given))))
+    return rules
+
+
+def left_out(
+    rules: Sequence[Rule],
+    names: Iterable[tuple[int, Sequence[str]]],
+    labels: Int[np.ndarray, "n"] | None,
+    class_names: Sequence[str] | None,
+    rows: int,
+    say: Callable[[str], None],
+) -> Bool[np.ndarray, "n"]:
+    """The rows that the rules leave out, with a line about each rule.
+
+    Args:
+      rules: result of ``parse``.
+      names: first row and names of the images, batch by batch.
+      labels: label of every row, if known.
+      class_names: names by label.
+      rows: number of rows.
+      say: receives the lines.
+
+    Raises:
+      UserError: if a rule is for no image, names an unknown class, or nothing is left.
+    """
+    found = np.zeros((len(rules), rows), bool)
+    for first, batch in names:
+        for place, name in enumerate(batch, first):
+            for number, rule in enumerate(rules):
+                if rule.class_name is None and rule.of_name(name):
+                    found[number, place] = True
+    for number, rule in enumerate(rules):
+        if rule.class_name is not None:
+            if labels is None or class_names is None:
+                raise UserError(f"--exclude={rule.given}: the classes of the index are unknown")
+            known = [label for label, name in enumerate(class_names) if name == rule.class_name]
+            found[number] = np.isin(labels, known)
+        if not found[number].any():
+            raise UserError(f"--exclude={rule.given}: no image of the index; give {EXAMPLES}")
+        say(f"--exclude={rule.given}: {int(found[number].sum()):,} images are left out")
+    whole: Bool[np.ndarray, "n"] = np.asarray(found.any(axis=0))
+    if whole.all():
+        raise UserError("--exclude leaves out all images of the index")
+    return whole
+
+
+def without(index: Index, rules: Sequence[Rule], say: Callable[[str], None]) -> Bool[np.ndarray, "n"]:
+    """The rows of an index in memory that the rules leave out; errors as for ``left_out``."""
+    labels = None if index.class_names is None else index.embedded.labels
+    names = [(0, [str(name) for name in index.files])]
+    return left_out(rules, names, labels, index.class_names, len(index), say)
+
+
+def kept(
+    index: Index, gone: Bool[np.ndarray, "n"], own: Int[np.ndarray, "q"] | None
+) -> tuple[Index, Int[np.ndarray, "q"] | None]:
+    """The index without some rows, and the queries' own rows in it (-1 where they are gone)."""
+    ambiguity = None if index.ambiguity is None else index.ambiguity[~gone]
+    less = replace(
+        index, embedded=rows_of(index.embedded, ~gone), files=index.files[~gone], ambiguity=ambiguity, path=None
+    )
+    if own is None:
+        return less, None
+    new = np.where(gone, -1, np.cumsum(~gone) - 1)
+    own = np.where(own >= 0, new[np.maximum(own, 0)], -1)
+    return less, own if (own >= 0).any() else None

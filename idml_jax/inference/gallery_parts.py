@@ -1,0 +1,350 @@
+"""Writes a gallery: a folder of Parquet parts that many processes fill together, and that can be added to.
+
+A part holds the embeddings of ``PART_IMAGES`` images of a source. Which images those are depends on the source alone,
+so any number of processes, on any machines that share the folder, can write parts, stop and start again.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from idml_jax.data.sources import Source
+from idml_jax.errors import UserError, printable
+from idml_jax.inference import gallery as reading
+from idml_jax.inference.arrays import arrow
+from idml_jax.inference.embed import Progress, about_of, embed_records
+from idml_jax.inference.gallery import Made, part_path, skipped_path, source_path, sources_of
+from idml_jax.inference.index import SUFFIXES, Index
+from idml_jax.inference.model import Trained
+from idml_jax.inference.store import digest, is_text, table_of
+from idml_jax.runtime.files import atomic, user_path, write_json, write_text
+
+PART_IMAGES = 4096
+GROUP_ROWS = 1024  # rows of a row group, the least that is read of a part
+SKIPPED = "_skipped.txt"
+_MANY_NAMES = 4096  # class names that a part repeats at most, so that it can be read alone
+
+
+class Shard(NamedTuple):
+    """Which parts a process writes: those whose number has the remainder ``number - 1`` by ``count``.
+
+    Attributes:
+      number: from 1.
+      of: number of processes.
+    """
+
+    number: int = 1
+    of: int = 1
+
+
+def parse_shard(text: str) -> Shard:
+    """A shard from ``i/n``.
+
+    Raises:
+      UserError: unless 1 <= i <= n.
+    """
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--shard={text}: give i/n with 1 <= i <= n, e.g. --shard=1/4 to --shard=4/4")
+    return Shard(int(number), int(count))
+
+
+def embed_to_gallery(
+    model: Trained,
+    source: Source,
+    out: str | Path,
+    *,
+    labelled: bool,
+    origin: str,
+    shard: Shard = Shard(),  # noqa: B008 (immutable)
+    append: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Embeds a process's share of a source into the folder of a gallery; finished parts are skipped.
+
+    Args:
+      model: trained embedding; ``model.using`` sets threads and batch size.
+      source: images.
+      out: the folder; new, or a gallery.
+      labelled: whether the source's labels are valid.
+      origin: origin of the images, for ``about``.
+      shard: this process's share.
+      append: add the images that the gallery lacks.
+      say: receives progress lines.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: if the folder is no gallery, holds other images (without ``append``) or parts of another
+        configuration, or cannot be written.
+    """
+    work = open_work(model, source, out, labelled=labelled, origin=origin, append=append, say=say)
+    if work is None:
+        return user_path(out)
+    mine = range(shard.number - 1, work.made.parts, shard.of)
+    open_parts = [number for number in mine if not work.has(number)]
+    if len(open_parts) < len(mine):
+        say(f"resuming: {len(mine) - len(open_parts):,} of {len(mine):,} parts are done")
+    progress = Progress(max(1, sum(len(work.records(number)) for number in open_parts)), 0, say)
+    for number in open_parts:
+        work.write(number, progress.add)
+    work.finish(say)
+    return work.folder
+
+
+def save(index: Index, out: str | Path, per_part: int = PART_IMAGES) -> Path:
+    """Writes embeddings in memory, or read from a file, as a new gallery.
+
+    Args:
+      index: embeddings.
+      out: the folder.
+      per_part: images of a part.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: if the folder exists and is not empty, or cannot be written.
+    """
+    folder = _checked_folder(out, append=False)
+    if sources_of(folder):
+        raise UserError(f"{folder}: is a gallery already; give a new folder")
+    classes = None if index.class_names is None else list(index.class_names)
+    embedded = index.embedded
+    columns: dict[str, Any] = {
+        "semantic": embedded.semantic,
+        "semantic_norm": embedded.semantic_norm,
+        "uncertainty": embedded.uncertainty,
+        "uncertainty_norm": None if embedded.uncertainty is None else embedded.uncertainty_norm,
+        "files": index.files,
+        "labels": None if classes is None else embedded.labels.astype(np.int32),
+        "ambiguity": index.ambiguity,
+        "risk": embedded.risk,
+    }
+    made = Made(0, index.about, classes, digest([str(name) for name in index.files]), len(index), (), per_part)
+    _create(source_path(folder, 0), made)
+    for number in range(made.parts):
+        cut = slice(number * per_part, (number + 1) * per_part)
+        part = {name: value[cut] for name, value in columns.items() if value is not None}
+        _write_table(part_path(folder, 0, number), part, made, number)
+    return folder
+
+
+class Work:
+    """A source that is written into a gallery.
+
+    Args:
+      model: trained embedding.
+      source: images.
+      folder: the gallery.
+      made: what the parts are made of.
+
+    Attributes:
+      folder: the gallery.
+      made: what the parts are made of.
+    """
+
+    def __init__(self, model: Trained, source: Source, folder: Path, made: Made):
+        self._model, self._source, self.folder, self.made = model, source, folder, made
+        # A source's labels are numbers of its own; the parts have those of the gallery.
+        known = {name: label for label, name in enumerate(made.class_names or ())}
+        self._labels = np.asarray([known.get(name, 0) for name in source.class_names], np.int32)
+        self._all = made.records
+
+    def records(self, number: int) -> np.ndarray:
+        """The source's records of a part."""
+        return self._all[number * self.made.per_part : (number + 1) * self.made.per_part]
+
+    def has(self, number: int) -> bool:
+        """Whether a part is finished.
+
+        Raises:
+          UserError: if the file is a part of another configuration.
+        """
+        path = part_path(self.folder, self.made.number, number)
+        if path.exists():
+            try:
+                arrow().parquet.read_metadata(path)
+            except Exception:  # damaged: it is made again
+                return False
+            reading.check_part(path, self.made, number)
+            return True
+        return reading.all_skipped(self.folder, self.made, number)
+
+    def write(self, number: int, done: Callable[[int], None] = lambda count: None) -> None:
+        """Embeds the images of a part and writes it, completely or not at all.
+
+        Args:
+          number: number of the part.
+          done: receives the number of images of every finished batch.
+        """
+        records = self.records(number)
+        columns = embed_records(self._model, self._source, records, done)
+        kept, skipped, reasons = (columns.pop(name) for name in ("records", "skipped", "reasons"))
+        listing = skipped_path(self.folder, self.made.number, number)
+        if len(skipped):  # before the part, whose existence says that all is done
+            names = [self._source.name(int(record)) for record in skipped]
+            write_json(listing, [list(map(printable, pair)) for pair in zip(names, reasons.tolist(), strict=True)])
+        else:
+            listing.unlink(missing_ok=True)
+        if not len(kept):
+            return
+        columns["files"] = np.asarray([self._source.name(int(record)) for record in kept])
+        if self.made.class_names is not None:
+            columns["labels"] = self._labels[self._source.labels[kept]]
+        if "uncertainty" in columns:
+            columns["uncertainty_norm"] = np.linalg.norm(columns["uncertainty"], axis=1)
+        _write_table(part_path(self.folder, self.made.number, number), columns, self.made, number)
+
+    def finish(self, say: Callable[[str], None]) -> None:
+        """Says how much of the gallery exists, and lists unreadable images once all parts do."""
+        missing = [number for number in range(self.made.parts) if not self.has(number)]
+        if missing:
+            done = self.made.parts - len(missing)
+            say(f"{done:,} of {self.made.parts:,} parts of these images are in {self.folder}")
+            return
+        sources = sources_of(self.folder)
+        skipped = [
+            pair for made in sources for n in range(made.parts) for pair in reading.skipped_images(self.folder, made, n)
+        ]
+        listing = self.folder / SKIPPED
+        if skipped:
+            write_text(listing, "".join(f"{name}\t{reason}\n" for name, reason in skipped))
+            name, reason = skipped[0]
+            say(f"{len(skipped):,} images cannot be read and are left out, the first {name}: {reason}")
+            say(f"all of them are listed in {listing}")
+        else:
+            listing.unlink(missing_ok=True)
+        say(f"complete: {len(reading.read_gallery(self.folder)):,} images in {self.folder}")
+
+
+def open_work(
+    model: Trained,
+    source: Source,
+    out: str | Path,
+    *,
+    labelled: bool,
+    origin: str,
+    append: bool,
+    say: Callable[[str], None],
+) -> Work | None:
+    """Finds or starts the source of these images in a gallery; ``None`` if the gallery has all of them already.
+
+    Arguments and errors as for ``embed_to_gallery``.
+    """
+    folder = _checked_folder(out, append)
+    names = [source.name(record) for record in range(len(source))]
+    classes = list(source.class_names) if labelled else None
+    shown = [source.class_names[label] for label in source.labels.tolist()] if labelled else []
+    asked = _Asked(names, classes, about_of(model, origin), digest([*names, "", *shown]))
+    while True:
+        sources = sources_of(folder)
+        same = next((made for made in sources if made.requested == asked.digest), None)
+        if sources:
+            _check_alike(folder, same or sources[0], asked)
+        made = same or _added(folder, sources, asked, append, say)
+        if made is None:
+            return None
+        if same is not None or _create(source_path(folder, made.number), made):
+            return Work(model, source, folder, made)
+        # Another process was faster; its description is read.
+
+
+class _Asked(NamedTuple):
+    """What a command wants to have in the gallery: names and classes of images, their origin, and a digest."""
+
+    names: list[str]
+    class_names: list[str] | None
+    about: dict[str, Any]
+    digest: str
+
+
+def _added(
+    folder: Path, sources: Sequence[Made], asked: _Asked, append: bool, say: Callable[[str], None]
+) -> Made | None:
+    """The description of a new source; ``None`` if the gallery has all its images."""
+    left_out: tuple[int, ...] = ()
+    if sources:
+        if not append:
+            raise UserError(f"{folder}: holds other images; --append adds those that it lacks, or give another --out")
+        # Of these sources alone: another process may just have started the one that this command wants, too.
+        before = reading.read_gallery(folder, "--out", sources)
+        present = {name for _, part in before.names() for name in part}
+        left_out = tuple(record for record, name in enumerate(asked.names) if name in present)
+        say(f"{len(left_out):,} of {len(asked.names):,} images are in the gallery already")
+        if len(left_out) == len(asked.names):
+            return None
+    united = asked.class_names
+    if sources and united is not None:
+        united = list(dict.fromkeys([*(sources[-1].class_names or ()), *united]))
+    return Made(len(sources), asked.about, united, asked.digest, len(asked.names), left_out, PART_IMAGES)
+
+
+def _check_alike(folder: Path, made: Made, asked: _Asked) -> None:
+    """Refuses images that cannot be searched together with those of a gallery."""
+    for name in ("weights", "temperature", "relative", "form"):
+        if asked.about.get(name) != made.about.get(name):
+            raise UserError(
+                f"{folder}: was made with {name} = {made.about.get(name)}, and this run has {asked.about.get(name)}; "
+                "their vectors cannot be compared; give another --out"
+            )
+    if (made.class_names is None) != (asked.class_names is None):
+        has, these = ("no classes", "have some (--no_labels)") if made.class_names is None else ("classes", "have none")
+        raise UserError(f"{folder}: its images have {has}, and these {these}")
+
+
+def _checked_folder(out: str | Path, append: bool) -> Path:
+    folder = user_path(out)
+    if folder.suffix in SUFFIXES:
+        raise UserError(f"--out={folder}: parts are written into a folder; give a name without {folder.suffix}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder (--out)")
+    known = folder.exists() and source_path(folder, 0).exists()
+    if folder.exists() and not known and any(not path.name.startswith(".idml_jax-") for path in folder.iterdir()):
+        raise UserError(f"{folder}: is not a gallery and not empty; give a new folder (--out)")
+    if append and not known:
+        raise UserError(f"{folder}: is no gallery, so nothing can be added to it; leave out --append to start one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    return folder
+
+
+def _create(path: Path, made: Made) -> bool:
+    """Writes the description of a source unless it exists; of several processes one succeeds."""
+    temporary = path.with_name(f".idml_jax-{os.getpid()}-{path.name}")
+    write_json(temporary, {**made._asdict(), "format": reading.FORMAT})
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        with contextlib.suppress(FileExistsError), open(path, "xb") as file:
+            file.write(temporary.read_bytes())
+            return True
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write_table(path: Path, columns: dict[str, np.ndarray], made: Made, number: int) -> None:
+    binary = any(not is_text(name) for name in columns["files"].tolist())
+    known = {
+        b"idml_jax": json.dumps(made.about).encode(),
+        reading.PART_KEY: json.dumps({**made.identity, "part": number}).encode(),
+    }
+    if made.class_names is not None and len(made.class_names) <= _MANY_NAMES:
+        known[b"class_names"] = json.dumps(made.class_names).encode()
+    table = table_of(columns, made.class_names, binary).replace_schema_metadata(known)
+    named = ["class_name"] if made.class_names is not None else False
+    with atomic(path) as file:
+        # Vectors do not compress; plain pages are read with a copy and nothing else.
+        arrow().parquet.write_table(table, file, row_group_size=GROUP_ROWS, use_dictionary=named, compression="none")
