@@ -52,6 +52,7 @@ __all__ = [
     "pairs_from_labels",
     "recipes",
     "report",
+    "risk",
     "search",
     "semantic_distance",
     "show_progress",
@@ -61,7 +62,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from idml_jax import audit, embed, evaluate, export, fit, ism, losses, metrics, mixing, models, report, search
+    from idml_jax import (
+        audit,
+        embed,
+        evaluate,
+        export,
+        fit,
+        ism,
+        losses,
+        metrics,
+        mixing,
+        models,
+        report,
+        risk,
+        search,
+    )
     from idml_jax.errors import UserError, show_progress
     from idml_jax.inference import model as trained
     from idml_jax.inference import store as embeddings
@@ -105,6 +120,7 @@ _HOMES = {
     "pairs_from_labels": "losses:pairs_from_labels",
     "recipes": "training.recipes",
     "report": "report",
+    "risk": "risk",
     "search": "search",
     "semantic_distance": "ism:semantic_distance",
     "show_progress": "errors:show_progress",

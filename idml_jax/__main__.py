@@ -49,6 +49,7 @@ COMMANDS = {
     "search": Command("search", "find the images nearest to a query", "--index=photos.npz --query=bird.jpg -k 10"),
     "evaluate": Command("evaluate", "compute all metrics of a file of embeddings", "--embeddings=photos.npz"),
     "compare": Command("compare", "tell whether two images are of one class", "a.jpg b.jpg --workdir=runs/glyphs"),
+    "risk": Command("risk", "learn from which images alone answers will be wrong", "--workdir=runs/glyphs"),
     "audit": Command("audit", "find wrong labels, copies and junk in a set", "--index=photos.npz --out=audited"),
     "report": Command("report", "write a page about a run", "--workdir=runs/glyphs"),
     "export": Command("export", "write a run as a program, or an index for faiss", "--workdir=runs/glyphs --out=model"),

@@ -26,7 +26,7 @@ FLOORS["inference"] = FLOORS["training"] | {"training"}
 FLOORS["reporting"] = FLOORS["inference"] | {"inference"}
 DOORS = {
     "__main__", "audit", "main", "fit", "prepare", "embed", "search", "compare", "report", "export", "evaluate",
-    "pretrained",
+    "pretrained", "risk",
 }  # fmt: skip
 # The only modules that may import a package.
 EDGES = {

@@ -22,6 +22,7 @@ from idml_jax.runtime.progress import Ticker, bar
 from idml_jax.runtime.writers import format_seconds
 from idml_jax.training.build import data_of
 from idml_jax.training.embedder import Rows, embedded_rows
+from idml_jax.training.risk import digest
 
 __all__ = [
     "LISTS",
@@ -294,7 +295,8 @@ def about_of(model: Trained, origin: str) -> dict[str, Any]:
     """The origin of embeddings, as an index and its file hold it."""
     weights = model.embedder.digest
     where = {"workdir": str(model.workdir), "step": model.step, "weights": weights, "images": origin}
-    return {**where, **model.metric.about()}
+    risk = {} if model.embedder.risk is None else {"risk": digest(model.embedder.risk)}
+    return {**where, **risk, **model.metric.about()}
 
 
 def index_columns(source: Source, records: np.ndarray) -> dict[str, Any]:

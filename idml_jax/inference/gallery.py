@@ -40,7 +40,7 @@ BLOCK_ROWS = 65536  # rows searched at a time
 READ_ROWS = 8192  # rows read at a time
 PART_KEY = b"idml_jax_part"
 _WANTED = (*COLUMNS, *OF_TABLES)
-_NUMBERS = ("semantic", "uncertainty", "semantic_norm", "ambiguity")
+_NUMBERS = ("semantic", "uncertainty", "semantic_norm", "ambiguity", "risk")
 
 
 class Made(NamedTuple):
@@ -278,6 +278,7 @@ class Gallery:
             columns.get("semantic_norm"),
             told.sets,
             told.groups,
+            risk=columns.get("risk"),
         )
         files, ambiguity = np.asarray(texts(columns["files"])), columns.get("ambiguity")
         more: dict[str, Any] = {"boxes": told.boxes, "marked": told.marked, "rows": rows}

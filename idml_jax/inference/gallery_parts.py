@@ -302,7 +302,7 @@ def _added(
 
 def _check_alike(folder: Path, made: Made, asked: _Asked) -> None:
     """Refuses images that cannot be searched together with those of a gallery."""
-    for name in ("weights", "temperature", "relative", "form"):
+    for name in ("weights", "temperature", "relative", "form", "risk"):
         if asked.about.get(name) != made.about.get(name):
             raise UserError(
                 f"{folder}: was made with {name} = {made.about.get(name)}, and this run has {asked.about.get(name)}; "

@@ -1,9 +1,9 @@
 """Reads and checks embeddings with their metadata from a file of any origin.
 
 The arrays of a file: ``semantic`` (or ``embeddings``) [n, d]; optionally ``uncertainty`` [n, k], ``semantic_norm`` [n],
-``ambiguity`` [n], ``labels`` [n] (numbers from 0, or names), ``class_names`` by label, ``files`` [n], and ``about``, a
-JSON text about the origin of the embeddings. Of images from a table also ``label_sets`` [n, l] (all labels of an image,
-filled up with -1), ``group`` [n], ``box`` [n, 4], ``is_query`` [n] and ``is_gallery`` [n].
+``ambiguity`` [n], ``risk`` [n], ``labels`` [n] (numbers from 0, or names), ``class_names`` by label, ``files`` [n], and
+``about``, a JSON text about the origin of the embeddings. Of images from a table also ``label_sets`` [n, l] (all labels
+of an image, filled up with -1), ``group`` [n], ``box`` [n, 4], ``is_query`` [n] and ``is_gallery`` [n].
 """
 
 import json
@@ -23,7 +23,7 @@ from idml_jax.metrics.embedded import Embedded, rows_of
 from idml_jax.runtime.files import first_line, user_path
 
 SUFFIXES = (".npz", ".parquet")
-COLUMNS = ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity", "labels", "files")
+COLUMNS = ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity", "risk", "labels", "files")
 # What a table says about its images: names in a file of embeddings, and the number of axes.
 OF_TABLES = {"label_sets": 2, "group": 1, "box": 2, "is_query": 1, "is_gallery": 1}
 _WANTED = frozenset((*COLUMNS, *OF_TABLES, "class_names", "about"))
@@ -171,7 +171,7 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
         if name in arrays:
             wide = name in ("semantic", "embeddings", "uncertainty")
             _check_shape(path, name, arrays[name], semantic.shape, 2 if wide else 1)
-    numbers = {name: checked_numbers(path, name, arrays[name]) for name in COLUMNS[:5] if name in arrays}
+    numbers = {name: checked_numbers(path, name, arrays[name]) for name in COLUMNS[:6] if name in arrays}
     classes, class_names = _labels(path, arrays)
     semantic = numbers.get("semantic", numbers.get("embeddings"))
     assert semantic is not None
@@ -184,6 +184,7 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
         numbers.get("semantic_norm"),
         told.sets,
         told.groups,
+        risk=numbers.get("risk"),
     )
     about = checked_about(path, arrays["about"]) if "about" in arrays else {}
     return Index(

@@ -15,7 +15,7 @@ from idml_jax.errors import quiet_libraries
 from idml_jax.ism import Metric
 from idml_jax.models import EmbeddingModel
 from idml_jax.runtime import checkpoint, sharding
-from idml_jax.training import weights
+from idml_jax.training import risk, weights
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import image_shape, transforms_of
 from idml_jax.training.config import learns_uncertainty
@@ -124,4 +124,7 @@ def _load(workdir: Path, devices: Sequence[jax.Device] | None) -> Trained:
         channels=config.data.channels,
         learned=learns_uncertainty(config),
     )
+    if (workdir / risk.FILE).exists() and config.task == "retrieval":
+        head = risk.load(workdir, embedder.digest)
+        embedder = replace(embedder, risk=None if head is None else sharding.replicate(head, mesh))
     return Trained(workdir, int(folder.parent.name), config, embedder)

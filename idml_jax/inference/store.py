@@ -1,10 +1,10 @@
 """Writes embeddings to disk in parts, so that a stopped command can resume, and joins them into one file as a stream.
 
 The arrays of an ``.npz``: ``semantic`` [n, d], ``semantic_norm`` [n], ``uncertainty`` [n, k] and ``uncertainty_norm``
-[n] if the run is introspective, ``files`` [n], ``labels`` [n] and ``class_names`` if classes are known, and ``about``,
-a JSON text about their origin; and, of images from a table, the arrays of ``index.OF_TABLES``. A ``.parquet`` file has
-the same columns, the class name next to the class number, and ``about`` in its metadata (key ``idml_jax``).
-``inference.index`` reads both.
+[n] if the run is introspective, ``risk`` [n] if it has a risk head, ``files`` [n], ``labels`` [n] and ``class_names``
+if classes are known, and ``about``, a JSON text about their origin; and, of images from a table, the arrays of
+``index.OF_TABLES``. A ``.parquet`` file has the same columns, the class name next to the class number, and ``about`` in
+its metadata (key ``idml_jax``). ``inference.index`` reads both.
 """
 
 import contextlib
@@ -174,6 +174,7 @@ def columns_of(index: Index) -> dict[str, np.ndarray]:
         "semantic_norm": embedded.semantic_norm,
         "uncertainty": embedded.uncertainty,
         "uncertainty_norm": None if embedded.uncertainty is None else embedded.uncertainty_norm,
+        "risk": embedded.risk,
         "files": np.asarray(index.files, "U"),
         "labels": None if index.class_names is None else embedded.labels.astype(np.int32),
         "ambiguity": index.ambiguity,

@@ -13,7 +13,7 @@ from idml_jax.ism import l2_normalize
 from idml_jax.losses.pairs import Pairs
 from idml_jax.losses.reductions import ratio
 
-__all__ = ["centre_spread", "confusion", "length_prior", "ranking_loss"]
+__all__ = ["centre_spread", "confusion", "length_prior", "order_loss", "ranking_loss"]
 
 # Slope of the comparison in the logarithm of the length: a factor of two is a clear order.
 SHARPNESS = 5.0
@@ -73,7 +73,7 @@ def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]
     return ratio(jnp.sum(harder * losses), jnp.sum(harder))
 
 
-def length_prior(uncertainty: Float[Array, "n k"]) -> Float[Array, ""]:
+def length_prior(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"] | None = None) -> Float[Array, ""]:
     """Distance of the lengths of the uncertainty embeddings from 1 on a log scale: the mean of ``log(|u|)^2``.
 
     With some losses on pairs (multi-similarity, margin, FastAP) ``u`` was observed to shrink to 0, which makes the
@@ -81,14 +81,50 @@ def length_prior(uncertainty: Float[Array, "n k"]) -> Float[Array, ""]:
 
     Args:
       uncertainty: ``[n, k]``; a length below 1e-6 counts as 1e-6.
+      confusions: ``[n]``, see ``confusion``; not differentiated. If given, the length that is aimed at doubles with
+        every standard deviation of the confusion above the batch's mean, and halves below it; images with NaN aim at 1.
 
     Returns:
       The mean, a scalar.
 
     >>> round(float(length_prior(jnp.array([[1.0, 0.0], [0.0, 2.0]]))), 3)  # (log(1)^2 + log(2)^2) / 2
     0.24
+    >>> round(float(length_prior(jnp.array([[0.5, 0.0], [0.0, 2.0]]), jnp.array([0.1, 0.3]))), 3)
+    0.0
     """
-    return jnp.mean(jnp.square(_log_length(uncertainty)))
+    length = _log_length(uncertainty)
+    if confusions is None:
+        return jnp.mean(jnp.square(length))
+    known = jnp.isfinite(confusions)
+    values = jax.lax.stop_gradient(jnp.where(known, confusions, 0.0))
+    centred = jnp.where(known, values - ratio(jnp.sum(values), jnp.sum(known)), 0.0)
+    deviation = jnp.sqrt(ratio(jnp.sum(jnp.square(centred)), jnp.sum(known)))
+    return jnp.mean(jnp.square(length - jnp.log(2.0) * ratio(centred, deviation)))
+
+
+def order_loss(risks: Float[Array, "n"], losses: Float[Array, "n"], gap: float = 0.1) -> Float[Array, ""]:
+    """Hinge on the order of neighbours in the batch: the larger loss should have the larger risk, by at least the gap.
+
+        mean over i with l_i != l_(i+1) of  max(0, gap - sign(l_i - l_(i+1)) (r_i - r_(i+1)))
+
+    Kirchhof et al., arXiv 2402.16569, after Yoo and Kweon, CVPR 2019. The last row's neighbour is the first one.
+
+    Args:
+      risks: ``[n]``, differentiated.
+      losses: ``[n]``, not differentiated.
+      gap: least difference of the risks.
+
+    Returns:
+      The mean, a scalar; 0 if all losses are equal.
+
+    >>> round(float(order_loss(jnp.array([0.5, 0.3]), jnp.array([2.0, 1.0]))), 3)
+    0.0
+    >>> round(float(order_loss(jnp.array([0.3, 0.5]), jnp.array([2.0, 1.0]))), 3)  # 0.1 + 0.2
+    0.3
+    """
+    order = jnp.sign(jax.lax.stop_gradient(losses - jnp.roll(losses, -1)))
+    short = jax.nn.relu(gap - order * (risks - jnp.roll(risks, -1)))
+    return ratio(jnp.sum(jnp.where(order != 0, short, 0.0)), jnp.sum(order != 0))
 
 
 def centre_spread(proxies: Float[Array, "classes k d"], real: Bool[Array, "classes"] | None = None) -> Float[Array, ""]:

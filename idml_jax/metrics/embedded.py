@@ -24,6 +24,7 @@ class Embedded(NamedTuple):
       sets: ``[n, l]`` all labels of each image, filled up with -1, if there are images with several.
       groups: ``[n]`` groups, such as cameras: a query does not find images of its class and group.
       ids: ``[n]`` numbers or names of the images, by which a query does not find itself in a gallery.
+      risk: ``[n]``, output of the run's risk head, if it has one.
     """
 
     semantic: Float[np.ndarray, "n d"]
@@ -33,6 +34,7 @@ class Embedded(NamedTuple):
     sets: Int[np.ndarray, "n l"] | None = None
     groups: Shaped[np.ndarray, "n"] | None = None
     ids: Shaped[np.ndarray, "n"] | None = None
+    risk: Float[np.ndarray, "n"] | None = None
 
     @property
     def embedding(self) -> ism.Embedding:
@@ -58,8 +60,8 @@ def scores_of(
 ) -> dict[str, Float[np.ndarray, "n"]]:
     """All scores of the nearest image as the answer, larger = less certain.
 
-    ``introspective.answer_scores``, with ``own`` and ``found`` as there, ``density.density_score`` and
-    ``vote.label_scores``.
+    ``introspective.answer_scores``, with ``own`` and ``found`` as there, ``risk`` of the query where it
+    is known, ``density.density_score`` and ``vote.label_scores``.
 
     Args:
       embedded: the queries; without a gallery every image queries all the others.
@@ -83,6 +85,8 @@ def scores_of(
         found=found,
         metric=metric,
     )
+    if embedded.risk is not None:
+        scores["risk"] = np.asarray(embedded.risk, np.float64)
     searched, own = (embedded, np.arange(len(embedded.labels))) if gallery is None else (gallery, own)
     scores |= density_score(embedded.semantic, searched.semantic, searched.labels, found, own, absent=absent)
     if setting is None:

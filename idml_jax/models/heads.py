@@ -9,7 +9,7 @@ from idml_jax.ism import l2_normalize
 from idml_jax.losses.softmax import introspective_logits
 from idml_jax.models.layers import kaiming_normal
 
-UNCERTAINTY_HEADS = ("mlp", "linear", "none")
+UNCERTAINTY_HEADS = ("mlp", "linear", "none", "scalar")
 # Initialiser of PyTorch's linear layers: uniform in +-1 / sqrt(fan in).
 _torch_linear = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
@@ -25,7 +25,9 @@ class Heads(nn.Module):
       embedding_dim: d, width of the semantic embedding.
       uncertainty_dim: k, width of the uncertainty embedding.
       uncertainty_head: ``mlp`` (normalised feature, one hidden ReLU layer), ``linear`` (raw feature, one layer: the
-        paper's) or ``none`` (no uncertainty: u = 0).
+        paper's), ``none`` (no uncertainty: u = 0) or ``scalar`` (as mlp, but one number: ``softplus(g) e`` with the
+        same unit vector e for all images, so the uncertainty of a pair is the sum of both lengths and never cancels;
+        only lengths of such vectors and of their sums are read, so a learned e would get no gradient).
       uncertainty_hidden: width of the hidden layer.
       uncertainty_scale: factor on the initial weights of the last uncertainty layer.
       normalize: l2-normalise the semantic embedding.
@@ -57,6 +59,10 @@ class Heads(nn.Module):
             uncertainty = dense(self.uncertainty_dim, "uncertainty", scaled)(hidden)
         elif self.uncertainty_head == "linear":
             uncertainty = dense(self.uncertainty_dim, "uncertainty", scaled)(features)
+        elif self.uncertainty_head == "scalar":
+            hidden = nn.relu(dense(self.uncertainty_hidden, "uncertainty_hidden")(l2_normalize(features)))
+            length = jax.nn.softplus(dense(1, "uncertainty_length", scaled)(hidden))
+            uncertainty = jnp.tile(length / jnp.sqrt(float(self.uncertainty_dim)), (1, self.uncertainty_dim))
         elif self.uncertainty_head == "none":
             uncertainty = jnp.zeros((features.shape[0], self.uncertainty_dim), jnp.float32)
         else:
@@ -95,10 +101,9 @@ class ClassifierHead(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "n f"]) -> dict[str, Float[Array, "n ..."]]:
         """``logits``, ``weakened`` [n, classes], ``uncertainty`` [n, k], ``semantic`` [n, f], ``semantic_norm`` [n]."""
-        if self.uncertainty_head not in UNCERTAINTY_HEADS:
-            raise ValueError(
-                f"unknown uncertainty head {self.uncertainty_head!r}; known: {', '.join(UNCERTAINTY_HEADS)}"
-            )
+        known = [name for name in UNCERTAINTY_HEADS if name != "scalar"]
+        if self.uncertainty_head not in known:
+            raise ValueError(f"unknown uncertainty head {self.uncertainty_head!r}; known: {', '.join(known)}")
         features = features.astype(jnp.float32)
         classifier = _Linear(self.num_classes, _torch_linear, name="classifier")
         dense = lambda width, name, init=_torch_linear: nn.Dense(

@@ -22,7 +22,8 @@ ON_MAP = 1500
 Rows = Sequence[Mapping[str, float]]  # rows of metrics.jsonl
 Reader = Callable[[int], bytes | None]  # the encoded image of a row
 SCORE_NAMES = {
-    "uncertainty": "|u|, learned", "confidence": "all scores joined, fitted on held-out classes",
+    "uncertainty": "|u|, learned", "risk": "risk, learned after training",
+    "confidence": "all scores joined, fitted on held-out classes",
     "pair_uncertainty": "|u + u'| of query and answer", "introspective_distance": "introspective distance",
     "nearest_distance": "distance to the nearest", "margin_2": "margin 1st to 2nd", "margin_10": "margin 1st to 10th",
     "margin_20": "margin 1st to 20th", "ratio_20": "distance to the 1st over that to the 20th",

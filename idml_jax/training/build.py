@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from idml_jax.data import datasets, samplers
 from idml_jax.data.images import transforms
 from idml_jax.data.sources import Source, sets_of
+from idml_jax.data.wrong_labels import with_wrong_labels, wrong_labels_of
 from idml_jax.errors import UserError
 from idml_jax.runtime import sharding
 from idml_jax.training import auto, steps, weights
@@ -220,10 +221,10 @@ def mesh_of(config: ConfigDict) -> Mesh:
 
 
 def data_of(config: ConfigDict) -> datasets.Splits:
-    """Loads the images of ``config.data``."""
-    data = config.data
+    """Loads the images of ``config.data``; training images get the wrong labels of ``data.label_noise``."""
+    data, noise = config.data, config.data.label_noise
     names = ("root", "image_root", "data_dir", "variant", "train_classes", "on_corrupt")
-    return datasets.load_dataset(
+    splits = datasets.load_dataset(
         data.name,
         validation_classes=data.validation_classes,
         validation_images=data.validation_images,
@@ -233,6 +234,18 @@ def data_of(config: ConfigDict) -> datasets.Splits:
         warn=logger.warning,
         **{name: data[name] for name in names},
     )
+    if noise.share and sets_of(splits.train) is not None:
+        raise UserError("config.data.label_noise: the images have several labels each; it moves single labels")
+    train = with_wrong_labels(splits.train, noise.share, seed=noise.seed, kind=noise.kind)
+    wrong = wrong_labels_of(train)
+    if wrong is not None:
+        logger.info(
+            "config.data.label_noise: %d of %d training images have a wrong label (%s)",
+            wrong.sum(),
+            len(wrong),
+            noise.kind,
+        )
+    return splits._replace(train=train)
 
 
 def sampler_of(config: ConfigDict, splits: datasets.Splits) -> samplers.Sampler:

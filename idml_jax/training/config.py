@@ -83,6 +83,10 @@ def default_config() -> ConfigDict:
     config.data.color_jitter = 0.4  # for transform imagenet: brightness, contrast, saturation
     config.data.corrupt = 0.0  # share of training images that are blurred, noised, occluded or cropped
     config.data.corrupt_kinds = CHANGES  # changes that data.corrupt chooses from
+    config.data.label_noise = ConfigDict()  # wrong labels of training images on purpose; docs/training.md
+    config.data.label_noise.share = 0.0  # share of the training images that get the label of another class
+    config.data.label_noise.seed = 0  # of the choice of images and labels
+    config.data.label_noise.kind = "uniform"  # or confusable: among the classes that look most alike
     config.data.lighting = 0.1  # for transform imagenet: deviation along the principal components of colour
     config.data.pad = 4  # for transform cifar: pixels of padding before the crop
     config.data.resample = "fast"  # or exact: the pixels of Pillow, slower
@@ -97,7 +101,7 @@ def default_config() -> ConfigDict:
     config.model.name = "resnet50"  # or auto: network and image settings of the weights in init_from
     config.model.embedding_dim = 512  # width of the semantic embedding
     config.model.uncertainty_dim = 512  # width of the uncertainty embedding
-    config.model.uncertainty_head = "mlp"  # or linear, none
+    config.model.uncertainty_head = "mlp"  # or linear, none, scalar (a length alone, for task retrieval)
     config.model.uncertainty_hidden = 128  # width of the hidden layer of the uncertainty head mlp
     config.model.uncertainty_scale = 1.0  # factor on the initial weights of the last uncertainty layer
     # or avg, max, gem (learned power); of a transformer also token, mean_tokens; of CLIP projection
@@ -121,6 +125,11 @@ def default_config() -> ConfigDict:
     config.ism.temperature = 5.0  # tau of the metric; the larger, the weaker the effect of the uncertainty
     config.ism.ranking = 0.0  # weight of the loss that orders images by difficulty through the length of u
     config.ism.prior = 0.0  # weight of the pull of u's length towards 1, for losses under which u collapses
+    config.ism.prior_by = (
+        "constant"  # or confusion: towards a length that doubles per deviation of the image's confusion
+    )
+    config.ism.negatives = "learn"  # or stop: pairs of different classes read u but do not teach it
+    config.ism.attenuation = 0.0  # weight of the log term that an uncertain pair of one class costs
 
     config.loss = ConfigDict()
     config.loss.name = "proxy_anchor"  # or several joined by +, as in proxy_anchor+sup_con; see docs/losses.md
@@ -135,6 +144,12 @@ def default_config() -> ConfigDict:
     config.memory = ConfigDict()  # cross-batch memory, for losses on pairs
     config.memory.size = 0  # number of embeddings; 0: no memory
     config.memory.warmup_epochs = 1  # epochs before it is used
+
+    config.prism = ConfigDict()  # leaves out images whose label is probably wrong (PRISM), for task retrieval
+    config.prism.share = 0.0  # expected share of wrong labels, left out of every batch; 0: off
+    config.prism.window = 10  # number of batches whose thresholds are averaged; 1: each batch by itself
+    config.prism.features = 4096  # number of past features that labels are judged by
+    config.prism.warmup_epochs = 1  # epochs in which all images are kept
 
     config.mixup = ConfigDict()  # for task retrieval
     config.mixup.enabled = True  # train on blends of two images too

@@ -8,15 +8,18 @@ from ml_collections import ConfigDict
 from idml_jax.data import tables
 from idml_jax.data.images.resample import METHODS
 from idml_jax.data.images.transforms import CHANGES, TRANSFORMS
+from idml_jax.data.wrong_labels import KINDS
 from idml_jax.errors import UserError
+from idml_jax.losses import LOSSES
 from idml_jax.metrics.closed_form import METHODS as CLOSED_FORMS
 from idml_jax.mixing import PARTNERS
+from idml_jax.models.heads import UNCERTAINTY_HEADS
 from idml_jax.runtime.files import user_path
 from idml_jax.runtime.trackers import TRACKERS, names_of
 from idml_jax.training import learning, watch
 from idml_jax.training.config import learns_uncertainty, starts_whitened
 from idml_jax.training.fields import at_least, choice, value_of
-from idml_jax.training.tasks import TASKS, task_of
+from idml_jax.training.tasks import TASKS, task_of, terms
 from idml_jax.training.tasks.terms import check_loss
 
 # Fields that must be at least 1, and at least 0; all must be finite.
@@ -24,19 +27,21 @@ AT_LEAST_ONE = (
     "batch_size", "epochs", "data.threads", "data.prefetch", "eval.every_epochs", "eval.batch_size",
     "checkpoint.every_epochs", "checkpoint.keep_latest", "checkpoint.keep_best", "log.every_steps",
     "model.embedding_dim", "model.uncertainty_dim", "model.uncertainty_hidden", "data.image_size", "optim.step_epochs",
-    "optim.accumulate", "fit.views",
+    "optim.accumulate", "fit.views", "prism.window", "prism.features",
 )  # fmt: skip
 AT_LEAST_ZERO = (
     "seed", "max_steps", "optim.warmup_epochs", "optim.learning_rate", "optim.weight_decay", "optim.clip_value",
     "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation", "data.pad", "ism.ranking",
     "ism.prior", "loss.centre_spread", "loss.embedding_norm", "mixup.alpha", "memory.size", "memory.warmup_epochs",
-    "eval.ambiguity_images",
+    "eval.ambiguity_images", "data.label_noise.seed", "prism.warmup_epochs", "ism.attenuation",
 )  # fmt: skip
 SHARES = ("data.corrupt", "data.color_jitter", "data.lighting")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.batchnorm": ("frozen", "frozen_statistics", "live"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.uncertainty_head": ("mlp", "linear", "none"),
+    "model.uncertainty_head": UNCERTAINTY_HEADS,
+    "ism.prior_by": ("constant", "confusion"),
+    "ism.negatives": ("learn", "stop"),
     "model.pooling": ("avg", "max", "avg_max", "gem", "token", "mean_tokens", "projection"),
     "model.init_parts": ("trunk", "semantic", "all"),
     "model.input_layer": ("match", "sum"),
@@ -48,6 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("test", "validation"),
     "data.transform": TRANSFORMS,
     "data.resample": METHODS,
+    "data.label_noise.kind": KINDS,
 }
 
 
@@ -76,6 +82,7 @@ def validate(config: ConfigDict) -> None:
     _check_learning(config)
     _check_evaluation(config)
     _check_closed_form(config)
+    _check_remedies(config)
     _check_trackers(config.log)
     task_of(config).check(config)
 
@@ -122,9 +129,16 @@ def _check_data(data: ConfigDict) -> None:
     kinds = data.corrupt_kinds
     if not set(kinds) <= set(CHANGES) or (data.corrupt and not kinds):
         raise UserError(f"config.data.corrupt_kinds = {tuple(kinds)} must be some of {', '.join(CHANGES)}")
-    for field in ("validation_classes", "validation_images"):
-        if not 0 <= data[field] < 1:
-            raise UserError(f"config.data.{field} = {data[field]} must be a share, at least 0 and below 1")
+    for field in ("validation_classes", "validation_images", "label_noise.share"):
+        if not 0 <= (share := value_of(data, field)) < 1:
+            raise UserError(f"config.data.{field} = {share} must be a share, at least 0 and below 1")
+    noise = data.label_noise
+    for field, default in (("seed", 0), ("kind", "uniform")):
+        if noise[field] != default and not noise.share:
+            raise UserError(
+                f"config.data.label_noise.{field} = {noise[field]!r} is of wrong labels, and "
+                "config.data.label_noise.share is 0"
+            )
 
 
 def _check_learning(config: ConfigDict) -> None:
@@ -144,6 +158,37 @@ def _check_learning(config: ConfigDict) -> None:
         raise UserError(f"config.optim.ema = {config.optim.ema} must be at least 0 and below 1")
     learning.check(config.optim)
     learning.check_cached(config)
+
+
+def _check_remedies(config: ConfigDict) -> None:
+    """Checks the settings that keep u alive, and those of PRISM."""
+    ism, prism = config.ism, config.prism
+    if ism.prior_by != "constant" and not ism.prior:
+        raise UserError(f"config.ism.prior_by = {ism.prior_by!r} needs config.ism.prior above 0")
+    for field, off in (("negatives", "learn"), ("attenuation", 0)):
+        if ism[field] == off:
+            continue
+        set_to = f"config.ism.{field} = {ism[field]!r}"
+        if not ism.enabled or config.task != "retrieval":
+            raise UserError(f"{set_to} needs config.task = 'retrieval' and config.ism.enabled")
+        if ism.variant == "released":
+            raise UserError(f"{set_to}: config.ism.variant = 'released' does not teach u")
+        if reads := [name for name in terms.names_of(config.loss.name) if LOSSES[name].reads == "embeddings"]:
+            raise UserError(f"{set_to}: the loss {reads[0]} does not read the metric")
+    if not 0 <= prism.share < 1:
+        raise UserError(f"config.prism.share = {prism.share} must be a share, at least 0 and below 1")
+    if not prism.share:
+        return
+    if config.task != "retrieval":
+        raise UserError(f"config.prism.share = {prism.share} needs config.task = 'retrieval'")
+    if int(prism.share * config.batch_size) < 1:
+        raise UserError(
+            f"config.prism.share = {prism.share} of config.batch_size = {config.batch_size} is less than one image"
+        )
+    if prism.features < config.batch_size:
+        raise UserError(
+            f"config.prism.features = {prism.features} must be at least config.batch_size ({config.batch_size})"
+        )
 
 
 def _check_evaluation(config: ConfigDict) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from idml_jax.ism import Embedding
 from idml_jax.losses.memory import Memory
@@ -44,3 +44,7 @@ class Criterion:
     def remember(self, store: Memory | tuple[()], embedding: Embedding, labels: Int[Array, "n"]) -> Memory | tuple[()]:
         """The memory after storing a batch; called after the batch's loss."""
         return store
+
+    def chosen(self, store: Any, embedding: Embedding, labels: Int[Array, "n"]) -> Bool[Array, "n"] | None:
+        """Which images of a batch the loss reads; ``None``: all."""
+        return None

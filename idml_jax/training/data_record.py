@@ -9,6 +9,7 @@ import numpy as np
 
 from idml_jax.data.datasets import Splits
 from idml_jax.data.sources import Source, key_of, movable_names
+from idml_jax.data.wrong_labels import wrong_labels_of
 from idml_jax.errors import UserError, printable
 from idml_jax.runtime.files import first_line, write_json
 
@@ -30,7 +31,8 @@ def record_of(splits: Splits) -> Record:
 
     Returns:
       A JSON-serialisable dictionary by part (``train``, ``test``, ...). Paths are relative to the common folder of all
-      images of a part, so the data may be moved as a whole.
+      images of a part, so the data may be moved as a whole. With wrong labels on purpose (``data.label_noise``) also
+      their number and a digest of all labels.
     """
     parts = {name: part for name, part in splits._asdict().items() if part is not None}
     return {name: _record(part) for name, part in parts.items()}
@@ -41,7 +43,7 @@ def _record(source: Source) -> dict[str, object]:
     classes = list(source.class_names)
     fields = {name: value for name, value in getattr(source, "fields", {}).items() if name in _OF_TABLES}
     table = {"table": _digest(f"{name} {value.tolist()}" for name, value in sorted(fields.items()))} if fields else {}
-    return {
+    record: dict[str, object] = {
         **table,
         "images": len(source),
         "classes": classes if len(classes) <= MOST_NAMES else len(classes),
@@ -49,6 +51,10 @@ def _record(source: Source) -> dict[str, object]:
         "sizes": _digest(np.bincount(source.labels, minlength=len(classes)).astype(str).tolist()),
         "files": _digest(names),
     }
+    wrong = wrong_labels_of(source)
+    if wrong is not None:
+        record |= {"wrong_labels": int(wrong.sum()), "labels": _digest(source.labels.astype(str).tolist())}
+    return record
 
 
 def _digest(lines: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from idml_jax.data.pipeline import OnBad
 from idml_jax.data.sources import Source
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.models import EmbeddingModel
+from idml_jax.models.risk_head import RiskHead, risk_of
 from idml_jax.runtime import sharding
 from idml_jax.training.digests import weights_digest
 from idml_jax.training.steps import normalize
@@ -54,6 +55,14 @@ def embed_step(variables: Any, images: UInt8[Array, "n h w c"], *, network: Netw
     return {name: out[name] for name in OUTPUTS}
 
 
+def embed_risk_step(
+    variables: Any, head: RiskHead, images: UInt8[Array, "n h w c"], *, network: Network
+) -> dict[str, Array]:
+    """As ``embed_step``, and ``risk`` [n] of a risk head."""
+    out = network.outputs(variables, network.normal(images))
+    return {"risk": risk_of(head, out["features"]), **{name: out[name] for name in OUTPUTS}}
+
+
 def embed_mixed_step(
     variables: Any,
     images: UInt8[Array, "n h w c"],
@@ -68,6 +77,7 @@ def embed_mixed_step(
 
 
 jit_embed_step = jax.jit(embed_step, static_argnames=("network",))
+jit_embed_risk_step = jax.jit(embed_risk_step, static_argnames=("network",))
 jit_embed_mixed_step = jax.jit(embed_mixed_step, static_argnames=("network",))
 
 
@@ -99,6 +109,7 @@ class Embedder:
       threads: number of reader and decoder threads.
       learned: whether the uncertainty head was trained; otherwise embeddings have no uncertainty.
       check: called before every batch; may raise to stop.
+      risk: head that gives a risk to every image that is not mixed; ``None``: none.
     """
 
     network: Network
@@ -110,6 +121,7 @@ class Embedder:
     threads: int = 4
     learned: bool = True
     check: Callable[[], None] = lambda: None
+    risk: RiskHead | None = None
 
     def __repr__(self) -> str:
         kind = type(self).__name__
@@ -201,7 +213,7 @@ class Embedder:
           images: ``[n, h, w, c]`` of the network's size.
 
         Returns:
-          ``semantic`` [n, d], ``semantic_norm`` [n] and, where it was learned, ``uncertainty`` [n, k].
+          ``semantic`` [n, d], ``semantic_norm`` [n] and, where it was learned, ``uncertainty`` [n, k] and ``risk`` [n].
         """
         count = len(images)
         missing = -count % self.batch_size
@@ -213,6 +225,8 @@ class Embedder:
         return joined_rows(parts, count)
 
     def _embed(self, images: Array) -> dict[str, Array]:
+        if self.risk is not None:
+            return self._taught(jit_embed_risk_step(self.variables, self.risk, images, network=self.network))
         return self._taught(jit_embed_step(self.variables, images, network=self.network))
 
     def _embed_mixed(self, images: Array, others: Array) -> dict[str, Array]:

@@ -26,6 +26,7 @@ from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, printable
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.models import EmbeddingModel
+from idml_jax.models.risk_head import risk_of
 from idml_jax.runtime import hosts, sharding
 from idml_jax.runtime.files import TEMPORARY, atomic, write_json
 from idml_jax.runtime.writers import format_seconds
@@ -108,6 +109,9 @@ def heads_step(heads: Any, features: Float[Array, "n f"], *, network: Network) -
     """The heads' outputs for pooled features, as ``embedder.embed_step`` gives them for images."""
     out: Any = network.model.apply({"params": {"heads": heads}}, features, method=EmbeddingModel.embed)
     return {name: out[name] for name in OUTPUTS}
+
+
+jit_risk_of = jax.jit(risk_of)
 
 
 def identity_of(embedder: Embedder, network: str, source: Source) -> Identity:
@@ -309,7 +313,8 @@ class FeatureEmbedder(Embedder):
         for start in range(0, len(order), ROWS):
             rows = found.rows(order[start : start + ROWS])
             padded = np.concatenate([rows, np.zeros((-len(rows) % min(ROWS, len(order)), rows.shape[1]), np.float32)])
-            parts.append(self._taught(heads_step(heads, padded, network=self.network)))
+            part = self._taught(heads_step(heads, padded, network=self.network))
+            parts.append(part if self.risk is None else {"risk": jit_risk_of(self.risk, padded), **part})
         return embedded_rows(source, order, joined_rows(parts, len(order)))
 
 

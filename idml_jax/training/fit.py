@@ -41,6 +41,7 @@ Known = tuple[Source, Features]
 # Settings of a run in closed form; those that the user has set otherwise are named.
 FIXED: dict[str, Any] = {
     "fit.only": True, "ism.enabled": False, "ism.ranking": 0.0, "ism.prior": 0.0, "model.uncertainty_head": "none",
+    "ism.prior_by": "constant", "ism.negatives": "learn", "ism.attenuation": 0.0, "prism.share": 0.0,
     "model.semantic_init": "random", "model.init_parts": "trunk", "eval.ambiguity_images": 0,
 }  # fmt: skip
 NO_UNCERTAINTY = "none: a closed form does not learn one"

@@ -38,6 +38,8 @@ class GlyphsConfig(tfds.core.BuilderConfig):
       image_size: width and height of an image in pixels, at least 16.
       seed: seed of the choice of characters and of every image, >= 0.
       degraded: share in [0, 1] of images that are not clean, in both splits.
+      train_degraded: the share in the train split, if it differs; below 0: ``degraded``. A larger share degrades more
+        of the same images.
 
     Raises:
       ValueError: if a value is out of range.
@@ -49,6 +51,7 @@ class GlyphsConfig(tfds.core.BuilderConfig):
     image_size: int = 32
     seed: int = 0
     degraded: float = 0.3
+    train_degraded: float = -1.0
 
     def __post_init__(self) -> None:
         # A blend needs a second class in its split.
@@ -59,11 +62,19 @@ class GlyphsConfig(tfds.core.BuilderConfig):
             raise ValueError(f"seed must not be negative, got {self.seed}.")
         if not 0 <= self.degraded <= 1:
             raise ValueError(f"degraded is a share in [0, 1], got {self.degraded}.")
+        if not self.train_degraded <= 1:
+            raise ValueError(f"train_degraded is a share in [0, 1], or below 0, got {self.train_degraded}.")
+
+    def share_of(self, split: str) -> float:
+        """The share of images of a split that are not clean."""
+        return self.train_degraded if split == "train" and self.train_degraded >= 0 else self.degraded
 
     def parameters(self) -> dict[str, int | float]:
-        """All parameters that the images depend on, by name."""
-        base = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
-        return {key: value for key, value in vars(self).items() if key not in base}
+        """All parameters that the images depend on, by name; one at its default that earlier sets lack is left out."""
+        unnamed = {field.name for field in dataclasses.fields(tfds.core.BuilderConfig)}
+        if self.train_degraded < 0:
+            unnamed.add("train_degraded")
+        return {key: value for key, value in vars(self).items() if key not in unnamed}
 
 
 def choose_classes(config: GlyphsConfig) -> dict[str, list[int]]:
@@ -123,6 +134,14 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
             images_per_class=6,
             description="8 + 6 characters, 6 pictures each: for tests.",
         ),
+        *(
+            GlyphsConfig(
+                name=f"damaged_{percent}",
+                train_degraded=percent / 100,
+                description=f"As default, with {percent} % of the training pictures damaged and an equal test split.",
+            )
+            for percent in (0, 60, 90)
+        ),
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -170,7 +189,11 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
 def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: int, index: int) -> dict:
     """Draws image `index` of character `codes[position]`; labels are positions in `codes`."""
     rng = np.random.default_rng([config.seed, _SPLITS.index(split), codes[position], index])
-    is_degraded, kind, ambiguity = rng.random() < config.degraded, KINDS[rng.integers(1, len(KINDS))], rng.random()
+    is_degraded, kind, ambiguity = (
+        rng.random() < config.share_of(split),
+        KINDS[rng.integers(1, len(KINDS))],
+        rng.random(),
+    )
     if not is_degraded:
         kind, ambiguity = "clean", 0.0
     other = (position + 1 + int(rng.integers(len(codes) - 1))) % len(codes)

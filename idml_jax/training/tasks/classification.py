@@ -45,6 +45,7 @@ class Classification:
         choice(config, "classification.mixing", METHODS)
         choice(config, "eval.best_metric", ("top1", "top5"))
         choice(config, "model.init_parts", ("trunk", "all"))
+        choice(config, "model.uncertainty_head", ("mlp", "linear", "none"))
         if config.ism.enabled:
             choice(config, "ism.variant", ("relative",))
         if not config.ism.temperature > 0:

@@ -5,7 +5,7 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from idml_jax import mixing
 from idml_jax.ism import Embedding
@@ -33,7 +33,10 @@ class OnEmbeddings(Protocol):
         key: PRNGKeyArray | None = None,
         store: Memory | tuple[()] = (),
         step: Int[Array, ""] | int = 0,
+        **mask: Any,
     ) -> Float[Array, ""]: ...
+
+    def chosen(self, store: Any, embedding: Embedding, labels: Int[Array, "n"]) -> Bool[Array, "n"] | None: ...
 
     def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]: ...
 
@@ -58,8 +61,9 @@ def embedding_loss(
     def embed(features: Array) -> Any:
         return setup.model.apply({"params": {"heads": params["heads"]}}, features, method=EmbeddingModel.embed)
 
-    def criterion(out: dict[str, Array], labels: Array, key: Array) -> Array:
-        loss = objective(params, embedding_of(out), labels, key=key, store=state.memory, step=state.step)
+    def criterion(out: dict[str, Array], labels: Array, key: Array, kept: Array | None) -> Array:
+        mask = {} if kept is None else {"mask": kept}  # an objective of the user's may not know it
+        loss = objective(params, embedding_of(out), labels, key=key, store=state.memory, step=state.step, **mask)
         if objective.embedding_norm:
             loss += objective.embedding_norm * jnp.mean(jnp.square(out["semantic_norm"]))
         return loss
@@ -74,8 +78,9 @@ def embedding_loss(
     if not setup.mixup_alpha:
         features, batch_stats = pooled(state.batch_stats, (images,), lambda x: normal(x)[:, None])
         out = embed(features[:, 0])
-        loss = criterion(out, labels, draws[0])
-        metrics = {"loss": loss, "uncertainty": mean_length(out)}
+        kept = objective.chosen(state.memory, embedding_of(out), labels)
+        loss = criterion(out, labels, draws[0], kept)
+        metrics = {"loss": loss, "uncertainty": mean_length(out), **_share(kept)}
         if objective.ranking:
             metrics["loss_ranking"] = order(features[:, 0], confusion(out, labels))
             loss += objective.ranking * metrics["loss_ranking"]
@@ -97,15 +102,18 @@ def embedding_loss(
         features_mixed, batch_stats = pooled(batch_stats, both, lambda x, other: blend(x, other)[:, None])
         features, features_mixed = features[:, 0], features_mixed[:, 0]
     out, out_mixed = embed(features), embed(features_mixed)
-    original = criterion(out, labels, draws[0])
+    kept = objective.chosen(state.memory, embedding_of(out), labels)
+    original = criterion(out, labels, draws[0], kept)
     other = jnp.take(labels, partner, axis=0)
-    loss_mixed = mixed.lam * criterion(out_mixed, labels, draws[1])
-    loss_mixed += (1.0 - mixed.lam) * criterion(out_mixed, other, draws[2])
+    loss_mixed = mixed.lam * criterion(out_mixed, labels, draws[1], kept)
+    other_kept = None if kept is None else jnp.take(kept, partner)
+    loss_mixed += (1.0 - mixed.lam) * criterion(out_mixed, other, draws[2], other_kept)
     metrics = {
         "loss_original": original,
         "loss_mixed": loss_mixed,
         "uncertainty": mean_length(out),
         "uncertainty_mixed": mean_length(out_mixed),
+        **_share(kept),
     }
     loss = original + loss_mixed
     if objective.ranking:
@@ -115,3 +123,8 @@ def embedding_loss(
         metrics["loss_ranking"] = order(jnp.concatenate([features, features_mixed]), jnp.concatenate(confusions))
         loss += objective.ranking * metrics["loss_ranking"]
     return loss, (batch_stats, out, metrics | {"loss": loss})
+
+
+def _share(kept: Bool[Array, "n"] | None) -> dict[str, Array]:
+    """The share of the batch that is kept, if images are left out."""
+    return {} if kept is None else {"kept": jnp.mean(kept.astype(jnp.float32))}

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from idml_jax.models import init_proxies
 from idml_jax.runtime import sharding
 from idml_jax.training.criterion import Criterion
 from idml_jax.training.tasks.embedding_loss import embedding_loss
+from idml_jax.training.tasks.matrices import Compared, log_term, matrix_of
 from idml_jax.training.tasks.terms import Term
 
 LEARNED = ("none", "shared", "per_class")
@@ -49,22 +50,6 @@ def metric_of(config: ConfigDict) -> Metric:
     return Metric(config.ism.variant, config.ism.temperature).for_ranking()
 
 
-class Compared(NamedTuple):
-    """What the images of a batch are compared with.
-
-    Attributes:
-      embedding: the images, placed on the devices for this comparison.
-      references: the references; ``None``: the images themselves.
-      pairs: relation of the two.
-      stands_for: number of classes that each class stands for as a negative, if only some are compared.
-    """
-
-    embedding: Embedding
-    references: Embedding | None
-    pairs: losses.Pairs
-    stands_for: Float[Array, "m"] | None = None
-
-
 @dataclass(frozen=True)
 class Objective(Criterion):
     """A loss, plain or introspective, with its learned parameters. Hashable: a static argument of the train step.
@@ -82,6 +67,9 @@ class Objective(Criterion):
       memory_warmup: number of steps before the memory is used.
       ranking: weight of the loss that orders images by difficulty through the length of the uncertainty embedding.
       prior: weight of the loss that pulls the length of the uncertainty embedding towards 1.
+      prior_by: ``constant``, or ``confusion``: towards a length that grows with the image's confusion in the batch.
+      negatives: ``learn``, or ``stop``: pairs of different classes do not teach the uncertainty, see ``matrix_of``.
+      attenuation: weight of what an uncertain positive costs, see ``log_term``.
       mesh: devices over which the proxies, and the matrix along them, are split; ``None``: replicated.
       rows: devices over which a batch is split; each computes its rows of the matrix of a loss on pairs, and embeddings
         are all that they exchange. ``None``: the compiler places the matrix.
@@ -102,6 +90,9 @@ class Objective(Criterion):
     memory_warmup: int = 0
     ranking: float = 0.0
     prior: float = 0.0
+    prior_by: str = "constant"
+    negatives: str = "learn"
+    attenuation: float = 0.0
     mesh: Mesh | None = None
     rows: Mesh | None = None
     terms: tuple[Term, ...] = ()
@@ -195,6 +186,7 @@ class Objective(Criterion):
         key: PRNGKeyArray | None = None,
         store: memory.Memory | tuple[()] = (),
         step: Int[Array, ""] | int = 0,
+        mask: Bool[Array, "n"] | None = None,
     ) -> Float[Array, ""]:
         """The loss of a batch.
 
@@ -205,6 +197,7 @@ class Objective(Criterion):
           key: PRNG key for losses that sample.
           store: cross-batch memory.
           step: training step, for the memory's warm-up.
+          mask: ``[n]``, false for images to leave out of all comparisons.
 
         Returns:
           The loss, a scalar.
@@ -212,28 +205,31 @@ class Objective(Criterion):
         learned, values = params.get("loss", {}), {}
         numbered = list(enumerate(self.parts))
         if on_proxies := [(i, term) for i, term in numbered if term.spec.references == "proxies"]:
-            compared = self._with_proxies(params, embedding, labels, key)
+            compared = self._with_proxies(params, embedding, labels, key, mask)
             values.update(self._values(on_proxies, compared, learned, labels, key))
         if on_pairs := [(i, term) for i, term in numbered if term.spec.references == "batch"]:
 
             def of_rows(
-                rows: tuple[Embedding, Array], whole: tuple[Any, ...], axis_name: str | None
+                rows: tuple[Embedding, Array, Any], whole: tuple[Any, ...], axis_name: str | None
             ) -> dict[int, Array]:
-                (own, of_own), (learned, key, store, step) = rows, whole
-                compared = self._with_batch(own, of_own, store, step, axis_name)
+                (own, of_own, masked), (learned, key, store, step) = rows, whole
+                compared = self._with_batch(own, of_own, masked, store, step, axis_name)
                 return self._values(on_pairs, compared, learned, of_own, key, axis_name)
 
             # A loss of the user's may not know the axis.
             able = all("axis_name" in inspect.signature(term.spec.function).parameters for _, term in on_pairs)
-            rows, whole = (self._seen(embedding), labels), (learned, key, store, step)
+            rows, whole = (self._seen(embedding), labels, mask), (learned, key, store, step)
             values.update(sharding.over_rows(of_rows, self.rows if able else None, rows, whole))
         first, *others = (values[i] if term.weight == 1 else term.weight * values[i] for i, term in numbered)
         loss = sum(others, start=first)
         if self.centre_spread:
             loss += self.centre_spread * auxiliary.centre_spread(self._centres_of(params["proxies"]), self._real())
+        if self.attenuation:
+            loss += self.attenuation * sum(cost for i, cost in values.items() if i < 0)
         if self.prior:
             assert embedding.uncertainty is not None  # see config.validate
-            loss += self.prior * auxiliary.length_prior(embedding.uncertainty)
+            by = None if self.prior_by == "constant" else self.confusion(params, embedding, labels)
+            loss += self.prior * auxiliary.length_prior(embedding.uncertainty, by)
         return loss
 
     def _values(
@@ -258,11 +254,12 @@ class Objective(Criterion):
                 read: Any = self._seen(found.embedding)
             else:
                 if spec.reads not in matrices:
-                    metric = self.metric.similarity if spec.reads == "similarity" else self.metric
-                    matrix = metric(found.embedding, found.references)
+                    matrix = matrix_of(self.metric, spec.reads, found, self.negatives)
                     matrices[spec.reads] = self._split(matrix) if spec.references == "proxies" else matrix
                 read = matrices[spec.reads]
             values[index] = spec.function(read, found.pairs, **options)
+        if self.attenuation:  # below 0: no term
+            values[-1 - terms[0][0]] = log_term(self.metric, found, axis_name)
         return values
 
     def _options_of(
@@ -310,6 +307,7 @@ class Objective(Criterion):
         self,
         embedding: Embedding,
         labels: Int[Array, "n"],
+        mask: Bool[Array, "n"] | None,
         store: memory.Memory | tuple[()],
         step: Any,
         axis_name: str | None,
@@ -317,13 +315,19 @@ class Objective(Criterion):
         """Images with the whole batch (which they are, or are rows of) and, if there is one, with the memory."""
         if not self.memory_size:
             references = None if axis_name is None else losses.gather(embedding, axis_name)
-            return Compared(embedding, references, losses.pairs_from_label_sets(labels, axis_name=axis_name))
+            found = losses.pairs_from_label_sets(labels, mask=mask, axis_name=axis_name)
+            return Compared(embedding, references, found)
         kept = cast(memory.Memory, store)
-        pairs = memory.pairs_with_batch(kept, labels, active=step >= self.memory_warmup, axis_name=axis_name)
+        pairs = memory.pairs_with_batch(kept, labels, mask, active=step >= self.memory_warmup, axis_name=axis_name)
         return Compared(embedding, memory.with_batch(kept, embedding, axis_name), pairs)
 
     def _with_proxies(
-        self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"], key: PRNGKeyArray | None
+        self,
+        params: dict[str, Any],
+        embedding: Embedding,
+        labels: Int[Array, "n"],
+        key: PRNGKeyArray | None,
+        mask: Bool[Array, "n"] | None,
     ) -> Compared:
         """The images with the proxies; each device has some of the proxies and all images."""
         sample = None
@@ -341,6 +345,8 @@ class Objective(Criterion):
         proxies, embedding, pairs = self._against_proxies(params, embedding, labels, sample)
         # Proxies are certain and, except in the released form, compared by direction like the embeddings.
         references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
+        if mask is not None:
+            pairs = losses.Pairs(*(relation & mask[:, None] for relation in pairs))
         return Compared(embedding, references, pairs, None if sample is None else sample.stands_for)
 
     def _against_proxies(

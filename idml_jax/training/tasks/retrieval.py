@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from idml_jax.training.config import SPLIT_CLASSES, network_options
 from idml_jax.training.fields import choice
 from idml_jax.training.tasks import retrieval_summary as summary
 from idml_jax.training.tasks.objective import Objective, training_metric
+from idml_jax.training.tasks.prism_objective import PrismObjective
 from idml_jax.training.tasks.task import Arrays, Evaluation
 from idml_jax.training.tasks.terms import reads_batch, reads_proxies, terms_of
 
@@ -84,7 +86,17 @@ class Retrieval:
             sharding.check_rows(num_classes, mesh)
         terms = terms_of(config)
         alone = len(terms) == 1 and terms[0].weight == 1
-        return Objective(
+        kind: Callable[..., Objective] = Objective
+        if config.prism.share:
+            steps = config.prism.warmup_epochs * steps_per_epoch
+            kind = partial(
+                PrismObjective,
+                share=config.prism.share,
+                window=config.prism.window,
+                features=config.prism.features,
+                warmup=steps,
+            )
+        return kind(
             loss=config.loss.name,
             options=terms[0].options if alone else (),
             terms=() if alone else terms,
@@ -97,6 +109,9 @@ class Retrieval:
             memory_warmup=config.memory.warmup_epochs * steps_per_epoch,
             ranking=config.ism.ranking,
             prior=config.ism.prior,
+            prior_by=config.ism.prior_by,
+            negatives=config.ism.negatives,
+            attenuation=config.ism.attenuation,
             mesh=mesh if split else None,
             rows=mesh,
             class_share=config.loss.class_share,
