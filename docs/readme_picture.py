@@ -55,7 +55,7 @@ def main() -> None:
     titles = {
         0: "Search: a query and its nearest images with their distances, ✓ of the same class, ✗ of another",
         len(SHARES): "The least uncertain images",
-        len(SHARES) + 1: "The most uncertain images: blurred, covered, noisy, or blends of two",
+        len(SHARES) + 1: "The most uncertain images",
     }
     # All lengths are in pixels of the picture.
     side, across, down, left, title = 70, 100, 100, 14, 26
