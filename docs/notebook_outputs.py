@@ -38,7 +38,11 @@ def execute(path: Path, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     client = nbclient.NotebookClient(book, timeout=7200, resources={"metadata": {"path": str(folder)}})
     client.execute(env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return json.loads(nbformat.writes(book))
+    # Files are named as seen from the folder that the notebook runs in.
+    text = nbformat.writes(book)
+    for place in sorted({str(folder), str(folder.resolve())}, key=len, reverse=True):
+        text = text.replace(json.dumps(f"{place}/")[1:-1], "").replace(json.dumps(place)[1:-1], ".")
+    return json.loads(text)
 
 
 def picture(page: str, height: int) -> str:
@@ -68,6 +72,7 @@ def settle(book: dict) -> dict:
         cell.get("metadata", {}).pop("execution", None)
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
+            output.get("metadata", {}).clear()
             found = FRAME.search("".join(data.get("text/html", "")))
             if found:
                 data["image/png"] = picture(html.unescape(found[1]), int(found[2]))
