@@ -3,7 +3,7 @@
     pip install -e '.[tpu]'                                                          # for TPUs
     pip install --no-deps jax-cuda13-plugin==V jax-cuda13-pjrt==V  (V: jax's)        # for GPUs; no CUDA needed
     python benchmarks/aot.py v5e:2x4                                                 # ResNet-50, ProxyAnchor, 224 px
-    python benchmarks/aot.py v5e:16x16 --per_chip 128 --loss multi_similarity --partners near
+    python benchmarks/aot.py v5e:16x16 --per_chip 128 --loss multi_similarity
     python benchmarks/aot.py h100:8 --trunk vit_b16 --largest
     python benchmarks/aot.py v5e:2x4 --step embed retrieval --set eval.batch_size=1024
 

@@ -37,7 +37,6 @@ def get_config(arg: str = ""):
         config.epochs = 4
         config.data.crop_scale = (0.3, 1.0)
         config.model.name = "auto"
-        config.model.semantic_init = "auto"
         config.optim.learning_rate = 1e-4
         return config
     config.batch_size = 64

@@ -10,10 +10,12 @@ idml_jax.main``.
 
 import difflib
 import importlib
+import os
 import sys
 from typing import NamedTuple
 
 import idml_jax
+from idml_jax.errors import VERBOSITY, run_command
 
 
 class Command(NamedTuple):
@@ -62,8 +64,13 @@ def usage() -> str:
     lines += [
         "",
         "options:",
-        "  --help      show this text; idml-jax COMMAND --help shows the options of a command",
-        "  --version   show the version",
+        "  --help         show this text; idml-jax COMMAND --help shows the options of a command",
+        "  --version      show the version",
+        "  -q, --quiet    with a command: print only results and warnings",
+        "  -v, --verbose  with a command: print also what libraries log",
+        "",
+        "completion of commands and options in the shell, for bash (or zsh, fish):",
+        '  eval "$(idml-jax completion bash)"',
     ]
     return "\n".join(lines)
 
@@ -74,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
       argv: a command and its arguments; by default those of the process.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = _without_verbosity(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
         print(usage())
         sys.exit(0 if argv else 2)
@@ -82,6 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"idml_jax {idml_jax.__version__}")
         return
     name, *rest = argv
+    if name == "completion":
+        run_command(lambda: _print_completion(rest[0] if rest else "bash"))
+        return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -94,6 +104,22 @@ def main(argv: list[str] | None = None) -> None:
         interrupt.end_when_asked()  # before the imports below, which take a while
     sys.argv = [f"idml-jax {name}", *rest, *command.extra]
     importlib.import_module(f"idml_jax.{command.module}").main()
+
+
+def _without_verbosity(argv: list[str]) -> list[str]:
+    """The arguments without those that say how much is printed, which the environment tells the command."""
+    levels = {"-q": "-1", "--quiet": "-1", "-v": "1", "--verbose": "1"}
+    for word in argv:
+        if word in levels:
+            os.environ[VERBOSITY] = levels[word]
+    return [word for word in argv if word not in levels]
+
+
+def _print_completion(shell: str) -> None:
+    from idml_jax.runtime import completion
+
+    known = {module: completion.options_of(f"idml_jax.{module}") for module in {c.module for c in COMMANDS.values()}}
+    print(completion.script(shell, {name: known[command.module] for name, command in COMMANDS.items()}))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import replace_folder, user_path
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import say_next, tell
 
 if TYPE_CHECKING:
     from idml_jax.inference.audit import Audit, audit
@@ -97,11 +98,9 @@ def _audit(given: dict[str, Any]) -> None:
             say(f"{count:6,}  {kind}: {KINDS[kind]}")
     for note in found.notes:
         say(note)
-    say(f"go through them on {out / 'sheet.html'}, save decisions.csv there, then:")
-    say(
-        f"next: python -m idml_jax.audit --index={shlex.quote(str(given['index']))} --apply=decisions.csv "
-        "--out=corrected.csv"
-    )
+    tell(f"go through them on {out / 'sheet.html'}, save decisions.csv there, then:")
+    index_name = shlex.quote(str(given["index"]))
+    say_next(f"python -m idml_jax.audit --index={index_name} --apply=decisions.csv --out=corrected.csv")
 
 
 def main(argv: list[str] | None = None) -> None:

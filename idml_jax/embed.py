@@ -4,10 +4,11 @@
     python -m idml_jax.embed --workdir=RUN --split=test --out=test.npz             # the run's own images
     python -m idml_jax.embed --workdir=RUN --images=PHOTOS --out=photos --shard=1/4  # one of four processes
 
-``--images`` is an image, a folder, or a list: a text file with one path per line, optionally followed by a tab and the
-class. If all images of a folder lie in subfolders, the subfolders are the classes. Unreadable images are skipped and
-listed in ``<out>.skipped.txt``. A stopped command resumes when it is run again. ``python -m idml_jax.evaluate
---embeddings=photos.npz`` measures them, ``python -m idml_jax.search`` searches them.
+``--images`` is an image, a folder, or a table: a text file with one path per line, optionally followed by a tab and the
+class, or a CSV, TSV, JSON lines or Parquet file with named columns (docs/data.md). If all images of a folder lie in
+subfolders, the subfolders are the classes. Unreadable images are skipped and listed in ``<out>.skipped.txt``. A stopped
+command resumes when it is run again. ``python -m idml_jax.evaluate --embeddings=photos.npz`` measures them, ``python -m
+idml_jax.search`` searches them.
 
 With ``--shard=i/n`` the output is a gallery, a folder of Parquet parts, for collections that outgrow memory or one
 process; ``--append`` adds images to it.
@@ -19,12 +20,13 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from idml_jax.errors import UserError, printable, run_command
+from idml_jax.errors import UserError, run_command
 from idml_jax.inference.choices import SPLITS
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import say_next, tell
 
 if TYPE_CHECKING:
     from idml_jax.inference.embed import LISTS, embed_all, embed_to_file, index_of, list_images, split_source
@@ -50,13 +52,15 @@ make_callable(__name__, "inference.use:embed")  # idml_jax.embed("runs/mine", "p
 def _embed(given: dict[str, Any]) -> None:
     if bool(given["images"]) == bool(given["split"]):
         raise UserError("give either --images or --split")
+    if given["root"] and not given["images"]:
+        raise UserError("--root needs --images, a table")
     with loading():
         from idml_jax.inference import store as embeddings
         from idml_jax.inference.embed import embed_to_file, list_images, split_source
         from idml_jax.inference.gallery_parts import embed_to_gallery, parse_shard
         from idml_jax.inference.use import load
 
-    out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
+    out, say = user_path(given["out"]), tell
     cluster = given["engine"] == "ray"
     parts = bool(given["shard"] or given["append"] or cluster)
     if cluster and given["shard"]:
@@ -85,7 +89,8 @@ def _embed(given: dict[str, Any]) -> None:
     if given["split"]:
         source, labelled, origin = split_source(model, given["split"]), True, f"split:{given['split']}"
     else:
-        (source, labelled), origin = list_images(given["images"]), str(user_path(given["images"]))
+        source, labelled = list_images(given["images"], root=given["root"])
+        origin = str(user_path(given["images"]))
     labelled = labelled and not given["no_labels"]
     classes = f" of {len(source.class_names):,} classes" if labelled else ", classes unknown"
     say(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}")
@@ -94,14 +99,15 @@ def _embed(given: dict[str, Any]) -> None:
         embed_to_gallery(model, source, out, shard=shard, **how)
     else:
         embed_to_file(model, source, out, labelled=labelled, origin=origin, overwrite=given["overwrite"], say=say)
-    say(f"next: python -m idml_jax.search --index={shlex.quote(str(out))} --query=IMAGE")
+    say_next(f"python -m idml_jax.search --index={shlex.quote(str(out))} --query=IMAGE")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--workdir", required=True, help="folder of a run")
-    parser.add_argument("--images", default="", help="image, folder of images, or list of images")
+    parser.add_argument("--images", default="", help="image, folder of images, or list or table of images")
+    parser.add_argument("--root", default="", help="folder that a table's relative paths start from; default: its own")
     parser.add_argument(
         "--split", default="", choices=SPLITS, help="instead of --images: a split of the run's own data"
     )

@@ -40,6 +40,14 @@ def printable(text: object) -> str:
     return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
 
 
+VERBOSITY = "IDML_JAX_VERBOSITY"
+
+
+def verbosity() -> int:
+    """How much commands say: -1 only results and warnings (``-q``), 0 as usual, 1 also what libraries log (``-v``)."""
+    return {"-1": -1, "1": 1}.get(os.environ.get(VERBOSITY, "0"), 0)
+
+
 def warn(line: str) -> None:
     """Prints a warning as one line on standard error."""
     print(f"warning: {printable(line)}", file=sys.stderr)
@@ -66,7 +74,7 @@ def show_progress() -> None:
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(_Lines("%(message)s"))
     own.addHandler(console)
-    own.setLevel(logging.INFO)
+    own.setLevel({-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity()])
     own.propagate = False
 
 
@@ -161,6 +169,8 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
 
     logging.set_verbosity(logging.ERROR)
     hide_consequences()
+    if verbosity() > 0:
+        logging.set_verbosity(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its code
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

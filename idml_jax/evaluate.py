@@ -11,11 +11,13 @@ introspective metric are those that ``idml_jax.embed`` stored with the embedding
 
 ``--ranked`` adds P@K and the mean average precision over all ranks, ``--worst=10`` lists the classes with the lowest
 R@1, and ``--exclude=camera`` leaves out, for each query, the images of its class with the same value of the array
-``camera`` [n] of the file, and adds CMC@K. ``--rerank=reciprocal`` (or ``expand``, ``augment+expand``) adds the metrics
-after re-ranking, as ``reranked/...``.
+``camera`` [n] of the file, and adds CMC@K. Of images from a table (docs/data.md) the marked queries search the marked
+gallery, images that share a label are right answers, and images of the query's class and group are not found.
+``--rerank=reciprocal`` (or ``expand``, ``augment+expand``) adds the metrics after re-ranking, as ``reranked/...``.
 """
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import say_next, tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +101,8 @@ def _evaluate_files(given: dict[str, Any]) -> None:
         print(f"R@1 {row.recall:.4f} of {row.queries:,} queries of {printable(row.name)}")
     for warning in found.warnings:
         print(f"warning: {warning}")
-    print(f"{found.queries} queries in {time.monotonic() - start:.1f} s")
+    tell(f"{found.queries} queries in {time.monotonic() - start:.1f} s")
+    say_next(f"python -m idml_jax.search --index={shlex.quote(given['gallery'] or given['embeddings'])} --query=IMAGE")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,10 @@ The folder holds ``model.stablehlo`` (by ``jax.export``, weights included, for a
 and outputs) and ``example.py``, which loads the program. The program takes uint8 images of the run's size and
 normalises them itself. JAX guarantees that such a program loads with all its versions of at least the next six months.
 
+    python -m idml_jax.export --workdir=RUN --out=model/ --format=onnx
+
+writes ``model.onnx`` instead, which onnxruntime runs without JAX, and an example for it. It needs ``idml_jax[onnx]``.
+
     python -m idml_jax.export --index=photos.npz --faiss=photos.faiss [--faiss_kind=HNSW32]
 
 writes embeddings of ``idml_jax.embed`` as a faiss index over squared distances of the semantic embeddings. Row i of the
@@ -13,13 +17,15 @@ index is row i of the file.
 """
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, run_command
-from idml_jax.inference.choices import PLATFORMS
+from idml_jax.inference.choices import FORMATS, PLATFORMS
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import say_next
 
 if TYPE_CHECKING:
     from idml_jax.inference.export import export_run, write
@@ -43,16 +49,20 @@ def _export(given: dict[str, Any]) -> None:
         path = faiss_index.write(index.embedded.semantic, given["faiss"], given["faiss_kind"])
         print(f"{len(index.files):,} rows of {index.embedded.semantic.shape[1]} dimensions in {path}")
         return
-    platforms = tuple(name.strip() for name in given["platforms"].split(","))
+    if given["format"] != "stablehlo" and given["platforms"] is not None:
+        raise UserError(f"--platforms={given['platforms']} is for --format=stablehlo; an ONNX model runs on any")
+    platforms = tuple(name.strip() for name in (given["platforms"] or "cpu,cuda,tpu").split(","))
     if unknown := [name for name in platforms if name not in PLATFORMS]:
         raise UserError(f"--platforms={given['platforms']}: {unknown[0]!r} is unknown; known: {', '.join(PLATFORMS)}")
     with loading():
         from idml_jax.inference import model as trained
         from idml_jax.inference.export import write
 
-    out = write(trained.load(given["workdir"]), given["out"], platforms)
-    size = (out / "model.stablehlo").stat().st_size / 1e6
-    print(f"{out / 'model.stablehlo'} ({size:.1f} MB) for {', '.join(platforms)}; {out / 'example.py'} loads it")
+    out = write(trained.load(given["workdir"]), given["out"], platforms, given["format"])
+    program = out / f"model.{given['format']}"
+    size, runs = program.stat().st_size / 1e6, ", ".join(platforms) if given["format"] == "stablehlo" else "onnxruntime"
+    print(f"{program} ({size:.1f} MB) for {runs}")
+    say_next(f"python {shlex.quote(str(out / 'example.py'))} IMAGE IMAGE")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,8 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", default="", help="folder of a run")
     parser.add_argument("--out", default="", help="new folder")
     parser.add_argument(
-        "--platforms", default="cpu,cuda,tpu", help=f"comma-separated platforms, of {', '.join(PLATFORMS)}"
+        "--platforms", help=f"comma-separated platforms, of {', '.join(PLATFORMS)}; default: cpu,cuda,tpu"
     )
+    parser.add_argument("--format", default="stablehlo", choices=FORMATS, help="stablehlo, for JAX, or onnx")
     parser.add_argument("--index", default="", help="instead of --workdir: .npz or .parquet of idml_jax.embed")
     parser.add_argument("--faiss", default="", help="faiss index file to write")
     parser.add_argument("--faiss_kind", default="Flat", help="argument of faiss's index_factory; Flat: exact search")

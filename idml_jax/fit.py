@@ -41,6 +41,8 @@ def _fit(config: Any, workdir: str) -> None:
 
     if flags.FLAGS.mode != "train":
         raise UserError(f"--mode={flags.FLAGS.mode} is for python -m idml_jax.main, which also evaluates a fitted run")
+    if flags.FLAGS.resume != "auto":
+        raise UserError(f"--resume={flags.FLAGS.resume} is for python -m idml_jax.main; a fitted run has no epochs")
     fit(training.resolved(config, workdir), workdir, overwrite=flags.FLAGS.overwrite)
     training.say_next(workdir)
 

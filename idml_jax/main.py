@@ -2,8 +2,9 @@
 
 ``--config`` is a file with a function ``get_config()``. The files of this package are found from any folder, as
 ``configs/glyphs.py:quick`` or ``glyphs:quick`` (``idml_jax.recipes``). Flags such as
-``--config.optim.learning_rate=1e-4`` override single settings. ``--mode=eval`` evaluates the best
-checkpoint of a workdir; it needs no ``--config``.
+``--config.optim.learning_rate=1e-4`` override single settings. A workdir that holds a run needs no ``--config``: a
+stopped run goes on, ``--resume=longer --config.epochs=90`` goes on with more epochs, ``--mode=eval`` evaluates the best
+checkpoint, with other settings of evaluation if ``--config.eval.*`` names some.
 
 Exit codes: 0, finished; 1, an error, reported in one line; 75, stopped by SIGTERM or SIGUSR1 after saving; 130, stopped
 by Ctrl-C. After 75 and 130, rerun the same command to resume.
@@ -24,6 +25,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+import idml_jax
 from idml_jax.errors import UserError, end_now, hide_consequences, printable, run_command, show_progress, stop
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import user_path
@@ -34,6 +36,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train (or resume training), or evaluate a checkpoint.")
+_RESUME = flags.DEFINE_enum(
+    "resume", "auto", ["auto", "longer", "never"],
+    "With a run in the workdir: go on if the settings are the same; or for more epochs; or refuse it.",
+)  # fmt: skip
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "With several processes: host:port of process 0, or auto.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Number of processes.")
 _INDEX = flags.DEFINE_integer("process_index", 0, "Index of this process.")
@@ -43,7 +49,7 @@ _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the full traceback of a
 # The settings as text, written by docs/settings_page.py: making it would load jax and all losses.
 SETTINGS = Path(__file__).with_name("training") / "settings.txt"
 _HELP = ("--help", "-h", "-help", "-?", "--helpshort", "--helpfull")
-_FLAGS = ("config", "workdir", "mode", "coordinator", "processes", "process_index", "traceback")
+_FLAGS = ("config", "workdir", "mode", "resume", "coordinator", "processes", "process_index", "traceback")
 
 
 def parse(argv: list[str], doc: str | None = __doc__, more: tuple[str, ...] = ()) -> list[str]:
@@ -54,6 +60,9 @@ def parse(argv: list[str], doc: str | None = __doc__, more: tuple[str, ...] = ()
       doc: what the command is, for its help.
       more: names of flags of its own.
     """
+    if "--version" in argv[1:]:
+        print(f"idml_jax {idml_jax.__version__}")
+        sys.exit(0)
     if any(word in _HELP for word in argv[1:]):
         run_command(lambda: print(_help(doc, more)))
         sys.exit(0)
@@ -89,6 +98,23 @@ def _with_path(argv: list[str]) -> list[str]:
             if not Path(found.partition(":")[0]).is_file():
                 raise UserError(f"--config={found}: no such file; by name there are {', '.join(recipes.names())}")
             argv[i : i + (1 if equals else 2)] = [f"{name}={found}"]
+            return argv
+    return _with_stored(argv)
+
+
+def _with_stored(argv: list[str]) -> list[str]:
+    """The arguments, with the settings of the run in the workdir, where single ones are changed or it goes on."""
+    words = dict(word.lstrip("-").partition("=")[::2] for word in argv[1:])
+    for i, word in enumerate(argv[:-1]):
+        if word in ("--workdir", "-workdir"):
+            words["workdir"] = argv[i + 1]
+    folder = words.get("workdir", "")
+    if not folder or not (user_path(folder) / "config.json").is_file():
+        return argv
+    if any(name.startswith("config.") for name in words) or words.get("mode", "train") == "train":
+        from idml_jax.training import of_run
+
+        return [argv[0], f"--config={of_run.__file__}:{folder}", *argv[1:]]
     return argv
 
 
@@ -136,7 +162,7 @@ def _run(config: Any, workdir: str) -> None:
     if _MODE.value == "eval":
         train.evaluate_checkpoint(workdir, config)
     else:
-        train.train_and_evaluate(resolved(config, workdir), workdir)
+        train.train_and_evaluate(resolved(config, workdir), workdir, resume=_RESUME.value)
         say_next(workdir)
 
 
@@ -144,9 +170,11 @@ def say_next(workdir: str) -> None:
     """Says what a finished run is used with."""
     import jax
 
+    from idml_jax.runtime import progress
+
     if jax.process_index() == 0:
         run = shlex.quote(printable(workdir))
-        print(f"next: python -m idml_jax.embed --workdir={run} --images=PHOTOS --out=photos.npz")
+        progress.say_next(f"python -m idml_jax.embed --workdir={run} --images=PHOTOS --out=photos.npz")
 
 
 def resolved(config: Any, workdir: str) -> Any:

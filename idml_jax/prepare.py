@@ -9,6 +9,7 @@ is refused, naming what is missing, unless --allow_incomplete is given. TensorFl
 """
 
 import argparse
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from idml_jax.data.stored.names import NAMES
@@ -16,6 +17,7 @@ from idml_jax.errors import run_command
 from idml_jax.runtime.callable_module import late
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import say_next, tell
 
 if TYPE_CHECKING:
     from idml_jax.data.stored.prepare import LAYOUTS, prepare
@@ -30,7 +32,11 @@ def _prepare(given: dict[str, Any]) -> None:
     with loading():
         from idml_jax.data.stored.prepare import prepare
 
-    prepare(**given, say=lambda line: print(line, flush=True))
+    folder, name = prepare(**given, say=tell), given["dataset"]
+    if name == "folder":
+        name = f"folder --config.data.variant={folder.parent.name}"
+    home = f" --config.data.data_dir={shlex.quote(given['data_dir'])}" if given["data_dir"] else ""
+    say_next(f"python -m idml_jax.main --config={name}{home} --workdir=runs/{given['dataset']}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,6 +31,7 @@ from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path, write_bytes
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import tell
 
 if TYPE_CHECKING:
     from idml_jax.inference.search import Answers, calibrate, search
@@ -72,7 +73,7 @@ def _search(given: dict[str, Any]) -> None:
         )
     if out is not None:
         check_target(out)  # fails before the work starts
-    say = lambda line: print(printable(line), flush=True)
+    say = tell
     rules = tuple(exclude.parse(given["exclude"]))
     searched = open_searched(given["index"], rules, memory=given["memory"], ann=given["ann"], say=say)
     partly = searched.gallery is not None
@@ -84,6 +85,8 @@ def _search(given: dict[str, Any]) -> None:
     model = functools.cache(lambda: load_model(searched.head, given["workdir"], warn))
     queries = open_index(given["query"], "--query", model)
     check_comparable(queries, searched.head, given["query"], given["index"])
+    if searched.head.embedded.sets is not None:
+        warn(f"{given['index']}: images with several labels count as the class of their first")
     seen = near(searched, queries, given["k"], keep_same=given["keep_same"], say=say)
     index, own = seen.images, seen.own
     k = min(given["k"], len(seen.whole) - (seen.whole_own is not None))

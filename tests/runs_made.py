@@ -25,6 +25,7 @@ def small_config(folder, **changes):
     config.model.embedding_dim = config.model.uncertainty_dim = 16
     config.model.uncertainty_hidden = 16
     config.model.batchnorm = "live"
+    config.model.semantic_init = "random"
     config.optim.warmup_epochs = 1
     config.optim.learning_rate = 3e-3
     config.optim.proxy_lr_factor = 10.0

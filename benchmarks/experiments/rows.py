@@ -56,6 +56,7 @@ DATA: dict[str, dict[str, Any]] = {
         "overrides": {
             "model.name": "resnet50_v1",
             "model.init_from": "{root}/resnet50_v1.safetensors",
+            "model.semantic_init": "random",
             "model.batchnorm": "frozen",
             "model.dtype": "float32",
             "epochs": 4,

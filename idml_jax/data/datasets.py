@@ -1,6 +1,7 @@
 """Data sets by name: the benchmarks, image folders, the built-in glyphs, and tfds sets stored as array_record."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -8,10 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from idml_jax.data.files import expand, shown
-from idml_jax.data.sources import FolderSource, Joined, Source, Subset, drop_unreadable, scan_splits
+from idml_jax.data.listed import table_splits
+from idml_jax.data.sources import Joined, Source, Subset, TfdsSource, drop_unreadable, scan_splits, sets_of
 from idml_jax.data.splits import check_classes, hold_out_classes, hold_out_images, select_classes, split_by_class
 from idml_jax.data.stored import prepared as prepared_lib
 from idml_jax.data.stored.benchmarks import BENCHMARKS, Count, differences
+from idml_jax.data.tables import is_table
 from idml_jax.errors import UserError
 
 # Share of the training images that replaces a missing ImageNet validation split: about 50 per class.
@@ -39,6 +42,7 @@ class Splits(NamedTuple):
 def load_folder(
     *,
     root: str = "",
+    image_root: str = "",
     data_dir: str = "",
     variant: str = "",
     train_classes: float = 0.5,
@@ -47,11 +51,11 @@ def load_folder(
     **_: object,
 ) -> Splits:
     """Loads a folder of images: ``root/train/<class>/`` and ``root/test/<class>/`` (or ``val``; or ``query`` and
-    ``gallery``), or ``root/<class>/`` alone, which is split by class; without ``root``, the prepared image folder
-    that ``variant`` names."""
+    ``gallery``), or ``root/<class>/`` alone, which is split by class; or a table of images, whose relative paths start
+    from ``image_root``; without ``root``, the prepared image folder that ``variant`` names."""
     if not root and variant:
-        found = prepared_lib.find("folder", data_dir or default_data_dir(), variant)
-        prepared = {split: prepared_lib.source(found, split, say=warn) for split in found.splits}
+        stored = prepared_lib.find("folder", data_dir or default_data_dir(), variant)
+        prepared = {split: prepared_lib.source(stored, split, say=warn) for split in stored.splits}
         if "images" in prepared:
             return Splits(*split_by_class(prepared["images"], train_classes))
         return _separate(prepared)
@@ -60,23 +64,39 @@ def load_folder(
             "config.data.root is empty; give the folder that holds one folder per class (or config.data.variant, the "
             "name of a prepared one)"
         )
-    parts = {split: drop_unreadable(part, on_corrupt, warn) for split, part in scan_splits(root, warn).items()}
+    listed = is_table(expand(root))
+    if image_root and not listed:
+        raise UserError(f"config.data.image_root is for tables; config.data.root = {root} is none")
+    found = table_splits(root, image_root, warn) if listed else scan_splits(root, warn)
+    parts = {split: drop_unreadable(part, on_corrupt, warn) for split, part in found.items()}
     if "images" not in parts:
         if "query" in parts:
             # Whole classes may be missing from either part.
             query, gallery = _of_one_naming(parts["query"], parts["gallery"])
-            return Splits(parts["train"], query, gallery=gallery)
-        return Splits(parts["train"], parts["test"])
+            return Splits(parts["train"], query, parts.get("validation"), gallery)
+        return Splits(parts["train"], parts["test"], parts.get("validation"))
     everything = parts["images"]
     if len(everything.class_names) < 2:
         raise UserError(f"{expand(root)}: 1 class ({everything.class_names[0]}); metric learning needs at least 2")
     return Splits(*split_by_class(everything, train_classes))
 
 
-def _of_one_naming(*parts: FolderSource) -> list[FolderSource]:
-    """The folders relabelled by the union of their classes."""
+class _Renamed(Subset):
+    """A source labelled by the names of several."""
+
+    def __init__(self, source: Source, names: list[str]):
+        super().__init__(source, np.arange(len(source)))
+        numbers = np.searchsorted(names, self.class_names).astype(np.int32)
+        self.labels, self.class_names = numbers[self.labels], names
+        if sets_of(self) is not None:
+            mine = self.fields["labels"]
+            self.fields["labels"] = np.where(mine < 0, -1, numbers[mine]).astype(np.int32)
+
+
+def _of_one_naming(*parts: Source) -> list[Source]:
+    """The sources relabelled by the union of their classes."""
     names = sorted(set().union(*(part.class_names for part in parts)))
-    return [FolderSource(part.paths, np.searchsorted(names, part.class_names)[part.labels], names) for part in parts]
+    return [_Renamed(part, names) for part in parts]
 
 
 def default_data_dir() -> str:
@@ -150,7 +170,11 @@ def load_benchmark(
     data_dir, benchmark = data_dir or default_data_dir(), BENCHMARKS[name]
     found = prepared_lib.find(name, data_dir)
     wanted = ("train", "test") if benchmark.train_classes and not found.ours else tuple(benchmark.splits)
-    parts: dict[str, Source] = {s: prepared_lib.source(found, s, say=warn) for s in wanted if s in found.splits}
+    keys = ("file_name",) if benchmark.group else ()
+    opened = {s: prepared_lib.source(found, s, field_keys=keys, say=warn) for s in wanted if s in found.splits}
+    for part in opened.values():
+        _add_groups(part, benchmark.group)
+    parts: dict[str, Source] = dict(opened)
     if benchmark.train_classes and not found.ours:
         # The official splits joined, then divided by class.
         whole = Joined([parts[s] for s in wanted if s in parts])
@@ -170,6 +194,14 @@ def load_benchmark(
         warn(f"{found.folder} has no validation images; {_TRAIN_ONLY_SHARE:.0%} of the training images replace them")
         return Splits(*hold_out_images(parts["train"], _TRAIN_ONLY_SHARE, seed))
     return Splits(parts["train"], parts["test"] if "test" in parts else parts["validation"])
+
+
+def _add_groups(source: TfdsSource, pattern: str) -> None:
+    """Adds the cameras that the names of the files tell."""
+    if pattern:
+        names = [os.fsdecode(name).rsplit("/", 1)[-1] for name in source.fields.pop("file_name").tolist()]
+        cameras = [re.search(pattern, name) for name in names]
+        source.fields["group"] = np.asarray([camera[1] if camera else "" for camera in cameras])
 
 
 def _benchmark_loader(name: str) -> Callable[..., Splits]:
@@ -205,8 +237,8 @@ def load_dataset(
       shared_classes: the test classes are the training classes (classification), for any data set.
       seed: seed of the choice of held-out classes or images.
       warn: receives one line per kind of thing that is left out.
-      **options: ``root``, ``data_dir``, ``variant``, ``train_classes``, ``on_corrupt``; each loader uses those it
-        needs.
+      **options: ``root``, ``image_root``, ``data_dir``, ``variant``, ``train_classes``, ``on_corrupt``; each
+        loader uses those it needs.
 
     Returns:
       The splits, with at least two classes each.
@@ -229,6 +261,9 @@ def load_dataset(
         )
     tell, warn = warn, lambda line: tell(shown(line))
     splits = DATASETS[name](warn=warn, seed=seed, **options)
+    if splits.validation is not None and (validation_classes or validation_images):
+        field = "validation_classes" if validation_classes else "validation_images"
+        raise UserError(f"config.data.{field}: the data has validation images of its own; leave it at 0")
     if shared:
         if not validation_images:
             return splits
@@ -242,14 +277,25 @@ def load_dataset(
     splits = splits._replace(train=train, test=test)
     if not validation_classes:
         return splits
+    if sets_of(train) is not None:
+        raise UserError(
+            "config.data.validation_classes: images with several labels are not divided by class; mark validation "
+            "images in the table (split = validation)"
+        )
     train, validation = hold_out_classes(train, validation_classes, seed)
     return splits._replace(train=train, validation=validation)
 
 
 def _check_gallery(query: Source, gallery: Source, warn: Callable[[str], None]) -> None:
-    absent = np.setdiff1d(query.labels, gallery.labels)
+    absent = np.setdiff1d(_present(query), _present(gallery))
     if len(absent):
         first = query.class_names[absent[0]]
         warn(f"{len(absent)} classes of the queries are not in the gallery and count as misses; the first: {first}")
-    if len(np.unique(query.labels)) < 2 or len(np.unique(gallery.labels)) < 2:
+    if len(_present(query)) < 2 or len(_present(gallery)) < 2:
         raise UserError("query and gallery need at least 2 classes each")
+
+
+def _present(source: Source) -> np.ndarray:
+    """The labels that images have."""
+    labels = source.labels if (sets := sets_of(source)) is None else sets
+    return np.unique(labels[labels >= 0])

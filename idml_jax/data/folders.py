@@ -29,6 +29,12 @@ EXPECTED = "<class>/<image>, or train/<class>/<image> with test/ (or val/; or qu
 
 HIDDEN = "hidden or system files and folders"
 OTHER = "files without an image extension"
+# Pictures in formats that are read with a plug-in, or not at all.
+_HEIF = (".heic", ".heif", ".hif")
+_UNREAD = (
+    ".avif", ".svg", ".jp2", ".j2k", ".jxl", ".psd", ".tga", ".ico", ".eps", ".pdf", ".raw", ".dng", ".cr2", ".cr3",
+    ".nef", ".arw", ".orf", ".rw2", ".raf", ".pnm", ".pbm", ".exr", ".hdr", ".dcm",
+)  # fmt: skip
 LINKS = "links to folders that are read anyway"
 EMPTY = "class folders without images"
 LOOSE = "images outside class folders"
@@ -38,6 +44,14 @@ ASIDE = "images in folders that are not a split in use"
 def is_image(name: str) -> bool:
     """Whether a file name has the extension of a known image format."""
     return name.lower().endswith(ENDINGS)
+
+
+def kind_of_other(name: str) -> str:
+    """What a file is that is not read as an image."""
+    ending = os.path.splitext(name)[1].lower()
+    if ending in _HEIF:
+        return f"{ending} photographs, which are read with the package pillow-heif (pip install pillow-heif)"
+    return f"{ending} pictures, a format that is not read" if ending in _UNREAD else OTHER
 
 
 def is_litter(name: str) -> bool:
@@ -304,5 +318,5 @@ def images(root: Path, wanted: Callable[[str], bool] = is_image) -> Images:
             names.append(name)
             paths.append(path)
         else:
-            passed.add(OTHER, name)
+            passed.add(kind_of_other(name), name)
     return Images(names, paths, passed)

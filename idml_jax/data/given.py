@@ -1,7 +1,7 @@
 """Images as a caller of Python gives them - paths, a folder, images of Pillow, arrays - as a source.
 
 Images in memory are encoded without loss and read by the decoder of files, so an array gives exactly what a file with
-the same pixels gives: its EXIF orientation is applied, 16 bits become 8, and an alpha channel is dropped.
+the same pixels gives: its EXIF orientation is applied, 16 bits become 8, and transparent pixels are laid on white.
 """
 
 import os
@@ -213,7 +213,7 @@ class _Labelled:
 
     def __init__(self, source: Source, labels: np.ndarray, class_names: Sequence[str]):
         self._source, self.labels, self.class_names = source, labels, class_names
-        self.fields = source.fields
+        self.fields = {name: value for name, value in source.fields.items() if name != "labels"}
 
     def __len__(self) -> int:
         return len(self._source)

@@ -1,52 +1,208 @@
-"""Finds the images that a path names: an image, a folder, or a list of paths, optionally with classes."""
+"""Finds the images that a path names - an image, a folder, a table - with the classes and whatever else is known.
 
+Every command reads tables through this module, so that a table means the same in training and in embedding.
+"""
+
+import difflib
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
-from idml_jax.data import files, folders
+from idml_jax.data import files, folders, tables
+from idml_jax.data.columns import (
+    ROLES,
+    WANTED,
+    boxes_of,
+    column_of,
+    flags_of,
+    labels_of,
+    paths_of,
+    split_of,
+    text_of,
+    weights_of,
+)
 from idml_jax.data.images.decode import ENDINGS
-from idml_jax.data.sources import FolderSource
+from idml_jax.data.sources import FolderSource, StoredSource
+from idml_jax.data.tables import TABLES, StoredImages, Table
 from idml_jax.errors import UserError
 
-LISTS = (".txt", ".tsv", ".csv", ".lst")
-MAX_LIST_BYTES = 2**30
-_PATH_NAMES = {"path", "paths", "file", "files", "filename", "file_name", "filepath", "file_path", "image", "images",
-               "image_path"}  # fmt: skip
-_CLASS_NAMES = {"class", "classes", "class_name", "label", "labels", "target", "category"}
+LISTS = TABLES
 
 
 def _complain(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+class Listing(NamedTuple):
+    """The rows of a table.
+
+    Attributes:
+      table: the table.
+      paths: ``[n]`` absolute paths, or names of images that are stored in the table.
+      labels: ``[n]`` names of the classes of each image; empty if none is given.
+      splits: ``[n]`` names of the splits, as in ``folders.SPLIT_NAMES``; ``None`` without such a column.
+      is_query: ``[n]``; ``None`` without such a column.
+      is_gallery: ``[n]``; ``None`` without such a column.
+      boxes: ``[n, 4]`` left, top, right, bottom in pixels; zeros: the whole image; ``None`` without boxes.
+      groups: ``[n]`` names of groups, such as cameras; ``None`` without such a column.
+      weights: ``[n]`` at least 0; ``None`` without such a column.
+    """
+
+    table: Table
+    paths: list[str]
+    labels: list[tuple[str, ...]]
+    splits: list[str] | None = None
+    is_query: Bool[np.ndarray, "n"] | None = None
+    is_gallery: Bool[np.ndarray, "n"] | None = None
+    boxes: Int[np.ndarray, "n 4"] | None = None
+    groups: np.ndarray | None = None
+    weights: Float[np.ndarray, "n"] | None = None
+
+    @property
+    def several(self) -> bool:
+        """Whether any image has more than one label."""
+        return any(len(names) > 1 for names in self.labels)
+
+
+def read_listing(
+    where: Path, root: str = "", option: str = "--images", warn: Callable[[str], None] = _complain
+) -> Listing:
+    """Reads a table.
+
+    Args:
+      where: its file, or the folder of a saved data set.
+      root: folder that relative paths start from; empty: that of the table.
+      option: name of the option, for messages.
+      warn: receives a line about each unknown column with nearly the name of a known one, and one about files that do
+        not exist.
+
+    Raises:
+      UserError: naming the file, the line, and what is wrong with it.
+    """
+    table = tables.read(where, WANTED, ROLES["path"], option)
+    shown = files.shown(where)
+    cells = {role: column_of(table, role, option) for role in ROLES}
+    if cells["path"] is None:
+        raise UserError(f"{shown}: has no column {ROLES['path'][0]} (or {', '.join(ROLES['path'][1:4])}) ({option})")
+    for name in table.others:
+        near = difflib.get_close_matches(name.lower(), WANTED, 1, 0.6)
+        if near:
+            warn(f"{shown}: the column {files.shown(name)!r} is not used; did you mean {near[0]!r}?")
+    paths = paths_of(table, cells["path"], files.expand(root) if root else None, option)
+    listing = Listing(
+        table,
+        paths,
+        labels_of(table, cells, option),
+        None if cells["split"] is None else [split_of(table, row, x) for row, x in enumerate(cells["split"])],
+        flags_of(table, "is_query", cells["is_query"]),
+        flags_of(table, "is_gallery", cells["is_gallery"]),
+        boxes_of(table, cells),
+        None if cells["group"] is None else np.asarray([text_of(value) for value in cells["group"]], "U"),
+        weights_of(table, cells["weight"]),
+    )
+    _check_files(listing, root, option, warn)
+    return listing
+
+
+def _check_files(listing: Listing, root: str, option: str, warn: Callable[[str], None]) -> None:
+    """Counts listed files that do not exist; raises if none does."""
+    table, paths = listing.table, listing.paths
+    if table.images is not None:
+        return
+    shown = files.shown(table.where)
+    absent = [path for path in dict.fromkeys(paths) if not os.path.exists(path)]
+    total = len(set(paths))
+    if len(absent) == total:
+        told = f"relative to {files.shown(files.expand(root))}" if root else "relative to the list"
+        raise UserError(
+            f"{shown}: none of its {total:,} files exists, the first {files.shown(absent[0])}; paths are {told} "
+            f"({option})"
+        )
+    if absent:
+        warn(f"{shown}: {len(absent):,} of {total:,} files do not exist, the first {files.shown(absent[0])}")
+
+
+def source_of(
+    listing: Listing, rows: Int[np.ndarray, "k"] | None = None, classes: Sequence[str] | None = None
+) -> FolderSource:
+    """Some rows of a table as a source.
+
+    Args:
+      listing: the table.
+      rows: ``[k]`` rows; all by default.
+      classes: names of the labels; by default those of the rows, sorted. Unlabeled images have the label 0.
+
+    Returns:
+      The images, whose ``fields`` hold ``row``, the number of each row in the table, and, where the table has them,
+      ``box`` [k, 4], ``group`` [k], ``weight`` [k], ``is_query`` [k], ``is_gallery`` [k] and, if any image of the table
+      has several labels, ``labels`` [k, l], all labels of each image, filled up with -1.
+    """
+    rows = np.arange(len(listing.paths)) if rows is None else rows
+    own = [listing.labels[row] for row in rows]
+    if classes is None:
+        classes = sorted({name for names in own for name in names}) or [""]
+    number = {name: label for label, name in enumerate(classes)}
+    fields: dict[str, np.ndarray] = {"row": rows.astype(np.int64)}
+    columns = {
+        "box": listing.boxes,
+        "group": listing.groups,
+        "weight": listing.weights,
+        "is_query": listing.is_query,
+        "is_gallery": listing.is_gallery,
+    }
+    fields |= {name: column[rows] for name, column in columns.items() if column is not None}
+    if listing.several:
+        sets = np.full((len(rows), max(len(names) for names in listing.labels)), -1, np.int32)
+        for place, names in enumerate(own):
+            sets[place, : len(names)] = [number[name] for name in names]
+        fields["labels"] = sets
+    labels = np.asarray([number[names[0]] if names else 0 for names in own], np.int32)
+    paths = [listing.paths[row] for row in rows]
+    stored: StoredImages | None = listing.table.images
+    if stored is None:
+        return FolderSource(paths, labels, classes, fields)
+    return StoredSource(paths, labels, classes, fields, stored)
+
+
 def list_images(
-    where: str | Path, option: str = "--images", warn: Callable[[str], None] = _complain
+    where: str | Path, option: str = "--images", warn: Callable[[str], None] = _complain, root: str = ""
 ) -> tuple[FolderSource, bool]:
     """Finds the images that a path names.
 
-    A folder has the same classes as in training; if any image is outside the class folders, the classes are unknown. A
-    list has one path per line, relative to the list, and optionally a class in a second column. Columns are separated
-    by tabs, commas or semicolons; values may be in double quotes; a header line with column names is recognised.
+    A folder has the same classes as in training; if any image is outside the class folders, the classes are unknown.
+    For a table see ``ROLES`` and docs/data.md: a text file has one path per line, and optionally a class in a second
+    column, or a header line with the names of its columns, separated by tabs, commas or semicolons; values may be in
+    double quotes.
 
     Args:
-      where: image, folder or list.
+      where: image, folder or table.
       option: name of the command-line option, for messages.
-      warn: receives one line per kind of file that is skipped, and one about listed files that do not exist.
+      warn: receives one line per kind of file that is skipped, one about listed files that do not exist, and one
+        about each column that may be misspelt.
+      root: folder that relative paths of a table start from; empty: that of the table.
 
     Returns:
-      The images sorted by name (for a list: in its order), and whether their classes are known.
+      The images sorted by name (for a table: in its order), and whether their classes are known.
 
     Raises:
-      UserError: if there are no images, or the list cannot be parsed.
+      UserError: if there are no images, or the table cannot be parsed.
     """
     path = files.expand(where)
     shown = files.shown(path)
+    if tables.is_table(path) and (path.is_dir() or path.is_file()):
+        listing = read_listing(path, root, option, warn)
+        if listing.weights is not None:
+            warn(f"{shown}: weights are for training; they are not used here")
+        return source_of(listing), bool(listing.labels[0])
+    if root:
+        raise UserError(
+            f"--root={root}: relative paths are those of a table ({', '.join(TABLES)}), which {shown} isn't"
+        )
     if os.path.isdir(path):
         return _of_folder(path, option, warn)
     if not os.path.exists(path):
@@ -55,39 +211,21 @@ def list_images(
         raise UserError(f"{shown}: neither a regular file nor a folder ({option})")
     if folders.is_image(path.name):
         return _labelled([str(path)], [""])
-    if path.suffix.lower() not in LISTS:
-        raise UserError(f"{shown}: neither an image nor a folder nor a list ({', '.join(LISTS)}) ({option})")
-    rows = _read_list(path, option)
-    names = [row.class_name for row in rows]
-    without = next((row for row in rows if not row.class_name), None)
-    if without is not None and any(names):
-        raise UserError(
-            f"{shown}, line {without.line}: no class ({files.shown(without.path)}), while other lines have one; give "
-            f"every image a class or none ({option})"
-        )
-    paths = [str(path.parent / os.path.expanduser(row.path)) for row in rows]
-    absent = [file for file in paths if not os.path.exists(file)]
-    if len(absent) == len(paths):
-        raise UserError(
-            f"{shown}: none of its {len(paths):,} files exists, the first {files.shown(absent[0])}; paths are "
-            f"relative to the list ({option})"
-        )
-    if absent:
-        warn(f"{shown}: {len(absent):,} of {len(paths):,} files do not exist, the first {files.shown(absent[0])}")
-    return _labelled(paths, names)
+    raise UserError(f"{shown}: neither an image nor a folder nor a list ({', '.join(LISTS)}) ({option})")
 
 
 def listed_paths(where: str | Path, option: str) -> list[str]:
-    """The paths of a list as they stand, and those relative to the list; files need not exist.
+    """The paths of a table as they stand, and those relative to the table; files need not exist.
 
     Raises:
-      UserError: if the list is missing or cannot be parsed.
+      UserError: if the table is missing or cannot be parsed.
     """
     path = files.expand(where)
     if not os.path.isfile(path):
         raise UserError(f"{files.shown(path)}: no such file ({option})")
-    rows = _read_list(path, option)
-    return [*(row.path for row in rows), *(str(path.parent / os.path.expanduser(row.path)) for row in rows)]
+    table = tables.read(path, WANTED, ROLES["path"], option)
+    names = [text_of(value) for value in column_of(table, "path", option) or ()]
+    return [*names, *paths_of(table, names, None, option)]
 
 
 def _of_folder(root: Path, option: str, warn: Callable[[str], None]) -> tuple[FolderSource, bool]:
@@ -120,70 +258,3 @@ def _labelled(paths: list[str], names: list[str]) -> tuple[FolderSource, bool]:
     label_of = {name: label for label, name in enumerate(classes)}
     labels = np.asarray([label_of[name] if known else 0 for name in names], np.int32)
     return FolderSource(paths, labels, classes), known
-
-
-class _Row(NamedTuple):
-    """A line of a list."""
-
-    line: int
-    path: str
-    class_name: str
-
-
-def _read_list(where: Path, option: str) -> list[_Row]:
-    shown = files.shown(where)
-    problem = f"{shown}: cannot be read as a list of paths; it is not UTF-8 text ({option})"
-    lines = files.read_text(where, MAX_LIST_BYTES, problem).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    # Spaces of ASCII alone: a file may be named by others.
-    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip(" \t\n\r\v\f")]
-    if not numbered:
-        raise UserError(f"{shown}: lists no images ({option})")
-    separator = _separator(where, [line for _, line in numbered[:100]])
-    cells = [(number, _cells(line, separator, f"{shown}, line {number}")) for number, line in numbered]
-    path_column, class_column = 0, 1
-    header = [cell.lower() for cell in cells[0][1]]
-    if any(cell in _PATH_NAMES for cell in header) and all(not folders.is_image(cell) for cell in header):
-        path_column = next(i for i, cell in enumerate(header) if cell in _PATH_NAMES)
-        class_column = next((i for i, cell in enumerate(header) if cell in _CLASS_NAMES), -1)
-        cells = cells[1:]
-        if not cells:
-            raise UserError(f"{shown}: lists no images ({option})")
-    rows = []
-    for number, row in cells:
-        if len(row) <= path_column or not row[path_column]:
-            raise UserError(f"{shown}, line {number}: no path ({option})")
-        rows.append(_Row(number, row[path_column], row[class_column] if 0 <= class_column < len(row) else ""))
-    return rows
-
-
-def _separator(where: Path, lines: list[str]) -> str:
-    """The column separator: in a ``.csv`` file the one of most lines; otherwise a tab if there is one, or the comma or
-    semicolon that follows a path with an image extension in every line."""
-    if where.suffix.lower() == ".csv":
-        counts = {separator: sum(separator in line for line in lines) for separator in ",;\t"}
-        return max(counts, key=lambda separator: counts[separator])
-    if any("\t" in line for line in lines) or where.suffix.lower() == ".tsv":
-        return "\t"
-    for separator in ",;":
-        first = [line.split(separator)[0].strip().strip('"') for line in lines if separator in line]
-        fits = [folders.is_image(cell) or cell.lower() in _PATH_NAMES for cell in first]
-        if len(fits) == len(lines) and all(fits):
-            return separator
-    return "\t"
-
-
-def _cells(line: str, separator: str, where: str) -> list[str]:
-    """The values of a line, without quotes and surrounding spaces."""
-    if '"' not in line:
-        return [cell.strip() for cell in line.split(separator)]
-    cell = re.compile(rf' *"((?:[^"]|"")*)" *(?={separator}|$)|([^{separator}]*)')
-    cells, place = [], 0
-    while place <= len(line):
-        match = cell.match(line, place)
-        assert match is not None  # it may be empty
-        quoted, plain = match.groups()
-        if plain is not None and plain.strip().startswith('"'):
-            raise UserError(f"{where}: its quotes are not balanced")
-        cells.append(plain.strip() if plain is not None else quoted.replace('""', '"'))
-        place = match.end() + 1
-    return cells

@@ -14,7 +14,7 @@ from idml_jax.data.files import FileError, shown
 from idml_jax.data.images.decode import one_image_fails
 from idml_jax.data.images.transforms import DecodeError, Picture, Transform
 from idml_jax.data.samplers import Sampler
-from idml_jax.data.sources import Source
+from idml_jax.data.sources import Source, box_of, sets_of
 from idml_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -77,7 +77,7 @@ class Reading:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, slot))))
         try:
             with one_image_fails():
-                return self.transform(Picture(source.read(record), self.channels), rng)
+                return self.transform(Picture(source.read(record), self.channels, box_of(source, record)), rng)
         except DecodeError as error:
             raise FileError(f"{shown(source.name(record))}: {error}") from error
 
@@ -106,9 +106,10 @@ class _Batches:
             if images is None:
                 images = np.empty((len(records), *image.shape), np.uint8)
             images[place] = image
+        sets = sets_of(self._source)
         return {
             "image": images,
-            "label": self._source.labels[records].astype(np.int32),
+            "label": (self._source.labels if sets is None else sets)[records].astype(np.int32),
             "index": records.astype(np.int32),
         }
 
@@ -144,8 +145,8 @@ def train_batches(
       stop: step after the last.
 
     Yields:
-      ``image`` [b, size, size, channels] uint8, ``label`` [b] int32, ``index`` [b] int32, the record
-      index.
+      ``image`` [b, size, size, channels] uint8, ``label`` [b] int32 (with several labels per image [b, l], filled up
+      with -1), ``index`` [b] int32, the record index.
 
     Raises:
       UserError: naming an unreadable file.

@@ -10,7 +10,7 @@ import math
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from idml_jax.errors import UserError
 
@@ -78,26 +78,41 @@ def _class_block(classes: int, per_batch: int, seed: int, number: int) -> Int[np
 class ShuffledSampler:
     """A new random order of all records in every epoch; the incomplete last batch is dropped.
 
+    With weights an epoch has as many places, and a record of weight w has w / mean(w) of them on average: the whole
+    number below or above, by systematic sampling.
+
     Args:
       size: number of records.
       batch_size: number of records per global batch.
       seed: seed of the orders.
+      weights: ``[size]`` at least 0, not all 0; ``None``: every record once.
 
     Raises:
       UserError: if there are fewer records than one batch needs.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int):
+    def __init__(self, size: int, batch_size: int, seed: int, weights: Float[np.ndarray, "size"] | None = None):
         if batch_size < 1 or size < batch_size:
             raise UserError(f"a batch of {batch_size} cannot be filled from {size} images; lower config.batch_size")
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.steps_per_epoch = size // batch_size
+        self._ends = None if weights is None else np.cumsum(_checked(weights))
 
     def batch(self, step: int) -> Int[np.ndarray, "batch_size"]:
         """Record indices of the global batch of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        return _random_order(self.size, self.seed, 0, epoch)[start : start + self.batch_size]
+        order = _random_order(self.size, self.seed, 0, epoch)[start : start + self.batch_size]
+        if self._ends is None:
+            return order
+        places = (order + _generator(self.seed, 3, epoch).uniform()) * (self._ends[-1] / self.size)
+        return np.minimum(np.searchsorted(self._ends, places, side="right"), self.size - 1)
+
+
+def _checked(weights: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    if not weights.any():
+        raise UserError("all training images have the weight 0")
+    return weights
 
 
 class BalancedSampler:
@@ -108,23 +123,41 @@ class BalancedSampler:
     is filled up with replacement. An epoch has as many steps as a pass over all images.
 
     Args:
-      labels: ``[n]`` labels.
+      labels: ``[n]`` labels, or ``[n, l]``, several per image, filled up with -1. An image with several may be drawn
+        for each of its classes, but once in a batch where the class has others.
       batch_size: number of images per global batch, a multiple of ``per_class``.
       per_class: K, number of images per class in a batch.
       seed: seed of the orders.
+      weights: ``[n]`` at least 0; the images of a class are drawn in proportion. Images of weight 0 are never drawn.
 
     Raises:
       UserError: if ``batch_size`` and ``per_class`` do not match, or there are too few classes.
     """
 
-    def __init__(self, labels: Int[np.ndarray, "n"], batch_size: int, per_class: int, seed: int):
+    def __init__(
+        self,
+        labels: Int[np.ndarray, "n"] | Int[np.ndarray, "n l"],
+        batch_size: int,
+        per_class: int,
+        seed: int,
+        weights: Float[np.ndarray, "n"] | None = None,
+    ):
         if per_class < 2 or batch_size % per_class:
             raise UserError(
                 f"config.batch_size ({batch_size}) must be a multiple of config.data.per_class ({per_class}), "
                 "which must be at least 2"
             )
-        order = np.argsort(labels, kind="stable")
-        self._members = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+        records, flat = np.arange(len(labels)), labels
+        self._several = labels.ndim == 2
+        if self._several:
+            records, columns = np.nonzero(labels >= 0)
+            flat = labels[records, columns]
+        self._weights = None if weights is None else _checked(weights)
+        if weights is not None:
+            drawn = weights[records] > 0
+            records, flat = records[drawn], flat[drawn]
+        order = np.argsort(flat, kind="stable")
+        self._members = np.split(records[order], np.flatnonzero(np.diff(flat[order])) + 1)
         self.batch_size, self.per_class, self.seed = batch_size, per_class, seed
         self._per_batch = batch_size // per_class
         if self._per_batch > len(self._members):
@@ -145,11 +178,20 @@ class BalancedSampler:
     def batch(self, step: int) -> Int[np.ndarray, "batch_size"]:
         """Record indices of the global batch of a step; the images of a class are adjacent."""
         rng = _generator(self.seed, 2, step)
-        picked = []
+        picked: list[np.ndarray] = []
         for label in self._classes(step):
-            members = rng.permutation(self._members[label])
+            members = self._ordered(rng, self._members[label])
+            if self._several and picked:  # images that the batch has already come last
+                members = members[np.argsort(np.isin(members, np.concatenate(picked)), kind="stable")]
             extra = self.per_class - len(members)
             picked.append(members[: self.per_class])
             if extra > 0:
                 picked.append(rng.choice(members, extra))
         return np.concatenate(picked)
+
+    def _ordered(self, rng: np.random.Generator, members: Int[np.ndarray, "m"]) -> Int[np.ndarray, "m"]:
+        """The images of a class in random order, those of larger weight earlier."""
+        if self._weights is None:
+            return rng.permutation(members)
+        # Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006: draws without replacement.
+        return members[np.argsort(rng.exponential(size=len(members)) / self._weights[members], kind="stable")]

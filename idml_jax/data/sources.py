@@ -54,12 +54,25 @@ def movable_names(keys: Sequence[str]) -> list[str]:
 
 
 class FolderSource:
-    """Image files with labels."""
+    """Image files with labels.
 
-    def __init__(self, paths: Sequence[str], labels: Int[np.ndarray, "n"], class_names: Sequence[str]):
+    Args:
+      paths: their paths.
+      labels: ``[n]``, consecutive from 0.
+      class_names: name of every label.
+      fields: additional values per image; see ``lists.source_of`` for those of tables.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Int[np.ndarray, "n"],
+        class_names: Sequence[str],
+        fields: Mapping[str, np.ndarray] | None = None,
+    ):
         self.paths, self.class_names = list(paths), list(class_names)
         self.labels = np.asarray(labels, np.int32)
-        self.fields: dict[str, np.ndarray] = {}
+        self.fields: dict[str, np.ndarray] = dict(fields or {})
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,6 +85,53 @@ class FolderSource:
 
     def key(self, index: int) -> str:
         return self.paths[index]
+
+
+class Stored(Protocol):
+    """Encoded images in a table."""
+
+    def read(self, row: int) -> bytes | None:
+        """The image of a row; ``None`` if only its path is stored."""
+        ...
+
+
+class StoredSource(FolderSource):
+    """Images that are stored in a table, or named by it, with labels; ``fields["row"]`` are their rows."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Int[np.ndarray, "n"],
+        class_names: Sequence[str],
+        fields: Mapping[str, np.ndarray],
+        stored: Stored,
+    ):
+        super().__init__(paths, labels, class_names, fields)
+        self._stored = stored
+
+    def read(self, index: int) -> bytes:
+        try:
+            data = self._stored.read(int(self.fields["row"][index]))
+        except files.FileError:
+            raise
+        except Exception as error:  # a damaged file can make the library raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise files.FileError(f"{files.shown(self.paths[index])}: cannot be read ({reason[:200]})") from error
+        return super().read(index) if data is None else data
+
+
+def box_of(source: Source, index: int) -> tuple[int, int, int, int] | None:
+    """The part of a picture that is the image: left, top, right, bottom in pixels; ``None``: all of it."""
+    boxes = getattr(source, "fields", {}).get("box")
+    if boxes is None or not boxes[index].any():
+        return None
+    left, top, right, bottom = boxes[index].tolist()
+    return left, top, right, bottom
+
+
+def sets_of(source: Source) -> Int[np.ndarray, "n l"] | None:
+    """All labels of each image, filled up with -1, if there are images with several; otherwise ``None``."""
+    return getattr(source, "fields", {}).get("labels")
 
 
 class TfdsSource:
@@ -140,13 +200,17 @@ class Subset:
         self, source: Source, indices: Int[np.ndarray, "m"], classes: Sequence[int] | Int[np.ndarray, "c"] | None = None
     ):
         self._source, self._indices = source, np.asarray(indices)
-        own = source.labels[self._indices]
-        kept = np.unique(own if classes is None else np.asarray(classes))
-        if not np.isin(own, kept).all():
+        own, self.fields = source.labels[self._indices], {k: v[self._indices] for k, v in source.fields.items()}
+        sets = sets_of(source)
+        every = own if sets is None else self.fields["labels"][self.fields["labels"] >= 0]
+        kept = np.unique(every if classes is None else np.asarray(classes))
+        if not np.isin(every, kept).all():
             raise ValueError("an image's class is not among the given classes")
         self.labels = np.searchsorted(kept, own).astype(np.int32)
         self.class_names = [source.class_names[label] for label in kept]
-        self.fields = {key: value[self._indices] for key, value in source.fields.items()}
+        if sets is not None:
+            mine = self.fields["labels"]
+            self.fields["labels"] = np.where(mine < 0, -1, np.searchsorted(kept, mine)).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -208,8 +272,8 @@ def scan_splits(root: str | os.PathLike, warn: Callable[[str], None] = print) ->
     where = files.expand(root)
     if where.is_file():
         raise UserError(
-            f"{where}: a file, where a folder of images is expected (config.data.root); python -m idml_jax.prepare "
-            "--dataset=folder stores archives"
+            f"{where}: a file, where a folder of images or a table is expected (config.data.root); python -m "
+            "idml_jax.prepare --dataset=folder stores archives"
         )
     if not where.is_dir():
         started = f" = {root!s}, below the current folder" if not os.path.isabs(os.path.expanduser(root)) else ""
@@ -251,7 +315,7 @@ def scan_folder(root: str | os.PathLike, warn: Callable[[str], None] = print) ->
     return found["images"]
 
 
-def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str], None]) -> FolderSource:
+def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str], None]) -> FolderSource | Subset:
     """Finds files that are not readable images before training starts.
 
     Args:
@@ -272,7 +336,10 @@ def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str],
 
     def problem(index: int) -> str | None:
         try:
-            check(source.read(index))
+            data, box = source.read(index), box_of(source, index)
+            check(data)
+            if box is not None:
+                transforms.Picture(data, within=box)
         except (transforms.DecodeError, UserError) as error:
             return str(error)
         return None
@@ -289,6 +356,4 @@ def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str],
     if len(bad) == len(source):
         raise UserError(f"none of {len(source)} files is a readable image; the first: {first}")
     warn(f"{len(bad)} of {len(source)} files are not readable images and are left out; the first: {first}")
-    keep = np.setdiff1d(np.arange(len(source)), bad)
-    kept, labels = np.unique(source.labels[keep], return_inverse=True)
-    return FolderSource([source.paths[i] for i in keep], labels, [source.class_names[k] for k in kept])
+    return Subset(source, np.setdiff1d(np.arange(len(source)), bad))

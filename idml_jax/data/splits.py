@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from idml_jax.data.sources import Source, Subset
+from idml_jax.data.sources import Source, Subset, sets_of
 from idml_jax.errors import UserError
 
 
@@ -110,14 +110,20 @@ def check_classes(source: Source, what: str, on_small_class: str, warn: Callable
     """
     if on_small_class not in ("refuse", "skip", "keep"):
         raise UserError(f"config.data.on_small_class = {on_small_class!r}; known: refuse, skip, keep")
-    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    sets = sets_of(source)
+    rows = source.labels[:, None] if sets is None else sets
+    counts = np.bincount(rows[rows >= 0], minlength=len(source.class_names))
     small = np.flatnonzero(counts < 2)
     if len(source.class_names) >= 2 and len(small):
-        first = source.name(int(np.flatnonzero(source.labels == small[0])[0]))
+        first = source.name(int(np.flatnonzero((rows == small[0]).any(axis=1))[0]))
         text = f"{what}: {len(small)} of {len(counts)} classes have a single image, the first {first}"
         if on_small_class == "refuse":
             raise UserError(
                 f"{text}; every class needs two, or set config.data.on_small_class to skip (leave them out) or keep"
+            )
+        if on_small_class == "skip" and sets is not None:
+            raise UserError(
+                f"{text}; images with several labels are not left out by class: set config.data.on_small_class=keep"
             )
         warn(f"{text}; {'left out' if on_small_class == 'skip' else 'kept'}")
         if on_small_class == "skip":

@@ -6,11 +6,11 @@ import sys
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
 
+from idml_jax.data.tables import arrow
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import first_line
 
@@ -23,20 +23,6 @@ _KINDS = "fiubUS"  # numpy kinds of numbers and text
 
 class _NotArrays(Exception):
     """The reason why a file cannot be read."""
-
-
-def arrow() -> ModuleType:
-    """pyarrow with its Parquet module.
-
-    Raises:
-      UserError: if it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError("a .parquet file needs pyarrow, which is not installed; pip install pyarrow") from error
-    return pyarrow
 
 
 def read(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -114,6 +114,9 @@ def audit(
 
 def _labels(index: Index, found: Neighbours, score: str, most: int, notes: list[str]) -> list[Finding]:
     labels = index.embedded.labels
+    if index.embedded.sets is not None:
+        notes.append("wrong labels were not looked for: images have several labels")
+        return []
     if index.class_names is None or len(np.unique(labels)) < 2:
         notes.append("wrong labels were not looked for: fewer than two classes are known")
         return []

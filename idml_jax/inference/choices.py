@@ -2,6 +2,7 @@
 
 SPLITS = ("train", "test", "validation", "gallery")  # of a run's own data
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")  # of an exported program
+FORMATS = ("stablehlo", "onnx")  # of an exported program
 EXAMPLES = "reciprocal:k1=20,k2=6,weight=0.3, expand:k=10,alpha=3, augment:k=10, or augment+expand"  # of re-ranking
 MEMORY = 4096  # MiB of vectors up to which a gallery is searched in memory
 SCORES = ("odds", "log_odds", "self_confidence", "normalized_margin", "disagreement")  # of wrong labels, see audit

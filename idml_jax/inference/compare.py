@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from idml_jax.data import files, folders
-from idml_jax.data.lists import MAX_LIST_BYTES
 from idml_jax.data.sources import FolderSource
-from idml_jax.errors import UserError
+from idml_jax.data.tables import MAX_BYTES
+from idml_jax.errors import UserError, warn
 from idml_jax.inference.embed import embed_all, index_of
 from idml_jax.inference.index import Index
 from idml_jax.inference.model import Trained
@@ -85,7 +85,7 @@ def read_table(where: str) -> Table:
         raise UserError(f"--pairs={shown}: the name must end in {' or '.join(TABLES)}")
     if not os.path.isfile(path):
         raise UserError(f"{shown}: {'is not a file' if os.path.exists(path) else 'no such file'} (--pairs)")
-    text = files.read_text(path, MAX_LIST_BYTES, f"{shown}: is not UTF-8 text (--pairs)")
+    text = files.read_text(path, MAX_BYTES, f"{shown}: is not UTF-8 text (--pairs)")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=TABLES[path.suffix.lower()], strict=True)
     rows: list[tuple[int, list[str]]] = []
     try:
@@ -133,6 +133,8 @@ def decide(model: Trained, held_out: str, fmr: float | None = None) -> Decision:
       UserError: if there are too few held-out images, or they were embedded by another network.
     """
     index, about = _held_out(model, held_out)
+    if index.embedded.sets is not None:
+        warn(f"{about}: images with several labels count as the class of their first")
     wanted = FMRS if fmr is None else (fmr,)
     try:
         judge = fit_judge(index.embedded.semantic, index.embedded.labels, fmrs=wanted)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from idml_jax.data.lists import LISTS
+from idml_jax.data.columns import SEVERAL
+from idml_jax.data.tables import TABLES, TEXT
 from idml_jax.errors import UserError, printable
 from idml_jax.inference.audit import Finding
 from idml_jax.inference.index import Index
 from idml_jax.runtime.files import first_line, replace_folder, user_path, write_text
 
-COLUMNS = ("id", "action", "path", "class", "proposed", "kind", "score", "reason", "decision")
+COLUMNS = ("id", "action", "path", "class", "proposed", "kind", "score", "reason", "box", "decision")
 _NEEDED = ("action", "path", "proposed", "decision")
 DECISIONS = ("accept", "reject", "")
 _MOST_BYTES = 2**28
@@ -26,11 +27,19 @@ class Change(NamedTuple):
       path: the image.
       action: ``relabel`` or ``remove``.
       proposed: new class; empty for ``remove``.
+      box: the part of the picture that is the image, as ``box_of`` gives it.
     """
 
     path: str
     action: str
     proposed: str
+    box: str = ""
+
+
+def box_of(index: Index, row: int) -> str:
+    """Box of an image, as a table has it; empty if there is none."""
+    box = [] if index.boxes is None else index.boxes[row].tolist()
+    return ",".join(map(str, box)) if any(box) else ""
 
 
 def as_rows(index: Index, findings: Sequence[Finding]) -> list[dict[str, str]]:
@@ -40,7 +49,8 @@ def as_rows(index: Index, findings: Sequence[Finding]) -> list[dict[str, str]]:
         proposed = "" if finding.proposed is None or index.class_names is None else index.class_names[finding.proposed]
         values = (
             str(number), "remove" if finding.proposed is None else "relabel", str(index.files[finding.row]),
-            index.class_of(finding.row) or "", str(proposed), finding.kind, f"{finding.score:.4f}", finding.reason, "",
+            index.class_of(finding.row) or "", str(proposed), finding.kind, f"{finding.score:.4f}", finding.reason,
+            box_of(index, finding.row), "",
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
@@ -80,7 +90,7 @@ def read_decisions(where: str | Path) -> tuple[list[Change], int, int]:
             raise UserError(f"{path}, row {line}: the action is relabel, with a class in proposed, or remove")
         counts[decision] += 1
         if decision == "accept":
-            accepted.append(Change(row["path"], action, row["proposed"] or ""))
+            accepted.append(Change(row["path"], action, row["proposed"] or "", row.get("box") or ""))
     return accepted, counts["reject"], counts[""]
 
 
@@ -89,15 +99,19 @@ class Corrected(NamedTuple):
 
     Attributes:
       paths: its images.
-      classes: class of each.
+      classes: class of each, or its classes, separated as in a table.
       relabelled: number of images with another class than before.
       removed: names of the images that were removed.
+      several: whether images have several classes.
+      more: further columns of the list, by name: what a table said about the images.
     """
 
     paths: list[str]
     classes: list[str]
     relabelled: int
     removed: list[str]
+    several: bool = False
+    more: dict[str, list[str]] = {}  # noqa: RUF012 (never changed)
 
 
 def apply(index: Index, changes: Sequence[Change]) -> Corrected:
@@ -109,28 +123,58 @@ def apply(index: Index, changes: Sequence[Change]) -> Corrected:
     if index.class_names is None:
         raise UserError("the index has no classes, so no list with classes can be made of it")
     names = [str(name) for name in index.files]
-    known, gone = set(names), set()
-    new: dict[str, str] = {}
+    keys = [(name, box_of(index, row)) for row, name in enumerate(names)]
+    known, gone = set(keys), set()
+    new: dict[tuple[str, str], str] = {}
     for change in changes:
-        if change.path not in known:
+        key = change.path, change.box
+        if key not in known:
             raise UserError(
                 f"{change.path}: is not an image of the index; apply decisions to the index they were made for"
             )
         if change.action == "remove":
-            gone.add(change.path)
-        elif new.setdefault(change.path, change.proposed) != change.proposed:
-            raise UserError(f"{change.path}: two classes are accepted, {new[change.path]} and {change.proposed}")
-    kept = [row for row, name in enumerate(names) if name not in gone]
+            gone.add(key)
+        elif index.embedded.sets is not None:
+            raise UserError(f"{change.path}: images of the index have several labels, of which none can be replaced")
+        elif new.setdefault(key, change.proposed) != change.proposed:
+            raise UserError(f"{change.path}: two classes are accepted, {new[key]} and {change.proposed}")
+    kept = [row for row, key in enumerate(keys) if key not in gone]
     if not kept:
         raise UserError("all images are removed; nothing is left")
-    before = [index.class_of(row) or "" for row in kept]
-    classes = [new.get(names[row], old) for row, old in zip(kept, before, strict=True)]
+    before = [_class_of(index, row) for row in kept]
+    classes = [new.get(keys[row], old) for row, old in zip(kept, before, strict=True)]
     changed = sum(one != two for one, two in zip(before, classes, strict=True))
-    return Corrected([names[row] for row in kept], classes, changed, [name for name in names if name in gone])
+    removed = [name for name, key in zip(names, keys, strict=True) if key in gone]
+    several = index.embedded.sets is not None
+    return Corrected([names[row] for row in kept], classes, changed, removed, several, _more(index, kept))
+
+
+def _class_of(index: Index, row: int) -> str:
+    """The class of an image, or all of them as a table has them."""
+    sets = index.embedded.sets
+    if sets is None or index.class_names is None:
+        return index.class_of(row) or ""
+    named = [str(index.class_names[label]) for label in sets[row].tolist() if label >= 0]
+    if odd := next((name for name in named if SEVERAL in name), None):
+        raise UserError(f"{printable(odd)}: a list of several labels cannot hold a class with {SEVERAL!r}")
+    return SEVERAL.join(named)
+
+
+def _more(index: Index, rows: Sequence[int]) -> dict[str, list[str]]:
+    """The other columns of a table with these rows."""
+    found: dict[str, list[str]] = {}
+    if index.boxes is not None:
+        found["box"] = [box_of(index, row) for row in rows]
+    if index.embedded.groups is not None:
+        found["group"] = [str(index.embedded.groups[row]) for row in rows]
+    if index.marked is not None:
+        for place, name in enumerate(("is_query", "is_gallery")):
+            found[name] = [str(bool(index.marked[row, place])).lower() for row in rows]
+    return found
 
 
 def write(corrected: Corrected, out: str | Path) -> Path:
-    """Writes a corrected set: a list (``path,class``), or a folder of links to the images, a folder per class.
+    """Writes a corrected set: a list (``path,class`` and what else a table said), or links, a folder per class.
 
     Args:
       corrected: the set.
@@ -143,16 +187,23 @@ def write(corrected: Corrected, out: str | Path) -> Path:
     absent = next((path for path in corrected.paths if not os.path.isabs(path)), None)
     if absent is not None:
         raise UserError(f"{absent}: is not the path of a file, so no list or folder can name it; embed with --images")
-    if out.suffix.lower() in LISTS:
-        for name in (*corrected.paths, *corrected.classes):
+    told = ("label_sets",) * corrected.several + tuple(corrected.more)
+    if out.suffix.lower() in TEXT:
+        for name in (*corrected.paths, *corrected.classes, *corrected.more.get("group", ())):
             if any(mark in name for mark in "\r\n\t"):
                 raise UserError(f"{printable(name)}: a list cannot hold a name with a tab or line break")
         text = io.StringIO()
         separator = "," if out.suffix.lower() == ".csv" else "\t"
         table = csv.writer(text, delimiter=separator, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        table.writerows([("path", "class"), *zip(corrected.paths, corrected.classes, strict=True)])
+        columns = corrected.paths, corrected.classes, *corrected.more.values()
+        header = "path", "labels" if corrected.several else "class", *corrected.more
+        table.writerows([header, *zip(*columns, strict=True)])
         write_text(out, text.getvalue())
         return out
+    if out.suffix.lower() in TABLES:
+        raise UserError(f"--out={out}: a list ends in {', '.join(TEXT)}")
+    if told:
+        raise UserError(f"{out}: a folder cannot hold {told[0]} of the images; give a list, e.g. corrected.csv")
     for name in set(corrected.classes):
         if not name or name.startswith(".") or "/" in name or "\0" in name:
             raise UserError(f"the class {printable(name)!r} cannot be the name of a folder; give a list, e.g. out.csv")

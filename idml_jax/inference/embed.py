@@ -1,5 +1,6 @@
 """Embeds images, in memory or into a file."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index, check_finite
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import user_path, write_text
+from idml_jax.runtime.progress import Ticker, bar
 from idml_jax.runtime.writers import format_seconds
 from idml_jax.training.build import data_of
-from idml_jax.training.embedder import Rows
+from idml_jax.training.embedder import Rows, embedded_rows
 
 __all__ = [
     "LISTS",
@@ -66,7 +68,7 @@ def embed_all(
         warn(f"left out: {source.name(record)}: {reason}")
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     read = np.concatenate(records)
-    return Embedded(labels=source.labels[read], **whole), read
+    return embedded_rows(source, read, whole), read
 
 
 def embed_to_file(
@@ -148,6 +150,9 @@ class _Job:
             "labelled": labelled,
             "labels": store.digest([str(label) for label in source.labels]),
         }
+        self._columns = of_table(source, labelled)
+        if self._columns:
+            identity["table"] = store.digest([f"{name} {value.tolist()}" for name, value in self._columns.items()])
         try:
             self.parts = store.Parts(out, identity)
         except OSError as error:
@@ -163,11 +168,11 @@ class _Job:
         done = min(len(known) * self._per_part, total)
         if known:
             self._say(f"resuming: {done:,} of {total:,} images are done")
-        progress = Progress(total, done, self._say)
-        for number in range(self._count):
-            if number not in known:
-                records = np.arange(number * self._per_part, min((number + 1) * self._per_part, total))
-                self.parts.write(number, embed_records(self._model, self._source, records, progress.add))
+        with contextlib.closing(Progress(total, done, self._say)) as progress:
+            for number in range(self._count):
+                if number not in known:
+                    records = np.arange(number * self._per_part, min((number + 1) * self._per_part, total))
+                    self.parts.write(number, embed_records(self._model, self._source, records, progress.add))
 
     def skipped(self) -> list[tuple[str, str]]:
         """Name and reason of every unreadable image."""
@@ -189,9 +194,18 @@ class _Job:
             part["files"] = np.asarray([self._names[record] for record in records])
             if self._labelled:
                 part["labels"] = self._source.labels[records].astype(np.int32)
+            part |= {name: value[records] for name, value in self._columns.items()}
             if "uncertainty" in part:
                 part["uncertainty_norm"] = np.linalg.norm(part["uncertainty"], axis=1)
             yield part
+
+
+def of_table(source: Source, labelled: bool = True) -> dict[str, np.ndarray]:
+    """What a table says about its images, by the names of ``inference.index.OF_TABLES``."""
+    fields = getattr(source, "fields", {})
+    known = {"label_sets": "labels"} if labelled else {}
+    known |= {name: name for name in ("group", "box", "is_query", "is_gallery")}
+    return {name: fields[field] for name, field in known.items() if field in fields}
 
 
 def embed_records(
@@ -244,24 +258,24 @@ def _check_finite(model: Trained, source: Source, rows: Rows) -> None:
 
 
 class Progress:
-    """Reports images done, speed and remaining time every few seconds."""
+    """Reports images done, speed and remaining time."""
 
     def __init__(self, total: int, done: int, say: Callable[[str], None], seconds: float = 5.0):
-        self._total, self._done, self._say, self._seconds = total, done, say, seconds
-        self._first, self._start = done, time.monotonic()
-        self._last = self._start
+        self._total, self._done, self._first = total, done, done
+        self._start, self._ticker = time.monotonic(), Ticker(say, seconds)
 
     def add(self, count: int) -> None:
         self._done += count
-        now = time.monotonic()
-        if now - self._last < self._seconds:
+        if not self._ticker.due():
             return
-        self._last = now
-        rate = (self._done - self._first) / (now - self._start)
-        filled = 20 * self._done // self._total
-        bar = "#" * filled + "." * (20 - filled)
+        rate = (self._done - self._first) / (time.monotonic() - self._start)
         left = format_seconds((self._total - self._done) / max(rate, 1e-9))
-        self._say(f"[{bar}] {self._done:,} of {self._total:,} images, {rate:,.0f}/s, {left} to go")
+        done = f"{bar(self._done, self._total)} {self._done:,} of {self._total:,} images"
+        self._ticker.show(f"{done}, {rate:,.0f}/s, {left} to go")
+
+    def close(self) -> None:
+        """Ends the line of the progress."""
+        self._ticker.close()
 
 
 def split_source(model: Trained, split: str) -> Source:
@@ -283,8 +297,19 @@ def about_of(model: Trained, origin: str) -> dict[str, Any]:
     return {**where, **model.metric.about()}
 
 
+def index_columns(source: Source, records: np.ndarray) -> dict[str, Any]:
+    """The arguments of an ``Index`` that come from a table."""
+    columns = of_table(source)
+    flags = [columns[name][records] for name in ("is_query", "is_gallery") if name in columns]
+    return {
+        "boxes": columns["box"][records] if "box" in columns else None,
+        "marked": np.stack(flags, axis=1) if len(flags) == 2 else None,
+    }
+
+
 def index_of(model: Trained, source: Source, labelled: bool, origin: str) -> Index:
     """Embeds a source in memory, as an index."""
     embedded, records = embed_all(model, source)
     files = np.asarray([source.name(int(record)) for record in records])
-    return Index(embedded, files, list(source.class_names) if labelled else None, {"images": origin})
+    classes = list(source.class_names) if labelled else None
+    return Index(embedded, files, classes, {"images": origin}, **index_columns(source, records))

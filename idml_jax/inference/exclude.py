@@ -3,7 +3,6 @@
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ from jaxtyping import Bool, Int
 from idml_jax.data.lists import LISTS, listed_paths
 from idml_jax.errors import UserError
 from idml_jax.inference.index import Index
-from idml_jax.metrics.embedded import rows_of
 
 EXAMPLES = "--exclude=removed.csv, --exclude='*/drafts/*' or --exclude=class=Mallard"
 
@@ -117,10 +115,7 @@ def kept(
     index: Index, gone: Bool[np.ndarray, "n"], own: Int[np.ndarray, "q"] | None
 ) -> tuple[Index, Int[np.ndarray, "q"] | None]:
     """The index without some rows, and the queries' own rows in it (-1 where they are gone)."""
-    ambiguity = None if index.ambiguity is None else index.ambiguity[~gone]
-    less = replace(
-        index, embedded=rows_of(index.embedded, ~gone), files=index.files[~gone], ambiguity=ambiguity, path=None
-    )
+    less = index.take(np.flatnonzero(~gone))
     if own is None:
         return less, None
     new = np.where(gone, -1, np.cumsum(~gone) - 1)

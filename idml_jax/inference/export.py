@@ -1,4 +1,4 @@
-"""Exports a trained run as a program that JAX loads without this package."""
+"""Exports a trained run as a program that JAX, or a program for ONNX models, loads without this package."""
 
 import json
 import os
@@ -9,36 +9,63 @@ import jax
 import numpy as np
 
 from idml_jax.errors import UserError
+from idml_jax.inference.choices import FORMATS
 from idml_jax.inference.model import Trained
+from idml_jax.inference.onnx_model import export_onnx
 from idml_jax.runtime.files import replace_folder, user_path
 from idml_jax.training.digests import weights_digest
 from idml_jax.training.embedder import embed_step
 
-EXAMPLE = '''"""Embeds images: python example.py a.jpg b.jpg. Needs jax, numpy, flatbuffers and pillow."""
+_START = '''"""Embeds images: python example.py a.jpg b.jpg. Needs {needs}."""
 import json
 import pathlib
 import sys
 
 import numpy as np
-from jax import export
+{imports}
 from PIL import Image, ImageOps
 
-folder = pathlib.Path(sys.argv[0]).parent
+folder = pathlib.Path(sys.argv[0]).resolve().parent
 about = json.loads((folder / "about.json").read_text())
-model = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
+{model}
 
-def load(path):
+'''
+_LOAD = """def load(path):
     image, size = ImageOps.exif_transpose(Image.open(path)), about["size"]
     if image.mode[0] == "I":  # 16 bits
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     image = image.convert("RGB" if about["channels"] == 3 else "L")
     image = image.resize([about["resize"] * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size))).reshape(size, size, -1)
 
-found = model.call(np.stack([load(path) for path in sys.argv[1:]]))
-print({name: value.shape for name, value in found.items()}, found["semantic"] @ found["semantic"].T)
-'''
+"""
+_PRINT = """print({name: value.shape for name, value in found.items()}, found["semantic"] @ found["semantic"].T)
+"""
+EXAMPLE = (
+    _START.format(
+        needs="jax, numpy, flatbuffers and pillow",
+        imports="from jax import export",
+        model='model = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))',
+    )
+    + _LOAD
+    + "found = model.call(np.stack([load(path) for path in sys.argv[1:]]))\n"
+    + _PRINT
+)
+ONNX_EXAMPLE = (
+    _START.format(
+        needs="onnxruntime, numpy and pillow",
+        imports="import onnxruntime",
+        model='model = onnxruntime.InferenceSession(str(folder / "model.onnx"))',
+    )
+    + _LOAD
+    + """names = [output.name for output in model.get_outputs()]
+images = np.stack([load(path) for path in sys.argv[1:]])
+found = dict(zip(names, model.run(names, {"images": images})))
+"""
+    + _PRINT
+)
 
 
 def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> tuple[bytes, dict[str, Any]]:
@@ -61,44 +88,69 @@ def export_run(model: Trained, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu
 
     shape = jax.export.symbolic_shape(f"b, {data.image_size}, {data.image_size}, {data.channels}")
     exported = jax.export.export(jax.jit(embed_images), platforms=platforms)(jax.ShapeDtypeStruct(shape, np.uint8))
+    outputs = {
+        n: [str(side) for side in a.shape]
+        for n, a in zip(
+            sorted(jax.eval_shape(embed_images, jax.ShapeDtypeStruct((1, *shape[1:]), np.uint8))),
+            exported.out_avals,
+            strict=True,
+        )
+    }
+    return bytes(exported.serialize()), _about(model, outputs, {"platforms": list(platforms)})
+
+
+def _about(model: Trained, outputs: dict[str, list[str]], more: dict[str, Any]) -> dict[str, Any]:
+    """The description of an exported program."""
+    data = model.config.data
     kept = data.transform == "cifar"  # its test images are not resized
-    about = {
+    return {
         "size": data.image_size,
         "resize": data.image_size if kept else data.resize,
         "resample": data.resample,  # method of the run; the example uses exact resampling
         "channels": data.channels,
         "colours": "RGB" if data.channels == 3 else "grey",
         "values": "uint8, 0 to 255, not normalised",
-        "outputs": {
-            n: [str(side) for side in a.shape]
-            for n, a in zip(
-                sorted(jax.eval_shape(embed_images, jax.ShapeDtypeStruct((1, *shape[1:]), np.uint8))),
-                exported.out_avals,
-                strict=True,
-            )
-        },
-        "platforms": list(platforms),
+        "outputs": outputs,
+        **more,
         **model.metric.about(),
         "workdir": str(model.workdir),
         "step": model.step,
         "weights": weights_digest(model.variables),
         "jax": jax.__version__,
     }
-    return bytes(exported.serialize()), about
 
 
-def write(model: Trained, out: str | Path, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")) -> Path:
+def write(
+    model: Trained,
+    out: str | Path,
+    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
+    form: str = "stablehlo",
+) -> Path:
     """Writes the exported folder, completely or not at all.
 
+    Args:
+      model: trained embedding.
+      out: new folder.
+      platforms: platforms to compile for; for ``stablehlo``.
+      form: one of ``FORMATS``.
+
     Raises:
-      UserError: if the folder already exists.
+      UserError: if the folder already exists, or the run cannot be exported in this form.
     """
     out = user_path(out)
+    if form not in FORMATS:
+        raise UserError(f"--format={form}; known: {', '.join(FORMATS)}")
     if os.path.lexists(out):  # fails before the work starts
         raise UserError(f"{out} already exists")
-    program, about = export_run(model, platforms)
+    if form == "onnx":
+        program, found = export_onnx(model)
+        outputs = found.pop("outputs")
+        about, example = _about(model, outputs, found), ONNX_EXAMPLE
+    else:
+        program, about = export_run(model, platforms)
+        example = EXAMPLE
     with replace_folder(out) as folder:
-        (folder / "model.stablehlo").write_bytes(program)
+        (folder / f"model.{form}").write_bytes(program)
         (folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        (folder / "example.py").write_text(EXAMPLE)
+        (folder / "example.py").write_text(example)
     return out

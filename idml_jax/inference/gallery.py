@@ -17,9 +17,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from idml_jax.data.tables import arrow
 from idml_jax.errors import UserError
-from idml_jax.inference.arrays import arrow, column_of
-from idml_jax.inference.index import COLUMNS, Index, checked_about, checked_numbers, read, texts
+from idml_jax.inference.arrays import column_of
+from idml_jax.inference.index import (
+    COLUMNS,
+    OF_TABLES,
+    Index,
+    checked_about,
+    checked_numbers,
+    read,
+    texts,
+    told_by_table,
+)
 from idml_jax.ism import Metric
 from idml_jax.metrics.blocks import Block
 from idml_jax.metrics.embedded import Embedded
@@ -29,6 +39,7 @@ FORMAT = 1
 BLOCK_ROWS = 65536  # rows searched at a time
 READ_ROWS = 8192  # rows read at a time
 PART_KEY = b"idml_jax_part"
+_WANTED = (*COLUMNS, *OF_TABLES)
 _NUMBERS = ("semantic", "uncertainty", "semantic_norm", "ambiguity")
 
 
@@ -222,7 +233,7 @@ class Gallery:
         if filled:
             yield numbers[:filled], block[:filled]
 
-    def take(self, rows: Int[np.ndarray, "k"], columns: Collection[str] = COLUMNS) -> dict[str, np.ndarray]:
+    def take(self, rows: Int[np.ndarray, "k"], columns: Collection[str] = _WANTED) -> dict[str, np.ndarray]:
         """Some columns of some rows.
 
         Args:
@@ -252,22 +263,25 @@ class Gallery:
     def index(self, rows: Int[np.ndarray, "k"] | None = None) -> Index:
         """Some rows (ascending, each once), or all, as an index in memory."""
         if rows is None:
-            batches = list(self.batches(COLUMNS))
+            batches = list(self.batches(_WANTED))
             columns = {name: np.concatenate([part[name] for _, part in batches]) for name in batches[0][1]}
         else:
             columns = self.take(rows)
         labels = columns["labels"].astype(np.int64) if self.class_names is not None else None
         if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names or ()):
             raise UserError(f"{self.folder}: labels reach beyond its {len(self.class_names or ()):,} class names")
+        told = told_by_table(self.folder, columns, columns["semantic"].shape, labels)
         embedded = Embedded(
             columns["semantic"],
             np.zeros(len(columns["semantic"]), np.int32) if labels is None else labels,
             columns.get("uncertainty"),
             columns.get("semantic_norm"),
+            told.sets,
+            told.groups,
         )
-        files = np.asarray(texts(columns["files"]))
-        path = self.folder if rows is None else None
-        return Index(embedded, files, self.class_names, self.about, columns.get("ambiguity"), path)
+        files, ambiguity = np.asarray(texts(columns["files"])), columns.get("ambiguity")
+        more: dict[str, Any] = {"boxes": told.boxes, "marked": told.marked, "rows": rows}
+        return Index(embedded, files, self.class_names, self.about, ambiguity, self.folder, **more)
 
     @property
     def megabytes(self) -> float:

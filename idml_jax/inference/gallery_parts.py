@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idml_jax.data.sources import Source
+from idml_jax.data.tables import arrow
 from idml_jax.errors import UserError, printable
 from idml_jax.inference import gallery as reading
-from idml_jax.inference.arrays import arrow
-from idml_jax.inference.embed import Progress, about_of, embed_records
+from idml_jax.inference.embed import Progress, about_of, embed_records, of_table
 from idml_jax.inference.gallery import Made, part_path, skipped_path, source_path, sources_of
-from idml_jax.inference.index import SUFFIXES, Index
+from idml_jax.inference.index import OF_TABLES, SUFFIXES, Index, texts
 from idml_jax.inference.model import Trained
-from idml_jax.inference.store import digest, is_text, table_of
+from idml_jax.inference.own import keys_of
+from idml_jax.inference.store import columns_of, digest, is_text, table_of
 from idml_jax.runtime.files import atomic, user_path, write_json, write_text
 
 PART_IMAGES = 4096
@@ -91,9 +92,10 @@ def embed_to_gallery(
     open_parts = [number for number in mine if not work.has(number)]
     if len(open_parts) < len(mine):
         say(f"resuming: {len(mine) - len(open_parts):,} of {len(mine):,} parts are done")
-    progress = Progress(max(1, sum(len(work.records(number)) for number in open_parts)), 0, say)
-    for number in open_parts:
-        work.write(number, progress.add)
+    total = max(1, sum(len(work.records(number)) for number in open_parts))
+    with contextlib.closing(Progress(total, 0, say)) as progress:
+        for number in open_parts:
+            work.write(number, progress.add)
     work.finish(say)
     return work.folder
 
@@ -116,21 +118,12 @@ def save(index: Index, out: str | Path, per_part: int = PART_IMAGES) -> Path:
     if sources_of(folder):
         raise UserError(f"{folder}: is a gallery already; give a new folder")
     classes = None if index.class_names is None else list(index.class_names)
-    embedded = index.embedded
-    columns: dict[str, Any] = {
-        "semantic": embedded.semantic,
-        "semantic_norm": embedded.semantic_norm,
-        "uncertainty": embedded.uncertainty,
-        "uncertainty_norm": None if embedded.uncertainty is None else embedded.uncertainty_norm,
-        "files": index.files,
-        "labels": None if classes is None else embedded.labels.astype(np.int32),
-        "ambiguity": index.ambiguity,
-    }
+    columns = columns_of(index)
     made = Made(0, index.about, classes, digest([str(name) for name in index.files]), len(index), (), per_part)
     _create(source_path(folder, 0), made)
     for number in range(made.parts):
         cut = slice(number * per_part, (number + 1) * per_part)
-        part = {name: value[cut] for name, value in columns.items() if value is not None}
+        part = {name: value[cut] for name, value in columns.items()}
         _write_table(part_path(folder, 0, number), part, made, number)
     return folder
 
@@ -154,6 +147,10 @@ class Work:
         # A source's labels are numbers of its own; the parts have those of the gallery.
         known = {name: label for label, name in enumerate(made.class_names or ())}
         self._labels = np.asarray([known.get(name, 0) for name in source.class_names], np.int32)
+        self._told = of_table(source, made.class_names is not None)
+        if "label_sets" in self._told:
+            sets = self._told["label_sets"]
+            self._told["label_sets"] = np.where(sets < 0, -1, self._labels[sets])
         self._all = made.records
 
     def records(self, number: int) -> np.ndarray:
@@ -197,6 +194,7 @@ class Work:
         columns["files"] = np.asarray([self._source.name(int(record)) for record in kept])
         if self.made.class_names is not None:
             columns["labels"] = self._labels[self._source.labels[kept]]
+        columns |= {name: value[kept] for name, value in self._told.items()}
         if "uncertainty" in columns:
             columns["uncertainty_norm"] = np.linalg.norm(columns["uncertainty"], axis=1)
         _write_table(part_path(self.folder, self.made.number, number), columns, self.made, number)
@@ -241,7 +239,9 @@ def open_work(
     names = [source.name(record) for record in range(len(source))]
     classes = list(source.class_names) if labelled else None
     shown = [source.class_names[label] for label in source.labels.tolist()] if labelled else []
-    asked = _Asked(names, classes, about_of(model, origin), digest([*names, "", *shown]))
+    told = of_table(source, labelled)
+    more = [f"{name} {value.tolist()}" for name, value in told.items()]
+    asked = _Asked(names, classes, about_of(model, origin), digest([*names, "", *shown, *more]), told)
     while True:
         sources = sources_of(folder)
         same = next((made for made in sources if made.requested == asked.digest), None)
@@ -256,12 +256,21 @@ def open_work(
 
 
 class _Asked(NamedTuple):
-    """What a command wants to have in the gallery: names and classes of images, their origin, and a digest."""
+    """What a command wants to have in the gallery.
+
+    Attributes:
+      names: names of the images.
+      class_names: names of their classes by label; ``None`` if unknown.
+      about: their origin.
+      digest: of all that is asked.
+      told: what a table says about them.
+    """
 
     names: list[str]
     class_names: list[str] | None
     about: dict[str, Any]
     digest: str
+    told: dict[str, np.ndarray]
 
 
 def _added(
@@ -274,8 +283,14 @@ def _added(
             raise UserError(f"{folder}: holds other images; --append adds those that it lacks, or give another --out")
         # Of these sources alone: another process may just have started the one that this command wants, too.
         before = reading.read_gallery(folder, "--out", sources)
-        present = {name for _, part in before.names() for name in part}
-        left_out = tuple(record for record, name in enumerate(asked.names) if name in present)
+        _check_told(folder, before.columns, asked.told)
+        present = {
+            key
+            for _, part in before.batches(("files", "box"))
+            for key in keys_of(texts(part["files"]), part.get("box"))
+        }
+        mine = keys_of(asked.names, asked.told.get("box"))
+        left_out = tuple(record for record, key in enumerate(mine) if key in present)
         say(f"{len(left_out):,} of {len(asked.names):,} images are in the gallery already")
         if len(left_out) == len(asked.names):
             return None
@@ -296,6 +311,18 @@ def _check_alike(folder: Path, made: Made, asked: _Asked) -> None:
     if (made.class_names is None) != (asked.class_names is None):
         has, these = ("no classes", "have some (--no_labels)") if made.class_names is None else ("classes", "have none")
         raise UserError(f"{folder}: its images have {has}, and these {these}")
+
+
+def _check_told(folder: Path, columns: dict[str, int], told: dict[str, np.ndarray]) -> None:
+    """Refuses images about which a table says other things than about those of a gallery."""
+    for name in OF_TABLES:
+        has, new = columns.get(name), told[name].shape[1:] if name in told else None
+        cure = "give another --out, or a table with the same columns"
+        if (has is None) != (new is None):
+            one, two = ("no", "some") if has is None else ("a", "none")
+            raise UserError(f"{folder}: its images have {one} {name} from a table, and these {two}; {cure}")
+        if has and new and has != new[0]:  # of label_sets
+            raise UserError(f"{folder}: its images have up to {has} labels ({name}), and these {new[0]}; {cure}")
 
 
 def _checked_folder(out: str | Path, append: bool) -> Path:

@@ -17,8 +17,9 @@ from idml_jax.inference.approximate import Approximate
 from idml_jax.inference.choices import MEMORY
 from idml_jax.inference.exclude import Rule
 from idml_jax.inference.gallery import Gallery, is_gallery, read_gallery
-from idml_jax.inference.index import Index, check_comparable, own_rows, place_of, read
+from idml_jax.inference.index import Index, check_comparable, read
 from idml_jax.inference.model import Trained
+from idml_jax.inference.own import own_rows, own_rows_in
 from idml_jax.inference.search import open_index
 from idml_jax.inference.sureness import Confidence, Wanted, fit
 from idml_jax.metrics.blocks import neighbours_in_blocks
@@ -112,7 +113,7 @@ def near(
             index, own = exclude.kept(index, exclude.without(index, searched.rules, say), own)
         return Near(index, own, index, np.arange(len(index)), own)
     gallery = searched.gallery
-    gone, own = _left_out(gallery, searched.rules, say), None if keep_same else _own_rows(queries, gallery)
+    gone, own = _left_out(gallery, searched.rules, say), None if keep_same else own_rows_in(queries, gallery)
     if own is not None and gone is not None:
         own = np.where((own >= 0) & gone[np.maximum(own, 0)], -1, own)
     remaining = len(gallery) if gone is None else int((~gone).sum())
@@ -149,26 +150,6 @@ def _left_out(gallery: Gallery, rules: tuple[Rule, ...], say: Callable[[str], No
     if not rules:
         return None
     return exclude.left_out(rules, gallery.names(), gallery.labels, gallery.class_names, len(gallery), say)
-
-
-def _own_rows(queries: Index, gallery: Gallery) -> Int[np.ndarray, "n"] | None:
-    """As ``index.own_rows``, with the names of one batch in memory at a time."""
-    if queries.path is not None and queries.path == gallery.folder:
-        return np.arange(len(gallery))
-    if not queries.named:
-        return None
-    place = place_of(queries.about, gallery.about)
-    known: dict[str, list[int]] = {}
-    for row, name in enumerate(queries.files.tolist()):
-        if (found := place(name)) is not None:
-            known.setdefault(found, []).append(row)
-    own = np.full(len(queries), -1)
-    if known:
-        for first, names in gallery.names():
-            for row, name in enumerate(names, first):
-                if (found := place(name)) is not None and found in known:
-                    own[known[found]] = row
-    return own if (own >= 0).any() else None
 
 
 def confidence_near(

@@ -2,30 +2,31 @@
 
 The arrays of a file: ``semantic`` (or ``embeddings``) [n, d]; optionally ``uncertainty`` [n, k], ``semantic_norm`` [n],
 ``ambiguity`` [n], ``labels`` [n] (numbers from 0, or names), ``class_names`` by label, ``files`` [n], and ``about``, a
-JSON text about the origin of the embeddings.
+JSON text about the origin of the embeddings. Of images from a table also ``label_sets`` [n, l] (all labels of an image,
+filled up with -1), ``group`` [n], ``box`` [n, 4], ``is_query`` [n] and ``is_gallery`` [n].
 """
 
-import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from idml_jax.errors import UserError
 from idml_jax.inference import arrays as stored_arrays
 from idml_jax.ism import Metric
-from idml_jax.metrics.embedded import Embedded
+from idml_jax.metrics.embedded import Embedded, rows_of
 from idml_jax.runtime.files import first_line, user_path
 
 SUFFIXES = (".npz", ".parquet")
 COLUMNS = ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity", "labels", "files")
-_WANTED = frozenset((*COLUMNS, "class_names", "about"))
+# What a table says about its images: names in a file of embeddings, and the number of axes.
+OF_TABLES = {"label_sets": 2, "group": 1, "box": 2, "is_query": 1, "is_gallery": 1}
+_WANTED = frozenset((*COLUMNS, *OF_TABLES, "class_names", "about"))
 # Known entries of ``about``, and their types.
 _ABOUT: dict[str, type | tuple[type, ...]] = {
     "workdir": str, "step": int, "images": str, "temperature": (int, float), "relative": bool, "form": str,
@@ -67,6 +68,9 @@ class Index:
       ambiguity: ``[n]`` true ambiguity of each image, if known.
       path: path of the file; ``None`` for embeddings made in memory.
       named: whether ``files`` were stored in the file; otherwise they were generated on reading.
+      boxes: ``[n, 4]`` left, top, right, bottom of each image in its picture; zeros: all of it; ``None`` without boxes.
+      marked: ``[n, 2]`` whether each image is a query and whether it is in the gallery, if a table told it.
+      rows: ``[n]`` rows of the file, if they are some of it; ``None``: all.
     """
 
     embedded: Embedded
@@ -76,6 +80,9 @@ class Index:
     ambiguity: Float[np.ndarray, "n"] | None = None
     path: Path | None = None
     named: bool = True
+    boxes: Int[np.ndarray, "n 4"] | None = None
+    marked: Bool[np.ndarray, "n 2"] | None = None
+    rows: Int[np.ndarray, "n"] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -109,6 +116,19 @@ class Index:
         if not 0 <= label < len(self.class_names):
             raise UserError(f"{self.files[row]}: label {label}, but there are {len(self.class_names):,} class names")
         return self.class_names[label]
+
+    def take(self, rows: Int[np.ndarray, "k"]) -> "Index":
+        """Some rows of it."""
+        some = lambda column: None if column is None else column[rows]
+        return replace(
+            self,
+            embedded=rows_of(self.embedded, rows),
+            files=self.files[rows],
+            ambiguity=some(self.ambiguity),
+            boxes=some(self.boxes),
+            marked=some(self.marked),
+            rows=rows if self.rows is None else self.rows[rows],
+        )
 
     @property
     def metric(self) -> Metric:
@@ -156,16 +176,83 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
     semantic = numbers.get("semantic", numbers.get("embeddings"))
     assert semantic is not None
     files = texts(arrays["files"]) if "files" in arrays else [f"row {row}" for row in range(len(semantic))]
+    told = told_by_table(path, arrays, semantic.shape, classes)
     embedded = Embedded(
         semantic,
         np.zeros(len(semantic), np.int32) if classes is None else classes,
         numbers.get("uncertainty"),
         numbers.get("semantic_norm"),
+        told.sets,
+        told.groups,
     )
     about = checked_about(path, arrays["about"]) if "about" in arrays else {}
     return Index(
-        embedded, np.asarray(files), class_names, about, numbers.get("ambiguity"), path, named="files" in arrays
+        embedded,
+        np.asarray(files),
+        class_names,
+        about,
+        numbers.get("ambiguity"),
+        path,
+        named="files" in arrays,
+        boxes=told.boxes,
+        marked=told.marked,
     )
+
+
+class Told(NamedTuple):
+    """What a table says about images, as ``Embedded`` and ``Index`` hold it; ``None``: nothing."""
+
+    sets: Int[np.ndarray, "n l"] | None
+    groups: np.ndarray | None
+    boxes: Int[np.ndarray, "n 4"] | None
+    marked: Bool[np.ndarray, "n 2"] | None
+
+
+def told_by_table(
+    path: Path, arrays: Mapping[str, np.ndarray], of: tuple[int, ...], labels: Int[np.ndarray, "n"] | None
+) -> Told:
+    """The columns of ``OF_TABLES`` among the arrays of a file, checked.
+
+    Args:
+      path: the file or folder, for messages.
+      arrays: arrays by name.
+      of: shape of the embeddings.
+      labels: label of each image, if known.
+    """
+    for name, axes in OF_TABLES.items():
+        if name in arrays:
+            _check_shape(path, name, arrays[name], of, axes)
+    return Told(
+        _sets(path, arrays, labels),
+        _of_kind(path, arrays, "group", "iubUS"),
+        _of_kind(path, arrays, "box", "iu", 4),
+        _marked(path, arrays),
+    )
+
+
+def _of_kind(
+    path: Path, arrays: Mapping[str, np.ndarray], name: str, kinds: str, width: int | None = None
+) -> np.ndarray | None:
+    """An array of a table; other kinds and widths are refused."""
+    value = arrays.get(name)
+    if value is not None and (value.dtype.kind not in kinds or (width and value.shape[1] != width)):
+        raise UserError(f"{path}: {name} holds {value.dtype} {list(value.shape)}, which is not what a table gives")
+    return value
+
+
+def _sets(path: Path, arrays: Mapping[str, np.ndarray], labels: np.ndarray | None) -> np.ndarray | None:
+    """All labels of each image, the first as in ``labels``."""
+    sets = _of_kind(path, arrays, "label_sets", "iu")
+    if sets is not None and (labels is None or not np.array_equal(sets[:, 0], labels)):
+        raise UserError(f"{path}: the first column of label_sets must be the labels")
+    return sets
+
+
+def _marked(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    flags = [_of_kind(path, arrays, name, "b") for name in ("is_query", "is_gallery")]
+    if any(flag is None for flag in flags):
+        return None
+    return np.stack([flag for flag in flags if flag is not None], axis=1)
 
 
 def _check_shape(path: Path, name: str, value: np.ndarray, of: tuple[int, ...], dimensions: int) -> None:
@@ -295,44 +382,3 @@ def labels_in_common(queries: Index, gallery: Index) -> tuple[Int[np.ndarray, "n
         for names, index in ((one, queries), (two, gallery))
     ]
     return both[0], both[1], True
-
-
-def _same_file(one: Path | None, two: Path | None) -> bool:
-    """Whether two files of embeddings are the same file or have the same content."""
-    if one is None or two is None:
-        return False
-    if os.path.samefile(one, two):
-        return True
-    if not (one.is_file() and two.is_file()):  # a gallery
-        return False
-    return one.stat().st_size == two.stat().st_size and _file_digest(one) == _file_digest(two)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
-    """Row of the index with each query's own image, -1 if there is none; ``None`` if no query is in the index.
-
-    A query's own image is the same row of the same file of embeddings, the image with the same existing absolute path,
-    or the same image of the same split of the same run. Equal relative names are not enough, since ``1.jpg`` is in many
-    folders.
-    """
-    if _same_file(queries.path, index.path):
-        return np.arange(len(index.files))
-    if not (queries.named and index.named):
-        return None
-    place = place_of(queries.about, index.about)
-    known = {found: row for row, name in enumerate(index.files.tolist()) if (found := place(name)) is not None}
-    own = np.asarray([known.get(place(name) or "", -1) for name in queries.files.tolist()])
-    return own if (own >= 0).any() else None
-
-
-def place_of(one: Mapping[str, Any], two: Mapping[str, Any]) -> Callable[[str], str | None]:
-    """A function from a name to what identifies the image in two sets of these origins; ``None``: nothing does."""
-    origins = [(about.get("images"), about.get("weights", about.get("workdir"))) for about in (one, two)]
-    if origins[0] == origins[1] and None not in origins[0] and str(origins[0][0]).startswith("split:"):
-        return lambda name: name
-    return lambda name: os.path.realpath(name) if os.path.isabs(name) and os.path.exists(name) else None

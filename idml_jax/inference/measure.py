@@ -1,6 +1,7 @@
 """Computes all metrics of embeddings from files."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,12 +10,13 @@ from idml_jax.errors import UserError
 from idml_jax.errors import warn as say
 from idml_jax.inference import arrays as stored_arrays
 from idml_jax.inference import reranking
-from idml_jax.inference.gallery import read_stored
+from idml_jax.inference.gallery import is_gallery, read_gallery, read_stored
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common
+from idml_jax.inference.own import own_rows
 from idml_jax.inference.reranking import Step
 from idml_jax.inference.sureness import held_out_beside
 from idml_jax.ism import Metric
-from idml_jax.metrics import full_ranking
+from idml_jax.metrics import full_ranking, relevance
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
 
@@ -31,7 +33,7 @@ class Options(NamedTuple):
       seed: seed of clustering and bootstrap.
       ranked: whether to compute P@K and mAP over all ranks.
       exclude: array of the files; a query then does not find images of its class with the same value, and CMC@K is
-        added. Empty: none.
+        added. Empty: if the files have groups, these are excluded in all metrics. ``none``: no exclusion.
       worst: number of classes with the lowest R@1 to list.
       rerank: steps of re-ranking, whose metrics are added.
     """
@@ -97,10 +99,18 @@ def measure(
         return other
 
     searched, others = beside(gallery, "--gallery"), beside(held_out, "--held_out")
+    index, searched = _without_own(*_by_marks(index, searched, warn), warn)
+    if options.exclude:
+        index, searched = _without_groups(index), None if searched is None else _without_groups(searched)
+    elif index.embedded.groups is not None:
+        warn(f"{embeddings}: no query finds images of its class and group, as it has groups (--exclude=none: it does)")
     queries, rows = index.embedded, None
     if searched is not None:
         own_labels, labels, named = labels_in_common(index, searched)
         queries, rows = queries._replace(labels=own_labels), searched.embedded._replace(labels=labels)
+        queries, rows = _sets_in_common(
+            queries, rows, list(index.class_names or ()) == list(searched.class_names or ())
+        )
         if not named:
             warn(f"{embeddings} or {gallery} does not name its classes; their numbers are compared")
     try:
@@ -116,6 +126,8 @@ def measure(
             seed=options.seed,
         )
         more, worst = _ranked(queries, rows, (index, searched), options)
+        if options.rerank and relevance.is_special(queries, rows):
+            raise UserError("--rerank: needs one label per image, no groups, and queries that are not in the gallery")
         if options.rerank:
             more |= reranking.report(options.rerank, queries, rows, options.ks)
     except ValueError as error:  # sets too small for a metric, and options out of range
@@ -123,20 +135,65 @@ def measure(
     return Measured(report | more, warnings, len(queries.labels), worst)
 
 
+def _by_marks(index: Index, searched: Index | None, warn: Callable[[str], None]) -> tuple[Index, Index | None]:
+    """Queries and gallery as the table marked them, unless a gallery is given."""
+    if index.marked is None or searched is not None or not index.marked.any():
+        return index, searched
+    query, gallery = (np.flatnonzero(column) for column in index.marked.T)
+    if not len(query) or not len(gallery):
+        raise UserError(f"{index.path}: marks no images as {'queries' if not len(query) else 'the gallery'}")
+    warn(f"{index.path}: {len(query):,} images marked as queries search {len(gallery):,} marked as the gallery")
+    return index.take(query), index.take(gallery)
+
+
+def _without_own(index: Index, searched: Index | None, warn: Callable[[str], None]) -> tuple[Index, Index | None]:
+    """Marks the queries that are in the gallery, which do not find themselves."""
+    own = None if searched is None else own_rows(index, searched)
+    if searched is None or own is None:
+        return index, searched
+    if len(index) == len(searched) and np.array_equal(own, np.arange(len(searched))):
+        warn(f"{searched.path}: holds the queries themselves; each searches all the others")
+        return index, None
+    warn(f"{int((own >= 0).sum()):,} of {len(index):,} queries are in the gallery; they do not find themselves")
+    named = lambda side, ids: replace(side, embedded=side.embedded._replace(ids=ids))
+    return named(index, np.where(own < 0, -1 - np.arange(len(own)), own)), named(searched, np.arange(len(searched)))
+
+
+def _sets_in_common(queries: Embedded, rows: Embedded, equal: bool) -> tuple[Embedded, Embedded]:
+    """Both sides with several labels per image, if one has; ``equal``: whether their classes are the same."""
+    if queries.sets is None and rows.sets is None:
+        return queries, rows
+    if not equal:
+        raise UserError("files with several labels per image need the same classes, in the same order")
+    several = lambda side: side if side.sets is not None else side._replace(sets=side.labels[:, None])
+    return several(queries), several(rows)
+
+
+def _without_groups(index: Index) -> Index:
+    return replace(index, embedded=index.embedded._replace(groups=None))
+
+
 def _ranked(
     queries: Embedded, gallery: Embedded | None, files: tuple[Index, Index | None], options: Options
 ) -> tuple[dict[str, float], list[ClassRow]]:
     """Metrics of the whole ranking and the worst classes, where they are wanted."""
-    if not (options.ranked or options.exclude or options.worst):
+    exclude = options.exclude if options.exclude != "none" else ""
+    if not (options.ranked or exclude or options.worst):
         return {}, []
+    special = relevance.is_special(queries, gallery)
+    if special and exclude:
+        raise UserError("--exclude: needs one label per image and queries that are not in the gallery")
     groups = None
-    if options.exclude:
-        both = [None if file is None else _column(file, options.exclude) for file in files]
+    if exclude:
+        both = [None if file is None else _column(file, exclude) for file in files]
         assert both[0] is not None
         groups = full_ranking.Groups(both[0], both[1])
     searched = (None, None) if gallery is None else (gallery.semantic, gallery.labels)
-    found = full_ranking.rank_all(queries.semantic, queries.labels, *searched, groups=groups)
-    wanted = options.ranked or options.exclude
+    if special:
+        found = relevance.rank(queries, gallery)
+    else:
+        found = full_ranking.rank_all(queries.semantic, queries.labels, *searched, groups=groups)
+    wanted = options.ranked or exclude
     report = full_ranking.summarise(found, options.ks, cmc=groups is not None) if wanted else {}
     rows = {label: row for row, label in reversed(list(enumerate(queries.labels.tolist())))}
     worst = [
@@ -149,15 +206,18 @@ def _ranked(
 def _column(index: Index, name: str) -> np.ndarray:
     """An array [n] of a file."""
     assert index.path is not None
-    if index.path.is_dir():
-        raise UserError(f"{index.path}: is a gallery, which holds no {name} (--exclude)")
-    arrays, names = stored_arrays.read(index.path, {name})
-    size = len(index.files)
+    if is_gallery(index.path):
+        gallery = read_gallery(index.path)
+        names, size = list(gallery.columns), len(gallery)
+        arrays = {name: np.concatenate([part[name] for _, part in gallery.batches((name,))])} if name in names else {}
+    else:
+        arrays, names = stored_arrays.read(index.path, {name, "labels"})
+        size = len(index.files) if index.rows is None else len(arrays.get("labels", ()))
     if name not in arrays:
         raise UserError(f"{index.path}: holds no {name} (--exclude); it holds {', '.join(sorted(names))}")
     if arrays[name].shape != (size,):
         raise UserError(f"{index.path}: {name} has the shape {arrays[name].shape} (--exclude); expected ({size},)")
-    return arrays[name]
+    return arrays[name] if index.rows is None else arrays[name][index.rows]
 
 
 def _metric(options: Options, index: Index, warn: Callable[[str], None]) -> Metric:

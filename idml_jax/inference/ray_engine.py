@@ -32,6 +32,7 @@ class Job(NamedTuple):
       threads: reader and decoder threads of each worker.
       out: the gallery.
       append: whether images are added to a gallery.
+      root: folder that a table's relative paths start from; empty: its own.
     """
 
     workdir: str
@@ -42,6 +43,7 @@ class Job(NamedTuple):
     threads: int
     out: str
     append: bool
+    root: str = ""
 
     def open(self, say: Callable[[str], None] = lambda line: None) -> Work | None:
         """The source of the gallery that this job writes; ``None`` if there is nothing to do."""
@@ -54,7 +56,7 @@ class Job(NamedTuple):
         """The images, whether their labels are valid, and their origin."""
         if self.split:
             return split_source(model, self.split), not self.no_labels, f"split:{self.split}"
-        source, labelled = list_images(self.images)
+        source, labelled = list_images(self.images, root=self.root)
         return source, labelled and not self.no_labels, str(user_path(self.images))
 
 

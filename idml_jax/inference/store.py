@@ -2,8 +2,9 @@
 
 The arrays of an ``.npz``: ``semantic`` [n, d], ``semantic_norm`` [n], ``uncertainty`` [n, k] and ``uncertainty_norm``
 [n] if the run is introspective, ``files`` [n], ``labels`` [n] and ``class_names`` if classes are known, and ``about``,
-a JSON text about their origin. A ``.parquet`` file has the same columns, the class name next to the class number, and
-``about`` in its metadata (key ``idml_jax``). ``inference.index`` reads both.
+a JSON text about their origin; and, of images from a table, the arrays of ``index.OF_TABLES``. A ``.parquet`` file has
+the same columns, the class name next to the class number, and ``about`` in its metadata (key ``idml_jax``).
+``inference.index`` reads both.
 """
 
 import contextlib
@@ -17,10 +18,11 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from idml_jax.data.tables import arrow
 from idml_jax.errors import UserError
-from idml_jax.inference.arrays import arrow
 from idml_jax.inference.gallery import read_stored as read
-from idml_jax.inference.index import SUFFIXES, Index, check_suffix, own_rows
+from idml_jax.inference.index import SUFFIXES, Index, check_suffix
+from idml_jax.inference.own import own_rows
 from idml_jax.runtime.files import TEMPORARY, atomic, locked, user_path, write_json
 from idml_jax.training.digests import weights_digest
 
@@ -159,20 +161,29 @@ def save(index: Index, path: str | Path, *, overwrite: bool = False) -> Path:
     check_suffix(path, "path")
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists; overwrite=True replaces it")
+    part = columns_of(index)
+    join(path, lambda: iter([part]), index.class_names, index.about)
+    return path
+
+
+def columns_of(index: Index) -> dict[str, np.ndarray]:
+    """The columns of a file with these embeddings."""
     embedded = index.embedded
     columns: dict[str, np.ndarray | None] = {
         "semantic": embedded.semantic,
         "semantic_norm": embedded.semantic_norm,
         "uncertainty": embedded.uncertainty,
+        "uncertainty_norm": None if embedded.uncertainty is None else embedded.uncertainty_norm,
         "files": np.asarray(index.files, "U"),
         "labels": None if index.class_names is None else embedded.labels.astype(np.int32),
         "ambiguity": index.ambiguity,
+        "label_sets": embedded.sets,
+        "group": embedded.groups,
+        "box": index.boxes,
+        "is_query": None if index.marked is None else index.marked[:, 0],
+        "is_gallery": None if index.marked is None else index.marked[:, 1],
     }
-    part = {name: value for name, value in columns.items() if value is not None}
-    if embedded.uncertainty is not None:
-        part["uncertainty_norm"] = embedded.uncertainty_norm
-    join(path, lambda: iter([part]), index.class_names, index.about)
-    return path
+    return {name: value for name, value in columns.items() if value is not None}
 
 
 def _join_npz(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | None, about: str) -> None:

@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.errors import UserError
-from idml_jax.inference.index import Index, Numbered, check_comparable, labels_in_common, own_rows
+from idml_jax.inference.index import Index, Numbered, check_comparable, labels_in_common
 from idml_jax.inference.model import Trained
+from idml_jax.inference.own import own_rows
 from idml_jax.inference.search import open_index
 from idml_jax.metrics import calibration, strangers, uncertainty, visible
 from idml_jax.metrics.calibration import Calibration, HeldOut

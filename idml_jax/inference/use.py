@@ -21,12 +21,13 @@ from idml_jax.inference import model as trained
 from idml_jax.inference import search as searching
 from idml_jax.inference import sureness
 from idml_jax.inference.gallery import is_gallery, read_stored
-from idml_jax.inference.index import SUFFIXES, Index, check_comparable, own_rows
+from idml_jax.inference.index import SUFFIXES, Index, check_comparable
 from idml_jax.inference.model import Trained
+from idml_jax.inference.own import own_rows
 from idml_jax.inference.sureness import Confidence, Wanted
 from idml_jax.ism import Metric
 from idml_jax.metrics.calibration import Calibration
-from idml_jax.metrics.embedded import Embedded
+from idml_jax.training.embedder import embedded_rows
 
 __all__ = ["Answer", "Comparison", "Model", "Near", "answers", "embed", "load", "search"]
 
@@ -139,13 +140,15 @@ class Model(Trained):
         if single:
             values = [rows.values for rows in model.embedder.rows(source, on_bad="raise")]
             whole = {name: np.concatenate([part[name] for part in values]) for name in values[0]}
-            names = [source.name(record) for record in range(len(source))]
+            records = np.arange(len(source))
+            names = [source.name(record) for record in records.tolist()]
             embedding.check_finite(whole, names, str(self.workdir))
-            embedded = Embedded(labels=source.labels, **whole)
+            embedded = embedded_rows(source, records, whole)
         else:
             embedded, records = embedding.embed_all(model, source)
             names = [source.name(int(record)) for record in records]
-        return Index(embedded, np.asarray(names), list(source.class_names) if labelled else None, about)
+        classes = list(source.class_names) if labelled else None
+        return Index(embedded, np.asarray(names), classes, about, **embedding.index_columns(source, records))
 
     def search(self, queries: Any, index: Any, k: int = 10, *, held_out: Any = None) -> list[Answer]:
         """Finds the k images of an index nearest to each query, exactly; an image does not find itself.

@@ -28,7 +28,14 @@ from jaxtyping import Array, Float, Int
 from idml_jax.losses.batch_softmax import circle, info_nce, n_pair, sup_con
 from idml_jax.losses.levels import over_levels, pairs_from_levels
 from idml_jax.losses.margin_softmax import arcface, cosface, normalized_softmax, soft_triple, subcenter_arcface
-from idml_jax.losses.pairs import Pairs, concatenate_pairs, gather, pairs_from_labels, pairs_from_relation
+from idml_jax.losses.pairs import (
+    Pairs,
+    concatenate_pairs,
+    gather,
+    pairs_from_label_sets,
+    pairs_from_labels,
+    pairs_from_relation,
+)
 from idml_jax.losses.pairwise import contrastive, fast_ap, margin_distance_weighted, multi_similarity, triplet_semihard
 from idml_jax.losses.probabilistic import hedged_instance, mc_info_nce
 from idml_jax.losses.proxy import proxy_anchor, proxy_nca
@@ -57,6 +64,7 @@ __all__ = [
     "n_pair",
     "normalized_softmax",
     "over_levels",
+    "pairs_from_label_sets",
     "pairs_from_labels",
     "pairs_from_levels",
     "pairs_from_relation",

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-__all__ = ["AxisName", "Pairs", "concatenate_pairs", "gather", "pairs_from_labels", "pairs_from_relation"]
+__all__ = [
+    "AxisName", "Pairs", "concatenate_pairs", "gather", "pairs_from_label_sets", "pairs_from_labels",
+    "pairs_from_relation",
+]  # fmt: skip
 
 AxisName = str | tuple[str, ...]
 Tree = TypeVar("Tree")
@@ -151,21 +154,65 @@ def pairs_from_labels(
     columns = labels if reference_labels is None else jnp.asarray(reference_labels)
     if labels.ndim != 1 or columns.ndim != 1:
         raise ValueError(f"labels need the shape [n]; got {labels.shape} and {columns.shape}")
+    columns = None if reference_labels is None else columns
+    return pairs_from_label_sets(labels, columns, mask, reference_mask=reference_mask, axis_name=axis_name)
+
+
+def pairs_from_label_sets(
+    labels: Int[Array, "n"] | Int[Array, "n l"],
+    reference_labels: Int[Array, "m"] | Int[Array, "m k"] | None = None,
+    mask: Bool[Array, "n"] | None = None,
+    *,
+    reference_mask: Bool[Array, "m"] | None = None,
+    axis_name: AxisName | None = None,
+) -> Pairs:
+    """The relation of images that share a label and images that share none.
+
+    Args:
+      labels: ``[n, l]`` labels of each row, at least 0, filled up with -1; or ``[n]``, one label of each.
+      reference_labels: the same of the columns; ``None`` compares the rows with themselves, and then no row is paired
+        with itself.
+      mask: as for ``pairs_from_labels``, like the others.
+      reference_mask: ``[m]``.
+      axis_name: the mapped axis.
+
+    Returns:
+      ``Pairs`` of shape ``[n, m]``.
+
+    Raises:
+      ValueError: if the labels are neither vectors nor matrices, or a mask does not fit.
+
+    >>> pairs_from_label_sets(jnp.array([[0, 1], [1, -1], [2, -1]]), jnp.array([0, 1])).positive.tolist()
+    [[True, True], [False, True], [False, False]]
+    """
+    labels = jnp.asarray(labels)
+    columns = labels if reference_labels is None else jnp.asarray(reference_labels)
+    if labels.ndim not in (1, 2) or columns.ndim not in (1, 2):
+        raise ValueError(f"labels need the shape [n] or [n, l]; got {labels.shape} and {columns.shape}")
     if mask is not None:
         mask = jnp.asarray(mask, bool)
-        if mask.shape != labels.shape:
-            raise ValueError(f"the mask needs the labels' shape {labels.shape}; got {mask.shape}")
+        if mask.shape != labels.shape[:1]:
+            raise ValueError(f"the mask needs the labels' shape {labels.shape[:1]}; got {mask.shape}")
     if reference_labels is None:
         if reference_mask is not None:
             raise ValueError("reference_mask needs reference_labels: without them the mask covers the columns too")
         columns, reference_mask = gather((columns, mask), axis_name)
     return pairs_from_relation(
-        labels[:, None] == columns[None, :],
+        _same(labels, columns),
         mask,
         reference_mask=reference_mask,
         exclude_self=reference_labels is None,
         axis_name=axis_name,
     )
+
+
+def _same(labels: Array, columns: Array) -> Bool[Array, "n m"]:
+    """Which rows and columns share a label."""
+    if labels.ndim == columns.ndim == 1:
+        return labels[:, None] == columns[None, :]
+    labels, columns = (x[:, None] if x.ndim == 1 else x for x in (labels, columns))
+    equal = labels[:, None, :, None] == columns[None, :, None, :]
+    return jnp.any(equal & (labels >= 0)[:, None, :, None], axis=(2, 3))
 
 
 def _are_names(labels: Any) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from idml_jax import ism
 from idml_jax.metrics import introspective, uncertainty, vote
@@ -21,12 +21,18 @@ class Embedded(NamedTuple):
       labels: ``[n]``.
       uncertainty: ``[n, k]``, ``None`` where there is none.
       semantic_norm: ``[n]``, length of the semantic embedding before normalising, if known.
+      sets: ``[n, l]`` all labels of each image, filled up with -1, if there are images with several.
+      groups: ``[n]`` groups, such as cameras: a query does not find images of its class and group.
+      ids: ``[n]`` numbers or names of the images, by which a query does not find itself in a gallery.
     """
 
     semantic: Float[np.ndarray, "n d"]
     labels: Int[np.ndarray, "n"]
     uncertainty: Float[np.ndarray, "n k"] | None = None
     semantic_norm: Float[np.ndarray, "n"] | None = None
+    sets: Int[np.ndarray, "n l"] | None = None
+    groups: Shaped[np.ndarray, "n"] | None = None
+    ids: Shaped[np.ndarray, "n"] | None = None
 
     @property
     def embedding(self) -> ism.Embedding:

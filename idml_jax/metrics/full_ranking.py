@@ -4,6 +4,8 @@ Distances, ties and lone queries as in `retrieval`, whose lists end at the class
 is computed, from a block of distances at a time: rows are sorted as numbers, and ties counted by index. Memory is the
 rows, one block, and the ranks of all positives.
 
+An image may have several labels: then every image that shares one of them is a positive.
+
 Exclusions: with a group for each image (a camera, a recording, an album), a query does not find the images of its own
 class and group, as in person re-identification (Zheng et al., "Scalable person re-identification", ICCV 2015): they are
 neither hits nor misses. Images of its group and another class stay.
@@ -62,56 +64,111 @@ class Ranking(NamedTuple):
 
 def rank_all(
     embeddings: Float[Array, "n d"],
-    labels: Shaped[Array, "n"],
+    labels: Shaped[Array, "n"] | Int[Array, "n l"],
     gallery: Float[Array, "m d"] | None = None,
-    gallery_labels: Shaped[Array, "m"] | None = None,
+    gallery_labels: Shaped[Array, "m"] | Int[Array, "m l"] | None = None,
     *,
     groups: Groups | None = None,
+    own: Int[Array, "n"] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Ranking:
     """Ranks the positives of every query among all that it can find.
 
     Args:
       embeddings: ``[n, d]`` queries; without a gallery each searches all the others.
-      labels: ``[n]`` classes of any kind.
+      labels: ``[n]`` classes of any kind, or ``[n, l]`` numbers of several classes, filled up with -1.
       gallery: ``[m, d]``.
-      gallery_labels: ``[m]``.
+      gallery_labels: ``[m]`` or ``[m, l]``.
       groups: groups whose images of the query's class it does not find.
+      own: ``[n]`` gallery row of each query itself, which it does not find; -1: none. Only with a gallery.
       devices: devices that share the distances; all of this process by default.
 
     Raises:
       ValueError: naming the argument, for empty, mismatched or non-finite input.
     """
     queries = embedding_rows(embeddings, "embeddings")[0]
-    own_labels = label_column(labels, len(queries), "labels", "embeddings")
+    own_labels = _labels(labels, len(queries), "labels", "embeddings")
     same_set = gallery is None
     check_pair(gallery, gallery_labels)
     if gallery is None or gallery_labels is None:
         rows, row_labels = queries, own_labels
     else:
         rows = embedding_rows(gallery, "gallery")[0]
-        row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery")
+        row_labels = _labels(gallery_labels, len(rows), "gallery_labels", "gallery")
         check_width(queries, rows)
-    classes, codes = np.unique(np.concatenate([row_labels, own_labels]), return_inverse=True)
-    row_codes, own_codes = codes[: len(rows)], codes[len(rows) :]
+        if row_labels.ndim != own_labels.ndim:
+            raise ValueError("gallery_labels: one side has several labels per image, the other one")
+    classes, row_codes, own_codes = _codes(row_labels, own_labels)
     own_groups, row_groups = _groups(groups, len(queries), len(rows), same_set)
-    order = np.argsort(row_codes, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(row_codes, minlength=len(classes)))[:-1])
+    hidden = np.arange(len(queries)) if same_set else _own(own, len(queries), len(rows))
+    members = _members(row_codes, len(classes))
     (near, near_norms), (far, norms) = nearest.moved(queries, rows)
     devices = list(jax.local_devices() if devices is None else devices)
     ranks: list[np.ndarray] = []
     found = np.empty(len(queries), np.int64)
     for start, block in ranking.all_distances(near, near_norms, far, norms, devices):
         for query, distances in enumerate(np.array(block), start):
-            same = members[own_codes[query]]
+            same = _sharing(members, own_codes[query])
             out = np.zeros(len(same), bool) if own_groups is None else row_groups[same] == own_groups[query]
-            if same_set:
-                out |= same == query
+            out |= same == hidden[query]
             distances[same[out]] = np.inf
             found[query] = len(rows) - out.sum()
+            if hidden[query] >= 0 and not np.isinf(distances[hidden[query]]):  # labelled otherwise there
+                distances[hidden[query]] = np.inf
+                found[query] -= 1
             ranks.append(_ranks(distances, same[~out]))
     starts = np.concatenate([[0], np.cumsum([len(x) for x in ranks])])
-    return Ranking(np.concatenate(ranks), starts, found, own_codes, classes)
+    first = own_codes if own_codes.ndim == 1 else own_codes[:, 0]
+    return Ranking(np.concatenate(ranks), starts, found, first, classes)
+
+
+def _labels(
+    labels: Shaped[Array, "n"] | Int[Array, "n l"], rows: int, name: str, of: str
+) -> Shaped[np.ndarray, "n"] | Int[np.ndarray, "n l"]:
+    labels = np.asarray(labels)
+    if labels.ndim != 2:
+        return label_column(labels, rows, name, of)
+    if labels.shape[0] != rows or labels.dtype.kind not in "iu" or (labels[:, :1] < 0).any() or not labels.shape[1]:
+        raise ValueError(f"{name}: expected ({rows}, l) whole numbers, the first of each row at least 0")
+    return labels
+
+
+def _codes(rows: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The classes, and labels as their numbers; -1 stays where there is no label."""
+    if rows.ndim == 1:
+        classes, codes = np.unique(np.concatenate([rows, own]), return_inverse=True)
+        return classes, codes[: len(rows)], codes[len(rows) :]
+    both = np.concatenate([rows.reshape(-1), own.reshape(-1)])
+    classes = np.unique(both[both >= 0])
+    number = lambda labels: np.where(labels < 0, -1, np.searchsorted(classes, labels))
+    return classes, number(rows), number(own)
+
+
+def _members(codes: np.ndarray, classes: int) -> list[Int[np.ndarray, "r"]]:
+    """The rows of each class, ascending."""
+    rows, flat = np.arange(len(codes)), codes
+    if codes.ndim == 2:
+        rows, columns = np.nonzero(codes >= 0)
+        flat = codes[rows, columns]
+    order = np.argsort(flat, kind="stable")
+    return np.split(rows[order], np.cumsum(np.bincount(flat, minlength=classes))[:-1])
+
+
+def _sharing(members: list[np.ndarray], codes: np.ndarray) -> Int[np.ndarray, "r"]:
+    """The rows with any of some classes, ascending."""
+    if codes.ndim == 0:
+        return members[int(codes)]
+    several = [members[code] for code in codes[codes >= 0].tolist()]
+    return several[0] if len(several) == 1 else np.unique(np.concatenate(several))
+
+
+def _own(own: Int[Array, "n"] | None, queries: int, rows: int) -> Int[np.ndarray, "n"]:
+    if own is None:
+        return np.full(queries, -1)
+    own = np.asarray(own)
+    if own.shape != (queries,) or own.dtype.kind not in "iu" or own.min() < -1 or own.max() >= rows:
+        raise ValueError(f"own: expected {queries} whole numbers from -1 to {rows - 1}, indices of gallery rows")
+    return own
 
 
 def _groups(

@@ -14,6 +14,7 @@ from idml_jax.metrics import (
     clustering,
     introspective,
     open_set,
+    relevance,
     retrieval,
     same_class,
     strangers,
@@ -46,9 +47,15 @@ def _searched(gallery: Embedded | None) -> tuple[np.ndarray | None, np.ndarray |
 def retrieval_report(
     embedded: Embedded, ks: Sequence[int] = (1, 2, 4, 8), gallery: Embedded | None = None
 ) -> dict[str, float]:
-    """The metrics followed during training: R@K, RP, MAP@R, MRR, and mean and deviation of the uncertainty's length."""
+    """The metrics followed during training: R@K, RP, MAP@R, MRR, and mean and deviation of the uncertainty's length.
+
+    With several labels per image, groups, or queries in the gallery: those of ``relevance.short_report``.
+    """
     searched = _searched(gallery)
-    report = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, searched[0], searched[1], ks=ks)
+    if relevance.is_special(embedded, gallery):
+        report = relevance.short_report(embedded, gallery, ks)
+    else:
+        report = retrieval.retrieval_metrics(embedded.semantic, embedded.labels, searched[0], searched[1], ks=ks)
     if embedded.uncertainty is not None:
         length = embedded.uncertainty_norm
         report |= {"uncertainty_mean": float(length.mean()), "uncertainty_std": float(length.std())}
@@ -90,11 +97,14 @@ def full_report(
       ``R-AUROC(uncertainty)_low`` and ``_high``, ``introspective/R@1`` and ``introspective/MAP@R`` (ranking by D) and
       ``s-u_correlation``; ``spearman(u,ambiguity)``; ``R-AUROC(confidence)`` of all scores joined,
       and of those in ``JOINED``; ``answered`` and ``answered_precision`` up to the threshold; ``verification/...`` of
-      ``same_class.report``.
+      ``same_class.report``. With several labels per image, groups, or queries in the gallery: those of
+      ``relevance.report``.
 
     Raises:
       ValueError: for empty, mismatched or non-finite input.
     """
+    if relevance.is_special(embedded, gallery):
+        return relevance.report(embedded, gallery, ks, seed)
     ranks = retrieval.retrieval_ranks(embedded.semantic, embedded.labels, *_searched(gallery))
     report = retrieval.summarise(ranks, ks)
     interval = uncertainty.recall_interval(ranks.nearest_correct, seed=seed)

@@ -112,11 +112,11 @@ class VisionTransformer(nn.Module):
         if self.output == "mean_tokens":
             tokens = jnp.concatenate([x[:, : int(family.class_token)], patches], axis=1)
             return jnp.mean(tokens.astype(jnp.float32), axis=1)
-        return patches.reshape(len(x), *grid, self.width)
+        return patches.reshape(x.shape[0], *grid, self.width)
 
     def _with_first_tokens(self, patches: Float[Array, "n p d"], grid: positions.Grid) -> Float[Array, "n t d"]:
         """Class token, registers and patches, with their learned positions."""
-        family, n = self.family, len(patches)
+        family, n = self.family, patches.shape[0]  # symbolic in an exported program
         widen = lambda token: jnp.broadcast_to(token, (n, *token.shape[1:])).astype(self.dtype)
         first, x = [], patches
         if family.class_token:
@@ -126,7 +126,7 @@ class VisionTransformer(nn.Module):
             first = []
         if family.learned != "none":
             own = (self.image_size // self.patch,) * 2 if self.image_size else grid
-            shape = (1, x.shape[1] - len(patches[0]) + own[0] * own[1], self.width)
+            shape = (1, x.shape[1] - patches.shape[1] + own[0] * own[1], self.width)
             self._check_positions(shape)
             table = self.param("pos_embed", truncated, shape, jnp.float32)
             x = x + positions.resize(table, own, grid, family.antialias).astype(self.dtype)

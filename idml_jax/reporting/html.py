@@ -242,7 +242,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
         for name, right in zip(head, numbers, strict=True)
     )
 
-    def cells(row: list[object]) -> Markup:
+    def cells(row: Sequence[object]) -> Markup:
         first = html("<td>{}</td>", number(row[0]))
         of = lambda name, value, right: html(
             '<td class="number" data-name="{}">{}</td>' if right else '<td data-name="{}">{}</td>', name, number(value)

@@ -10,7 +10,7 @@ from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 from idml_jax.inference.embed import embed_all
 from idml_jax.inference.model import load
-from idml_jax.metrics import calibration, confidence, retrieval
+from idml_jax.metrics import calibration, confidence, relevance, retrieval
 from idml_jax.metrics.summary import Embedded, retrieval_report, scores_of
 from idml_jax.metrics.vote import Vote
 from idml_jax.reporting import html as pages
@@ -58,17 +58,18 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
 
     embedded = embedded_of(queries)
     searched = embedded if separate is None else embedded_of(separate)
-    own = np.arange(len(queries)) if separate is None else None
+    own = np.arange(len(queries)) if separate is None else relevance.own_rows(embedded, searched)
     k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
     found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
-    held_out = held_out_queries(evaluation)
+    special = relevance.is_special(embedded, None if separate is None else searched)
+    held_out = None if special else held_out_queries(evaluation)
     known = None if held_out is None else calibration.answer(held_out, model.metric)
     setting = Vote() if known is None else known.setting
-    scores = scores_of(embedded, searched, model.metric, own, setting=setting)
+    scores = scores_of(embedded, searched, model.metric, own, setting=None if special else setting)
     if known is not None:
         fitted = calibration.fit_model(known, scores)
         scores["confidence"] = 1.0 - confidence.confidence(fitted, scores)
-    correct = searched.labels[found.index[:, 0]] == embedded.labels
+    correct = relevance.relevant(embedded, searched, found.index[:, 0])
     figures = retrieval_report(embedded, model.config.eval.ks, None if separate is None else searched)
     history, result = read_record(model.workdir)
     return Seen(

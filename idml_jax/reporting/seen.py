@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from idml_jax.data.sources import Source
+from idml_jax.data.sources import Source, box_of
 from idml_jax.inference.model import Trained
 from idml_jax.metrics.summary import Embedded
 from idml_jax.reporting import plots
@@ -86,7 +86,7 @@ class _Encoded:
 
     def __call__(self, record: int) -> bytes | None:
         if record not in self._known:
-            pixels = thumbnail(self._source.read(record))
+            pixels = thumbnail(self._source.read(record), within=box_of(self._source, record))
             self._known[record] = None if pixels is None else plots.encode(pixels)
         return self._known[record]
 

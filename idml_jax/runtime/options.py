@@ -1,7 +1,10 @@
-"""The help of commands: their description as it is written, and the default of every option."""
+"""The help of commands, with the default of every option; limits that the environment sets."""
 
 import argparse
+import os
 from collections.abc import Callable
+
+from idml_jax.errors import UserError
 
 
 class LateText(str):
@@ -18,6 +21,20 @@ class LateText(str):
         made = super().__new__(cls, text)
         made.part = part
         return made
+
+
+def limit(name: str, default: int) -> int:
+    """A limit that an environment variable may set.
+
+    Raises:
+      UserError: if its value is not a whole number above 0.
+    """
+    value = os.environ.get(name)
+    if value is None:
+        return default
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise UserError(f"{name}={value!r} in the environment: must be a whole number above 0")
+    return int(value)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 
 from idml_jax.data import datasets, samplers
 from idml_jax.data.images import transforms
-from idml_jax.data.sources import Source
+from idml_jax.data.sources import Source, sets_of
 from idml_jax.errors import UserError
 from idml_jax.runtime import sharding
 from idml_jax.training import auto, steps, weights
-from idml_jax.training.config import learns_uncertainty
+from idml_jax.training.config import learns_uncertainty, starts_whitened
 from idml_jax.training.config_checks import validate
 from idml_jax.training.embedder import Embedder, Network
+from idml_jax.training.fields import value_of
 from idml_jax.training.learning import WHOLE_TRUNK, TrunkLearning, learning_of
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.state import TrainState, create_state_on
@@ -140,6 +141,7 @@ def build(config: ConfigDict) -> Run:
     splits = data_of(config)
     task = task_of(config)
     task.check_splits(splits)
+    _check_labels(config, splits)
     sampler = sampler_of(config, splits)
     per_epoch = sampler.steps_per_epoch
     all_steps = config.epochs * per_epoch
@@ -181,6 +183,28 @@ def build(config: ConfigDict) -> Run:
     return Run(config, splits, sampler, train_transform, test_transform, setup, mesh, total_steps)
 
 
+def _check_labels(config: ConfigDict, splits: datasets.Splits) -> None:
+    """Checks that settings can work with several labels per image and with the validation images that there are."""
+    if config.eval.split == "validation" and splits.validation is None:
+        raise UserError("config.eval.split = 'validation', but the data has no validation images")
+    if sets_of(splits.train) is None:
+        return
+    wrong = {
+        "task": config.task != "retrieval",
+        "memory.size": config.memory.size > 0,
+        "loss.class_share": config.loss.class_share < 1,
+        "loss.learned": config.loss.learned == "per_class",
+        "fit.only": config.fit.only,
+        "model.semantic_init": starts_whitened(config),
+    }
+    for field, bad in wrong.items():
+        if bad:
+            raise UserError(
+                f"config.{field} = {value_of(config, field)!r} needs one class per image; the training images have "
+                "several labels"
+            )
+
+
 def mesh_of(config: ConfigDict) -> Mesh:
     """A mesh of all devices; checks that batches divide evenly among them."""
     mesh = sharding.data_mesh()
@@ -198,7 +222,7 @@ def mesh_of(config: ConfigDict) -> Mesh:
 def data_of(config: ConfigDict) -> datasets.Splits:
     """Loads the images of ``config.data``."""
     data = config.data
-    names = ("root", "data_dir", "variant", "train_classes", "on_corrupt")
+    names = ("root", "image_root", "data_dir", "variant", "train_classes", "on_corrupt")
     return datasets.load_dataset(
         data.name,
         validation_classes=data.validation_classes,
@@ -216,9 +240,12 @@ def sampler_of(config: ConfigDict, splits: datasets.Splits) -> samplers.Sampler:
     per_class = config.data.per_class
     if per_class < 0:
         per_class = task_of(config).images_per_class(config)
+    train = splits.train
+    weights, sets = getattr(train, "fields", {}).get("weight"), sets_of(train)
     if per_class:
-        return samplers.BalancedSampler(splits.train.labels, config.batch_size, per_class, config.seed)
-    return samplers.ShuffledSampler(len(splits.train), config.batch_size, config.seed)
+        labels = train.labels if sets is None else sets
+        return samplers.BalancedSampler(labels, config.batch_size, per_class, config.seed, weights)
+    return samplers.ShuffledSampler(len(train), config.batch_size, config.seed, weights)
 
 
 def transforms_of(config: ConfigDict) -> tuple[transforms.Transform, transforms.Transform]:

@@ -60,8 +60,11 @@ def default_config() -> ConfigDict:
     config.debug = ""  # jax's checks: nans, infs, leaks, ranks, transfers (comma-separated), or all; slow
 
     config.data = ConfigDict()
-    config.data.name = "folder"  # or glyphs, tfds, cub, cars, sop, inshop, cifar10, cifar100, imagenet
-    config.data.root = ""  # folder of images
+    config.data.name = (
+        "folder"  # or glyphs, tfds, cub, cars, sop, inshop, market, inaturalist, cifar10, cifar100, imagenet
+    )
+    config.data.root = ""  # folder or table of images
+    config.data.image_root = ""  # folder that relative paths of a table start from; empty: the table's own
     config.data.data_dir = ""  # folder of prepared tfds data sets; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets
     config.data.variant = ""  # name of the tfds data set, prepared image folder, or variant of the glyphs
     config.data.train_classes = 0.5  # share (or number) of classes to train on where the data has no split
@@ -109,7 +112,8 @@ def default_config() -> ConfigDict:
     config.model.init_origin.file = ""  # name of the file
     config.model.init_origin.commit = ""  # of a repository on the hub
     config.model.init_origin.sha256 = ""  # of the file
-    config.model.semantic_init = "random"  # or whiten (closed form on the training images), auto; docs/closed_form.md
+    # The start of the semantic head: docs/closed_form.md
+    config.model.semantic_init = "auto"  # whiten with pretrained weights; or random, whiten: closed form of the images
 
     config.ism = ConfigDict()
     config.ism.enabled = True  # introspective: compare with the uncertainty; False: the plain metric
@@ -174,7 +178,7 @@ def default_config() -> ConfigDict:
     config.sharding.proxies = (
         "auto"  # split over devices from 50,000 classes on; or split, whole (a copy on every device)
     )
-    config.sharding.partners = "any"  # partners of Mixup and CutMix, from the whole batch; or near: a few rows away
+    config.sharding.partners = "near"  # partners of Mixup and CutMix, a few rows away; or any, from the whole batch
 
     config.eval = ConfigDict()
     config.eval.every_epochs = 1  # epochs between two evaluations

@@ -5,11 +5,13 @@ import math
 
 from ml_collections import ConfigDict
 
+from idml_jax.data import tables
 from idml_jax.data.images.resample import METHODS
 from idml_jax.data.images.transforms import CHANGES, TRANSFORMS
 from idml_jax.errors import UserError
 from idml_jax.metrics.closed_form import METHODS as CLOSED_FORMS
 from idml_jax.mixing import PARTNERS
+from idml_jax.runtime.files import user_path
 from idml_jax.runtime.trackers import TRACKERS, names_of
 from idml_jax.training import learning, watch
 from idml_jax.training.config import learns_uncertainty, starts_whitened
@@ -142,11 +144,6 @@ def _check_learning(config: ConfigDict) -> None:
         raise UserError(f"config.optim.ema = {config.optim.ema} must be at least 0 and below 1")
     learning.check(config.optim)
     learning.check_cached(config)
-    field = "classification.mixing" if config.task == "classification" else "mixup.enabled"
-    if config.sharding.partners != "any" and value_of(config, field) in ("none", False):
-        raise UserError(
-            f"config.sharding.partners = {config.sharding.partners!r} needs Mixup or CutMix (config.{field})"
-        )
 
 
 def _check_evaluation(config: ConfigDict) -> None:
@@ -155,7 +152,9 @@ def _check_evaluation(config: ConfigDict) -> None:
         raise UserError(f"config.eval.ks = {tuple(config.eval.ks)} must be whole numbers of at least 1")
     if not 0 < config.eval.precision <= 1:
         raise UserError(f"config.eval.precision = {config.eval.precision} must be in (0, 1]")
-    if config.eval.split == "validation" and not (config.data.validation_classes or config.data.validation_images):
+    data = config.data  # a table may have validation images of its own
+    listed = data.name == "folder" and bool(data.root) and tables.is_table(user_path(data.root))
+    if config.eval.split == "validation" and not (data.validation_classes or data.validation_images or listed):
         raise UserError(
             "config.eval.split = 'validation' needs config.data.validation_classes (classification: "
             "config.data.validation_images) above 0"

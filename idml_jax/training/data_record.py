@@ -16,6 +16,9 @@ FILE = "data.json"
 # For more classes only a digest of their names is stored.
 MOST_NAMES = 20_000
 
+# What a table says about an image and its name does not tell.
+_OF_TABLES = ("box", "group", "labels", "weight")
+
 Record = dict[str, dict[str, object]]
 
 
@@ -36,7 +39,10 @@ def record_of(splits: Splits) -> Record:
 def _record(source: Source) -> dict[str, object]:
     names = movable_names([key_of(source, i) for i in range(len(source))])
     classes = list(source.class_names)
+    fields = {name: value for name, value in getattr(source, "fields", {}).items() if name in _OF_TABLES}
+    table = {"table": _digest(f"{name} {value.tolist()}" for name, value in sorted(fields.items()))} if fields else {}
     return {
+        **table,
         "images": len(source),
         "classes": classes if len(classes) <= MOST_NAMES else len(classes),
         "class_digest": _digest(classes),
@@ -96,6 +102,8 @@ def check(splits: Splits, workdir: Path, parts: Sequence[str] = Splits._fields) 
             warnings.append(line)
         else:
             what = "images were added, removed or renamed" if before.get("files") != now["files"] else "labels changed"
+            if what == "labels changed" and before.get("sizes") == now["sizes"]:
+                what = "columns of the table changed"
             numbers = f"{before.get('images')} then, {now['images']} now"
             warnings.append(f"the {name} images are not those that the run was started with ({what}; {numbers})")
     return warnings

@@ -1,7 +1,7 @@
 """Embeds the images of a source; shared by evaluation, embedding, search and reports."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,7 +147,7 @@ class Embedder:
             values = self.gathered(self._embed, source, order)
         else:
             values = self.gathered(self._embed_mixed, source, order, partners)
-        return Embedded(labels=source.labels[order], **values)
+        return embedded_rows(source, order, values)
 
     def gathered(
         self,
@@ -241,6 +241,20 @@ class Embedder:
         for batches in zip(*(self._batches(source, some) for some in orders), strict=True):
             self.check()
             yield tuple(sharding.shard_batch({"image": batch["image"]}, self.mesh)["image"] for batch in batches)
+
+
+def embedded_rows(source: Source, records: Int[np.ndarray, "m"], values: Mapping[str, np.ndarray]) -> Embedded:
+    """Embeddings of some images of a source, with their labels and groups.
+
+    Args:
+      source: images.
+      records: ``[m]`` records of the images.
+      values: ``semantic`` [m, d] and what else an ``Embedded`` may have.
+    """
+    known = {"sets": "labels", "groups": "group", "ids": "row"}
+    fields = getattr(source, "fields", {})
+    more = {name: fields[field][records] for name, field in known.items() if field in fields}
+    return Embedded(labels=source.labels[records], **more, **values)
 
 
 def joined_rows(parts: list[dict[str, jax.Array]], count: int) -> dict[str, np.ndarray]:

@@ -30,7 +30,7 @@ from idml_jax.runtime import hosts, sharding
 from idml_jax.runtime.files import TEMPORARY, atomic, write_json
 from idml_jax.runtime.writers import format_seconds
 from idml_jax.training.digests import images_digest, weights_digest
-from idml_jax.training.embedder import OUTPUTS, Embedder, Network, joined_rows
+from idml_jax.training.embedder import OUTPUTS, Embedder, Network, embedded_rows, joined_rows
 
 logger = logging.getLogger("idml_jax")
 
@@ -310,7 +310,7 @@ class FeatureEmbedder(Embedder):
             rows = found.rows(order[start : start + ROWS])
             padded = np.concatenate([rows, np.zeros((-len(rows) % min(ROWS, len(order)), rows.shape[1]), np.float32)])
             parts.append(self._taught(heads_step(heads, padded, network=self.network)))
-        return Embedded(labels=source.labels[order], **joined_rows(parts, len(order)))
+        return embedded_rows(source, order, joined_rows(parts, len(order)))
 
 
 def view_embedder(embedder: Embedder, transform: Transform, seed: int, view: int) -> Embedder:

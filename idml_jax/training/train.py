@@ -22,7 +22,7 @@ from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.trackers import check_installed
 from idml_jax.runtime.writers import MetricWriter
-from idml_jax.training import auto, data_record, semantic_init
+from idml_jax.training import auto, data_record, going_on, semantic_init
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.config import starts_whitened, tracking_of
@@ -64,7 +64,9 @@ def full_evaluation(run: Run, variables: Any, check: Callable[[], None] = lambda
     return report
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = build) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | Path, build: Build = build, resume: str = "auto"
+) -> dict[str, Any]:
     """Trains or resumes training in a workdir, and evaluates.
 
     The workdir gets ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end,
@@ -76,6 +78,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = b
       workdir: folder of the run.
       build: builds the run; a custom function may change what ``training.build.build`` returns, for instance its
         objective.
+      resume: what to do with a run in the workdir: ``auto`` resumes one with the same settings, ``longer`` also goes on
+        with a finished one for more epochs, ``never`` refuses it.
 
     Returns:
       The content of ``result.json``: metrics ``untrained``, ``final`` and ``best`` (``None`` for undefined ones), the
@@ -86,12 +90,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path, build: Build = b
       Stopped: on SIGTERM or SIGUSR1, after saving; the same call resumes and gives the same result.
     """
     with StopRequest() as stop, quiet_libraries():
-        return _train_and_evaluate(config, user_path(workdir), stop, build)
+        return _train_and_evaluate(config, user_path(workdir), stop, build, resume)
 
 
-def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, build: Build) -> dict[str, Any]:
+def _train_and_evaluate(
+    config: ConfigDict, workdir: Path, stop: StopRequest, build: Build, resume: str
+) -> dict[str, Any]:
     speed = Speed(time.monotonic())
     check_settings(config, build)
+    going_on.check(resume, config, workdir)
     if config.fit.only:
         raise UserError(
             "config.fit.only is set by python -m idml_jax.fit, which makes such runs; leave it out to train"
@@ -105,9 +112,13 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
     pretrained = None
     if config.model.init_from and not finished.exists() and not has_checkpoints(workdir / "checkpoints"):
         pretrained = run.pretrained()
-    prepare(workdir, run)
+    prepare(workdir, run, resume)
     if finished.exists():
-        logger.info("this run is finished: %s; --mode=eval evaluates its best checkpoint again", finished)
+        logger.info(
+            "this run is finished: %s; --mode=eval evaluates its best checkpoint again, --resume=longer with more "
+            "config.epochs goes on",
+            finished,
+        )
         try:
             return json.loads(finished.read_text())
         except ValueError as error:
@@ -130,15 +141,18 @@ def _train_and_evaluate(config: ConfigDict, workdir: Path, stop: StopRequest, bu
     return result
 
 
-def prepare(workdir: Path, run: Run) -> None:
+def prepare(workdir: Path, run: Run, resume: str = "auto") -> None:
     """Creates the workdir and records settings and data, or compares them with those of an existing run.
 
-    The first host does this; all hosts raise if it fails.
+    With ``resume="longer"`` an existing run gets its new number of epochs. The first host does this; all hosts raise if
+    it fails.
     """
     problem = None
     try:
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
+            if resume == "longer":
+                going_on.lengthen(run.config, workdir)
             remember(run.config, workdir)
             for line in data_record.check(run.splits, workdir):
                 logger.warning("warning: %s: %s", workdir, line)
@@ -311,11 +325,12 @@ def evaluate_checkpoint(
 
     Args:
       workdir: folder of the run.
-      overrides: settings to compare with the workdir's, as in training; by default those of the workdir.
+      overrides: settings to compare with the workdir's, as in training, of which those of evaluation (``eval``) may
+        differ; by default those of the workdir.
       build: as for ``train_and_evaluate``.
 
     Returns:
-      The metrics, and the ``step`` of the checkpoint; also written to ``eval.json``.
+      The metrics, the ``step`` of the checkpoint and, if any differ, the ``settings``; also written to ``eval.json``.
 
     Raises:
       UserError: if there is no checkpoint, or it has another architecture.
@@ -331,11 +346,11 @@ def evaluate_checkpoint(
 def _evaluate_checkpoint(
     workdir: Path, overrides: ConfigDict | None, stop: StopRequest, build: Build
 ) -> dict[str, Any]:
-    stored = workdir_lib.read(workdir)
+    stored, changed = workdir_lib.read(workdir), []
     if overrides is not None:
         check_settings(overrides, build)
         overrides = auto.resolved(overrides, workdir)
-        remember(overrides, workdir)
+        changed = remember(overrides, workdir, free=("eval.",))
     run = build(stored if overrides is None else overrides)
     for line in data_record.check(run.splits, workdir):
         logger.warning("warning: %s: %s", workdir, line)
@@ -350,7 +365,11 @@ def _evaluate_checkpoint(
         state, _ = checkpoints.restore(step, run.initial_state())
     finally:
         checkpoints.close()
-    metrics = {"step": step, **full_evaluation(run, state.variables, stop.check)}
+    if changed:
+        logger.info("evaluation differs from the run's: %s", "; ".join(changed))
+    metrics: dict[str, Any] = {"step": step, **full_evaluation(run, state.variables, stop.check)}
+    if changed:
+        metrics["settings"] = changed
     logger.info("step %d: %s", step, run.task.describe(metrics, run.config))
     if jax.process_index() == 0:
         write_json(workdir / "eval.json", without_nan(metrics))

@@ -1,6 +1,7 @@
 """Settings stored in the folder of a run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from idml_jax.training.config import default_config
 
 # Fields that affect how a run is executed but not its result: a resumed run may change them.
 FREE_FIELDS = (
-    "data.root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps", "log.tensorboard",
-    "log.trackers", "log.project", "log.name", "checkpoint.keep_latest", "checkpoint.keep_best", "eval.batch_size",
-    "debug",
+    "data.root", "data.image_root", "data.data_dir", "data.threads", "data.prefetch", "data.workers", "log.every_steps",
+    "log.tensorboard", "log.trackers", "log.project", "log.name", "checkpoint.keep_latest", "checkpoint.keep_best",
+    "eval.batch_size", "debug",
 )  # fmt: skip
 
 # Fields that a run writes itself; where they are empty, nothing is claimed.
@@ -32,34 +33,54 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def remember(config: ConfigDict, workdir: Path) -> None:
+def differences(config: ConfigDict, workdir: Path) -> dict[str, str]:
+    """The settings in which a run in a workdir differs, each with a phrase; without ``FREE_FIELDS``."""
+    old, new = flatten(read(workdir).to_dict()), flatten(config.to_dict())
+    missing = "(not set)"
+    return {
+        field: f"config.{field} = {old.get(field, missing)!r} there, {new.get(field, missing)!r} here"
+        for field in sorted(set(old) | set(new))
+        if field not in FREE_FIELDS and old.get(field, missing) != new.get(field, missing)
+        if not (field.startswith(RECORDED) and not (old.get(field) and new.get(field)))
+    }
+
+
+def refuse(differing: Sequence[str], workdir: Path) -> None:
+    """Raises ``UserError`` if settings differ, naming up to three."""
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"{workdir} holds a run with other settings: {'; '.join(differing[:3])}{more}. "
+            "Use the same settings or another --workdir"
+        )
+
+
+def remember(config: ConfigDict, workdir: Path, free: tuple[str, ...] = ()) -> list[str]:
     """Writes ``config.json`` into a new workdir, or checks that an existing one holds the same settings.
+
+    Args:
+      config: settings.
+      workdir: folder of the run.
+      free: beginnings of the names of fields that may differ.
+
+    Returns:
+      A phrase for each of those that do.
 
     Raises:
       UserError: naming up to three fields that differ.
     """
     path = workdir / "config.json"
     if path.exists():
-        old, new = flatten(read(workdir).to_dict()), flatten(config.to_dict())
-        missing = "(not set)"
-        differing = [
-            f"config.{field} = {old.get(field, missing)!r} there, {new.get(field, missing)!r} here"
-            for field in sorted(set(old) | set(new))
-            if field not in FREE_FIELDS and old.get(field, missing) != new.get(field, missing)
-            if not (field.startswith(RECORDED) and not (old.get(field) and new.get(field)))
-        ]
-        if differing:
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise UserError(
-                f"{workdir} holds a run with other settings: {'; '.join(differing[:3])}{more}. "
-                "Use the same settings or another --workdir"
-            )
-        return
+        differing = differences(config, workdir)
+        own = {field: line for field, line in differing.items() if free and field.startswith(free)}
+        refuse([line for field, line in differing.items() if field not in own], workdir)
+        return list(own.values())
     values = config.to_dict()
-    for field in ("root", "data_dir"):  # absolute, so that the run finds its data from any folder
+    for field in ("root", "image_root", "data_dir"):  # absolute, so that the run finds its data from any folder
         if values["data"][field]:
             values["data"][field] = str(user_path(values["data"][field]))
     write_json(path, values)
+    return []
 
 
 def read(workdir: Path) -> ConfigDict:
@@ -79,7 +100,8 @@ def read(workdir: Path) -> ConfigDict:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     # Settings that did not exist when the run started take their defaults.
     config = default_config()
-    config.model.semantic_init = "random"  # what older runs did, whatever the default is today
+    # What older runs did, whatever the default is today.
+    config.model.semantic_init, config.sharding.partners = "random", "any"
     try:
         _check_types(values, config.to_dict())
         with config.unlocked():

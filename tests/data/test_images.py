@@ -28,7 +28,11 @@ def encode(picture, fmt="PNG", **options):
 
 
 def pillow(data):
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    image = Image.open(io.BytesIO(data))
+    if image.has_transparency_data:  # such pictures are laid on white
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
 
 
 def difference(a, b):

@@ -6,7 +6,7 @@ import archives_made as made
 import numpy as np
 import pytest
 
-from idml_jax.data import files, lists
+from idml_jax.data import files, lists, tables
 from idml_jax.errors import UserError
 
 IMAGE = made.jpeg(0, 0)
@@ -99,7 +99,7 @@ class TestLists:
         for row in (1, 2, 3):
             with pytest.raises(files.FileError, match="not a regular file"):
                 source.read(row)
-        monkeypatch.setattr(lists, "MAX_LIST_BYTES", 10)
+        monkeypatch.setattr(tables, "MAX_BYTES", 10)
         with pytest.raises(UserError, match=r"x\.txt: 23 bytes are more than the limit of 10"):
             lists.list_images(tmp_path / "x.txt")
 

@@ -1,5 +1,6 @@
 """From official archives to stored sets to batches: every layout, the protocol's splits, refusals, interruptions."""
 
+import itertools
 import json
 import os
 import pickle
@@ -251,6 +252,50 @@ class TestInshop:
         files = {**images, "list_eval_partition.txt": listed.replace(b"gallery", b"other")}
         with pytest.raises(UserError, match="of the split 'other'; known: train, query, gallery"):
             prepare("inshop", made.write_files(tmp_path / "x", files), tmp_path / "sets")
+
+
+class TestMarket:
+    def test_persons_and_cameras(self, tmp_path):
+        files = {}
+        for person, camera in itertools.product(range(1, 7), (1, 2)):
+            name = f"{person:04d}_c{camera}s1_000{camera}_01.jpg"
+            image = made.jpeg(person, camera)
+            files[f"{'bounding_box_train' if person <= 3 else 'bounding_box_test'}/{name}"] = image
+            if person > 3 and camera == 1:
+                files[f"query/{name}"] = image
+        files |= {f"bounding_box_test/{who}_c3s2_7.jpg": made.jpeg(9, 1) for who in ("-1", "0000")}
+        archive = {"market.zip": made.zip_bytes({f"Market-1501/{name}": data for name, data in files.items()})}
+        _, said = prepare("market", made.write_files(tmp_path / "x", archive), tmp_path / "sets")
+        assert any("left out 1 junk images" in line for line in said)
+        splits, _ = load("market", tmp_path / "sets")
+        assert (len(splits.train), len(splits.test), len(splits.gallery)) == (6, 3, 7)
+        assert splits.gallery.class_names == ["0000", "0004", "0005", "0006"]
+        assert splits.test.fields["group"].tolist() == ["1", "1", "1"]
+        assert sorted(splits.gallery.fields["group"].tolist()) == ["1", "1", "1", "2", "2", "2", "3"]
+
+    def test_unknown_layout(self, tmp_path):
+        with pytest.raises(UserError, match="no known layout of Market-1501; expected bounding_box_train"):
+            prepare(
+                "market",
+                made.write_files(tmp_path / "x", {"query/0001_c1s1_1.jpg": made.jpeg(1, 1)}),
+                tmp_path / "sets",
+            )
+
+
+class TestInaturalist:
+    def test_the_lists_for_retrieval(self, tmp_path):
+        files, lists = {}, {"train": [], "test": []}
+        for species, i in itertools.product(range(4), range(3)):
+            name = f"train_val2018/Aves/{species}/{i}.jpg"
+            files[name] = made.jpeg(species, i)
+            lists["train" if species < 2 else "test"].append(name)
+        files |= {f"splits/Inaturalist_{k}_set1.txt": "\n".join(v).encode() for k, v in lists.items()}
+        prepare("inaturalist", made.write_files(tmp_path / "x", files), tmp_path / "sets")
+        splits, _ = load("inaturalist", tmp_path / "sets")
+        assert splits.train.class_names == ["Aves/0", "Aves/1"] and splits.test.class_names == ["Aves/2", "Aves/3"]
+        (tmp_path / "x/splits/Inaturalist_test_set1.txt").write_bytes(files["splits/Inaturalist_train_set1.txt"])
+        with pytest.raises(UserError, match="Aves/0 is a species of the training images too"):
+            prepare("inaturalist", tmp_path / "x", tmp_path / "other")
 
 
 class TestCifar:

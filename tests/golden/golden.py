@@ -102,6 +102,7 @@ def config_of(root: str, **changes):
         "log.tensorboard": False,
         "log.every_steps": 1,
         "checkpoint.keep_latest": 1,
+        "sharding.partners": "any",  # what version 0.1.0 did
     }
     with config.unlocked():
         config.update_from_flattened_dict(flat | changes)

@@ -20,7 +20,8 @@ import pytest
 from idml_jax import evaluate, export, search
 from idml_jax.errors import UserError
 from idml_jax.inference import arrays, faiss_index, store
-from idml_jax.inference.index import Index, labels_in_common, own_rows, read
+from idml_jax.inference.index import Index, labels_in_common, read
+from idml_jax.inference.own import own_rows
 from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report

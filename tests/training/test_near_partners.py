@@ -15,7 +15,7 @@ from idml_jax import mixing
 from idml_jax.data.samplers import BalancedSampler, ShuffledSampler
 from idml_jax.errors import UserError
 from idml_jax.runtime import sharding
-from idml_jax.training import steps, train
+from idml_jax.training import steps, train, workdir
 from idml_jax.training.tasks.softmax_loss import Softmax
 
 partners = lambda n, per_class=1: np.asarray(mixing.near_rows(np.arange(n), per_class))
@@ -97,12 +97,19 @@ def test_the_whole_step_sends_few_images(what):
     assert transfers(steps.jit_train_step.lower(state, data, setup=s).compile()) == [("collective-permute", 1)]
 
 
+def test_an_older_run_keeps_its_partners(tmp_path):
+    """Runs of before this setting existed drew partners from the whole batch."""
+    stored = small_config(tmp_path).to_dict()
+    workdir.write_json(tmp_path / "config.json", stored)
+    assert workdir.read(tmp_path).sharding.partners == "near"
+    del stored["sharding"]["partners"]
+    workdir.write_json(tmp_path / "config.json", stored)
+    assert workdir.read(tmp_path).sharding.partners == "any"
+
+
 def test_settings_reach_the_step(image_folder):
-    near = {"sharding.partners": "near"}
-    of = lambda **changes: train.build(small_config(image_folder, **near | changes)).setup.near
-    assert train.build(small_config(image_folder)).setup.near == 0
+    of = lambda **changes: train.build(small_config(image_folder, **changes)).setup.near
     assert of() == 1 and of(**{"loss.name": "contrastive"}) == 4
-    with pytest.raises(UserError, match=r"partners = 'near' needs Mixup or CutMix \(config.mixup.enabled\)"):
-        of(**{"mixup.enabled": False})
+    assert of(**{"sharding.partners": "any"}) == 0
     with pytest.raises(UserError, match=r"config.sharding.partners = 'far'; known: any, near"):
         of(**{"sharding.partners": "far"})

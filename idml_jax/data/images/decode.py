@@ -1,14 +1,15 @@
 """Decodes bytes to uint8 images; the only decoder of the package.
 
-An image is decoded as by Pillow's ``Image.open(...).convert("RGB")``, except that the EXIF orientation is applied;
-invalid EXIF data are ignored. Colour profiles are ignored, an alpha channel is dropped, and the first frame of an
-animation is used.
+An image is decoded as by Pillow's ``Image.open(...).convert("RGB")``, except that the EXIF orientation is applied and
+transparent pixels are laid on white; invalid EXIF data are ignored. Colour profiles are ignored, and the first frame of
+an animation is used.
 
 The content determines the format, not the file name, and only the formats in ``FORMATS`` are tried: other formats that
 Pillow knows start programs (PostScript) or do not hold photographs. Any failure with one image is a ``DecodeError``.
 """
 
 import contextlib
+import importlib.util
 import io
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from PIL import (
 
 from idml_jax.data.images import turbo
 from idml_jax.errors import UserError
+from idml_jax.runtime.options import limit
 
 # The pipeline already runs threads; OpenCV's own threads would only compete with them.
 cv2.setNumThreads(0)
@@ -55,13 +57,19 @@ if features.check("avif"):
     from PIL import AvifImagePlugin
 
     FORMATS[AvifImagePlugin.AvifImageFile.format] = (".avif",)
+if importlib.util.find_spec("pillow_heif") is not None:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS["HEIF"] = (".heic", ".heif", ".hif")
 ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 
-# Pillow's own limit against decompression bombs: 268 MB of RGB.
+# Pillow's own limit against decompression bombs: 268 MB of RGB. The environment variable sets another.
 MAX_PIXELS = 89_478_485
+_LIMIT = "IDML_JAX_MAX_PIXELS"
 # Formats that OpenCV decodes like Pillow, but faster; Pillow decodes the others.
 FAST_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
-_FAST_MODES = ("L", "RGB", "RGBA", "LA", "1")
+_FAST_MODES = ("L", "RGB", "1")
 # The operation that undoes each EXIF orientation.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -140,9 +148,22 @@ def _jpeg_header(data: bytes) -> _Jpeg | None:
     return None if frame is None else _Jpeg(*frame, exif)
 
 
+def max_pixels() -> int:
+    """The largest number of pixels of a picture.
+
+    Raises:
+      UserError: if the environment variable is not a number.
+    """
+    value = limit(_LIMIT, MAX_PIXELS)
+    if value > MAX_PIXELS:  # Pillow refuses twice its own limit by itself
+        Image.MAX_IMAGE_PIXELS = value
+    return value
+
+
 def _check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise DecodeError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
+    most = max_pixels()
+    if height * width > most:
+        raise DecodeError(f"{width} x {height} pixels are more than the limit of {most} ({_LIMIT} sets it)")
 
 
 def _open(data: bytes) -> Image.Image:
@@ -151,10 +172,11 @@ def _open(data: bytes) -> Image.Image:
         raise DecodeError("the file is empty")
     if data[:8] == b"\x89PNG\r\n\x1a\n":  # before Pillow, which warns of such sizes
         _check_size(int.from_bytes(data[20:24]), int.from_bytes(data[16:20]))
+    most = max_pixels()
     try:
         image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except Image.DecompressionBombError as error:
-        raise DecodeError(f"it has more pixels than the limit of {MAX_PIXELS}") from error
+        raise DecodeError(f"it has more pixels than the limit of {most} ({_LIMIT} sets it)") from error
     except Exception as error:
         raise DecodeError("not an image in a known format") from error
     _check_size(image.size[1], image.size[0])
@@ -164,6 +186,8 @@ def _open(data: bytes) -> Image.Image:
 def _is_plain(image: Image.Image, data: bytes) -> bool:
     """Whether OpenCV decodes the data like Pillow; OpenCV silently fills truncated files with grey."""
     if image.format not in FAST_FORMATS or image.mode not in _FAST_MODES or getattr(image, "is_animated", False):
+        return False
+    if image.has_transparency_data:
         return False
     if image.format in ("JPEG", "MPO"):
         return b"\xff\xd9" in data[-64:]
@@ -208,7 +232,7 @@ def check_whole(data: bytes) -> None:
 
 
 def decode(data: bytes, channels: int = 3) -> UInt8[np.ndarray, "h w c"]:
-    """Decodes an image of one of ``FORMATS``; EXIF rotation is applied, an alpha channel dropped.
+    """Decodes an image of one of ``FORMATS``; EXIF rotation is applied, transparent pixels are laid on white.
 
     Args:
       data: the file's bytes.
@@ -249,12 +273,17 @@ def _decode_carefully(image: Image.Image, channels: int) -> UInt8[np.ndarray, "h
     elif image.mode in ("I", "F"):
         raise DecodeError(f"pixels of {'32 bits' if image.mode == 'I' else 'floating point'}, whose range is unknown")
     else:
-        # Via RGBA, since Pillow otherwise warns about palettes with transparency.
-        image_8 = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+        image_8 = _on_white(image) if image.has_transparency_data else image
     turn = _turn(image)
     image_8 = image_8 if turn is None else image_8.transpose(turn)
     array = np.asarray(image_8.convert("RGB" if channels == 3 else "L"))
     return array if channels == 3 else array[:, :, None]
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A picture with transparent pixels on white; opaque ones keep their colours."""
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 class Picture:
@@ -263,15 +292,17 @@ class Picture:
     Args:
       data: the file's bytes.
       channels: 3 for RGB, 1 for grey.
+      within: left, top, right and bottom, in pixels of the upright picture, of the part that is the image; ``None``:
+        all of it.
 
     Attributes:
       shape: height, width and channels.
 
     Raises:
-      DecodeError: as ``decode``.
+      DecodeError: as ``decode``, and if the part lies outside of the picture.
     """
 
-    def __init__(self, data: bytes, channels: int = 3):
+    def __init__(self, data: bytes, channels: int = 3, within: tuple[int, int, int, int] | None = None):
         self._data, self._channels = data, channels
         self._whole: np.ndarray | None = None
         self.shape: tuple[int, int, int]
@@ -285,6 +316,13 @@ class Picture:
             else:
                 self._whole = self._decode(header)
                 self.shape = (*self._whole.shape[:2], channels)
+        self._full, self._corner = self.shape[:2], (0, 0)
+        if within is not None:
+            left, top, right, bottom = within
+            height, width = self._full
+            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+                raise DecodeError(f"the box {','.join(map(str, within))} is not within the {width} x {height} pixels")
+            self._corner, self.shape = (top, left), (bottom - top, right - left, channels)
 
     def _decode(self, header: _Jpeg | None) -> UInt8[np.ndarray, "h w c"]:
         if header is not None:
@@ -321,8 +359,9 @@ class Picture:
     def _part(
         self, box: tuple[int, int, int, int] | None, wanted: tuple[int, int] | None
     ) -> UInt8[np.ndarray, "h w c"]:
-        height, width = self.shape[:2]
-        top, left, box_height, box_width = box or (0, 0, height, width)
+        (height, width), (down, across) = self._full, self._corner
+        top, left, box_height, box_width = box or (0, 0, *self.shape[:2])
+        top, left = top + down, left + across
         if self._whole is None and wanted is not None:
             reduce = reduction((box_height, box_width), wanted)
             if reduce > 1:
@@ -336,8 +375,6 @@ class Picture:
                 return found
         if self._whole is None:
             self._whole = self._decode(_jpeg_header(self._data))
-        if box is None:
-            return self._whole
         return self._whole[top : top + box_height, left : left + box_width]
 
 

@@ -51,7 +51,7 @@ def png_of_pillow(image: Image.Image) -> bytes:
     if image.mode.startswith("I;16"):
         turned = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
         return png_of_array(np.asarray(turned).astype(np.uint16))
-    stored = image if image.mode in _STORED else image.convert("RGB")
+    stored = image if image.mode in _STORED else image.convert("RGBA" if image.has_transparency_data else "RGB")
     buffer = io.BytesIO()
     exif = Image.Exif()
     if orientation in UPRIGHT or stored is not image or _is_careful(image):

@@ -20,6 +20,8 @@ class Benchmark(NamedTuple):
       train_classes: if the protocol splits by class number, the last class number for training.
       shared_classes: whether test images show the classes of the training images (classification).
       tfds_names: names of the tfds sets with the same images.
+      group: pattern whose first group, in the name of an image's file, is the camera: a query does not find images of
+        its class and camera.
     """
 
     title: str
@@ -27,6 +29,7 @@ class Benchmark(NamedTuple):
     train_classes: int | None = None
     shared_classes: bool = False
     tfds_names: tuple[str, ...] = ()
+    group: str = ""
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -50,6 +53,16 @@ BENCHMARKS: dict[str, Benchmark] = {
     "inshop": Benchmark(
         "In-shop Clothes Retrieval",
         {"train": Count(25882, 3997), "query": Count(14218, 3985), "gallery": Count(12612, 3985)},
+    ),
+    # The gallery with its distractors (one class) and without its junk images.
+    "market": Benchmark(
+        "Market-1501",
+        {"train": Count(12936, 751), "query": Count(3368, 750), "gallery": Count(15913, 751)},
+        group=r"_c(\d+)",
+    ),
+    "inaturalist": Benchmark(
+        "iNaturalist 2018 for retrieval",
+        {"train": Count(325846, 5690), "test": Count(136093, 2452)},
     ),
     "cifar10": Benchmark(
         "CIFAR-10",

@@ -174,7 +174,7 @@ def folder(source: Path) -> Plan:
         if is_image(entry.name):
             names.append(entry.name)
         else:
-            passed.add(folders.OTHER, entry.name)
+            passed.add(folders.kind_of_other(entry.name), entry.name)
     if not names:
         raise UserError(f"{source}: it holds no images; expected {source}/<class>/*.jpg")
     found = folders.for_training(folders.arrange(names, source, passed.folders), source)

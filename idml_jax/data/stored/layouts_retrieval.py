@@ -1,4 +1,4 @@
-"""Layouts of CUB-200-2011, Cars196, Stanford Online Products and In-shop as distributed, with the protocol's splits."""
+"""Layouts of the retrieval benchmarks as distributed, with the protocol's splits."""
 
 import importlib.resources
 import io
@@ -288,3 +288,56 @@ def inshop(source: Path) -> Plan:
     key = lambda name: name[name.rfind("/img/") + 1 :] if "/img/" in name else name
     images = Listed(source, places, key, enter)
     return Plan(f"{base} and img", class_names, splits, images, images.listed(splits))
+
+
+def market(source: Path) -> Plan:
+    """Market-1501 (Zheng et al., ICCV 2015): ``bounding_box_train``, ``query`` and ``bounding_box_test``, whose file
+    names begin with person and camera, as ``0002_c1s1_``.
+
+    The gallery keeps the distractors (person 0000). Its junk images (person -1) count neither as right nor as wrong in
+    the protocol, so they are left out; so are, at evaluation, the gallery's images of a query's person and camera.
+    """
+    folder_of = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
+    names, _, enter = _look(source, r"", (), r".*market.*" + _ENDING)
+    form = re.compile(r"(?:.*/)?(bounding_box_train|query|bounding_box_test)/(-1|\d{4})_c\d+s?\d*_[^/]+")
+    found = [match for match in map(form.fullmatch, filter(is_image, names)) if match]
+    missing = [folder for folder in folder_of if not any(match[1] == folder for match in found)]
+    if missing:
+        raise not_found(source, "Market-1501", f"{', '.join(folder_of)} with 0002_c1s1_*.jpg; no {missing[0]}")
+    kept = [match for match in found if match[2] != "-1"]
+    persons = sorted({match[2] for match in kept})
+    label_of = {person: label for label, person in enumerate(persons)}
+    places = {match[0]: Place(folder_of[match[1]], label_of[match[2]]) for match in kept}
+    images, splits = Listed(source, places, lambda name: name, enter), tuple(folder_of.values())
+    junk = len(found) - len(kept)
+    told = f"left out {junk:,} junk images of the gallery (person -1), which the protocol does not count"
+    notes = [told] if junk else []
+    return Plan("Market-1501", persons, splits, images, images.listed(splits), notes)
+
+
+def inaturalist(source: Path) -> Plan:
+    """iNaturalist 2018 with the retrieval split of Brown et al. ("Smooth-AP", ECCV 2020), which lists name:
+    ``Inaturalist_train_set1.txt`` and ``Inaturalist_test_set1.txt`` above ``train_val2018`` or its archive."""
+    needed = ("Inaturalist_train_set1.txt", "Inaturalist_test_set1.txt")
+    archive = r"(train_val2018|.*inat.*)" + _ENDING
+    _, lists, enter = _look(source, r"Inaturalist_(train|test)_set1\.txt", needed, archive)
+    absent = [base for base in needed if not find(lists, base)]
+    if absent:
+        wanted = f"{' and '.join(needed)} (Inat_dataset_splits) and train_val2018/ or train_val2018.tar.gz"
+        raise not_found(source, "iNaturalist 2018", wanted)
+    places: dict[str, Place] = {}
+    number_of: dict[str, int] = {}
+    split_of: dict[str, str] = {}
+    for split, base in zip(("train", "test"), needed, strict=True):
+        file = find(lists, base) or base
+        for (path,) in rows(lists[file], file, 1):
+            parts = path.split("/")
+            if len(parts) < 3:
+                raise UserError(f"{file}: {path[:80]!r} is no path of kingdom, species and image")
+            species = "/".join(parts[-3:-1])
+            if split_of.setdefault(species, split) != split:
+                raise UserError(f"{file}: {species} is a species of the training images too")
+            places["/".join(parts[-3:])] = Place(split, number_of.setdefault(species, len(number_of)))
+    listed = lambda p: Listed(source, p, lambda name: "/".join(name.split("/")[-3:]), enter)
+    names = {number: species for species, number in number_of.items()}
+    return _two_splits("iNaturalist 2018 with its lists for retrieval", listed, places, names)

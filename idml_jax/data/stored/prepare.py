@@ -1,5 +1,6 @@
 """Stores a downloaded data set as a tfds set of array_record files, which allow random access in training."""
 
+import contextlib
 import re
 import shutil
 import time
@@ -14,12 +15,15 @@ from idml_jax.data.stored.benchmarks import BENCHMARKS, differences
 from idml_jax.data.stored.layouts import Listed, Plan
 from idml_jax.data.stored.prepared import PREFIX
 from idml_jax.errors import UserError
+from idml_jax.runtime.progress import Ticker
 
 LAYOUTS: dict[str, Callable[[Path], Plan]] = {
     "cub": layouts_retrieval.cub,
     "cars": layouts_retrieval.cars,
     "sop": layouts_retrieval.sop,
     "inshop": layouts_retrieval.inshop,
+    "market": layouts_retrieval.market,
+    "inaturalist": layouts_retrieval.inaturalist,
     "cifar10": layouts_classification.cifar10,
     "cifar100": layouts_classification.cifar100,
     "imagenet": layouts_classification.imagenet,
@@ -137,11 +141,13 @@ def _store(job: _Job, plan: Plan, say: Callable[[str], None]) -> Path:
     if writer.resumed:
         say(f"resuming after {writer.resumed:,} images")
     try:
-        stored = writer.write(job.on_corrupt, _Report(plan, writer.resumed, say))
+        with contextlib.closing(_Report(plan, writer.resumed, say)) as report:
+            stored = writer.write(job.on_corrupt, report)
     except shards.SourceChangedError:
         say("the source has changed since the stopped run; starting over")
         writer = shards.SetWriter(*options, start_over=True)
-        stored = writer.write(job.on_corrupt, _Report(plan, 0, say))
+        with contextlib.closing(_Report(plan, 0, say)) as report:
+            stored = writer.write(job.on_corrupt, report)
     wrong = _shortcomings(job.dataset, plan, stored)
     if wrong and not job.allow_incomplete:
         raise UserError(
@@ -204,18 +210,20 @@ class _Report:
     def __init__(self, plan: Plan, resumed: int, say: Callable[[str], None], seconds: float = 5.0):
         self._total = sum(plan.listed.values()) if plan.listed else None
         self._listed: Mapping[str, int] = plan.listed or {}
-        self._resumed, self._say, self._seconds = resumed, say, seconds
-        self._start = self._last = time.monotonic()
+        self._resumed, self._ticker = resumed, Ticker(say, seconds)
+        self._start = time.monotonic()
+
+    def close(self) -> None:
+        """Ends the line of the progress."""
+        self._ticker.close()
 
     def __call__(self, progress: shards.Progress) -> None:
-        now = time.monotonic()
-        if now - self._last < self._seconds:
+        if not self._ticker.due():
             return
-        self._last = now
-        rate = progress.fresh / (now - self._start)
+        rate = progress.fresh / (time.monotonic() - self._start)
         of = lambda split: f" of {self._listed[split]:,}" if split in self._listed else ""
         line = ", ".join(f"{split} {done:,}{of(split)}" for split, done in progress.done.items())
         left = ""
         if self._total is not None:
             left = f", {max(self._total - self._resumed - progress.fresh, 0) / rate:.0f} s to go"
-        self._say(f"{line} ({rate:,.0f} images/s{left})")
+        self._ticker.show(f"{line} ({rate:,.0f} images/s{left})")

@@ -43,8 +43,10 @@ PROTOCOLS = {
     "cub": Protocol(Schedule(6e-4, 5, 0.5), Schedule(1e-4, 5, 0.5)),
     "cars": Protocol(Schedule(2.5e-4, 10, 0.5), Schedule(1e-4, 10, 0.5)),
     "sop": Protocol(Schedule(6e-4, 10, 0.25), Schedule(6e-4, 10, 0.25), (1, 10, 100, 1000)),
-    # Not in the paper; these are the settings of the other large product set.
+    # The sets below are not in the paper; their settings are those of the nearest set in size.
     "inshop": Protocol(Schedule(6e-4, 10, 0.25), Schedule(6e-4, 10, 0.25), (1, 10, 20, 30)),
+    "market": Protocol(Schedule(6e-4, 5, 0.5), Schedule(1e-4, 5, 0.5), (1, 5, 10)),
+    "inaturalist": Protocol(Schedule(6e-4, 10, 0.25), Schedule(6e-4, 10, 0.25), (1, 4, 16, 32)),
 }
 _WORDS = ("plain", "scratch", "quick")
 

@@ -98,7 +98,7 @@ def embedding_loss(
         features, features_mixed = features[:, 0], features_mixed[:, 0]
     out, out_mixed = embed(features), embed(features_mixed)
     original = criterion(out, labels, draws[0])
-    other = jnp.take(labels, partner)
+    other = jnp.take(labels, partner, axis=0)
     loss_mixed = mixed.lam * criterion(out_mixed, labels, draws[1])
     loss_mixed += (1.0 - mixed.lam) * criterion(out_mixed, other, draws[2])
     metrics = {

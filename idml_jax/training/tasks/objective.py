@@ -317,7 +317,7 @@ class Objective(Criterion):
         """Images with the whole batch (which they are, or are rows of) and, if there is one, with the memory."""
         if not self.memory_size:
             references = None if axis_name is None else losses.gather(embedding, axis_name)
-            return Compared(embedding, references, losses.pairs_from_labels(labels, axis_name=axis_name))
+            return Compared(embedding, references, losses.pairs_from_label_sets(labels, axis_name=axis_name))
         kept = cast(memory.Memory, store)
         pairs = memory.pairs_with_batch(kept, labels, active=step >= self.memory_warmup, axis_name=axis_name)
         return Compared(embedding, memory.with_batch(kept, embedding, axis_name), pairs)
@@ -364,7 +364,7 @@ class Objective(Criterion):
             real = None if real is None else jnp.repeat(real, centres)
         if mesh is not None and (centres > 1 or sample is not None):
             table = sharding.constrain(table, mesh, "data")
-        return table, embedding, self._split(losses.pairs_from_labels(labels, classes, reference_mask=real))
+        return table, embedding, self._split(losses.pairs_from_label_sets(labels, classes, reference_mask=real))
 
     def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
         """How close each image is to a wrong answer, by the plain similarity; see ``auxiliary.confusion``."""
@@ -376,6 +376,6 @@ class Objective(Criterion):
             semantic, own = rows
             everyone = None if axis_name is None else losses.gather(semantic, axis_name)
             similarity = ism.cosine_similarity(semantic, everyone)
-            return auxiliary.confusion(similarity, losses.pairs_from_labels(own, axis_name=axis_name))
+            return auxiliary.confusion(similarity, losses.pairs_from_label_sets(own, axis_name=axis_name))
 
         return cast(Array, sharding.over_rows(of_rows, self.rows, (embedding.semantic, labels), (), "data"))

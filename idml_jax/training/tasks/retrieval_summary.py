@@ -6,7 +6,7 @@ import numpy as np
 
 from idml_jax.data.images.transforms import CHANGES, Changed, Transform
 from idml_jax.data.sources import Source
-from idml_jax.metrics import calibration
+from idml_jax.metrics import calibration, relevance
 from idml_jax.metrics.calibration import Known
 from idml_jax.metrics.embedded import Embedded, joined
 from idml_jax.metrics.summary import HeldOut, ambiguity_report, corrupted_report, full_report, retrieval_report
@@ -25,6 +25,8 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
     """All metrics (see ``metrics.summary.full_report``, ``ambiguity`` and ``held_out_queries``), and warnings."""
     config = evaluation.config
     embedded, gallery = _embedded(evaluation)
+    if relevance.is_special(embedded, gallery):
+        return full_report(embedded, gallery, ks=config.eval.ks, seed=config.seed)
     truth = evaluation.source.fields.get("ambiguity") if evaluation.embedder.learned else None
     held_out = held_out_queries(evaluation)
     known = None if held_out is None else calibration.answer(held_out, metric_of(config))

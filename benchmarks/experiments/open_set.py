@@ -1,0 +1,176 @@
+"""How well answers and strangers are told, over several seeds: runs and the tables of docs/uncertainty.md.
+
+    python benchmarks/experiments/open_set.py --data=glyphs --seeds=0,1,2 --out=runs/open_set
+    python benchmarks/experiments/open_set.py --data=omniglot --root=data --seeds=0,1,2 --out=runs/open_set
+    python benchmarks/experiments/open_set.py --data=birds --root=data --seeds=0,1,2 --out=runs/open_set
+
+Each seed trains a network with a fifth of the training classes held out (birds: the closed form on EfficientNet-Lite0,
+96 pixels; there a seed only chooses the held-out classes), embeds held-out and test classes, and measures on the test
+classes: wrong answers against right ones and the calibration with all classes known, and strangers with a third of the
+classes taken out of the gallery, over five choices of classes. The baseline score of a set is fixed beforehand: the
+share of the vote. Finished runs are skipped.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from rows import DATA
+from run import ROOT, command
+
+from idml_jax import embeddings
+from idml_jax.inference import sureness
+from idml_jax.inference.index import Index
+from idml_jax.metrics import strangers, uncertainty
+from idml_jax.metrics.embedded import rows_of
+
+COMMON = {"data.validation_classes": 0.2, "eval.ambiguity_images": 0, "eval.cluster": False}
+SETTINGS = {
+    "glyphs": COMMON,
+    "omniglot": {**COMMON, "epochs": 6},
+    "birds": {
+        **COMMON,
+        "model.name": "auto",
+        "model.init_from": "efficientnet_lite0",
+        "data.image_size": 96,
+        "data.resize": 96,
+        "ism.enabled": False,
+    },
+}
+CHOICES, QUERIES, TAKEN = 5, 400, 1 / 3  # choices of classes, queries of each, share of the classes taken out
+SHARES, WANTED = (0.0, 0.2, 0.5), (0.8, 0.9)
+BASELINE = "vote_share"
+
+
+def trained(data: str, seed: int, root: Path, out: Path) -> tuple[Index, Index, dict[str, float]]:
+    """The held-out images, the test images, and the final metrics of the run of a seed."""
+    workdir = out / data / f"seed{seed}"
+    name = "birds_imagenet" if data == "birds" else data
+    train = command(name, data, SETTINGS[data], seed, root, out, workdir)
+    if data == "birds":
+        train[train.index("idml_jax.main")] = "idml_jax.fit"
+    embed = lambda split: [
+        sys.executable, "-m", "idml_jax.embed", f"--workdir={workdir}", f"--split={split}",
+        f"--out={workdir / split}.npz",
+    ]  # fmt: skip
+    steps = [(workdir / "result.json", train)]
+    steps += [(workdir / f"{split}.npz", embed(split)) for split in ("validation", "test")]
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir.parent / f"seed{seed}.log").open("a") as log:
+        for made, run in steps:
+            if not made.exists():
+                subprocess.run(run, cwd=ROOT, stdout=log, stderr=log, check=True)
+    final = json.loads((workdir / "result.json").read_text())["final"]
+    return embeddings.read(workdir / "validation.npz"), embeddings.read(workdir / "test.npz"), final
+
+
+def some(index: Index, chosen: np.ndarray) -> Index:
+    """Some images of an index, without the file they come from."""
+    return dataclasses.replace(
+        index, embedded=rows_of(index.embedded, chosen), files=index.files[chosen], path=None, ambiguity=None
+    )
+
+
+def calibration_error(probability: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error with bins of equal width (Guo et al. 2017)."""
+    place = np.minimum((probability * bins).astype(int), bins - 1)
+    gaps = [abs(probability[place == b].mean() - right[place == b].mean()) * (place == b).mean() for b in set(place)]
+    return float(sum(gaps))
+
+
+def among(
+    queries: Index, gallery: Index, held_out: Index, own: np.ndarray | None
+) -> tuple[np.ndarray, sureness.Scored]:
+    """Whether the nearest image is of the query's class, and the scores of the answers with their confidence."""
+    near = uncertainty.nearest_twenty(queries.embedded.semantic, gallery.embedded.semantic, own=own)
+    right = gallery.embedded.labels[near.index[:, 0]] == queries.embedded.labels
+    confident = lambda names: sureness.Confidence(sureness.fit(held_out, gallery, names, sureness.Wanted()), "")
+    return right, sureness.scored(queries, gallery, own, confident)
+
+
+def closed(held_out: Index, test: Index) -> dict[str, float]:
+    """All classes known: detection of wrong answers, and the calibration of `sure`."""
+    right, found = among(test, test, held_out, np.arange(len(test)))
+    assert found.confidence.calibrated is not None
+    sure = strangers.judge(found.confidence.calibrated, found.scores, share=0.0).sure
+    area = lambda doubt: uncertainty.r_auroc(doubt, right)
+    without_u = [name for name in found.scores if "uncertainty" not in name and "introspective" not in name]
+    known = sureness.calibration.answer(
+        sureness.held_out_beside(held_out, test), test.metric, labelled=True, balanced=False
+    )
+    plain = sureness.calibration.fit(known, without_u)
+    no_u = strangers.judge(plain, {name: found.scores[name] for name in without_u}, share=0.0).sure
+    return {
+        "R@1": right.mean(),
+        "R-AUROC joined": area(1 - sure),
+        "R-AUROC joined without u": area(1 - no_u),
+        f"R-AUROC {BASELINE}": area(found.scores[BASELINE]),
+        "ECE of sure": calibration_error(sure, right),
+    }
+
+
+def opened(held_out: Index, test: Index, seed: int) -> dict[str, float]:
+    """A part of the classes unknown: what `--abstain` promises and keeps, and how strangers are told."""
+    rng, kept = np.random.default_rng(seed), {}
+    classes = np.unique(test.embedded.labels)
+    for _ in range(CHOICES):
+        taken = rng.choice(classes, round(len(classes) * TAKEN), replace=False)
+        strange = np.isin(test.embedded.labels, taken)
+        known_rows = rng.permutation(np.flatnonzero(~strange))
+        strange_rows = rng.permutation(np.flatnonzero(strange))
+        gallery = some(test, np.flatnonzero(~strange))
+        place = np.cumsum(~strange) - 1
+        for share in SHARES:
+            count = min(round(QUERIES * share), len(strange_rows))
+            rows = np.concatenate([known_rows[: QUERIES - count], strange_rows[:count]])
+            own = np.where(strange[rows], -1, place[rows])
+            queries = some(test, rows)
+            right, found = among(queries, gallery, held_out, own)
+            calibrated = found.confidence.calibrated
+            assert calibrated is not None
+            assumed = strangers.estimated_share(calibrated, found.scores)
+            judged = strangers.judge(calibrated, found.scores, assumed)
+            for wanted in WANTED:
+                rule = strangers.rule(calibrated, assumed, precision=wanted)
+                answered = 1 - judged.sure <= rule.value
+                name = f"{share:.0%} strangers, {wanted:.0%} wanted"
+                kept.setdefault(f"answered, {name}", []).append(answered.mean())
+                if answered.any():
+                    kept.setdefault(f"right, {name}", []).append(right[answered].mean())
+            if 0 < share < 1 and judged.known is not None:
+                for score, values in (("joined", 1 - judged.known), (BASELINE, found.scores[BASELINE])):
+                    area = uncertainty.r_auroc(values, ~strange[rows])
+                    kept.setdefault(f"AUROC of strangers, {score}", []).append(area)
+    return {name: float(np.mean(values)) for name, values in kept.items()} | {
+        f"lowest of {name}": float(np.min(values)) for name, values in kept.items() if name.startswith("right")
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=sorted(SETTINGS), required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the image sets")
+    parser.add_argument("--out", type=Path, default=Path("runs/open_set"))
+    given = parser.parse_args()
+    DATA["birds_imagenet"]["overrides"].pop("model.init_from")
+    found: dict[str, list[float]] = {}
+    for seed in map(int, given.seeds.split(",")):
+        held_out, test, _ = trained(given.data, seed, given.root.resolve(), given.out.resolve())
+        measured = closed(held_out, test) | opened(held_out, test, seed)
+        print(seed, json.dumps({name: round(float(value), 4) for name, value in measured.items()}), flush=True)
+        for name, value in measured.items():
+            found.setdefault(name, []).append(float(value))
+    print(f"| {given.data} | mean | deviation | seeds |\n|---|---|---|---|")
+    for name, values in found.items():
+        spread = f"{100 * statistics.stdev(values):.1f}" if len(values) > 1 else "-"
+        print(f"| {name} | {100 * statistics.mean(values):.1f} | {spread} | {len(values)} |")
+
+
+if __name__ == "__main__":
+    main()
