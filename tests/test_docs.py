@@ -177,6 +177,27 @@ def test_the_picture_of_the_floors_is_up_to_date():
     assert (DOCS / "design.svg").read_text() == picture["draw"](*picture["read_floors"]())
 
 
+def test_the_results_in_the_readme_are_those_of_the_page():
+    """If this fails: ``python docs/readme_results.py``."""
+    made = runpy.run_path(str(DOCS / "readme_results.py"))
+    readme, page = (ROOT / "README.md").read_text(), (DOCS / "introspection.md").read_text()
+    shown = readme.split(made["BEGIN"])[1].split(made["END"])[0]
+    assert shown.strip() == made["results"](page).strip() and shown.count("\n| ") == 9
+    (clean, of), (corrupted, also) = (made["beaten"](page, f"{q} queries") for q in ("clean", "clean and corrupted"))
+    assert of == also and f"on clean queries in {clean} and on corrupted ones in {corrupted} of {of}" in " ".join(
+        readme.split()
+    )
+    # The rank correlation with the true ambiguity, and the scores of the vote, stand in the pages, too.
+    assert "rank correlation with it is 0.56" in " ".join(readme.split()) and "rank correlation is 0.56" in page
+    assert all(f" {n} " in (DOCS / "uncertainty.md").read_text().replace("*", " ") for n in ("0.941", "0.856"))
+
+
+def test_the_picture_of_the_readme_is_small_and_can_be_drawn_again():
+    assert (DOCS / "readme.png").stat().st_size < 100_000
+    assert "docs/readme.png" in (ROOT / "README.md").read_text()
+    compile((DOCS / "readme_picture.py").read_text(), "readme_picture.py", "exec")
+
+
 def test_examples_of_what_can_be_added_exist():
     """The table of the design page names exactly the examples of the example file."""
     named = re.findall(r"\| `(test_\w+)` \|$", (DOCS / "design.md").read_text(), re.M)

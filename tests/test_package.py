@@ -1,13 +1,17 @@
 """The installed package: public names, settings by name, and a self-contained wheel."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import idml_jax
 from idml_jax.errors import UserError
@@ -42,6 +46,73 @@ def test_the_wheel_takes_every_package_and_setting():
     named = {path for pattern in patterns for path in (ROOT / "idml_jax").glob(pattern)}
     others = {p for p in (ROOT / "idml_jax").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
     assert others == named
+
+
+def test_the_version_stands_in_one_place():
+    assert "version" not in PROJECT["project"] and PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "idml_jax.__version__"}
+    # Read without importing the package, by its text; what repeats it must agree.
+    (line,) = [x for x in (ROOT / "idml_jax" / "__init__.py").read_text().splitlines() if x.startswith("__version__")]
+    assert line == f'__version__ = "{idml_jax.__version__}"'
+    assert f"\nversion: {idml_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {idml_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_project_says_what_it_is():
+    project = PROJECT["project"]
+    supported = {
+        c.rpartition(" ")[2] for c in project["classifiers"] if c.startswith("Programming Language :: Python :: 3.")
+    }
+    assert supported == {"3.11", "3.12", "3.13"} and project["requires-python"] == ">=3.11,<3.14"
+    assert not any(c.startswith("License ::") for c in project["classifiers"])  # the license field says it
+    # Placeholders are marked by one word.
+    assert all("OWNER" in url or "arxiv.org" in url for url in project["urls"].values())
+
+
+def test_the_workflow_runs_the_two_commands_lint_and_pages():
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "checks.yml").read_text())
+    said = "\n".join(step.get("run", "") for job in flow["jobs"].values() for step in job["steps"])
+    for words in ("bash launch/quickstart.sh", "bash launch/test.sh", "ruff check .", "mkdocs build --strict"):
+        assert words in said, words
+    assert "-m mypy" in (ROOT / "launch" / "test.sh").read_text()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {hook["entry"] for repo in hooks for hook in repo["hooks"]} >= {"ruff format", "ruff check --fix"}
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) == 3 and all(yaml.safe_load(form.read_text()) for form in forms)
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_build_with_the_same_content(tmp_path):
+    """Both builds, the wheel from the sdist, as ``python -m build`` does it."""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    make = (
+        "import os, sys; from setuptools import build_meta as b; os.chdir(sys.argv[1]);"
+        "print(getattr(b, 'build_' + sys.argv[2])(sys.argv[3]))"
+    )
+    # Of a copy: setuptools leaves folders beside what it builds.
+    tree = tmp_path / "tree"
+    for name in ("idml_jax", "configs"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+
+    def build(folder, kind):
+        done = subprocess.run(
+            [sys.executable, "-c", make, folder, kind, tmp_path], env=clean, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return tmp_path / done.stdout.splitlines()[-1]
+
+    archive = build(tree, "sdist")
+    assert archive.name == f"idml_jax-{idml_jax.__version__}.tar.gz"
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path / "unpacked", filter="data")
+    direct = set(zipfile.ZipFile(build(tree, "wheel")).namelist())
+    through = zipfile.ZipFile(build(tmp_path / "unpacked" / archive.name.removesuffix(".tar.gz"), "wheel"))
+    assert set(through.namelist()) == direct
+    assert {"idml_jax/py.typed", "idml_jax/configs/glyphs.py", "idml_jax/training/settings.txt"} <= direct
+    (about,) = (name for name in direct if name.endswith("/METADATA"))
+    assert f"\nVersion: {idml_jax.__version__}\n" in through.read(about).decode()
 
 
 class TestSettingsByName:

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Int, UInt8
+from markupsafe import Markup
 
 from idml_jax.errors import printable
 from idml_jax.inference import embed
@@ -18,6 +19,7 @@ from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.runtime.files import without_nan
 
 SHEET_ROWS = 40
+OPEN = 60  # answered queries that a page shows unfolded; the others are folded by as many
 Reader = Callable[[str], UInt8[np.ndarray, "h w 3"] | None]  # thumbnail of the image with a name
 Near = TypedDict(
     "Near",
@@ -141,19 +143,55 @@ def picture_reader(index: Index, workdir: str) -> Reader:
 
 
 def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str:
-    """An HTML page with the queries and their answers."""
+    """An HTML page with the queries and their answers; queries without an answer come last, folded."""
     from idml_jax.reporting import plots  # loads matplotlib, which a table does without
 
     encode = lambda pixels: None if pixels is None else plots.encode(pixels)
-    body = [pages.html('<h1>{:,} queries</h1><p class="muted">{}</p>', len(rows), note)]
-    for row in rows:
-        head = pages.badge("answered" if row["answered"] else "no answer", row["answered"])
-        caption = [head, *(f for f in _facts(row) if f != "no answer"), row["class"] or Path(row["query"]).name]
+
+    def tiles(row: Row) -> list[Markup]:
+        caption = [*(f for f in _facts(row) if f != "no answer"), row["class"] or Path(row["query"]).name]
         cells = [pages.tile(encode(read_query(row["query"])), caption, "query", row["query"])]
         for near in row["neighbours"]:
             cells.append(pages.tile(encode(read(near["file"])), _near(near), _kind(row, near), near["file"]))
-        body.append(pages.row(cells))
+        return cells
+
+    answered, others = [r for r in rows if r["answered"]], [r for r in rows if not r["answered"]]
+    body = [pages.html('<h1>{:,} queries</h1><p class="muted">{}</p>', len(rows), note), _legend(rows)]
+    body += [pages.row(tiles(row)) for row in answered[:OPEN]]
+    for first in range(OPEN, len(answered), OPEN):
+        those = answered[first : first + OPEN]
+        shown = pages.join(pages.row(tiles(row)) for row in those)
+        body.append(pages.fold(f"Answered queries {first + 1:,} to {first + len(those):,}", shown))
+    if others:
+        title = f"{len(others):,} {'query has' if len(others) == 1 else 'queries have'} no answer"
+        reason = pages.html(
+            '<p class="muted">Too unsure to answer at the wanted precision. A lower --abstain answers more of them.</p>'
+        )
+        shown = reason + pages.tiles(cell for row in others for cell in tiles(row)[:1])
+        body.append(pages.fold(title, shown, opened=not answered and len(others) <= OPEN))
     return pages.page("Search", body)
+
+
+def _legend(rows: list[Row]) -> Markup:
+    """What the frames and the numbers of the page mean."""
+    first = next((row for row in rows if row["neighbours"]), None)
+    parts = ["Each query (blue frame, round corners) is followed by its nearest images, nearest first."]
+    if any(_kind(row, near) for row in rows for near in row["neighbours"]):
+        signs = pages.key("right"), pages.key("wrong")
+        parts.append(pages.html("{} is of the query's class, {} (dashed frame) is of another.", *signs))
+    if any(row["sure"] is not None for row in rows):
+        parts.append("<b>sure</b>: probability that the nearest image has the query's class.")
+    if any(row["known"] is not None for row in rows):
+        parts.append("<b>known</b>: probability that the query's class is among the images searched.")
+    if any(row["uncertainty"] is not None for row in rows):
+        parts.append("<b>|u|</b>: length of the query's uncertainty; larger is more ambiguous.")
+    if any(row["margin"] is not None for row in rows):
+        parts.append("<b>margin</b>: how much more similar the nearest image is than the tenth.")
+    parts.append("<b>distance</b>: from 0 (the same direction) to 2 (opposite).")
+    if first and first["neighbours"][0]["introspective_distance"] is not None:
+        parts.append("<b>D</b>: the introspective distance, which is smaller for uncertain images.")
+    parts.append("A click enlarges an image.")
+    return pages.html('<p class="small">{}</p>', Markup(" ").join(Markup(part) for part in parts))
 
 
 def _near(near: Near) -> list[str]:
@@ -169,16 +207,22 @@ def _kind(row: Row, near: Near) -> str:
 
 
 def as_png(rows: list[Row], read_query: Reader, read: Reader) -> bytes:
-    """A contact sheet of the first ``SHEET_ROWS`` queries and their answers, as PNG."""
-    colours = {"": "#ccd2d8", "right": "#2f8f5b", "wrong": "#c8423b"}
-    short = lambda lines: "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in map(printable, lines))
-    cells = []
-    for row in rows[:SHEET_ROWS]:
-        caption = short([*_facts(row), row["class"] or Path(row["query"]).name])
-        cells.append(
-            [(read_query(row["query"]), caption, "#33658a")]
-            + [(read(near["file"]), short(_near(near)), colours[_kind(row, near)]) for near in row["neighbours"]]
-        )
+    """A contact sheet of the first ``SHEET_ROWS`` queries with their answers, as PNG; without an answer: last."""
     from idml_jax.reporting import plots
 
+    short = lambda lines: "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in map(printable, lines))
+
+    def asked(row: Row) -> plots.Cell:
+        return read_query(row["query"]), short([*_facts(row), row["class"] or Path(row["query"]).name]), "query"
+
+    def found(row: Row, near: Near) -> plots.Cell:
+        kind = _kind(row, near)
+        first, *more = _near(near)
+        return read(near["file"]), short([f"{pages.SIGNS.get(kind, '')} {first}".strip(), *more]), kind
+
+    shown = rows[:SHEET_ROWS]
+    cells = [[asked(row), *(found(row, near) for near in row["neighbours"])] for row in shown if row["answered"]]
+    others = [asked(row) for row in shown if not row["answered"]]
+    width = max(map(len, cells), default=10)
+    cells += [others[first : first + width] for first in range(0, len(others), width)]
     return plots.sheet(cells)

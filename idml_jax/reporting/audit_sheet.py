@@ -14,8 +14,8 @@ from idml_jax.reporting import plots
 from idml_jax.reporting.answers import Reader
 
 KEYS = (
-    ("j or →", "next"),
-    ("k or ←", "previous"),
+    ("j", "next"),
+    ("k", "previous"),
     ("a", "accept the change"),
     ("r", "reject it"),
     ("u", "undecided again"),
@@ -70,8 +70,9 @@ document.addEventListener('keydown', event => {
   event.preventDefault();
   keys[event.key]();
 });
+const buttons = [...document.querySelectorAll('[data-key]')];
+buttons.forEach(button => button.addEventListener('click', () => keys[button.dataset.key]()));
 cards.forEach((card, i) => card.addEventListener('click', () => { at = i; show(false); }));
-document.getElementById('save').addEventListener('click', save);
 show(false);
 """
 
@@ -87,15 +88,20 @@ def sheet(index: Index, other: Index | None, found: Audit, readers: tuple[Reader
       named: name of the index, under which the browser keeps decisions.
     """
     rows = as_rows(index, found.findings)
-    help_line = pages.join((pages.html("<b>{}</b> {}", key, what) for key, what in KEYS), " &middot; ")
+    buttons = pages.join(
+        (pages.html('<button data-key="{}"><b>{}</b> {}</button>', key, key, what) for key, what in KEYS), " "
+    )
     body = [
         pages.html('<h1>{}</h1><p class="muted">{:,} images, {:,} findings</p>', named, len(index), len(rows)),
+        Markup(
+            "<p>Each finding is a proposed change: first the image (blue frame), then others that speak for it. Click "
+            "a finding and press a key or a button; arrow keys go on and back. A click enlarges an image.</p>"
+        ),
         pages.html(
-            '<p class="bar"><span data-audit="{}" data-columns="{}">{}</span><br><b id="state"></b> '
-            '<button id="save">save decisions.csv</button></p>',
+            '<p class="bar"><span data-audit="{}" data-columns="{}">{}</span><br><b id="state"></b></p>',
             f"{named} {len(rows)} {sum(finding.row for finding in found.findings)}",
             json.dumps(COLUMNS),
-            help_line,
+            buttons,
         ),
         *(pages.html('<p class="muted small">{}</p>', note) for note in found.notes),
     ]

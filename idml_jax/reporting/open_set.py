@@ -7,10 +7,10 @@ from markupsafe import Markup
 from idml_jax.reporting import html as pages
 
 _MEASURES = (
-    ("AUROC", "AUROC (0.5: chance)"),
+    ("AUROC", "AUROC (50 %: chance)"),
     ("TPIR@0.1", "answered rightly, 10 % of strangers answered"),
     ("TPIR@0.01", "answered rightly, 1 % of strangers answered"),
-    ("AURC", "AURC (0: perfect)"),
+    ("AURC", "AURC (0 %: perfect)"),
 )
 
 
@@ -27,7 +27,7 @@ def table(best: Mapping[str, float], names: Mapping[str, str]) -> Markup:
     for score in scores:
         values = [best.get(f"open_set/{measure}({score})") for measure, _ in _MEASURES]
         if all(value is not None for value in values):
-            rows.append((names.get(score, score), [float(value) for value in values if value is not None]))
+            rows.append((names.get(score, score), [pages.Share(value) for value in values if value is not None]))
     if not rows:
         return Markup()
     rows.sort(key=lambda row: -row[1][0])
@@ -44,7 +44,9 @@ def table(best: Mapping[str, float], names: Mapping[str, str]) -> Markup:
     return pages.html(
         "<h2>Does it know what it has never seen?</h2><p>Half of the classes are taken out of the images searched; the "
         "queries of those classes are strangers, and every answer to them is wrong. Means over several choices of the "
-        "classes.</p>{}{}",
+        "classes. AUROC: probability that the score is larger for a stranger than for another query. AURC: mean "
+        "share of "
+        "wrong answers as the least sure are dropped.</p>{}{}",
         said,
         pages.table(("score", *(shown for _, shown in _MEASURES)), [(name, *values) for name, values in rows]),
     )

@@ -5,27 +5,38 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from idml_jax.data.datasets import Splits
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 from idml_jax.inference.embed import embed_all
 from idml_jax.inference.model import load
 from idml_jax.metrics import calibration, confidence, relevance, retrieval
-from idml_jax.metrics.names import compared
 from idml_jax.metrics.summary import Embedded, retrieval_report, scores_of
 from idml_jax.metrics.vote import Vote
 from idml_jax.reporting import html as pages
-from idml_jax.reporting import plots
 from idml_jax.reporting import sections as parts
+from idml_jax.reporting.comparison import comparison
 from idml_jax.reporting.record import read_record
-from idml_jax.reporting.sections import SECTIONS, Seen, Thumbnails
+from idml_jax.reporting.sections import SECTIONS
+from idml_jax.reporting.seen import Seen, Thumbnails
 from idml_jax.runtime import trackers
 from idml_jax.runtime.files import check_target, user_path, write_text
-from idml_jax.training import workdir as workdir_lib
+from idml_jax.training import data_record
 from idml_jax.training.build import data_of
 from idml_jax.training.tasks import Evaluation
 from idml_jax.training.tasks.retrieval_summary import held_out_queries
 
 NEIGHBOURS = 9
+__all__ = ["comparison", "look", "make", "read_record"]
+
+
+def _changed(splits: Splits, workdir: Path) -> tuple[str, ...]:
+    """What of the run's data has changed since it was started."""
+    advice = "The numbers below are of the images as they are now; restore the data to get those of the run."
+    try:
+        return tuple(f"{line}. {advice}" for line in data_record.check(splits, workdir))
+    except UserError as error:
+        return (f"{error}",)
 
 
 def look(workdir: str | Path, threads: int = 4) -> Seen:
@@ -35,7 +46,8 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
       UserError: if there is no run or checkpoint, or its data are missing or damaged.
     """
     model = load(workdir).using(threads=threads)
-    evaluation = Evaluation(model.config, model.embedder, data_of(model.config))
+    splits = data_of(model.config)
+    evaluation = Evaluation(model.config, model.embedder, splits)
     queries, separate = evaluation.source, evaluation.gallery
 
     def embedded_of(source: Source) -> Embedded:
@@ -73,33 +85,8 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
         history,
         result,
         figures,
+        _changed(splits, model.workdir),
     )
-
-
-def comparison(seen: Seen, other: Path) -> Markup:
-    """Compares another run's metrics with this run's."""
-    config = workdir_lib.read(other)
-    rows, result = read_record(other)
-    if not result:
-        raise UserError(f"{other}: holds no result.json: the run is not finished")
-    name = lambda path, introspective: f"{'introspective' if introspective else 'plain'} ({path.name})"
-    names = name(seen.model.workdir, seen.model.introspective), name(other, config.ism.enabled)
-    if names[0] == names[1]:
-        names = names[0], str(other)
-    first, shown = next(iter(seen.task.headline.items()))
-    curves = {
-        n: c
-        for n, r in zip(names, (seen.history, rows), strict=True)
-        for c in [parts.curves(r, {f"eval/{first}": n}, 100).get(n)]
-        if c
-    }
-    ours, theirs = seen.result.get("best", seen.figures), result.get("best", {})
-    value_of = lambda value: "-" if value is None else float(value)
-    table = [(n, value_of(ours.get(n)), value_of(theirs.get(n))) for n in compared() if n in ours or n in theirs]
-    body = pages.html("<h2>Beside {}</h2>{}", other, pages.table(("metric", *names), table))
-    if curves:
-        body += pages.plot(plots.lines([(f"{shown} on test images, %", "", curves)], "step"), f"{shown} of both runs")
-    return body
 
 
 def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: int = 4) -> Path:

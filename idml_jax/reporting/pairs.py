@@ -23,16 +23,26 @@ def verification(seen: HasResult, images: object) -> Markup:
     start = "verification/FNMR@"
     rows = [_row(best, name.removeprefix(start)) for name in best if name.startswith(start)]
     return pages.html(
-        "<h2>Is it the same class?</h2><p>All pairs of test images by cosine similarity: EER {:.1%}, AUROC {:.4f}. "
-        "FMR is the share of pairs of different classes taken for the same, FNMR the share of pairs of one class that "
-        "is missed.</p>{}",
-        best["verification/EER"],
-        best.get("verification/AUROC", float("nan")),
+        "<h2>Is it the same class?</h2><p>All pairs of test images by cosine similarity: EER {}, AUROC {}. FMR is the "
+        "share of pairs of different classes taken for the same, FNMR the share of pairs of one class that is "
+        "missed; at "
+        "the EER the two are equal. AUROC: probability that a pair of one class is more similar than another "
+        "pair.</p>{}",
+        pages.number(pages.Share(best["verification/EER"])),
+        pages.number(pages.Share(best.get("verification/AUROC", float("nan")))),
         pages.table(("wanted FMR", "FNMR", "FMR of the threshold of held-out classes", "its FNMR"), rows),
     )
 
 
 def _row(best: Mapping[str, float], fmr: str) -> tuple[str, str, str, str]:
     cells = [best.get(f"verification/{name}@{fmr}") for name in ("FNMR", "chosen/FMR", "chosen/FNMR")]
-    shown = ["" if value is None else f"{value:.3g}" for value in cells]
-    return fmr, shown[0], shown[1], shown[2]
+    shown = ["-" if value is None else _percent(value) for value in cells]
+    return _percent(fmr), shown[0], shown[1], shown[2]
+
+
+def _percent(value: float | str) -> str:
+    """A share, or its text in the name of a metric, in percent; small ones keep three digits."""
+    try:
+        return f"{100 * float(value):.3g} %"
+    except ValueError:
+        return str(value)

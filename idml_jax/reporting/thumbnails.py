@@ -5,7 +5,7 @@ import numpy as np
 from idml_jax.data.images.decode import DecodeError, Picture
 from idml_jax.data.images.resample import resize
 
-SIDE = 96  # pixels
+SIDE = 192  # pixels: sharp on fine screens, and enough when a click enlarges it
 
 
 def thumbnail(data: bytes, side: int = SIDE, within: tuple[int, int, int, int] | None = None) -> np.ndarray | None:

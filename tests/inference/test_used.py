@@ -353,8 +353,10 @@ class TestReport:
             shown = report_parts.SCORE_NAMES[name]
             assert f"<td>{shown}</td>" in found["Does it know when it is wrong?"]
             cells = found["Does it know when it is wrong?"].split(f"<td>{shown}</td>")[1]
-            assert float(re.search(r">([0-9.]+)<", cells)[1]) == pytest.approx(best[f"R-AUROC({name})"], abs=2e-3)
-        assert page.count(f"{best['MAP@R']:.3f}") >= 2  # of both runs, which are one here
+            assert float(re.search(r">([0-9.]+) %<", cells)[1]) == pytest.approx(
+                100 * best[f"R-AUROC({name})"], abs=0.2
+            )
+        assert page.count(f"{100 * best['MAP@R']:.1f} %") >= 3  # on the card, and of both runs, which are one here
 
     def test_right_and_wrong_answers_are_what_their_frames_say(self, page):
         answers = sections(page)["Answers"]

@@ -22,7 +22,7 @@ from idml_jax.inference.store import Index
 from idml_jax.metrics import retrieval
 from idml_jax.metrics.embedded import Embedded, scores_of
 from idml_jax.metrics.summary import retrieval_report
-from idml_jax.reporting import answers, page, plots, sections
+from idml_jax.reporting import answers, notes, page, plots, sections
 from idml_jax.reporting import html as pages
 from idml_jax.reporting.record import read_record
 from idml_jax.training.config import default_config
@@ -44,7 +44,7 @@ HOSTILE = [
 ]
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "code", "b", "div", "span", "img",
-    "figure", "figcaption", "br", "wbr", "table", "thead", "tbody", "tr", "th", "td",
+    "figure", "figcaption", "br", "wbr", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "small",
 }  # fmt: skip
 
 
@@ -79,7 +79,9 @@ def check(text):
             "charset",
             "content",
             "name",
-            "loading",
+            "width",
+            "open",
+            "data-name",
             "http-equiv",
         }
         assert attributes.get("src", "data:image/").startswith("data:image/")
@@ -169,7 +171,7 @@ def hostile_report(seen, tmp_path):
 
 def test_a_report(seen, tmp_path):
     shown = check(hostile_report(seen, tmp_path))
-    assert "EER 25.0%" in str(shown)
+    assert "EER 25.0 %" in str(shown)
     for text in (
         "</title></style></td><script src=//x></script>",
         "<span onmouseover=alert(1)>x",
@@ -177,6 +179,80 @@ def test_a_report(seen, tmp_path):
     ):
         assert text in shown
     assert "|u| rises" in shown and "Beside" in shown
+
+
+def test_metrics_are_in_percent_and_explained_where_they_stand(seen):
+    shown = sections.head(seen, sections.Thumbnails(seen))
+    assert f"<b>{100 * seen.figures['R@1']:.1f} %</b>" in shown
+    assert "Share of queries with an image of their class as the nearest." in shown
+    assert "<small>Mean average precision over the R nearest" in shown
+    table = pages.table(
+        ["metric", "here"], [["R@1", notes.value_of("R@1", 0.125)], ["nll", notes.value_of("nll", 2.0)]]
+    )
+    assert '<td class="number" data-name="here">12.5 %</td>' in table and ">2.000<" in table
+    assert notes.value_of("queries", 12.0) == 12 and notes.value_of("nothing", None) == "-"
+    for section in ("knowing", "ambiguity", "strangers", "verification"):
+        made = sections.SECTIONS[section](seen, sections.Thumbnails(seen))
+        assert not re.search(r">0\.\d+<", made.replace('data-name="mean |u|">', "")), section
+
+
+def test_right_and_wrong_are_told_by_a_sign_and_a_frame(seen):
+    right, wrong, plain = (pages.tile(b"\x89PNG", ["x"], kind) for kind in ("right", "wrong", ""))
+    assert "✓" in right and "✗" in wrong and 'class="sign"' not in plain
+    assert "figure.wrong img { border: 4px dashed" in pages.STYLE
+    made = sections.SECTIONS["answers"](seen, sections.Thumbnails(seen))
+    assert made.count("✓") == made.count('<figure class="right"') + 1  # and the legend
+    assert made.count("✗") == made.count('<figure class="wrong"') + 1
+
+
+def test_thumbnails_load_with_the_page_and_open_on_a_click():
+    made = pages.tile(b"\x89PNG", ["x"])
+    assert "loading" not in made and "<details><summary><img" in made
+    assert "@media print" in pages.STYLE and "@media (max-width: 640px)" in pages.STYLE
+
+
+def test_queries_without_an_answer_are_grouped_and_folded():
+    rows = [dict(row, answered=i % 2 == 0) for i, row in enumerate(hostile_search() * 12)]
+    for row in rows[1::2]:
+        row.update(answer=None, neighbours=[], votes=[])
+    pixels = lambda name: np.zeros((8, 8, 3), np.uint8)
+    made = answers.as_html(rows, pixels, pixels, "")
+    check(made)
+    opened, *folded = made.split('<details class="fold">')
+    assert opened.count('<div class="row">') == answers.OPEN and len(folded) == 3
+    assert folded[0].startswith("<summary>Answered queries 61 to 120")
+    none = folded[-1]
+    assert f"<summary>{len(rows) // 2} queries have no answer" in none and '<div class="row">' not in none
+    assert none.count('<figure class="query"') == len(rows) // 2 and opened.count('<figure class="query"') == 60
+
+
+def test_runs_of_different_data_are_not_compared_without_a_word(seen, tmp_path):
+    other = tmp_path / "other"
+    for mine, its, said in (
+        ({"images": 3, "files": "a"}, {"images": 3, "files": "a"}, None),
+        (
+            {"images": 3, "files": "a"},
+            {"images": 4, "files": "b"},
+            "tested on different images (3 images and 4 images)",
+        ),
+        (None, {"images": 4}, "the two runs differ in data.name"),
+    ):
+        seen.model.workdir.mkdir(exist_ok=True)
+        for folder, record in ((seen.model.workdir, mine), (other, its)):
+            (folder / "data.json").write_text(json.dumps({"test": record} if record else {}))
+        shown = page.comparison(seen, other)
+        assert (said in shown) if said else ("tested on different" not in shown), said
+        assert "Settings that differ" in shown and "larger is better" in shown
+
+
+def test_warnings_come_with_advice(seen):
+    assert any("39 queries are few" in line for line in notes.warnings(seen))
+    falls = seen._replace(result={"best": {"R@1": 0.9, "step": 5}, "final": {"R@1": 0.5}}, figures={"R@1": 0.9})
+    assert any("fell from 90.0 % at step 5 to 50.0 %" in line and "Try fewer" in line for line in notes.warnings(falls))
+    copies = seen.embedded._replace(uncertainty=1.5 * seen.embedded.semantic)
+    assert any("copies" in line and "joined" in line for line in notes.warnings(seen._replace(embedded=copies)))
+    gone = seen._replace(result={}, warnings=("changed",))
+    assert notes.warnings(gone)[0] == "changed" and any("not finished" in line for line in notes.warnings(gone))
 
 
 def test_only_the_type_makes_html():
@@ -199,8 +275,10 @@ def test_the_policy_lets_the_style_of_the_page_in():
 def test_plots_take_names_as_they_are():
     curve = ([0.0, 1.0], [0.0, 1.0])
     assert plots.matrix(np.eye(len(HOSTILE)), HOSTILE)[:4] == b"\x89PNG"
-    assert plots.lines([("$\\frac{$", "$\\x$", {name: curve for name in HOSTILE})], "$\\y{$")[:4] == b"\x89PNG"
-    assert plots.sheet([[(None, name, "#33658a") for name in HOSTILE]])[:4] == b"\x89PNG"
+    assert plots.lines(("$\\frac{$", "$\\x$", {name: curve for name in HOSTILE}), "$\\y{$")[:4] == b"\x89PNG"
+    assert plots.sheet([[(None, name, "query") for name in HOSTILE]])[:4] == b"\x89PNG"
+    places = np.random.default_rng(0).normal(size=(26, 2))
+    assert plots.plane_by_class(places, np.arange(26) % len(HOSTILE), HOSTILE)[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
