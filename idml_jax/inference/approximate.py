@@ -149,7 +149,9 @@ def search(
     else:
         how = faiss.SearchParametersHNSW(efSearch=max(found.effort, wanted), sel=selector)
     queries = np.ascontiguousarray(queries, np.float32)
-    candidates = found.index.search(queries, wanted, params=how)[1]
+    # faiss.contrib.torch_utils, which pytorch-metric-learning loads, replaces `search` by one without `params`.
+    ask = getattr(found.index, "search_numpy", found.index.search)
+    candidates = ask(queries, wanted, params=how)[1]
     if own is not None:
         candidates = np.where(candidates == own[:, None], -1, candidates)
     if (np.sum(candidates >= 0, axis=1) < k).any():

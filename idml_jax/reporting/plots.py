@@ -204,7 +204,15 @@ def plane_by_class(places: Float[np.ndarray, "n 2"], labels: Int[np.ndarray, "n"
     others = int((counts > 0).sum()) - len(largest)
     if others:
         # Behind the others, but last in the legend.
-        axis.scatter(*places[rest].T, s=5, color="#c3cad2", linewidths=0, label=f"{others:,} other classes", zorder=1)
+        axis.scatter(
+            places[rest, 0],
+            places[rest, 1],
+            s=5,
+            color="#c3cad2",
+            linewidths=0,
+            label=f"{others:,} other classes",
+            zorder=1,
+        )
     for i, label in enumerate(largest.tolist()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         x, y = places[labels == label].T

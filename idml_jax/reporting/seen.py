@@ -13,7 +13,8 @@ from idml_jax.reporting.thumbnails import thumbnail
 from idml_jax.training.tasks import Task, task_of
 
 SCORE_NAMES = {
-    "uncertainty": "|u|, learned", "risk": "risk, learned after training", "confidence": "all scores joined, fitted on held-out classes",
+    "uncertainty": "|u|, learned", "risk": "risk, learned after training",
+    "confidence": "all scores joined, fitted on held-out classes",
     "pair_uncertainty": "|u + u'| of query and answer", "introspective_distance": "introspective distance",
     "nearest_distance": "distance to the nearest", "margin_2": "margin 1st to 2nd", "margin_10": "margin 1st to 10th",
     "margin_20": "margin 1st to 20th", "ratio_20": "distance to the 1st over that to the 20th",

@@ -101,4 +101,4 @@ def test_evaluate_shows_deviations_behind_their_metrics(files, tmp_path, capsys)
     assert f"{auroc:.4f} ± {deviation:.4f}" in told and "_std" not in told
     assert report["R-AUROC(vote_share)"] > report["R-AUROC(nearest_distance)"]
     page = open_set.table(report, {"confidence": "<joined>"})
-    assert "&lt;joined&gt;" in page and f"{auroc:.3f}" in page and open_set.table({"R@1": 0.5}, {}) == ""
+    assert "&lt;joined&gt;" in page and f"{100 * auroc:.1f} %" in page and open_set.table({"R@1": 0.5}, {}) == ""
