@@ -54,12 +54,6 @@ def _embed(given: dict[str, Any]) -> None:
         raise UserError("give either --images or --split")
     if given["root"] and not given["images"]:
         raise UserError("--root needs --images, a table")
-    with loading():
-        from idml_jax.inference import store as embeddings
-        from idml_jax.inference.embed import embed_to_file, list_images, split_source
-        from idml_jax.inference.gallery_parts import embed_to_gallery, parse_shard
-        from idml_jax.inference.use import load
-
     out, say = user_path(given["out"]), tell
     cluster = given["engine"] == "ray"
     parts = bool(given["shard"] or given["append"] or cluster)
@@ -69,6 +63,12 @@ def _embed(given: dict[str, Any]) -> None:
         raise UserError("--workers and --worker_gpus are for --engine=ray")
     if given["workers"] < 1 or given["worker_gpus"] < 0:
         raise UserError(f"--workers={given['workers']}: at least 1; --worker_gpus={given['worker_gpus']}: at least 0")
+    with loading():
+        from idml_jax.inference import store as embeddings
+        from idml_jax.inference.embed import embed_to_file, list_images, split_source
+        from idml_jax.inference.gallery_parts import embed_to_gallery, parse_shard
+        from idml_jax.inference.use import load
+
     if parts:
         shard = parse_shard(given["shard"] or "1/1")
         if given["overwrite"]:

@@ -27,6 +27,7 @@ from idml_jax import embeddings
 from idml_jax.inference import sureness
 from idml_jax.inference.index import Index
 from idml_jax.metrics import strangers, uncertainty
+from idml_jax.metrics.classification import calibration_error
 from idml_jax.metrics.embedded import rows_of
 
 COMMON = {"data.validation_classes": 0.2, "eval.ambiguity_images": 0, "eval.cluster": False}
@@ -74,13 +75,6 @@ def some(index: Index, chosen: np.ndarray) -> Index:
     return dataclasses.replace(
         index, embedded=rows_of(index.embedded, chosen), files=index.files[chosen], path=None, ambiguity=None
     )
-
-
-def calibration_error(probability: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error with bins of equal width (Guo et al. 2017)."""
-    place = np.minimum((probability * bins).astype(int), bins - 1)
-    gaps = [abs(probability[place == b].mean() - right[place == b].mean()) * (place == b).mean() for b in set(place)]
-    return float(sum(gaps))
 
 
 def among(

@@ -15,7 +15,7 @@ from PIL import Image
 from idml_jax.data import files, folders
 from idml_jax.data.images.encode import png_of_array, png_of_pillow
 from idml_jax.data.lists import list_images
-from idml_jax.data.sources import Source
+from idml_jax.data.sources import Relabelled, Source
 from idml_jax.errors import UserError, printable
 
 _CHANNELS = (1, 3, 4)
@@ -208,23 +208,6 @@ def _to_pixels(items: list[Any]) -> None:
         items[place] = value
 
 
-class _Labelled:
-    """A source with other labels."""
-
-    def __init__(self, source: Source, labels: np.ndarray, class_names: Sequence[str]):
-        self._source, self.labels, self.class_names = source, labels, class_names
-        self.fields = {name: value for name, value in source.fields.items() if name != "labels"}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def read(self, index: int) -> bytes:
-        return self._source.read(index)
-
-    def name(self, index: int) -> str:
-        return self._source.name(index)
-
-
 def _with_labels(given: Given, labels: Any) -> Given:
     values = np.asarray(labels)
     if values.shape != (len(given.source),):
@@ -233,4 +216,5 @@ def _with_labels(given: Given, labels: Any) -> Given:
         raise UserError(f"labels have the type {values.dtype}; they are names or whole numbers")
     found, numbers = np.unique(values, return_inverse=True)
     names = [name.decode() if isinstance(name, bytes) else str(name) for name in found.tolist()]
-    return given._replace(source=_Labelled(given.source, numbers.astype(np.int32), names), labelled=True)
+    fields = {name: value for name, value in given.source.fields.items() if name != "labels"}
+    return given._replace(source=Relabelled(given.source, numbers, names, fields), labelled=True)

@@ -74,7 +74,7 @@ class Reading:
         Raises:
           FileError: for any problem with the image, which it names.
         """
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, slot))))
+        rng = slot_generator(seed, slot)
         try:
             with one_image_fails():
                 return self.transform(Picture(source.read(record), self.channels, box_of(source, record)), rng)

@@ -225,6 +225,39 @@ class Subset:
         return key_of(self._source, int(self._indices[index]))
 
 
+class Relabelled:
+    """A source with other labels and fields.
+
+    Args:
+      source: the images.
+      labels: ``[n]``, consecutive from 0.
+      class_names: name of every label.
+      fields: values per image in place of the source's.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        labels: Int[np.ndarray, "n"],
+        class_names: Sequence[str],
+        fields: Mapping[str, np.ndarray],
+    ):
+        self._source, self.class_names = source, class_names
+        self.labels, self.fields = np.asarray(labels, np.int32), dict(fields)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> bytes:
+        return self._source.read(index)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def key(self, index: int) -> str:
+        return key_of(self._source, index)
+
+
 class Joined:
     """The concatenation of several sources with the same classes."""
 

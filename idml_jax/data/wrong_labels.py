@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 
 from idml_jax.data.images.transforms import ResizeCenterCrop
 from idml_jax.data.pipeline import Reading
-from idml_jax.data.sources import Source, key_of
+from idml_jax.data.sources import Relabelled, Source
 from idml_jax.errors import UserError
 
 KINDS = ("uniform", "confusable")
@@ -21,36 +21,6 @@ _IMAGES = 20
 _OWN = 2
 # Classes compared with all others at a time.
 _BLOCK = 1024
-
-
-class WrongLabels:
-    """A source of which some labels are replaced; classes and images stay.
-
-    Its ``fields`` have ``true_label`` [n] int32 and ``wrong_label`` [n] bool besides those of the source.
-
-    Args:
-      source: the images with their true labels.
-      labels: ``[n]`` the labels to learn from.
-    """
-
-    def __init__(self, source: Source, labels: Int[np.ndarray, "n"]):
-        self._source = source
-        self.labels = np.asarray(labels, np.int32)
-        self.class_names = source.class_names
-        truth = np.asarray(source.labels, np.int32)
-        self.fields = {**source.fields, TRUE_LABEL: truth, IS_WRONG: self.labels != truth}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def read(self, index: int) -> bytes:
-        return self._source.read(index)
-
-    def name(self, index: int) -> str:
-        return self._source.name(index)
-
-    def key(self, index: int) -> str:
-        return key_of(self._source, index)
 
 
 def with_wrong_labels(
@@ -97,7 +67,9 @@ def with_wrong_labels(
     else:
         width = candidates.shape[1]
         labels[chosen] = candidates[own, np.minimum((draws * width).astype(np.int32), width - 1)]
-    return WrongLabels(source, labels)
+    truth = np.asarray(source.labels, np.int32)
+    fields = {**source.fields, TRUE_LABEL: truth, IS_WRONG: labels != truth}
+    return Relabelled(source, labels, source.class_names, fields)
 
 
 def _movable(labels: Int[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "m"]:

@@ -62,6 +62,13 @@ def finish(sums: dict[str, Array]) -> dict[str, float]:
     return {**means, "ece": float(gap), "count": int(count)}
 
 
+def calibration_error(confidence: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"]) -> float:
+    """The expected calibration error of `finish`, of confidences [n] in [0, 1] in answers that are right or wrong."""
+    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+    gap = np.bincount(bins, weights=right - confidence, minlength=ECE_BINS)
+    return float(np.abs(gap).sum() / len(right))
+
+
 def classification_metrics(
     logits: Float[Array, "n classes"], labels: Int[Array, "n"], mask: Bool[Array, "n"] | None = None
 ) -> dict[str, float]:

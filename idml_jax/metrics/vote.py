@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from idml_jax.metrics import uncertainty, visible
 from idml_jax.metrics.checks import Array
-from idml_jax.metrics.classification import ECE_BINS
+from idml_jax.metrics.classification import calibration_error
 from idml_jax.metrics.retrieval import Neighbours
 
 # Scores of an answer that need the classes of the gallery.
@@ -193,13 +193,11 @@ def accuracy(
     listed = np.take_along_axis(ballot.first, places[:, :5], axis=1)
     right = (winner == truth) & ~lone
     probability = smoothed(ballot.share_of(truth), len(np.unique(labels)))
-    bins = np.minimum(np.ceil(sure * ECE_BINS).astype(int) - 1, ECE_BINS - 1)
-    gap = np.bincount(bins, weights=right - sure, minlength=ECE_BINS)
     return {
         "top1": float(right.mean()),
         "top5": float(np.mean(((best == truth[:, None]) & listed).any(axis=1) & ~lone)),
         "nll": float(-np.log(probability[~lone]).mean()) if not lone.all() else float("nan"),
-        "ece": float(np.abs(gap).sum() / len(truth)),
+        "ece": calibration_error(sure, right),
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from idml_jax.errors import printable
+from idml_jax.runtime.files import first_line
 
 logger = logging.getLogger("idml_jax")
 
@@ -66,10 +67,4 @@ class Background:
                 call(self.writer)
         except (Exception, SystemExit) as error:
             self.failed = True
-            logger.warning("warning: %s: %s; the run goes on without it", self._name, reason(error))
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error, or its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return printable(lines[0] if lines else type(error).__name__)
+            logger.warning("warning: %s: %s; the run goes on without it", self._name, printable(first_line(error)))

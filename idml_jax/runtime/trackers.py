@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from idml_jax.errors import UserError
-from idml_jax.runtime.background import Background, reason
-from idml_jax.runtime.files import write_json
+from idml_jax.errors import UserError, printable
+from idml_jax.runtime.background import Background
+from idml_jax.runtime.files import first_line, write_json
 from idml_jax.runtime.tensorboard import installed
 
 logger = logging.getLogger("idml_jax")
@@ -223,7 +223,7 @@ def start(tracking: Tracking, folder: Path) -> list[Background]:
 
 
 def send_page(folder: Path, page: Path, pictures: Sequence[Picture]) -> None:
-    """Sends the report of a run to the trackers that know the run; a failure is told in one line.
+    """Sends the report of a run to the trackers that know the run; a failure is logged as a one-line warning.
 
     Args:
       folder: folder of the run.
@@ -237,7 +237,7 @@ def send_page(folder: Path, page: Path, pictures: Sequence[Picture]) -> None:
             tracker.close(True)
             logger.info("report sent to %s", name)
         except (Exception, SystemExit) as error:
-            logger.warning("warning: %s: %s; the report is not there", name, reason(error))
+            logger.warning("warning: %s: %s; the report is not there", name, printable(first_line(error)))
 
 
 def mlflow_name(name: str) -> str:

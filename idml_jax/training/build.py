@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from idml_jax.data.sources import Source, sets_of
 from idml_jax.data.wrong_labels import with_wrong_labels, wrong_labels_of
 from idml_jax.errors import UserError
 from idml_jax.runtime import sharding
+from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.training import auto, steps, weights
 from idml_jax.training.config import learns_uncertainty, starts_whitened
 from idml_jax.training.config_checks import validate
@@ -93,6 +95,25 @@ class Run(NamedTuple):
         return create_state_on(
             self.mesh, key, setup.model, setup.objective, setup.optimizer, image_shape(self.config), setup.ema > 0
         )
+
+    def best_state(self, workdir: Path) -> tuple[TrainState, int]:
+        """The state of the best checkpoint in the run's folder, on the mesh, and its step.
+
+        Raises:
+          UserError: if there is no checkpoint, or it has another architecture.
+        """
+        folder = workdir / "checkpoints"
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no checkpoints")
+        checkpoints = Checkpoints(folder, self.config.eval.best_metric, read_only=True)
+        try:
+            step = checkpoints.best
+            if step is None:
+                raise UserError(f"{folder}: no checkpoints")
+            state, _ = checkpoints.restore(step, self.initial_state())
+        finally:
+            checkpoints.close()
+        return state, step
 
     def place(self, state: TrainState) -> TrainState:
         """A state on the mesh."""

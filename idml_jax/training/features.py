@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from idml_jax.data.images.transforms import AnyPicture, Picture, Transform
+from idml_jax.data.pipeline import slot_generator
 from idml_jax.data.samplers import Sampler
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, printable
@@ -319,7 +320,7 @@ class FeatureEmbedder(Embedder):
 
 
 def view_embedder(embedder: Embedder, transform: Transform, seed: int, view: int) -> Embedder:
-    """The embedder of a view: of view 0 the test transform, of others the training transform."""
+    """The embedder of a view: of view 0 the test transform, of others a random one, as of training."""
     return embedder if view == 0 else replace(embedder, transform=SeededView(transform, seed, view))
 
 
@@ -347,8 +348,7 @@ class Views:
         """
         for step in range(start, stop):
             records = sampler.batch(step)
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, step))))
-            view = generator.integers(len(self.of), size=len(records))
+            view = slot_generator(seed, step).integers(len(self.of), size=len(records))
             rows = np.empty((len(records), self.plain.width), np.float32)
             for number in np.unique(view):
                 rows[view == number] = self.of[number].rows(records[view == number])

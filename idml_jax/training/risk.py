@@ -31,14 +31,12 @@ from idml_jax.metrics.embedded import scores_of
 from idml_jax.metrics.uncertainty import nearest_twenty, r_auroc
 from idml_jax.models import risk_head
 from idml_jax.models.risk_head import RiskHead
-from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.runtime.files import atomic, first_line, user_path, without_nan, write_json
 from idml_jax.training import data_record
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.digests import weights_digest
-from idml_jax.training.embedder import Embedder
-from idml_jax.training.features import FeatureEmbedder, Features, SeededView, features_of, jit_risk_of
+from idml_jax.training.features import FeatureEmbedder, Features, features_of, jit_risk_of, view_embedder
 from idml_jax.training.semantic_init import FOLDER, network_of
 from idml_jax.training.tasks.objective import metric_of
 
@@ -245,20 +243,16 @@ def pictures_of(run: Run, variables: Any, workdir: Path, settings: Settings) -> 
     embedder, train, config = run.evaluation(variables).embedder, run.splits.train, run.config
     views = {"train": embedder}
     for number in range(1, settings.crops + 1):
-        views[f"train_view{number}"] = _seen_through(embedder, run.train_transform, config.seed, number)
+        views[f"train_view{number}"] = view_embedder(embedder, run.train_transform, config.seed, number)
     changed = SometimesChanged(run.test_transform, 1.0)
     for number in range(1, settings.corrupted + 1):
-        views[f"train_corrupted{number}"] = _seen_through(embedder, changed, config.seed, number)
+        views[f"train_corrupted{number}"] = view_embedder(embedder, changed, config.seed, number)
     features = [features_of(one, network_of(config), train, workdir / FOLDER / name) for name, one in views.items()]
     classes, width = len(train.class_names), min(config.model.embedding_dim, features[0].width)
     losses, folds = cross_fitted_losses(features, classes, width, settings)
     everyone = np.arange(len(train))
     rows = np.concatenate([view.rows(everyone) for view in features])
     return Pictures(rows, losses.reshape(-1), np.tile(folds, len(features))), len(train)
-
-
-def _seen_through(embedder: Embedder, transform: Any, seed: int, view: int) -> Embedder:
-    return dataclasses.replace(embedder, transform=SeededView(transform, seed, view))
 
 
 def measured(run: Run, variables: Any, workdir: Path, head: RiskHead) -> dict[str, float]:
@@ -290,17 +284,7 @@ def restored(workdir: Path) -> tuple[Run, Any, int]:
         raise UserError(f"{workdir} is a classifier; a risk head is for task retrieval, a classifier has its softmax")
     for line in data_record.check(run.splits, workdir):
         logger.warning("warning: %s: %s", workdir, line)
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no checkpoints")
-    checkpoints = Checkpoints(folder, run.config.eval.best_metric, read_only=True)
-    try:
-        step = checkpoints.best
-        if step is None:
-            raise UserError(f"{folder}: no checkpoints")
-        state, _ = checkpoints.restore(step, run.initial_state())
-    finally:
-        checkpoints.close()
+    state, step = run.best_state(workdir)
     return run, state.variables, step
 
 

@@ -354,17 +354,7 @@ def _evaluate_checkpoint(
     run = build(stored if overrides is None else overrides)
     for line in data_record.check(run.splits, workdir):
         logger.warning("warning: %s: %s", workdir, line)
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no checkpoints")
-    checkpoints = Checkpoints(folder, run.config.eval.best_metric, read_only=True)
-    try:
-        step = checkpoints.best
-        if step is None:
-            raise UserError(f"{folder}: no checkpoints")
-        state, _ = checkpoints.restore(step, run.initial_state())
-    finally:
-        checkpoints.close()
+    state, step = run.best_state(workdir)
     if changed:
         logger.info("evaluation differs from the run's: %s", "; ".join(changed))
     metrics: dict[str, Any] = {"step": step, **full_evaluation(run, state.variables, stop.check)}

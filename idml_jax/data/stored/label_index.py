@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from idml_jax.errors import UserError
-from idml_jax.runtime.files import atomic
+from idml_jax.runtime.files import atomic, cache_home
 
 Columns = dict[str, np.ndarray]
 FOLDER = "idml_jax_index"
@@ -30,7 +30,7 @@ def fingerprint(folder: Path, split: str) -> str:
 
 def user_cache() -> Path:
     """Folder for the indices of sets that are not writable: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idml_jax" / "index"
+    return cache_home() / "idml_jax" / "index"
 
 
 def _paths(folder: Path, split: str) -> tuple[Path, Path]:
