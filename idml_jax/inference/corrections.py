@@ -38,8 +38,7 @@ class Change(NamedTuple):
 
 def box_of(index: Index, row: int) -> str:
     """Box of an image, as a table has it; empty if there is none."""
-    box = [] if index.boxes is None else index.boxes[row].tolist()
-    return ",".join(map(str, box)) if any(box) else ""
+    return ",".join(map(str, index.box_of(row) or ()))
 
 
 def as_rows(index: Index, findings: Sequence[Finding]) -> list[dict[str, str]]:
@@ -151,13 +150,10 @@ def apply(index: Index, changes: Sequence[Change]) -> Corrected:
 
 def _class_of(index: Index, row: int) -> str:
     """The class of an image, or all of them as a table has them."""
-    sets = index.embedded.sets
-    if sets is None or index.class_names is None:
-        return index.class_of(row) or ""
-    named = [str(index.class_names[label]) for label in sets[row].tolist() if label >= 0]
-    if odd := next((name for name in named if SEVERAL in name), None):
+    names = index.classes_of(row)
+    if index.embedded.sets is not None and (odd := next((name for name in names if SEVERAL in name), None)):
         raise UserError(f"{printable(odd)}: a list of several labels cannot hold a class with {SEVERAL!r}")
-    return SEVERAL.join(named)
+    return SEVERAL.join(names)
 
 
 def _more(index: Index, rows: Sequence[int]) -> dict[str, list[str]]:
