@@ -4,11 +4,11 @@
     python -m idml_jax.embed --workdir=runs/birds --images=junk --out=junk.npz
     python benchmarks/experiments/audit_junk.py --index=birds.npz --junk=junk.npz
 
-The first command writes ``OUT/noise``, ``blank`` (one colour), ``patch`` (2 % of the area of an image of the collection,
-enlarged) and ``stranger`` (images of another collection), ``--count`` of each, chosen by a fixed seed. The last one joins
-as many as 5 % of the collection, of one kind or of all, each under a class drawn at random, and prints for every score the precision at the number of planted
-images, in percent, mean and deviation of three choices. Unusual images that the collection had before count as false
-alarms.
+The first command writes ``OUT/noise``, ``blank`` (one colour), ``patch`` (2 % of the area of an image of the
+collection, enlarged) and ``stranger`` (images of another collection), ``--count`` of each, chosen by a fixed seed. The
+last one joins as many as 5 % of the collection, of one kind or of all, each under a class drawn at random, and prints
+for every score the precision at the number of planted images, in percent, mean and deviation of three choices. Unusual
+images that the collection had before count as false alarms.
 """
 
 import argparse
