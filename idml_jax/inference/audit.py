@@ -17,7 +17,7 @@ KINDS = {
     "leak": "the other set has a copy of it",
     "duplicate": "a copy of an image before it",
     "blank": "the picture is empty",
-    "unusual": "unlike all others, or ambiguous: junk, or a stranger",
+    "unusual": "unlike its class or all others: junk, or a stranger",
 }
 BLANK = 4.0  # standard deviation of the grey values, of 255, below which a picture is empty
 BESIDE = 4  # images shown beside a finding
@@ -215,23 +215,43 @@ def _blank(index: Index, picture: Picture, most: int, notes: list[str]) -> list[
 
 
 def unusual_scores(index: Index, found: Neighbours) -> Float[np.ndarray, "n"]:
-    """How unusual each image is, from 0 to 1: the larger of two ranks, of the distance to the nearest image and, where
-    it is known, of the length of ``u``."""
+    """How unusual each image is, from 0 to 1.
+
+    With labels: the rank of its distance from the mean direction of the other images of its class. Images without
+    labels, or alone in their class: the larger of two ranks, of the distance to the nearest image and, where it is
+    known, of the length of ``u``; junk that repeats itself is close to other junk, and is not found by these.
+    """
     rank = lambda x: (np.argsort(np.argsort(x, kind="stable"), kind="stable") + 1) / len(x)
-    far = rank(found.distance[:, 0])
-    if index.embedded.uncertainty is None:
-        return far
-    return np.maximum(far, rank(index.embedded.uncertainty_norm))
+    scores = rank(found.distance[:, 0])
+    if index.embedded.uncertainty is not None:
+        scores = np.maximum(scores, rank(index.embedded.uncertainty_norm))
+    own = _own_class_cosines(index)
+    known = ~np.isnan(own)
+    if known.any():
+        scores[known] = rank(-own[known])
+    return scores
+
+
+def _own_class_cosines(index: Index) -> Float[np.ndarray, "n"]:
+    """Those of ``label_errors``; NaN for all where no single label or only one class is known."""
+    labels = index.embedded.labels
+    if index.class_names is None or index.embedded.sets is not None or len(np.unique(labels)) < 2:
+        return np.full(len(labels), np.nan)
+    return label_errors.own_class_cosines(index.embedded.semantic, labels)
 
 
 def _unusual(index: Index, found: Neighbours, share: float, most: int) -> list[Finding]:
-    scores = unusual_scores(index, found)
+    scores, own = unusual_scores(index, found), _own_class_cosines(index)
+    ordinary = np.nan if np.isnan(own).all() else float(np.nanmedian(own))
     order = np.argsort(-scores, kind="stable")[: min(most, int(np.ceil(share * len(scores))))]
     result = []
     for row in order.tolist():
-        reason = f"distance to the nearest image {found.distance[row, 0]:.2f}"
-        if index.embedded.uncertainty is not None:
-            reason += f", length of u {np.linalg.norm(index.embedded.uncertainty[row]):.2f}"
+        if np.isnan(own[row]):
+            reason = f"distance to the nearest image {found.distance[row, 0]:.2f}"
+            if index.embedded.uncertainty is not None:
+                reason += f", length of u {np.linalg.norm(index.embedded.uncertainty[row]):.2f}"
+        else:
+            reason = f"cosine to the mean of its class {own[row]:.2f}; half of all images are above {ordinary:.2f}"
         near = tuple(map(Beside, found.index[row, :BESIDE].tolist()))
         result.append(Finding("unusual", row, None, float(scores[row]), reason, near))
     return result

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, quiet_libraries
+from idml_jax.metrics import clustering
 from idml_jax.metrics.closed_form import METHODS, Projection, unit_rows
 from idml_jax.metrics.retrieval import retrieval_metrics
 from idml_jax.runtime import hosts
@@ -253,7 +254,11 @@ class _Fitted:
             projection = {**self._fixed, **self._projections}.get(method)
             near = None if gallery is None else _embedded(gallery, projection)
             labels = None if gallery is None else gallery.labels
-            found = retrieval_metrics(_embedded(queries, projection), queries.labels, near, labels, ks=config.eval.ks)
+            rows = _embedded(queries, projection)
+            found = retrieval_metrics(rows, queries.labels, near, labels, ks=config.eval.ks)
+            if config.eval.cluster:
+                clusters = clustering.kmeans(rows, len(np.unique(queries.labels)), config.seed).labels
+                found["NMI"] = clustering.nmi(queries.labels, clusters)
             peers.append(
                 {
                     "method": method,
