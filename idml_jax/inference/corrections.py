@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from idml_jax.data.columns import SEVERAL
-from idml_jax.data.tables import TABLES, TEXT
+from idml_jax.data.tables import TABLES, TEXT, separated_rows
 from idml_jax.errors import UserError, printable
 from idml_jax.inference.audit import Finding
 from idml_jax.inference.index import Index
@@ -75,7 +75,8 @@ def read_decisions(where: str | Path) -> tuple[list[Change], int, int]:
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{path}: more than {_MOST_BYTES:,} bytes; not a table of decisions")
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        table = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        text, separator = separated_rows(text, ",")
+        table = list(csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator))
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a table of decisions ({first_line(error)})") from error
     if not table or any(name not in table[0] for name in _NEEDED):

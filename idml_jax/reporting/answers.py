@@ -192,7 +192,7 @@ def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str
     """An HTML page with the queries and their answers; queries without an answer come last, folded."""
 
     def tiles(row: Row) -> list[Markup]:
-        caption = [*(f for f in _facts(row) if f != "no answer"), _label(row, row["query"])]
+        caption = [_label(row, row["query"]), *(f for f in _facts(row) if f != "no answer")]
         cells = [_tile(read_query, row["query"], row.get("box"), caption, "query")]
         for near in row["neighbours"]:
             cells.append(_tile(read, near["file"], near.get("box"), _near(near), _kind(row, near)))
@@ -274,7 +274,7 @@ def as_png(rows: list[Row], read_query: Reader, read: Reader) -> bytes:
 
     def asked(row: Row) -> plots.Cell:
         pixels = picture(read_query, row["query"], row.get("box"))
-        return pixels, short([*_facts(row), _label(row, row["query"])]), "query"
+        return pixels, short([_label(row, row["query"]), *_facts(row)]), "query"
 
     def found(row: Row, near: Near) -> plots.Cell:
         kind = _kind(row, near)
