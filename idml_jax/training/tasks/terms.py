@@ -110,7 +110,7 @@ def _check_options(terms: tuple[Term, ...]) -> None:
         for option, least in (("centres", 1), ("samples", 1), ("bins", 1)):
             if option in options and options[option] < least:
                 raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be at least {least}")
-        for option in ("temperature", "rank_temperature", "scale", "gamma", "kappa"):
+        for option in ("temperature", "rank_temperature", "scale", "gamma", "kappa", "spread"):
             if option in options and not 0 < options[option] < float("inf"):
                 raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be above 0 and finite")
         ks = options.get("ks", (1,))
