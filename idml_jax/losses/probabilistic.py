@@ -170,10 +170,11 @@ def elk(
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""] | Float[Array, "n m"]:
-    """Expected likelihood kernel (ELK) of von Mises-Fisher distributions, Kirchhof et al., ECCV 2022 (arXiv 2207.03784).
+    """Expected likelihood kernel (ELK) of von Mises-Fisher distributions, Kirchhof et al., ECCV 2022, arXiv 2207.03784.
 
         mean over positive pairs of  -log( exp(E_p / T) / (exp(E_p / T) + sum_neg exp(E_n / T)) )
-        E_ij = log( integral of p_i p_j ) / (d - 1) = ( log C(k_i) + log C(k_j) - log C(|| k_i s_i + k_j s_j ||) ) / (d - 1)
+        E_ij = log( integral of p_i p_j ) / (d - 1)
+             = ( log C(k_i) + log C(k_j) - log C(|| k_i s_i + k_j s_j ||) ) / (d - 1)
         k = (d - 1) / (||u||^2 + spread^2)
 
     ``p_i`` is the von Mises-Fisher distribution around ``s_i`` with the concentration ``k_i``, ``C`` its normaliser

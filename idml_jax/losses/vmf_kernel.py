@@ -56,9 +56,9 @@ def _log_kernel_jvp(
     cosine, kappa, other = primals
     of_cosine, of_kappa, of_other = tangents
     value, ratios = _value_and_ratios(cosine, kappa, other, dimension)
-    k, l, dk, dl = kappa[:, None], other[None, :], of_kappa[:, None], of_other[None, :]
-    half_square = (k + l * cosine) * dk + (l + k * cosine) * dl + k * l * of_cosine
-    return value, (ratios[0] * half_square - ratios[1] * k * dk - ratios[2] * l * dl) / dimension
+    a, b, da, db = kappa[:, None], other[None, :], of_kappa[:, None], of_other[None, :]
+    half_square = (a + b * cosine) * da + (b + a * cosine) * db + a * b * of_cosine
+    return value, (ratios[0] * half_square - ratios[1] * a * da - ratios[2] * b * db) / dimension
 
 
 def _value_and_ratios(

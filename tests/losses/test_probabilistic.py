@@ -1,4 +1,4 @@
-"""Losses on uncertain embeddings as distributions: sampler, kernel, values against loops, gradients, certain and odd images."""
+"""Losses on embeddings as distributions: sampler, kernel, values against loops, gradients, certain and odd images."""
 
 from functools import partial
 
@@ -129,30 +129,31 @@ def test_hedged_instance_is_its_formula_on_its_samples():
 
 @pytest.mark.parametrize("dimension", [3, pytest.param(64, marks=pytest.mark.slow)])
 def test_the_kernel_and_its_derivatives_are_those_of_bessel_functions(dimension):
-    """The kernel is g(|sum|) - g(k) - g(l) with g the logarithm of I(d / 2 - 1) over its power, and g' = I(d / 2) / I."""
+    """It is g(|sum|) - g(a) - g(b), g(k) = log I(d / 2 - 1)(k) / k^(d / 2 - 1), and g' is I(d / 2) / I(d / 2 - 1)."""
     special = pytest.importorskip("scipy.special")
     order = dimension / 2 - 1
-    k, l, cosine = np.meshgrid([1.5, 40.0, 3e3], [0.7, 1.5, 5e4], [-1.0, -0.3, 0.0, 0.9, 1.0], indexing="ij")
+    a, b, cosine = np.meshgrid([1.5, 40.0, 3e3], [0.7, 1.5, 5e4], [-1.0, -0.3, 0.0, 0.9, 1.0], indexing="ij")
 
-    def g(k):
-        return np.log(special.ive(order, k)) + k - order * np.log(k) + special.gammaln(order + 1) + order * np.log(2)
+    def g(a):
+        scale = special.gammaln(order + 1) + order * np.log(2)
+        return np.log(special.ive(order, a)) + a - order * np.log(a) + scale
 
-    def value_and_slopes(k, l, cosine):
-        kernel = lambda k, l, c: log_kernel(c[None, None], k[None], l[None], dimension)[0, 0]
-        return jax.value_and_grad(kernel, (0, 1, 2))(k, l, cosine)
+    def value_and_slopes(a, b, cosine):
+        kernel = lambda a, b, c: log_kernel(c[None, None], a[None], b[None], dimension)[0, 0]
+        return jax.value_and_grad(kernel, (0, 1, 2))(a, b, cosine)
 
     with jax.enable_x64(True):
-        value, slopes = jax.jit(jax.vmap(value_and_slopes))(*(jnp.asarray(x.ravel()) for x in (k, l, cosine)))
-    n = np.maximum(np.sqrt(k**2 + l**2 + 2 * k * l * cosine), 1e-3)  # k = l at an angle of pi: 0
-    slope = lambda k: special.ive(order + 1, k) / special.ive(order, k)
+        value, slopes = jax.jit(jax.vmap(value_and_slopes))(*(jnp.asarray(x.ravel()) for x in (a, b, cosine)))
+    n = np.maximum(np.sqrt(a**2 + b**2 + 2 * a * b * cosine), 1e-3)  # a = b at an angle of pi: 0
+    slope = lambda a: special.ive(order + 1, a) / special.ive(order, a)
     away = np.abs(n - 1e-3) > 1e-6
-    expected = np.where(away, g(np.where(away, n, 1.0)), 0.0) - g(k) - g(l)
+    expected = np.where(away, g(np.where(away, n, 1.0)), 0.0) - g(a) - g(b)
     # 1e-8 is the error of the expansion; of g and of its slope at 5e4, SciPy leaves 1e-11.
     np.testing.assert_allclose(value, expected.ravel(), rtol=1e-8, atol=1e-8)
     ratio = np.where(away, slope(n) / n, 1 / dimension)
     for got, wanted in zip(
         slopes,
-        (ratio * (k + l * cosine) - slope(k), ratio * (l + k * cosine) - slope(l), ratio * k * l),
+        (ratio * (a + b * cosine) - slope(a), ratio * (b + a * cosine) - slope(b), ratio * a * b),
         strict=True,
     ):
         np.testing.assert_allclose(got, wanted.ravel(), rtol=1e-8, atol=1e-8)
@@ -173,7 +174,7 @@ def test_elk_is_its_formula_and_does_not_know_the_order_of_the_images():
             score[j] = np.exp((log_c(kappa[i]) + log_c(kappa[j]) - joint) / (D - 1) / 0.2)
         for p in range(N):
             if p != i and LABELS[p] == LABELS[i]:
-                terms -= weights[i] * np.log(score[p] / (score[p] + score[LABELS != LABELS[i]].sum()))
+                terms -= weights[i] * np.log(score[p] / (score[p] + score[LABELS[i] != LABELS].sum()))
                 counted += weights[i]
     np.testing.assert_allclose(loss(embedding, LABELS, weights), terms / counted, rtol=2e-5)
     order = np.array([3, 0, 4, 2, 1])
