@@ -42,12 +42,13 @@ LOSSES = (
     "smooth_ap",
     "recall_at_k",
     "mc_info_nce",
+    "elk",
     "hedged_instance",
 )
 
 
 # Losses that pytorch-metric-learning lacks.
-OURS_ALONE = ("recall_at_k", "mc_info_nce", "hedged_instance")
+OURS_ALONE = ("recall_at_k", "mc_info_nce", "elk", "hedged_instance")
 
 
 def our_loss(name, size, introspective):

@@ -15,7 +15,7 @@ from idml_jax.losses import auxiliary, softmax
 MODULES = ("geometry", "ism", "losses", "losses.auxiliary", "losses.miners", "losses.pairs", "losses.pairwise")
 MODULES += ("losses.proxy", "losses.softmax", "losses.margin_softmax", "losses.batch_softmax", "losses.triplets")
 MODULES += ("losses.ranked", "losses.levels", "losses.class_sampling", "losses.probabilistic", "losses.vmf")
-MODULES += ("metrics.names",)
+MODULES += ("losses.vmf_kernel", "metrics.names")
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 
 

@@ -4,7 +4,7 @@ Every loss reads one matrix, of distances or of similarities, between ``n`` anch
 (columns: the batch itself, proxies, a memory, a gallery), and a ``Pairs`` relation that says which entries are of the
 same class, of different classes, or neither. The matrix decides whether a loss is introspective: on
 ``ism.introspective_distance`` it is, on ``ism.semantic_distance`` the same loss is plain. Padding, several labels per
-image, hierarchies and shards are all expressed by ``Pairs``. Two losses of other schools of uncertainty
+image, hierarchies and shards are all expressed by ``Pairs``. Three losses of other schools of uncertainty
 (``losses.probabilistic``) read the embeddings themselves.
 
 With several devices under ``jit`` with sharded arrays, the batch is global and nothing else is needed. Under ``pmap``
@@ -37,7 +37,7 @@ from idml_jax.losses.pairs import (
     pairs_from_relation,
 )
 from idml_jax.losses.pairwise import contrastive, fast_ap, margin_distance_weighted, multi_similarity, triplet_semihard
-from idml_jax.losses.probabilistic import hedged_instance, mc_info_nce
+from idml_jax.losses.probabilistic import elk, hedged_instance, mc_info_nce
 from idml_jax.losses.proxy import proxy_anchor, proxy_nca
 from idml_jax.losses.ranked import recall_at_k, smooth_ap
 from idml_jax.losses.triplets import lifted_structure, triplet_hard
@@ -52,6 +52,7 @@ __all__ = [
     "concatenate_pairs",
     "contrastive",
     "cosface",
+    "elk",
     "fast_ap",
     "gather",
     "hedged_instance",
@@ -148,6 +149,7 @@ LOSSES: dict[str, LossSpec] = {
     "triplet_hard": LossSpec(triplet_hard, "distance", "batch"),
     "smooth_ap": LossSpec(smooth_ap, "similarity", "batch"),
     "recall_at_k": LossSpec(recall_at_k, "similarity", "batch"),
+    "elk": LossSpec(elk, "embeddings", "batch"),
     "mc_info_nce": LossSpec(mc_info_nce, "embeddings", "batch", needs_key=True),
     "hedged_instance": LossSpec(
         hedged_instance,

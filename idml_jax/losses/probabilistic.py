@@ -2,7 +2,8 @@
 
 An image is a distribution around its semantic embedding ``s``, and the length of ``u`` is its spread: the typical
 distance of a sample from ``s``. These losses read the embeddings themselves, not a matrix of the introspective metric.
-Without an uncertainty (``None``) or with ``u = 0`` every sample is ``s``, which gives the plain form of each loss.
+Without an uncertainty (``None``) or with ``u = 0`` every image is equally certain, which gives the plain form of each
+loss: every sample is ``s``, or in ``elk`` all distributions have the same spread.
 
 Samples depend on the key and on the index of the row alone, so they are the same on one device and on several. They
 are functions of the parameters (reparameterised), so the gradient of the loss is unbiased.
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from idml_jax.ism import Embedding, l2_normalize, semantic_distance
+from idml_jax.losses.batch_softmax import info_nce
 from idml_jax.losses.pairs import AxisName, Pairs, row_offset
 from idml_jax.losses.reductions import Reduction, log_sum_exp, prepare, ratio, total
 from idml_jax.losses.vmf import sample_vmf
+from idml_jax.losses.vmf_kernel import log_kernel
 
-__all__ = ["hedged_instance", "mc_info_nce"]
+__all__ = ["elk", "hedged_instance", "mc_info_nce"]
 
 # Samples [k, n, d] of n images: embeddings, key, index of each row, k.
 Draw = Callable[[Embedding, PRNGKeyArray, Int[Array, "n"], int], Float[Array, "k n d"]]
@@ -154,6 +157,71 @@ def hedged_instance(
     counted = jnp.where(jnp.any(pairs.positive | pairs.negative, axis=1), weights, 0.0)
     divergence = ratio(total(counted * _divergence(embeddings), axis_name), total(counted, axis_name))
     return 0.5 * (mean_of(pairs.positive) + mean_of(pairs.negative)) + prior * divergence
+
+
+def elk(
+    embeddings: Embedding,
+    pairs: Pairs,
+    *,
+    references: Embedding | None = None,
+    spread: float = 1.0,
+    temperature: float = 0.03,
+    weights: Float[Array, "n"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+) -> Float[Array, ""] | Float[Array, "n m"]:
+    """Expected likelihood kernel (ELK) of von Mises-Fisher distributions, Kirchhof et al., ECCV 2022, arXiv 2207.03784.
+
+        mean over positive pairs of  -log( exp(E_p / T) / (exp(E_p / T) + sum_neg exp(E_n / T)) )
+        E_ij = log( integral of p_i p_j ) / (d - 1)
+             = ( log C(k_i) + log C(k_j) - log C(|| k_i s_i + k_j s_j ||) ) / (d - 1)
+        k = (d - 1) / (||u||^2 + spread^2)
+
+    ``p_i`` is the von Mises-Fisher distribution around ``s_i`` with the concentration ``k_i``, ``C`` its normaliser
+    (``losses.vmf_kernel``). The integral has a closed form, so nothing is sampled. The paper compares images with class
+    proxies, whose concentrations it learns; here they are compared with each other, as in the other losses of this
+    module. Divided by ``d - 1`` the kernel is of the size of a cosine in any number of dimensions; the temperature of
+    the paper is ``(d - 1) T``. The bounded concentration keeps a certain image from being infinitely sharp. ``u = 0``
+    gives a softmax over a function of the cosine that is close to linear, with a slope of about 1/2 for ``spread = 1``.
+
+    Args:
+      embeddings: ``n`` anchors, of at least 2 dimensions.
+      pairs: relation of anchors and references.
+      references: ``m`` embeddings; ``None``: the anchors.
+      spread: typical distance of an image without uncertainty from its ``s``.
+      temperature: T.
+      weights: ``[n]`` at least 0, of the anchors, in the mean over pairs.
+      reduction: ``'none'`` returns each pair's term times its anchor's weight, 0 for negatives.
+      axis_name: under ``pmap`` or ``shard_map``, the mapped axis that the anchors are split over; the references are
+        then those of all devices.
+
+    Returns:
+      The loss, a scalar, 0 without a positive; or ``[n, m]`` unreduced.
+
+    Raises:
+      ValueError: if the shapes do not fit or the reduction is unknown.
+
+    >>> batch = Embedding(jnp.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 1.0, 0.0]]), jnp.zeros((3, 2)))
+    >>> pairs = losses.pairs_from_labels(jnp.array([0, 0, 1]))
+    >>> loss = jax.jit(lambda batch: losses.elk(batch, pairs, temperature=0.5))
+    >>> round(float(loss(batch)), 3)
+    0.514
+    """
+    (mean, kappa), d = _direction(embeddings, spread), embeddings.semantic.shape[1]
+    others, their_kappa = (mean, kappa) if references is None else _direction(references, spread)
+    cosine = jax.lax.dot_general(mean, others, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    similarity = log_kernel(cosine, kappa, their_kappa, d) / (d - 1.0)
+    return info_nce(
+        similarity, pairs, temperature=temperature, weights=weights, reduction=reduction, axis_name=axis_name
+    )
+
+
+def _direction(embedding: Embedding, spread: float) -> tuple[Float[Array, "n d"], Float[Array, "n"]]:
+    """Mean directions and concentrations of the von Mises-Fisher distributions."""
+    mean = l2_normalize(embedding.semantic)
+    n, d = mean.shape
+    square = jnp.zeros(n, mean.dtype) if embedding.uncertainty is None else _square_length(embedding).astype(mean.dtype)
+    return mean, (d - 1.0) / (square + max(spread, _CERTAIN) ** 2)
 
 
 def _drawn(

@@ -21,6 +21,7 @@ from idml_jax.training.build import Run
 from idml_jax.training.features import Features, Views, features_of, view_embedder
 from idml_jax.training.state import TrainState
 from idml_jax.training.tasks import Evaluation
+from idml_jax.training.tasks.terms import proxy_sets
 
 logger = logging.getLogger("idml_jax")
 
@@ -203,11 +204,14 @@ def head_arrays(
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 
-def proxy_rows(means: Float[np.ndarray, "c d"], fresh: Float[np.ndarray, "rows kd"]) -> Float[np.ndarray, "rows kd"]:
+def proxy_rows(
+    means: Float[np.ndarray, "c d"], fresh: Float[np.ndarray, "rows kd"], alone: int | None = None
+) -> Float[np.ndarray, "rows kd"]:
     """The table of proxies with those of each class at its mean; if they are split, the last rows are padding.
 
     Several proxies of a class are moved a tenth of the mean's length apart, each in the direction of its ``fresh`` one:
-    equal proxies would get equal gradients for ever.
+    equal proxies would get equal gradients for ever. Of a sum of losses the proxy with the index ``alone`` is that of
+    the losses with a single one, and stays at the mean.
     """
     rows, (classes, width) = np.zeros(fresh.shape, np.float32), means.shape
     centres = fresh.shape[1] // width
@@ -217,6 +221,8 @@ def proxy_rows(means: Float[np.ndarray, "c d"], fresh: Float[np.ndarray, "rows k
     apart = fresh[:classes].reshape(classes, centres, width)
     apart = apart / np.maximum(np.linalg.norm(apart, axis=2, keepdims=True), 1e-12)
     length = np.linalg.norm(means, axis=1)[:, None, None]
+    if alone is not None:
+        apart[:, alone] = 0.0
     rows[:classes] = (means[:, None, :] + 0.1 * length * apart).reshape(classes, -1)
     return rows
 
@@ -227,7 +233,8 @@ def with_head(run: Run, state: TrainState, arrays: Mapping[str, np.ndarray]) -> 
     semantic = {"kernel": arrays["kernel"], "bias": arrays["bias"]}
     params["heads"] = {**params["heads"], "semantic": semantic}
     if "proxies" in params:
-        params["proxies"] = proxy_rows(arrays["proxies"], sharding.to_host(params["proxies"]))
+        alone = proxy_sets(getattr(run.setup.objective, "parts", ())).get(1)
+        params["proxies"] = proxy_rows(arrays["proxies"], sharding.to_host(params["proxies"]), alone)
     state = state.replace(params=params)
     return run.place(state.averaging() if run.setup.ema else state)
 

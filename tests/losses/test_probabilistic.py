@@ -1,4 +1,4 @@
-"""Losses on samples of uncertain embeddings: the sampler, values against loops, gradients, certain and odd images."""
+"""Losses on embeddings as distributions: sampler, kernel, values against loops, gradients, certain and odd images."""
 
 from functools import partial
 
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from idml_jax import ism, losses
 from idml_jax.ism import Embedding
 from idml_jax.losses import probabilistic, vmf
+from idml_jax.losses.vmf_kernel import log_kernel
 
 NAMES = [name for name, spec in losses.LOSSES.items() if spec.reads == "embeddings"]
 LABELS = np.array([0, 0, 1, 1, 0])
@@ -126,16 +127,77 @@ def test_hedged_instance_is_its_formula_on_its_samples():
     np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dimension", [3, pytest.param(64, marks=pytest.mark.slow)])
+def test_the_kernel_and_its_derivatives_are_those_of_bessel_functions(dimension):
+    """It is g(|sum|) - g(a) - g(b), g(k) = log I(d / 2 - 1)(k) / k^(d / 2 - 1), and g' is I(d / 2) / I(d / 2 - 1)."""
+    special = pytest.importorskip("scipy.special")
+    order = dimension / 2 - 1
+    a, b, cosine = np.meshgrid([1.5, 40.0, 3e3], [0.7, 1.5, 5e4], [-1.0, -0.3, 0.0, 0.9, 1.0], indexing="ij")
+
+    def g(a):
+        scale = special.gammaln(order + 1) + order * np.log(2)
+        return np.log(special.ive(order, a)) + a - order * np.log(a) + scale
+
+    def value_and_slopes(a, b, cosine):
+        kernel = lambda a, b, c: log_kernel(c[None, None], a[None], b[None], dimension)[0, 0]
+        return jax.value_and_grad(kernel, (0, 1, 2))(a, b, cosine)
+
+    with jax.enable_x64(True):
+        value, slopes = jax.jit(jax.vmap(value_and_slopes))(*(jnp.asarray(x.ravel()) for x in (a, b, cosine)))
+    n = np.maximum(np.sqrt(a**2 + b**2 + 2 * a * b * cosine), 1e-3)  # a = b at an angle of pi: 0
+    slope = lambda a: special.ive(order + 1, a) / special.ive(order, a)
+    away = np.abs(n - 1e-3) > 1e-6
+    expected = np.where(away, g(np.where(away, n, 1.0)), 0.0) - g(a) - g(b)
+    # 1e-8 is the error of the expansion; of g and of its slope at 5e4, SciPy leaves 1e-11.
+    np.testing.assert_allclose(value, expected.ravel(), rtol=1e-8, atol=1e-8)
+    ratio = np.where(away, slope(n) / n, 1 / dimension)
+    for got, wanted in zip(
+        slopes,
+        (ratio * (a + b * cosine) - slope(a), ratio * (b + a * cosine) - slope(b), ratio * a * b),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, wanted.ravel(), rtol=1e-8, atol=1e-8)
+
+
+def test_elk_is_its_formula_and_does_not_know_the_order_of_the_images():
+    """In 3 dimensions C(k) is k / sinh(k) up to a constant."""
+    embedding, weights = batch(), np.array([1.0, 0.5, 2.0, 0.0, 1.0])
+    loss = jax.jit(lambda e, labels, w: loss_of("elk", e, None, labels, weights=w, spread=0.8, temperature=0.2))
+    mean, u = (np.asarray(x, float) for x in embedding)
+    kappa = (D - 1) / (np.sum(u**2, axis=1) + 0.8**2)
+    log_c = lambda k: np.log(k / np.sinh(k))
+    terms, counted = 0.0, 0.0
+    for i in range(N):
+        score = np.zeros(N)
+        for j in range(N):
+            joint = log_c(np.linalg.norm(kappa[i] * mean[i] + kappa[j] * mean[j]))
+            score[j] = np.exp((log_c(kappa[i]) + log_c(kappa[j]) - joint) / (D - 1) / 0.2)
+        for p in range(N):
+            if p != i and LABELS[p] == LABELS[i]:
+                terms -= weights[i] * np.log(score[p] / (score[p] + score[LABELS[i] != LABELS].sum()))
+                counted += weights[i]
+    np.testing.assert_allclose(loss(embedding, LABELS, weights), terms / counted, rtol=2e-5)
+    order = np.array([3, 0, 4, 2, 1])
+    moved = loss(jax.tree.map(lambda x: x[order], embedding), 7 - LABELS[order], weights[order])
+    np.testing.assert_allclose(moved, terms / counted, rtol=2e-5)
+    # Overwhelming uncertainty leaves no difference between the images.
+    nothing = loss(Embedding(mean, 1e9 * u), LABELS, np.ones(N))
+    np.testing.assert_allclose(nothing, (6 * np.log(1 + 2) + 2 * np.log(1 + 3)) / 8, rtol=1e-6)
+
+
 def loss_of(name, embedding, key, labels=LABELS, mask=None, axis_name=None, **options):
     """As in a step: with an axis, the references are those of all devices."""
     references = None if axis_name is None else losses.gather(embedding, axis_name)
     pairs = losses.pairs_from_labels(labels, mask=mask, axis_name=axis_name)
-    return losses.LOSSES[name].function(
-        embedding, pairs, key, references=references, axis_name=axis_name, samples=3, **options
-    )
+    spec = losses.LOSSES[name]
+    options |= {"key": key, "samples": 3} if spec.needs_key else {}
+    return spec.function(embedding, pairs, references=references, axis_name=axis_name, **options)
 
 
-@pytest.mark.parametrize("name", ["mc_info_nce", pytest.param("hedged_instance", marks=pytest.mark.slow)])
+SLOWLY = [pytest.param(name, marks=() if name == "mc_info_nce" else pytest.mark.slow) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", SLOWLY)
 def test_gradient_is_that_of_the_samples(name):
     """Finite differences at the same key: the samples move with the parameters."""
     with jax.enable_x64(True):

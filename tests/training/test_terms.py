@@ -1,5 +1,7 @@
 """The settings of a loss: sums, weights, several proxies per class, a share of the classes, regularisers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,54 @@ def test_several_proxies_per_class_whole_and_split(share):
         np.testing.assert_allclose(split_gradient, gradient, rtol=1e-3, atol=1e-6)
 
 
+NUMBERS = {"proxy_anchor": 1, "soft_triple": 3, "normalized_softmax": 1, "subcenter_arcface": 2}
+
+
+@pytest.mark.parametrize("share", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_a_sum_of_losses_with_different_numbers_of_proxies(share):
+    """Those with the same number share a set, the others have their own; whole and split over devices."""
+    names = [name for name in NUMBERS if share == 1 or name != "proxy_anchor"]
+    config = small_config("x", **{"loss.name": "+".join(names), "loss.centre_spread": 0.5, "loss.class_share": share})
+    config.loss.soft_triple.centres, config.loss.subcenter_arcface.centres = 3, 2
+    config.model.embedding_dim, config.model.uncertainty_dim, embedding = 8, 4, batch()
+    validate(config)
+    rule = TASKS["retrieval"].criterion(config, 9, 3, MESH)
+    params = jax.jit(rule.init)(jax.random.key(0))
+    assert params["proxies"].shape == (9, 6 * 8)  # 1 + 3 + 2 proxies of each class
+    columns = {1: slice(0, 8), 3: slice(8, 32), 2: slice(32, 48)} if share == 1 else {
+        3: slice(0, 24), 1: slice(24, 32), 2: slice(32, 48)}  # fmt: skip
+    value = jax.value_and_grad(lambda p, e, r: r(p, e, LABELS, key=jax.random.key(5)))
+    mesh = sharding.data_mesh()
+    split = dataclasses.replace(rule, mesh=mesh)
+    padded = jax.device_put({"proxies": np.pad(params["proxies"], ((0, 3840 - 9), (0, 0)))},
+                            sharding.placement({"proxies": jnp.zeros((3840, 48))}, mesh, split.split))  # fmt: skip
+
+    @jax.jit
+    def together(params, padded, embedding):
+        every = [value(params, embedding, rule), value(padded, embedding, split)]
+        for name in names if share == 1 else ():  # the drawn classes depend on the number of terms
+            number = NUMBERS[name]
+            options = (("centres", number),) if number > 1 else ()
+            alone = objective(loss=name, options=options, num_classes=9, centre_spread=0.5 * (number > 1))
+            every.append(value({"proxies": params["proxies"][:, columns[number]]}, embedding, alone))
+        return every
+
+    (loss, gradient), (split_loss, split_gradient), *alone = together(params, padded, embedding)
+    assert not np.any(split_gradient["proxies"][9:])
+    gradient, split_gradient = np.asarray(gradient["proxies"]), np.asarray(split_gradient["proxies"][:9])
+    assert np.abs(gradient.reshape(9, 6, 8)).max(2).min() > 0
+    if share < 1:  # another number of devices draws other classes
+        assert np.isfinite(split_loss) and np.isfinite(split_gradient).all()
+        return
+    np.testing.assert_allclose(loss, sum(one for one, _ in alone), rtol=1e-6)
+    expected = np.zeros((9, 48))
+    for name, (_, of_one) in zip(names, alone, strict=True):
+        expected[:, columns[NUMBERS[name]]] += of_one["proxies"]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(split_loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(split_gradient, gradient, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_embedding_norm_adds_the_mean_squared_length():
     rules = [objective(embedding_norm=weight) for weight in (0.0, 0.1)]
@@ -122,6 +172,9 @@ def test_proxies_at_the_class_means_are_distinct():
     lengths = np.linalg.norm(means, axis=1)[:, None]
     np.testing.assert_allclose(np.linalg.norm(both - means[:, None], axis=2), 0.1 * lengths.repeat(2, 1), rtol=1e-5)
     np.testing.assert_array_equal(proxy_rows(means, fresh[:, :4])[:3], means)
+    moved = proxy_rows(means, fresh, alone=1)  # of a sum in which one loss has a single proxy per class
+    np.testing.assert_array_equal(moved[:3, 4:], means)
+    np.testing.assert_array_equal(moved[:, :4], rows[:, :4])
 
 
 def test_a_share_of_the_classes_is_a_smaller_matrix():
@@ -147,7 +200,6 @@ def test_a_share_of_the_classes_is_a_smaller_matrix():
         ({"loss.name": "soft_triple", "loss.soft_triple.centres": 0}, "centres = 0 must be at least 1"),
         ({"loss.name": "recall_at_k", "loss.recall_at_k.ks": (0, 1)}, "ks = .* must be whole numbers"),
         ({"loss.name": "arcface", "loss.arcface.scale": 0.0}, "config.loss.arcface.scale = 0.0 must be above 0"),
-        ({"loss.name": "proxy_anchor+soft_triple"}, "different numbers per class .proxy_anchor: 1, soft_triple: 10"),
         ({"loss.name": "proxy_anchor+sup_con", "ism.variant": "released"}, "exists for proxy_anchor only"),
     ],
 )

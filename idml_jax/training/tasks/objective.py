@@ -19,7 +19,7 @@ from idml_jax.runtime import sharding
 from idml_jax.training.criterion import Criterion
 from idml_jax.training.tasks.embedding_loss import embedding_loss
 from idml_jax.training.tasks.matrices import Compared, log_term, matrix_of
-from idml_jax.training.tasks.terms import Term
+from idml_jax.training.tasks.terms import Term, proxy_sets
 
 LEARNED = ("none", "shared", "per_class")
 
@@ -126,8 +126,8 @@ class Objective(Criterion):
 
     @property
     def centres(self) -> int:
-        """Number of proxies per class."""
-        return max((term.centres for term in self.parts if term.spec.references == "proxies"), default=1)
+        """Number of proxies per class, of all terms."""
+        return sum(proxy_sets(self.parts))
 
     @property
     def introspective(self) -> bool:
@@ -204,8 +204,9 @@ class Objective(Criterion):
         """
         learned, values = params.get("loss", {}), {}
         numbered = list(enumerate(self.parts))
-        if on_proxies := [(i, term) for i, term in numbered if term.spec.references == "proxies"]:
-            compared = self._with_proxies(params, embedding, labels, key, mask)
+        for count in proxy_sets(self.parts):
+            on_proxies = [(i, t) for i, t in numbered if t.spec.references == "proxies" and t.centres == count]
+            compared = self._with_proxies(params, embedding, labels, key, mask, count)
             values.update(self._values(on_proxies, compared, learned, labels, key))
         if on_pairs := [(i, term) for i, term in numbered if term.spec.references == "batch"]:
 
@@ -223,7 +224,8 @@ class Objective(Criterion):
         first, *others = (values[i] if term.weight == 1 else term.weight * values[i] for i, term in numbered)
         loss = sum(others, start=first)
         if self.centre_spread:
-            loss += self.centre_spread * auxiliary.centre_spread(self._centres_of(params["proxies"]), self._real())
+            sets = [self._proxies_of(params["proxies"], count) for count in proxy_sets(self.parts) if count > 1]
+            loss += self.centre_spread * sum(auxiliary.centre_spread(x, self._real()) for x in sets)
         if self.attenuation:
             loss += self.attenuation * sum(cost for i, cost in values.items() if i < 0)
         if self.prior:
@@ -299,9 +301,13 @@ class Objective(Criterion):
         """Which rows of the table are classes; ``None``: all."""
         return None if self.proxy_rows == self.num_classes else jnp.arange(self.proxy_rows) < self.num_classes
 
-    def _centres_of(self, rows: Float[Array, "m kd"]) -> Float[Array, "m k d"]:
-        """The proxies of each row of the table."""
-        return rows.reshape(rows.shape[0], self.centres, self.dim)
+    def _proxies_of(self, rows: Float[Array, "m kd"], count: int | None) -> Float[Array, "m k d"]:
+        """The proxies in each row of the table: all, or those of the losses that need so many per class."""
+        sets = proxy_sets(self.parts)
+        first, count = (0, self.centres) if count is None else (sets[count], count)
+        if len(sets) > 1:
+            rows = rows[:, first * self.dim : (first + count) * self.dim]
+        return rows.reshape(rows.shape[0], count, self.dim)
 
     def _with_batch(
         self,
@@ -328,8 +334,9 @@ class Objective(Criterion):
         labels: Int[Array, "n"],
         key: PRNGKeyArray | None,
         mask: Bool[Array, "n"] | None,
+        count: int,
     ) -> Compared:
-        """The images with the proxies; each device has some of the proxies and all images."""
+        """The images with a set of proxies; each device has some of the proxies and all images."""
         sample = None
         if self.class_share < 1:
             if key is None:
@@ -342,7 +349,7 @@ class Objective(Criterion):
                 rows=self.proxy_rows,
                 groups=1 if self.mesh is None else self.mesh.size,
             )
-        proxies, embedding, pairs = self._against_proxies(params, embedding, labels, sample)
+        proxies, embedding, pairs = self._against_proxies(params, embedding, labels, sample, count)
         # Proxies are certain and, except in the released form, compared by direction like the embeddings.
         references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
         if mask is not None:
@@ -355,20 +362,22 @@ class Objective(Criterion):
         embedding: Embedding,
         labels: Int[Array, "n"],
         sample: class_sampling.ClassSample | None = None,
+        count: int | None = None,
     ) -> tuple[Float[Array, "m d"], Embedding, losses.Pairs]:
-        """Proxies (of the drawn classes, or of all), images and their relation."""
-        table, mesh, centres = params["proxies"], self.mesh, self.centres
+        """Proxies (of the drawn classes, or of all; a set, or all), images and their relation."""
+        table, mesh, centres = params["proxies"], self.mesh, count or self.centres
         if mesh is not None:
             table = sharding.constrain(table, mesh, "data")
             embedding = jax.tree.map(lambda x: sharding.constrain(x, mesh), embedding)
         classes, real = jnp.arange(self.proxy_rows), self._real()
         if sample is not None:
             table, classes, real = class_sampling.take_classes(table, sample), sample.classes, sample.real
+        if self.centres > 1:
+            table = self._proxies_of(table, count).reshape(-1, self.dim)
         if centres > 1:
-            table = self._centres_of(table).reshape(-1, self.dim)
             classes = jnp.repeat(classes, centres)
             real = None if real is None else jnp.repeat(real, centres)
-        if mesh is not None and (centres > 1 or sample is not None):
+        if mesh is not None and (self.centres > 1 or sample is not None):
             table = sharding.constrain(table, mesh, "data")
         return table, embedding, self._split(losses.pairs_from_label_sets(labels, classes, reference_mask=real))
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES, LossSpec
 
-__all__ = ["Term", "check_loss", "names_of", "reads_batch", "reads_proxies", "terms_of"]
+__all__ = ["Term", "check_loss", "names_of", "proxy_sets", "reads_batch", "reads_proxies", "terms_of"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,19 @@ def reads_batch(loss: str) -> bool:
 def reads_proxies(loss: str) -> bool:
     """Whether a term compares images with proxies."""
     return any(LOSSES[name].references == "proxies" for name in names_of(loss))
+
+
+def proxy_sets(terms: tuple[Term, ...]) -> dict[int, int]:
+    """The sets of proxies of a sum: losses that need the same number of proxies per class share one set.
+
+    Returns:
+      For each number of proxies per class the index of the first of the set among all proxies of a class.
+    """
+    sets: dict[int, int] = {}
+    for term in terms:
+        if term.spec.references == "proxies" and term.centres not in sets:
+            sets[term.centres] = sum(sets)
+    return sets
 
 
 def options_of(config: ConfigDict, name: str) -> tuple[tuple[str, Any], ...]:
@@ -104,22 +117,15 @@ def check_loss(config: ConfigDict) -> None:
 
 
 def _check_options(terms: tuple[Term, ...]) -> None:
-    """Checks the options of the losses, and that all agree about the proxies."""
+    """Checks the options of the losses."""
     for term in terms:
         options = dict(term.options)
         for option, least in (("centres", 1), ("samples", 1), ("bins", 1)):
             if option in options and options[option] < least:
                 raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be at least {least}")
-        for option in ("temperature", "rank_temperature", "scale", "gamma", "kappa"):
+        for option in ("temperature", "rank_temperature", "scale", "gamma", "kappa", "spread"):
             if option in options and not 0 < options[option] < float("inf"):
                 raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be above 0 and finite")
         ks = options.get("ks", (1,))
         if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
             raise UserError(f"config.loss.{term.loss}.ks = {ks} must be whole numbers of at least 1")
-    counts = {term.centres for term in terms if term.spec.references == "proxies"}
-    if len(counts) > 1:
-        told = ", ".join(f"{term.loss}: {term.centres}" for term in terms if term.spec.references == "proxies")
-        raise UserError(
-            f"config.loss.name: losses over proxies share them, and these need different numbers per class ({told}); "
-            "sum losses that need the same number"
-        )
