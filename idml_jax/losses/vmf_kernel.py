@@ -21,7 +21,7 @@ __all__ = ["log_kernel"]
 # Least order at which the expansion is used, and its number of terms after the first.
 _ORDER, _TERMS = 14, 5
 # Of the sum of the two vectors, and of either.
-Three = tuple[Array, Array, Array]
+Three = tuple[Array, ...]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
