@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from idml_jax.errors import UserError
+from idml_jax.inference.choices import MOST as MOST
 from idml_jax.inference.index import Index, check_comparable
 from idml_jax.metrics import duplicates, label_errors, retrieval
 from idml_jax.metrics.retrieval import Neighbours
@@ -18,10 +19,10 @@ KINDS = {
     "blank": "the picture is empty",
     "unusual": "unlike its class or all others: junk, or a stranger",
 }
-MOST = 200  # findings of a kind
 BLANK = 4.0  # standard deviation of the grey values, of 255, below which a picture is empty
 BESIDE = 4  # images shown beside a finding
-Picture = Callable[[str], UInt8[np.ndarray, "h w 3"] | None]
+# Gives the pixels of an image; called with its name, and with its box if it is a part of a picture.
+Picture = Callable[..., UInt8[np.ndarray, "h w 3"] | None]
 
 
 class Beside(NamedTuple):
@@ -89,7 +90,7 @@ def audit(
       score: score that orders wrong labels, of ``label_errors.SCORES``.
       most: largest number of findings of each kind.
       unusual: share of the images that are listed as unusual.
-      picture: gives the pixels of a name, to find empty pictures; ``None``: they are not looked for.
+      picture: gives the pixels of an image, to find empty ones; ``None``: they are not looked for.
 
     Returns:
       The findings.
@@ -155,7 +156,7 @@ def _leaks(index: Index, other: Index, near: float, most: int, notes: list[str])
             more = (*result[mine].beside, Beside(place, True))
             result[mine] = result[mine]._replace(beside=more[:BESIDE])
             continue
-        reason = f"like {other.files[place]} of the other set (ratio {ratio:.2f})" + _named(index, mine, other, place)
+        reason = f"like {other.name_of(place)} of the other set (ratio {ratio:.2f})" + _named(index, mine, other, place)
         result[mine] = Finding("leak", mine, None, 1.0 - ratio, reason, (Beside(place, True),))
     if len(result) > most:
         notes.append(f"leak: the first {most:,} of {len(result):,} are listed")
@@ -184,7 +185,7 @@ def _duplicates(
         for row in group[1:].tolist():
             ratio, partner = nearest[row]
             shown = list(dict.fromkeys([partner, int(group[0]), *group.tolist()]))
-            reason = f"like {index.files[partner]} (ratio {ratio:.2f}), in a group of {len(group)}"
+            reason = f"like {index.name_of(partner)} (ratio {ratio:.2f}), in a group of {len(group)}"
             reason += _named(index, row, index, partner)
             beside = tuple(Beside(r) for r in shown if r != row)[:BESIDE]
             result.append(Finding("duplicate", row, None, 1.0 - ratio, reason, beside))
@@ -197,7 +198,8 @@ def _duplicates(
 def _blank(index: Index, picture: Picture, most: int, notes: list[str]) -> list[Finding]:
     result, absent = [], 0
     for row, name in enumerate(index.files.tolist()):
-        pixels = picture(name)
+        box = index.box_of(row)
+        pixels = picture(name) if box is None else picture(name, box)
         if pixels is None:
             absent += 1
             continue

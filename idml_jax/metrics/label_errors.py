@@ -14,14 +14,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.metrics import vote
+from idml_jax.metrics.choices import SCORES as SCORES
 from idml_jax.metrics.retrieval import Neighbours
 
 NEAREST, VOTE_TEMPERATURE, TEMPERATURES = 50, 10.0, (5.0, 10.0, 20.0, 40.0)
 AGREEING = 10  # neighbours of `disagreement`
 _TILE = 2**22  # numbers of a tile of images and classes
 DAMPING = 0.1  # of `odds`
-# Names of the scores of `Evidence`; the first is the default (docs/audit.md has the measurements).
-SCORES = ("odds", "log_odds", "self_confidence", "normalized_margin", "disagreement")
 
 
 class Evidence(NamedTuple):

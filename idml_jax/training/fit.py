@@ -30,7 +30,7 @@ from idml_jax.training import semantic_init as heads
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.config import tracking_of
-from idml_jax.training.features import FeatureEmbedder, Features, Views, features_of
+from idml_jax.training.features import FeatureEmbedder, Features, Views
 from idml_jax.training.state import TrainState
 from idml_jax.training.tasks import Evaluation
 from idml_jax.training.workdir import flatten
@@ -121,7 +121,8 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
         state = run.with_variables(state, variables)
         logger.info("starting from %s", source)
     views = heads.training_features(run, state.latest, workdir, stop.check)
-    known = ((train_source, views.plain), *_evaluated_features(run, state, workdir, stop))
+    evaluation = run.evaluation(state.latest, stop.check)
+    known = ((train_source, views.plain), *heads.evaluated_features(evaluation, workdir))
     fitted = _Fitted(run, views, heads.random_kernel(state))
     run, start = _with_width(run, state, fitted.width)
     state = heads.with_head(run, start, fitted.arrays(heads.random_kernel(start)))
@@ -189,17 +190,6 @@ def _make_way(workdir: Path, overwrite: bool) -> None:
             problem = UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})")
             problem.__cause__ = error
     hosts.agree(problem)
-
-
-def _evaluated_features(run: Run, state: TrainState, workdir: Path, stop: StopRequest) -> list[Known]:
-    """The features of all images that the evaluation embeds, besides the training images."""
-    evaluation, config = run.evaluation(state.latest, stop.check), run.config
-    parts = {config.eval.split: evaluation.source, "gallery": evaluation.gallery, "validation": evaluation.held_out}
-    return [
-        (source, features_of(evaluation.embedder, heads.network_of(config), source, workdir / heads.FOLDER / name))
-        for name, source in parts.items()
-        if source is not None
-    ]
 
 
 def _with_width(run: Run, state: TrainState, width: int) -> tuple[Run, TrainState]:
