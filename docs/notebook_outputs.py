@@ -66,10 +66,39 @@ def picture(page: str, height: int) -> str:
     return base64.b64encode(cv2.imencode(".png", shown, kind)[1].tobytes()).decode()
 
 
+def rewritten(text: str) -> str:
+    """What remains to be seen of text with lines that were rewritten, such as progress bars."""
+    lines = []
+    for line in text.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip() if "\r" in line else shown)
+    return "\n".join(lines)
+
+
+def joined(outputs: list[dict]) -> list[dict]:
+    """The outputs of a cell; text that was printed piece by piece is in one piece."""
+    found: list[dict] = []
+    for output in outputs:
+        if output["output_type"] != "stream":
+            found.append(output)
+        elif found and found[-1].get("name") == output["name"]:
+            found[-1]["text"] += "".join(output["text"])
+        else:
+            found.append({**output, "text": "".join(output["text"])})
+    for output in found:
+        if output["output_type"] == "stream":
+            output["text"] = rewritten(output["text"])
+    return found
+
+
 def settle(book: dict) -> dict:
     """The notebook as it is stored: frames as pictures, no times, and the digest of its code."""
     for cell in book["cells"]:
         cell.get("metadata", {}).pop("execution", None)
+        if "outputs" in cell:
+            cell["outputs"] = joined(cell["outputs"])
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             output.get("metadata", {}).clear()

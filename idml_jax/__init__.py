@@ -77,7 +77,7 @@ if TYPE_CHECKING:
         risk,
         search,
     )
-    from idml_jax.errors import UserError, show_progress
+    from idml_jax.errors import UserError
     from idml_jax.inference import model as trained
     from idml_jax.inference import store as embeddings
     from idml_jax.inference.use import load
@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from idml_jax.losses import memory, miners, pairs_from_labels
     from idml_jax.losses import softmax as classifier
     from idml_jax.models import create_classifier, create_model
+    from idml_jax.runtime.progress import show_progress
     from idml_jax.training import config, recipes, train
     from idml_jax.training.config import default_config
     from idml_jax.training.recipes import get_config
@@ -123,7 +124,7 @@ _HOMES = {
     "risk": "risk",
     "search": "search",
     "semantic_distance": "ism:semantic_distance",
-    "show_progress": "errors:show_progress",
+    "show_progress": "runtime.progress:show_progress",
     "train": "training.train",
     "train_and_evaluate": "training.train:train_and_evaluate",
     "trained": "inference.model",

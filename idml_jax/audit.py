@@ -18,7 +18,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from idml_jax.errors import UserError, printable, run_command
+from idml_jax.errors import UserError, run_command
 from idml_jax.inference.choices import MOST, NEAR, SCORES
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
@@ -43,15 +43,22 @@ def _records(index: "Index", other: "Index | None", found: "Audit") -> str:
     lines = []
     for row, finding in zip(corrections.as_rows(index, found.findings), found.findings, strict=True):
         del row["decision"]
-        beside = [
-            {"path": str((other or index).files[b.row] if b.other else index.files[b.row]), "other_set": b.other}
-            for b in finding.beside
-        ]
+        beside = []
+        for image in finding.beside:
+            source = other if image.other and other is not None else index
+            place = {"path": str(source.files[image.row]), "box": corrections.box_of(source, image.row)}
+            beside.append({**place, "other_set": image.other})
         lines.append(json.dumps({**row, "score": finding.score, "beside": beside}) + "\n")
     return "".join(lines)
 
 
 def _audit(given: dict[str, Any]) -> None:
+    out = user_path(given["out"])
+    for name in ("near", "unusual", "most"):
+        if not given[name] >= 0:  # NaN is not, either
+            raise UserError(f"--{name}={given[name]} must not be below 0")
+    if not given["apply"] and out.exists():
+        raise UserError(f"{out} already exists; give a new folder (--out)")
     with loading():
         from idml_jax.inference import corrections
         from idml_jax.inference.audit import KINDS, audit, count_of
@@ -59,23 +66,17 @@ def _audit(given: dict[str, Any]) -> None:
         from idml_jax.reporting.answers import picture_reader
         from idml_jax.reporting.audit_sheet import sheet
 
-    out, say = user_path(given["out"]), lambda line: print(printable(line), flush=True)
     index = read_stored(given["index"], "--index")
     if given["apply"]:
         changes, rejected, open_ = corrections.read_decisions(given["apply"])
         corrected = corrections.apply(index, changes)
         corrections.write(corrected, out)
-        say(
+        tell(
             f"{len(changes):,} changes accepted, {rejected:,} rejected, {open_:,} undecided (not made): "
             f"{corrected.relabelled:,} images have another class, {len(corrected.removed):,} are removed"
         )
-        say(f"{len(corrected.paths):,} images in {out}")
+        tell(f"{len(corrected.paths):,} images in {out}")
         return
-    for name in ("near", "unusual", "most"):
-        if given[name] < 0:
-            raise UserError(f"--{name}={given[name]} must not be below 0")
-    if out.exists():
-        raise UserError(f"{out} already exists; give a new folder (--out)")
     other = read_stored(given["against"], "--against") if given["against"] else None
     workdir = str(given["workdir"] or index.about.get("workdir", ""))
     readers = picture_reader(index, workdir), picture_reader(other or index, workdir)
@@ -95,9 +96,9 @@ def _audit(given: dict[str, Any]) -> None:
         write("sheet.html", sheet(index, other, found, readers, str(given["index"])))
     for kind, count in count_of(found.findings).items():
         if (kind != "leak" or other is not None) and (kind != "blank" or given["pixels"]):
-            say(f"{count:6,}  {kind}: {KINDS[kind]}")
+            tell(f"{count:6,}  {kind}: {KINDS[kind]}")
     for note in found.notes:
-        say(note)
+        tell(note)
     tell(f"go through them on {out / 'sheet.html'}, save decisions.csv there, then:")
     index_name = shlex.quote(str(given["index"]))
     say_next(f"python -m idml_jax.audit --index={index_name} --apply=decisions.csv --out=corrected.csv")

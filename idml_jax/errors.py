@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 import multiprocessing
 import os
 import sys
@@ -48,8 +47,12 @@ def verbosity() -> int:
     return {"-1": -1, "1": 1}.get(os.environ.get(VERBOSITY, "0"), 0)
 
 
+before_line: Callable[[], None] = lambda: None  # removes what ``runtime.progress`` has on the screen
+
+
 def warn(line: str) -> None:
     """Prints a warning as one line on standard error."""
+    before_line()
     print(f"warning: {printable(line)}", file=sys.stderr)
 
 
@@ -64,26 +67,6 @@ def quiet_libraries() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def show_progress() -> None:
-    """Shows the progress of training on standard output, as ``python -m idml_jax.main`` does; for notebooks."""
-    own = logging.getLogger("idml_jax")
-    for handler in list(own.handlers):  # of an earlier call
-        own.removeHandler(handler)
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(_Lines("%(message)s"))
-    own.addHandler(console)
-    own.setLevel({-1: logging.WARNING, 0: logging.INFO, 1: logging.DEBUG}[verbosity()])
-    own.propagate = False
-
-
-class _Lines(logging.Formatter):
-    """Formats log records so that every line is safe for a terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
-        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def _wants_traceback() -> bool:
@@ -103,6 +86,7 @@ def stop(error: Exception) -> NoReturn:
     lines = [line.strip() for line in str(told).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines):  # ml_collections puts one into its message
         lines = lines[-1:]
+    before_line()
     print(f"error: {printable(' '.join(lines) or type(error).__name__)}", file=sys.stderr)
     sys.exit(1)
 
@@ -110,11 +94,12 @@ def stop(error: Exception) -> NoReturn:
 def end_now(code: int, message: str = "") -> NoReturn:
     """Ends this process at once, without Python's clean-up, during which running XLA threads may crash.
 
-        Args:
-          code: exit code.
-    message: text for standard error; empty: none.
+    Args:
+      code: exit code.
+      message: text for standard error; empty: none.
     """
     if message:
+        before_line()
         print(printable(message), file=sys.stderr)
     for child in multiprocessing.active_children():  # those of the data loader, which nothing else would end
         child.terminate()
@@ -159,11 +144,11 @@ def hide_consequences() -> None:
 def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
     """Runs a command and turns its errors into exit codes.
 
-        A ``UserError`` ends in one line and exit code 1, Ctrl-C in one line and exit code 130.
+    A ``UserError`` ends in one line and exit code 1, Ctrl-C in one line and exit code 130.
 
-        Args:
-          action: the command.
-    stopped: message after Ctrl-C.
+    Args:
+      action: the command.
+      stopped: message after Ctrl-C.
     """
     from absl import logging
 

@@ -20,7 +20,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from idml_jax.errors import UserError, run_command
+from idml_jax.errors import UserError, printable, run_command
 from idml_jax.inference.choices import FORMATS, PLATFORMS
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
@@ -61,7 +61,7 @@ def _export(given: dict[str, Any]) -> None:
     out = write(trained.load(given["workdir"]), given["out"], platforms, given["format"])
     program = out / f"model.{given['format']}"
     size, runs = program.stat().st_size / 1e6, ", ".join(platforms) if given["format"] == "stablehlo" else "onnxruntime"
-    print(f"{program} ({size:.1f} MB) for {runs}")
+    print(f"{printable(program)} ({size:.1f} MB) for {runs}")
     say_next(f"python {shlex.quote(str(out / 'example.py'))} IMAGE IMAGE")
 
 

@@ -78,11 +78,7 @@ def _products(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n
 
 @jax.custom_jvp
 def _gram(a: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    """``a a^T``, with its tangent written as ``M + M^T`` so that the gradient needs one matrix product instead of two.
-
-    Used for distances only: for losses on similarities, XLA on a CPU computes ``M`` twice, once across the rows, which
-    takes longer than a matrix product.
-    """
+    """``a a^T``, its tangent written as ``M + M^T`` so that the gradient needs one matrix product instead of two."""
     return _products(a, a)
 
 
@@ -93,6 +89,26 @@ def _gram_jvp(
     (a,), (d_a,) = primals, tangents
     half = _products(d_a, a)
     return _gram(a), half + half.T
+
+
+@jax.custom_jvp
+def _cosines(a: Float[Array, "n d"]) -> Float[Array, "n n"]:
+    """``_gram`` for losses on similarities.
+
+    Its gradient adds 0 times the row sums of the incoming ``M``. That second use of ``M`` makes XLA on a CPU store it;
+    otherwise it is computed twice within ``M + M^T``, once across the rows, which takes longer than a matrix product.
+    (Distances have such a use: their norms.)
+    """
+    return _products(a, a)
+
+
+@_cosines.defjvp
+def _cosines_jvp(
+    primals: tuple[Float[Array, "n d"]], tangents: tuple[Float[Array, "n d"]]
+) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
+    (d_a,) = tangents
+    product, tangent = _gram_jvp(primals, tangents)
+    return product, tangent + 0.0 * jnp.sum(d_a, axis=1)[:, None]
 
 
 def _norm_of_sums(a: Float[Array, "n d"], b: Float[Array, "m d"] | None, sign: float) -> Float[Array, "n m"]:
@@ -203,7 +219,7 @@ def cosine_similarity(a: Float[Array, "n d"], b: Float[Array, "m d"] | None = No
     """
     a, b = _promote_pair(a, b, "semantic embeddings")
     a = l2_normalize(a)
-    return _products(a, a if b is None else l2_normalize(b))
+    return _cosines(a) if b is None else _products(a, l2_normalize(b))
 
 
 @jax.custom_jvp

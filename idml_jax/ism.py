@@ -3,7 +3,7 @@
 An image is represented by a semantic embedding ``s`` and an uncertainty embedding ``u``. For a pair,
 
     alpha = || s1 - s2 ||             semantic discrepancy
-    beta  = || u1 + u2 ||             uncertainty of the pair (vectors are added before the norm)
+    beta  = || u1 + u2 ||             uncertainty of the pair (norm of the sum)
     D     = alpha * exp(-beta~ / tau) introspective distance
 
 with ``beta~ = beta / alpha`` (relative, the default) or ``beta~ = beta`` (absolute). The same factor weakens the

@@ -26,9 +26,10 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 import idml_jax
-from idml_jax.errors import UserError, end_now, hide_consequences, printable, run_command, show_progress, stop
+from idml_jax.errors import UserError, end_now, hide_consequences, printable, run_command, stop
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import user_path
+from idml_jax.runtime.progress import show_progress
 from idml_jax.training import recipes
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -10,7 +10,7 @@ embeddings, confused classes and, with ``--compare``, a second run. The best che
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from idml_jax.errors import run_command
+from idml_jax.errors import printable, run_command
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
@@ -28,7 +28,7 @@ def _report(given: dict[str, Any]) -> None:
     with loading():
         from idml_jax.reporting.page import make
 
-    print(f"report           {make(**given)}")
+    print(f"report           {printable(make(**given))}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,10 +12,11 @@ when it is run again.
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from idml_jax.errors import run_command, show_progress
+from idml_jax.errors import run_command
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import show_progress
 
 if TYPE_CHECKING:
     from idml_jax.training.risk import Settings, fit_risk

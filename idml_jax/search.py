@@ -86,7 +86,7 @@ def _search(given: dict[str, Any]) -> None:
     queries = open_index(given["query"], "--query", model)
     check_comparable(queries, searched.head, given["query"], given["index"])
     if searched.head.embedded.sets is not None:
-        warn(f"{given['index']}: images with several labels count as the class of their first")
+        warn(f"{given['index']}: in votes, images with several labels count as the class of their first")
     seen = near(searched, queries, given["k"], keep_same=given["keep_same"], say=say)
     index, own = seen.images, seen.own
     k = min(given["k"], len(seen.whole) - (seen.whole_own is not None))

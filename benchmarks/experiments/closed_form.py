@@ -30,6 +30,7 @@ STARTS: dict[str, Overrides] = {
     "whitened, 2 + 2 epochs": {"model.semantic_init": "whiten", "epochs": 4, "optim.warmup_epochs": 2},
 }
 COLUMNS = ("R@1", "MAP@R")
+SHOWN = (*COLUMNS, "NMI", "minutes")  # of the first table; what was not measured (eval.cluster=False) stays empty
 Found = dict[str, dict[str, float]]  # metrics by seed
 
 
@@ -58,8 +59,16 @@ def finished(run: list[str], workdir: Path, listed: bool) -> bool:
     return not code
 
 
+def measured(workdir: Path) -> dict[str, float]:
+    """The metrics at the end of a run, and its minutes from start to end."""
+    result = json.loads((workdir / "result.json").read_text())
+    return {**result["final"], "minutes": result["seconds"] / 60}
+
+
 def cell(runs: Found, name: str) -> str:
-    values = [100 * run[name] for run in runs.values()]
+    if any(name not in run for run in runs.values()):
+        return ""
+    values = [run[name] * (1 if name == "minutes" else 100) for run in runs.values()]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
@@ -90,13 +99,13 @@ def difference(one: Found, other: Found, name: str) -> str:
 
 def table(peers: list[dict], found: dict[str, Found]) -> list[str]:
     """The table of all rows, and the paired differences of fine-tuned ones."""
-    lines = [f"| row | seeds | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = [f"| row | seeds | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 2) + "|"]
     for peer in peers:
         lines.append(
-            f"| {peer['method']}, not trained | 1 | {' | '.join(cell({'': peer['test']}, c) for c in COLUMNS)} |"
+            f"| {peer['method']}, not trained | 1 | {' | '.join(cell({'': peer['test']}, c) for c in SHOWN)} |"
         )
     for row, runs in found.items():
-        lines.append(f"| {row} | {len(runs)} | {' | '.join(cell(runs, column) for column in COLUMNS)} |")
+        lines.append(f"| {row} | {len(runs)} | {' | '.join(cell(runs, column) for column in SHOWN)} |")
     others = [("random, 2 epochs", "whitened, 2 epochs"), ("random, 2 + 2 epochs", "whitened, 2 + 2 epochs")]
     others.append(("random, 2 + 2 epochs", "whitened, 2 epochs"))
     pairs = [(f"{metric}, {one}", f"{metric}, {other}") for metric in KNOWN for one, other in others]
@@ -130,7 +139,10 @@ def main() -> None:
     fitted = out / "closed_form"
     run = make("closed form", {"ism.enabled": False, "eval.untrained": True, **extra}, 0, fitted)
     run[run.index("idml_jax.main")] = "idml_jax.fit"
-    peers = json.loads((fitted / "result.json").read_text())["peers"] if finished(run, fitted, given.list) else []
+    peers = []
+    if finished(run, fitted, given.list):
+        peers = json.loads((fitted / "result.json").read_text())["peers"]
+        peers[-1]["test"]["minutes"] = measured(fitted)["minutes"]  # of the run that measures all of them
     found: dict[str, Found] = {}
     for seed in given.seeds.split(","):
         for row, overrides in rows(extra).items():
@@ -138,7 +150,7 @@ def main() -> None:
             if any(part in row for part in given.only.split("|")) and finished(
                 make(row, overrides, int(seed), workdir), workdir, given.list
             ):
-                found.setdefault(row, {})[seed] = json.loads((workdir / "result.json").read_text())["final"]
+                found.setdefault(row, {})[seed] = measured(workdir)
     if not given.list:
         print("\n".join(table(peers, found)))
         print("\n".join(by_step(out, list(found))))

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from absl import logging as absl_logging
 
-from idml_jax.errors import quiet_libraries, show_progress
+from idml_jax.errors import quiet_libraries
 from idml_jax.metrics.class_folds import fold_classes
 from idml_jax.metrics.uncertainty import r_auroc
 from idml_jax.runtime.files import user_path
+from idml_jax.runtime.progress import show_progress
 from idml_jax.training import risk
 from idml_jax.training.features import FeatureEmbedder, features_of
 from idml_jax.training.risk import Pictures, Settings

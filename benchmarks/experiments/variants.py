@@ -16,10 +16,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 import idml_jax.main  # noqa: F401, its flags
-from idml_jax.errors import show_progress
 from idml_jax.ism import DEFAULT_TEMPERATURE, Embedding
 from idml_jax.losses.auxiliary import ranking_loss
 from idml_jax.models.heads import Heads
+from idml_jax.runtime.progress import show_progress
 from idml_jax.training import train
 from idml_jax.training.build import Run, build
 from idml_jax.training.tasks.objective import Objective

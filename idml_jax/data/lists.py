@@ -106,7 +106,31 @@ def read_listing(
         weights_of(table, cells["weight"]),
     )
     _check_files(listing, root, option, warn)
+    _check_twice(listing, warn)
     return listing
+
+
+def _check_twice(listing: Listing, warn: Callable[[str], None]) -> None:
+    """Counts rows that name an image again, in the same box and split."""
+    table, columns = listing.table, (listing.splits, listing.is_query, listing.is_gallery)
+    if table.images is not None:
+        return
+    seen: dict[tuple, int] = {}
+    twice = []
+    for row, path in enumerate(listing.paths):
+        box = () if listing.boxes is None else tuple(listing.boxes[row].tolist())
+        first = seen.setdefault((path, box, *(None if x is None else x[row] for x in columns)), row)
+        if first != row:
+            twice.append((first, row))
+    if not twice:
+        return
+    shown, (one, other) = files.shown(table.where), twice[0]
+    others = sum(listing.labels[a] != listing.labels[b] for a, b in twice)
+    told = f", {others:,} of them with another class" if others else ""
+    warn(
+        f"{shown}: {len(twice):,} rows name an image again{told}, the first {files.shown(listing.paths[one])} "
+        f"({table.unit}s {table.lines[one]:,} and {table.lines[other]:,})"
+    )
 
 
 def _check_files(listing: Listing, root: str, option: str, warn: Callable[[str], None]) -> None:

@@ -100,9 +100,12 @@ def _text(where: Path, wanted: Collection[str], path_names: Collection[str], opt
     lines = files.read_text(where, MAX_BYTES, problem).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     # Spaces of ASCII alone: a file may be named by others.
     numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip(" \t\n\r\v\f")]
+    separator = named_separator(numbered[0][1]) if numbered else None
+    if separator is not None:
+        numbered = numbered[1:]
     if not numbered:
         raise UserError(f"{shown}: lists no images ({option})")
-    separator = _separator(where, [line for _, line in numbered[:100]], path_names)
+    separator = separator or _separator(where, [line for _, line in numbered[:100]], path_names)
     rows = [_cells(line, separator, f"{shown}, line {number}") for number, line in numbered]
     numbers = [number for number, _ in numbered]
     header = [cell.lower() for cell in rows[0]]
@@ -123,6 +126,27 @@ def _text(where: Path, wanted: Collection[str], path_names: Collection[str], opt
         if name in wanted
     }
     return Table(where, columns, numbers, "line", [name for name in header if name and name not in wanted])
+
+
+def named_separator(line: str) -> str | None:
+    """The separator that a first line such as ``sep=;`` names, as spreadsheets write it."""
+    found = re.fullmatch(r'"?sep=([,;|\t])"?\s*', line, re.IGNORECASE)
+    return found[1] if found else None
+
+
+def separated_rows(text: str, usual: str) -> tuple[str, str]:
+    """The text of a table with a header, without a line such as ``sep=;``, and its separator.
+
+    A spreadsheet may have saved it with another separator than it was written with.
+
+    Args:
+      text: the text.
+      usual: the separator that it was written with.
+    """
+    first, _, rest = text.partition("\n")
+    if (named := named_separator(first)) is not None:
+        return rest, named
+    return text, max((usual, *",;\t"), key=first.count)
 
 
 def _check_header(header: Sequence[str], where: Path) -> None:
@@ -158,7 +182,7 @@ def _cells(line: str, separator: str, where: str) -> list[str]:
         assert match is not None  # it may be empty
         quoted, plain = match.groups()
         if plain is not None and plain.strip().startswith('"'):
-            raise UserError(f"{where}: its quotes are not balanced")
+            raise UserError(f"{where}: its quotes are not balanced; a value cannot hold a line break")
         cells.append(plain.strip() if plain is not None else quoted.replace('""', '"'))
         place = match.end() + 1
     return cells

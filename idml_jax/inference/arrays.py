@@ -1,5 +1,6 @@
 """Reads named arrays of an untrusted ``.npz`` or Parquet file: nothing is unpickled, and memory is bounded."""
 
+import contextlib
 import json
 import math
 import sys
@@ -10,6 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from idml_jax.data.columns import ROLES
 from idml_jax.data.tables import arrow
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import first_line
@@ -46,6 +48,14 @@ def read(path: Path, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], li
         raise error if isinstance(error, UserError) else UserError(f"{path}: does not fit into memory") from error
     except Exception as error:  # damaged files can make the libraries raise anything
         raise UserError(f"{path}: not {kind} ({first_line(error)})") from error
+
+
+def is_table_of_images(path: Path) -> bool:
+    """Whether a Parquet file has a column of images or their paths, and none of vectors; false if it is damaged."""
+    with contextlib.suppress(Exception), arrow().parquet.ParquetFile(path) as file:
+        names = set(file.schema_arrow.names)
+        return not names & {"semantic", "embeddings"} and not {n.lower() for n in names}.isdisjoint(ROLES["path"])
+    return False
 
 
 def _check_size(promised: int, path: Path) -> None:

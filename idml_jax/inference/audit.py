@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from idml_jax.errors import UserError
+from idml_jax.inference.choices import MOST as MOST
 from idml_jax.inference.index import Index, check_comparable
 from idml_jax.metrics import duplicates, label_errors, retrieval
 from idml_jax.metrics.retrieval import Neighbours
@@ -16,12 +17,12 @@ KINDS = {
     "leak": "the other set has a copy of it",
     "duplicate": "a copy of an image before it",
     "blank": "the picture is empty",
-    "unusual": "unlike all others, or ambiguous: junk, or a stranger",
+    "unusual": "unlike its class or all others: junk, or a stranger",
 }
-MOST = 200  # findings of a kind
 BLANK = 4.0  # standard deviation of the grey values, of 255, below which a picture is empty
 BESIDE = 4  # images shown beside a finding
-Picture = Callable[[str], UInt8[np.ndarray, "h w 3"] | None]
+# Gives the pixels of an image; called with its name, and with its box if it is a part of a picture.
+Picture = Callable[..., UInt8[np.ndarray, "h w 3"] | None]
 
 
 class Beside(NamedTuple):
@@ -89,7 +90,7 @@ def audit(
       score: score that orders wrong labels, of ``label_errors.SCORES``.
       most: largest number of findings of each kind.
       unusual: share of the images that are listed as unusual.
-      picture: gives the pixels of a name, to find empty pictures; ``None``: they are not looked for.
+      picture: gives the pixels of an image, to find empty ones; ``None``: they are not looked for.
 
     Returns:
       The findings.
@@ -155,7 +156,7 @@ def _leaks(index: Index, other: Index, near: float, most: int, notes: list[str])
             more = (*result[mine].beside, Beside(place, True))
             result[mine] = result[mine]._replace(beside=more[:BESIDE])
             continue
-        reason = f"like {other.files[place]} of the other set (ratio {ratio:.2f})" + _named(index, mine, other, place)
+        reason = f"like {other.name_of(place)} of the other set (ratio {ratio:.2f})" + _named(index, mine, other, place)
         result[mine] = Finding("leak", mine, None, 1.0 - ratio, reason, (Beside(place, True),))
     if len(result) > most:
         notes.append(f"leak: the first {most:,} of {len(result):,} are listed")
@@ -184,7 +185,7 @@ def _duplicates(
         for row in group[1:].tolist():
             ratio, partner = nearest[row]
             shown = list(dict.fromkeys([partner, int(group[0]), *group.tolist()]))
-            reason = f"like {index.files[partner]} (ratio {ratio:.2f}), in a group of {len(group)}"
+            reason = f"like {index.name_of(partner)} (ratio {ratio:.2f}), in a group of {len(group)}"
             reason += _named(index, row, index, partner)
             beside = tuple(Beside(r) for r in shown if r != row)[:BESIDE]
             result.append(Finding("duplicate", row, None, 1.0 - ratio, reason, beside))
@@ -197,7 +198,8 @@ def _duplicates(
 def _blank(index: Index, picture: Picture, most: int, notes: list[str]) -> list[Finding]:
     result, absent = [], 0
     for row, name in enumerate(index.files.tolist()):
-        pixels = picture(name)
+        box = index.box_of(row)
+        pixels = picture(name) if box is None else picture(name, box)
         if pixels is None:
             absent += 1
             continue
@@ -213,23 +215,43 @@ def _blank(index: Index, picture: Picture, most: int, notes: list[str]) -> list[
 
 
 def unusual_scores(index: Index, found: Neighbours) -> Float[np.ndarray, "n"]:
-    """How unusual each image is, from 0 to 1: the larger of two ranks, of the distance to the nearest image and, where
-    it is known, of the length of ``u``."""
+    """How unusual each image is, from 0 to 1.
+
+    With labels: the rank of its distance from the mean direction of the other images of its class. Images without
+    labels, or alone in their class: the larger of two ranks, of the distance to the nearest image and, where it is
+    known, of the length of ``u``; junk that repeats itself is close to other junk, and is not found by these.
+    """
     rank = lambda x: (np.argsort(np.argsort(x, kind="stable"), kind="stable") + 1) / len(x)
-    far = rank(found.distance[:, 0])
-    if index.embedded.uncertainty is None:
-        return far
-    return np.maximum(far, rank(index.embedded.uncertainty_norm))
+    scores = rank(found.distance[:, 0])
+    if index.embedded.uncertainty is not None:
+        scores = np.maximum(scores, rank(index.embedded.uncertainty_norm))
+    own = _own_class_cosines(index)
+    known = ~np.isnan(own)
+    if known.any():
+        scores[known] = rank(-own[known])
+    return scores
+
+
+def _own_class_cosines(index: Index) -> Float[np.ndarray, "n"]:
+    """Those of ``label_errors``; NaN for all where no single label or only one class is known."""
+    labels = index.embedded.labels
+    if index.class_names is None or index.embedded.sets is not None or len(np.unique(labels)) < 2:
+        return np.full(len(labels), np.nan)
+    return label_errors.own_class_cosines(index.embedded.semantic, labels)
 
 
 def _unusual(index: Index, found: Neighbours, share: float, most: int) -> list[Finding]:
-    scores = unusual_scores(index, found)
+    scores, own = unusual_scores(index, found), _own_class_cosines(index)
+    ordinary = np.nan if np.isnan(own).all() else float(np.nanmedian(own))
     order = np.argsort(-scores, kind="stable")[: min(most, int(np.ceil(share * len(scores))))]
     result = []
     for row in order.tolist():
-        reason = f"distance to the nearest image {found.distance[row, 0]:.2f}"
-        if index.embedded.uncertainty is not None:
-            reason += f", length of u {np.linalg.norm(index.embedded.uncertainty[row]):.2f}"
+        if np.isnan(own[row]):
+            reason = f"distance to the nearest image {found.distance[row, 0]:.2f}"
+            if index.embedded.uncertainty is not None:
+                reason += f", length of u {np.linalg.norm(index.embedded.uncertainty[row]):.2f}"
+        else:
+            reason = f"cosine to the mean of its class {own[row]:.2f}; half of all images are above {ordinary:.2f}"
         near = tuple(map(Beside, found.index[row, :BESIDE].tolist()))
         result.append(Finding("unusual", row, None, float(scores[row]), reason, near))
     return result

@@ -12,7 +12,7 @@ import numpy as np
 
 from idml_jax.data import files, folders
 from idml_jax.data.sources import FolderSource
-from idml_jax.data.tables import MAX_BYTES
+from idml_jax.data.tables import MAX_BYTES, separated_rows
 from idml_jax.errors import UserError, warn
 from idml_jax.inference.embed import embed_all, index_of
 from idml_jax.inference.index import Index
@@ -86,7 +86,8 @@ def read_table(where: str) -> Table:
     if not os.path.isfile(path):
         raise UserError(f"{shown}: {'is not a file' if os.path.exists(path) else 'no such file'} (--pairs)")
     text = files.read_text(path, MAX_BYTES, f"{shown}: is not UTF-8 text (--pairs)")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=TABLES[path.suffix.lower()], strict=True)
+    text, separator = separated_rows(text, TABLES[path.suffix.lower()])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[tuple[int, list[str]]] = []
     try:
         rows.extend((reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row))

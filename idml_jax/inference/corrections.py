@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from idml_jax.data.columns import SEVERAL
-from idml_jax.data.tables import TABLES, TEXT
+from idml_jax.data.tables import TABLES, TEXT, separated_rows
 from idml_jax.errors import UserError, printable
 from idml_jax.inference.audit import Finding
 from idml_jax.inference.index import Index
@@ -38,8 +38,7 @@ class Change(NamedTuple):
 
 def box_of(index: Index, row: int) -> str:
     """Box of an image, as a table has it; empty if there is none."""
-    box = [] if index.boxes is None else index.boxes[row].tolist()
-    return ",".join(map(str, box)) if any(box) else ""
+    return ",".join(map(str, index.box_of(row) or ()))
 
 
 def as_rows(index: Index, findings: Sequence[Finding]) -> list[dict[str, str]]:
@@ -76,7 +75,8 @@ def read_decisions(where: str | Path) -> tuple[list[Change], int, int]:
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{path}: more than {_MOST_BYTES:,} bytes; not a table of decisions")
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        table = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        text, separator = separated_rows(text, ",")
+        table = list(csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=separator))
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a table of decisions ({first_line(error)})") from error
     if not table or any(name not in table[0] for name in _NEEDED):
@@ -151,13 +151,10 @@ def apply(index: Index, changes: Sequence[Change]) -> Corrected:
 
 def _class_of(index: Index, row: int) -> str:
     """The class of an image, or all of them as a table has them."""
-    sets = index.embedded.sets
-    if sets is None or index.class_names is None:
-        return index.class_of(row) or ""
-    named = [str(index.class_names[label]) for label in sets[row].tolist() if label >= 0]
-    if odd := next((name for name in named if SEVERAL in name), None):
+    names = index.classes_of(row)
+    if index.embedded.sets is not None and (odd := next((name for name in names if SEVERAL in name), None)):
         raise UserError(f"{printable(odd)}: a list of several labels cannot hold a class with {SEVERAL!r}")
-    return SEVERAL.join(named)
+    return SEVERAL.join(names)
 
 
 def _more(index: Index, rows: Sequence[int]) -> dict[str, list[str]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index, check_finite
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import user_path, write_text
-from idml_jax.runtime.progress import Ticker, bar
-from idml_jax.runtime.writers import format_seconds
+from idml_jax.runtime.progress import Progress, Ticker
 from idml_jax.training.build import data_of
 from idml_jax.training.embedder import Rows, embedded_rows
 from idml_jax.training.risk import digest
@@ -169,7 +167,7 @@ class _Job:
         done = min(len(known) * self._per_part, total)
         if known:
             self._say(f"resuming: {done:,} of {total:,} images are done")
-        with contextlib.closing(Progress(total, done, self._say)) as progress:
+        with contextlib.closing(Progress(total, done, Ticker(self._say))) as progress:
             for number in range(self._count):
                 if number not in known:
                     records = np.arange(number * self._per_part, min((number + 1) * self._per_part, total))
@@ -202,7 +200,7 @@ class _Job:
 
 
 def of_table(source: Source, labelled: bool = True) -> dict[str, np.ndarray]:
-    """What a table says about its images, by the names of ``inference.index.OF_TABLES``."""
+    """What a table says about its images, by the names of ``inference.told.OF_TABLES``."""
     fields = getattr(source, "fields", {})
     known = {"label_sets": "labels"} if labelled else {}
     known |= {name: name for name in ("group", "box", "is_query", "is_gallery")}
@@ -256,27 +254,6 @@ def _list_skipped(out: Path, skipped: list[tuple[str, str]], total: int, say: Ca
 
 def _check_finite(model: Trained, source: Source, rows: Rows) -> None:
     check_finite(rows.values, [source.name(record) for record in rows.records.tolist()], str(model.workdir))
-
-
-class Progress:
-    """Reports images done, speed and remaining time."""
-
-    def __init__(self, total: int, done: int, say: Callable[[str], None], seconds: float = 5.0):
-        self._total, self._done, self._first = total, done, done
-        self._start, self._ticker = time.monotonic(), Ticker(say, seconds)
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if not self._ticker.due():
-            return
-        rate = (self._done - self._first) / (time.monotonic() - self._start)
-        left = format_seconds((self._total - self._done) / max(rate, 1e-9))
-        done = f"{bar(self._done, self._total)} {self._done:,} of {self._total:,} images"
-        self._ticker.show(f"{done}, {rate:,.0f}/s, {left} to go")
-
-    def close(self) -> None:
-        """Ends the line of the progress."""
-        self._ticker.close()
 
 
 def split_source(model: Trained, split: str) -> Source:

@@ -22,14 +22,13 @@ from idml_jax.errors import UserError
 from idml_jax.inference.arrays import column_of
 from idml_jax.inference.index import (
     COLUMNS,
-    OF_TABLES,
     Index,
     checked_about,
     checked_numbers,
     read,
     texts,
-    told_by_table,
 )
+from idml_jax.inference.told import OF_TABLES, told_by_table
 from idml_jax.ism import Metric
 from idml_jax.metrics.blocks import Block
 from idml_jax.metrics.embedded import Embedded
@@ -270,7 +269,7 @@ class Gallery:
         labels = columns["labels"].astype(np.int64) if self.class_names is not None else None
         if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < len(self.class_names or ()):
             raise UserError(f"{self.folder}: labels reach beyond its {len(self.class_names or ()):,} class names")
-        told = told_by_table(self.folder, columns, columns["semantic"].shape, labels)
+        told = told_by_table(self.folder, columns, columns["semantic"].shape, labels, self.class_names)
         embedded = Embedded(
             columns["semantic"],
             np.zeros(len(columns["semantic"]), np.int32) if labels is None else labels,

@@ -17,13 +17,15 @@ from idml_jax.data.sources import Source
 from idml_jax.data.tables import arrow
 from idml_jax.errors import UserError, printable
 from idml_jax.inference import gallery as reading
-from idml_jax.inference.embed import Progress, about_of, embed_records, of_table
+from idml_jax.inference.embed import about_of, embed_records, of_table
 from idml_jax.inference.gallery import Made, part_path, skipped_path, source_path, sources_of
-from idml_jax.inference.index import OF_TABLES, SUFFIXES, Index, texts
+from idml_jax.inference.index import SUFFIXES, Index, texts
 from idml_jax.inference.model import Trained
 from idml_jax.inference.own import keys_of
 from idml_jax.inference.store import columns_of, digest, is_text, table_of
+from idml_jax.inference.told import OF_TABLES
 from idml_jax.runtime.files import atomic, user_path, write_json, write_text
+from idml_jax.runtime.progress import Progress, Ticker
 
 PART_IMAGES = 4096
 GROUP_ROWS = 1024  # rows of a row group, the least that is read of a part
@@ -93,7 +95,7 @@ def embed_to_gallery(
     if len(open_parts) < len(mine):
         say(f"resuming: {len(mine) - len(open_parts):,} of {len(mine):,} parts are done")
     total = max(1, sum(len(work.records(number)) for number in open_parts))
-    with contextlib.closing(Progress(total, 0, say)) as progress:
+    with contextlib.closing(Progress(total, 0, Ticker(say))) as progress:
         for number in open_parts:
             work.write(number, progress.add)
     work.finish(say)

@@ -23,7 +23,7 @@ from idml_jax.inference.own import own_rows, own_rows_in
 from idml_jax.inference.search import open_index
 from idml_jax.inference.sureness import Confidence, Wanted, fit
 from idml_jax.metrics.blocks import neighbours_in_blocks
-from idml_jax.metrics.embedded import Embedded
+from idml_jax.metrics.embedded import Embedded, rows_of
 
 VOTERS = 20  # neighbours that scores and votes use
 # Scores that need more of the gallery than the images near the queries.
@@ -130,9 +130,12 @@ def near(
     place = None if gone is None else np.cumsum(~gone) - 1
     number = lambda x: x if place is None else place[x]
     labels = np.zeros(len(gallery), np.int32) if gallery.labels is None else gallery.labels
-    labels = labels if gone is None else labels[~gone]
-    nothing = np.zeros((len(labels), 0), np.float32)
-    whole = Index(Embedded(nothing, labels), np.zeros(len(labels), "U1"), gallery.class_names, gallery.about)
+    sets = None
+    if "label_sets" in gallery.columns:
+        sets = np.concatenate([part["label_sets"] for _, part in gallery.batches(("label_sets",))])
+    embedded = Embedded(np.zeros((len(gallery), 0), np.float32), labels, sets=sets)
+    embedded = embedded if gone is None else rows_of(embedded, ~gone)
+    whole = Index(embedded, np.zeros(remaining, "U1"), gallery.class_names, gallery.about)
     mine = None if own is None else np.where(own >= 0, number(np.maximum(own, 0)), -1)
     return Near(gallery.index(rows), _in(own, rows), whole, number(rows), mine)
 

@@ -11,21 +11,20 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.errors import UserError
 from idml_jax.inference import arrays as stored_arrays
+from idml_jax.inference.told import OF_TABLES, check_shape, told_by_table
 from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import Embedded, rows_of
 from idml_jax.runtime.files import first_line, user_path
 
 SUFFIXES = (".npz", ".parquet")
 COLUMNS = ("semantic", "embeddings", "uncertainty", "semantic_norm", "ambiguity", "risk", "labels", "files")
-# What a table says about its images: names in a file of embeddings, and the number of axes.
-OF_TABLES = {"label_sets": 2, "group": 1, "box": 2, "is_query": 1, "is_gallery": 1}
 _WANTED = frozenset((*COLUMNS, *OF_TABLES, "class_names", "about"))
 # Known entries of ``about``, and their types.
 _ABOUT: dict[str, type | tuple[type, ...]] = {
@@ -117,6 +116,24 @@ class Index:
             raise UserError(f"{self.files[row]}: label {label}, but there are {len(self.class_names):,} class names")
         return self.class_names[label]
 
+    def classes_of(self, row: int) -> tuple[str, ...]:
+        """Names of all classes of a row, of which there may be several; none if they are unknown."""
+        if self.class_names is None or self.embedded.sets is None:
+            first = self.class_of(row)
+            return () if first is None else (first,)
+        return tuple(str(self.class_names[label]) for label in self.embedded.sets[row].tolist() if label >= 0)
+
+    def box_of(self, row: int) -> tuple[int, int, int, int] | None:
+        """The part of its picture that an image is: left, top, right, bottom in pixels; ``None``: all of it."""
+        if self.boxes is None or not self.boxes[row].any():
+            return None
+        left, top, right, bottom = map(int, self.boxes[row])
+        return left, top, right, bottom
+
+    def name_of(self, row: int) -> str:
+        """Path or name of an image, with its box if it is a part of a picture."""
+        return named(str(self.files[row]), self.box_of(row))
+
     def take(self, rows: Int[np.ndarray, "k"]) -> "Index":
         """Some rows of it."""
         some = lambda column: None if column is None else column[rows]
@@ -170,13 +187,13 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
     for name in COLUMNS:
         if name in arrays:
             wide = name in ("semantic", "embeddings", "uncertainty")
-            _check_shape(path, name, arrays[name], semantic.shape, 2 if wide else 1)
+            check_shape(path, name, arrays[name], semantic.shape, 2 if wide else 1)
     numbers = {name: checked_numbers(path, name, arrays[name]) for name in COLUMNS[:6] if name in arrays}
     classes, class_names = _labels(path, arrays)
     semantic = numbers.get("semantic", numbers.get("embeddings"))
     assert semantic is not None
     files = texts(arrays["files"]) if "files" in arrays else [f"row {row}" for row in range(len(semantic))]
-    told = told_by_table(path, arrays, semantic.shape, classes)
+    told = told_by_table(path, arrays, semantic.shape, classes, class_names)
     embedded = Embedded(
         semantic,
         np.zeros(len(semantic), np.int32) if classes is None else classes,
@@ -198,71 +215,6 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
         boxes=told.boxes,
         marked=told.marked,
     )
-
-
-class Told(NamedTuple):
-    """What a table says about images, as ``Embedded`` and ``Index`` hold it; ``None``: nothing."""
-
-    sets: Int[np.ndarray, "n l"] | None
-    groups: np.ndarray | None
-    boxes: Int[np.ndarray, "n 4"] | None
-    marked: Bool[np.ndarray, "n 2"] | None
-
-
-def told_by_table(
-    path: Path, arrays: Mapping[str, np.ndarray], of: tuple[int, ...], labels: Int[np.ndarray, "n"] | None
-) -> Told:
-    """The columns of ``OF_TABLES`` among the arrays of a file, checked.
-
-    Args:
-      path: the file or folder, for messages.
-      arrays: arrays by name.
-      of: shape of the embeddings.
-      labels: label of each image, if known.
-    """
-    for name, axes in OF_TABLES.items():
-        if name in arrays:
-            _check_shape(path, name, arrays[name], of, axes)
-    return Told(
-        _sets(path, arrays, labels),
-        _of_kind(path, arrays, "group", "iubUS"),
-        _of_kind(path, arrays, "box", "iu", 4),
-        _marked(path, arrays),
-    )
-
-
-def _of_kind(
-    path: Path, arrays: Mapping[str, np.ndarray], name: str, kinds: str, width: int | None = None
-) -> np.ndarray | None:
-    """An array of a table; other kinds and widths are refused."""
-    value = arrays.get(name)
-    if value is not None and (value.dtype.kind not in kinds or (width and value.shape[1] != width)):
-        raise UserError(f"{path}: {name} holds {value.dtype} {list(value.shape)}, which is not what a table gives")
-    return value
-
-
-def _sets(path: Path, arrays: Mapping[str, np.ndarray], labels: np.ndarray | None) -> np.ndarray | None:
-    """All labels of each image, the first as in ``labels``."""
-    sets = _of_kind(path, arrays, "label_sets", "iu")
-    if sets is not None and (labels is None or not np.array_equal(sets[:, 0], labels)):
-        raise UserError(f"{path}: the first column of label_sets must be the labels")
-    return sets
-
-
-def _marked(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    flags = [_of_kind(path, arrays, name, "b") for name in ("is_query", "is_gallery")]
-    if any(flag is None for flag in flags):
-        return None
-    return np.stack([flag for flag in flags if flag is not None], axis=1)
-
-
-def _check_shape(path: Path, name: str, value: np.ndarray, of: tuple[int, ...], dimensions: int) -> None:
-    if len(of) != 2 or value.ndim != dimensions or value.shape[0] != of[0]:
-        raise UserError(f"{path}: {name} has the shape {value.shape}, the embeddings {of}; they should be [n, d]")
-    if not of[0]:
-        raise UserError(f"{path}: no rows")
-    if value.ndim == 2 and not value.shape[1]:
-        raise UserError(f"{path}: {name} has the shape {value.shape}, so no dimensions")
 
 
 def checked_numbers(path: Path, name: str, value: np.ndarray) -> np.ndarray:
@@ -366,6 +318,32 @@ def check_comparable(
             raise UserError(f"{named} was made with {name} = {mine} and {other} with {theirs}; they cannot be compared")
 
 
+def named(file: str, box: Sequence[int] | None) -> str:
+    """Name of an image, with its box if it is a part of a picture."""
+    return file if box is None else f"{file} (box {','.join(map(str, box))})"
+
+
+def sets_in_common(queries: Index, gallery: Index) -> tuple[Int[np.ndarray, "n l"], Int[np.ndarray, "m l"]]:
+    """As ``labels_in_common``, all labels of each image, filled up with -1 to the same width l."""
+    sides = []
+    for index, numbers in zip((queries, gallery), _numbers(queries, gallery) or (None, None), strict=True):
+        sets = index.embedded.every_label
+        sides.append(sets if numbers is None else np.where(sets < 0, -1, numbers[sets]))
+    width = max(side.shape[1] for side in sides)
+    one, two = (np.pad(side, ((0, 0), (0, width - side.shape[1])), constant_values=-1) for side in sides)
+    return one, two
+
+
+def _numbers(queries: Index, gallery: Index) -> tuple[Int[np.ndarray, "c"], Int[np.ndarray, "d"]] | None:
+    """A number for each label of two sets, equal for equal names; ``None`` if one of them has no names."""
+    one, two = queries.class_names, gallery.class_names
+    if one is None or two is None or isinstance(one, Numbered) or isinstance(two, Numbered):
+        return None
+    known = {name: number for number, name in enumerate(dict.fromkeys([*one, *two]))}
+    found = [np.asarray([known[name] for name in names], np.int64) for names in (one, two)]
+    return found[0], found[1]
+
+
 def labels_in_common(queries: Index, gallery: Index) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "m"], bool]:
     """Relabels two sets so that equal classes have equal labels.
 
@@ -373,13 +351,8 @@ def labels_in_common(queries: Index, gallery: Index) -> tuple[Int[np.ndarray, "n
       Labels of the first and of the second set, and whether classes were matched by name. If a set has no names, its
       numbers are taken as those of the other.
     """
-    one, two = queries.class_names, gallery.class_names
-    numbered = isinstance(one, Numbered), isinstance(two, Numbered)
-    if one is None or two is None or any(numbered):
-        return queries.embedded.labels, gallery.embedded.labels, all(numbered)
-    known = {name: number for number, name in enumerate(dict.fromkeys([*one, *two]))}
-    both = [
-        np.asarray([known[name] for name in names], np.int64)[index.embedded.labels]
-        for names, index in ((one, queries), (two, gallery))
-    ]
-    return both[0], both[1], True
+    numbers = _numbers(queries, gallery)
+    if numbers is None:
+        numbered = isinstance(queries.class_names, Numbered) and isinstance(gallery.class_names, Numbered)
+        return queries.embedded.labels, gallery.embedded.labels, numbered
+    return numbers[0][queries.embedded.labels], numbers[1][gallery.embedded.labels], True

@@ -11,7 +11,7 @@ from idml_jax.errors import warn as say
 from idml_jax.inference import arrays as stored_arrays
 from idml_jax.inference import reranking
 from idml_jax.inference.gallery import is_gallery, read_gallery, read_stored
-from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common
+from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, sets_in_common
 from idml_jax.inference.own import own_rows
 from idml_jax.inference.reranking import Step
 from idml_jax.inference.sureness import held_out_beside
@@ -108,9 +108,9 @@ def measure(
     if searched is not None:
         own_labels, labels, named = labels_in_common(index, searched)
         queries, rows = queries._replace(labels=own_labels), searched.embedded._replace(labels=labels)
-        queries, rows = _sets_in_common(
-            queries, rows, list(index.class_names or ()) == list(searched.class_names or ())
-        )
+        if queries.sets is not None or rows.sets is not None:
+            sets, others_sets = sets_in_common(index, searched)
+            queries, rows = queries._replace(sets=sets), rows._replace(sets=others_sets)
         if not named:
             warn(f"{embeddings} or {gallery} does not name its classes; their numbers are compared")
     try:
@@ -157,16 +157,6 @@ def _without_own(index: Index, searched: Index | None, warn: Callable[[str], Non
     warn(f"{int((own >= 0).sum()):,} of {len(index):,} queries are in the gallery; they do not find themselves")
     named = lambda side, ids: replace(side, embedded=side.embedded._replace(ids=ids))
     return named(index, np.where(own < 0, -1 - np.arange(len(own)), own)), named(searched, np.arange(len(searched)))
-
-
-def _sets_in_common(queries: Embedded, rows: Embedded, equal: bool) -> tuple[Embedded, Embedded]:
-    """Both sides with several labels per image, if one has; ``equal``: whether their classes are the same."""
-    if queries.sets is None and rows.sets is None:
-        return queries, rows
-    if not equal:
-        raise UserError("files with several labels per image need the same classes, in the same order")
-    several = lambda side: side if side.sets is not None else side._replace(sets=side.labels[:, None])
-    return several(queries), several(rows)
 
 
 def _without_groups(index: Index) -> Index:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.errors import UserError
 from idml_jax.inference import embed
 from idml_jax.inference import model as trained
+from idml_jax.inference.arrays import is_table_of_images
 from idml_jax.inference.gallery import is_gallery, read_stored
 from idml_jax.inference.index import SUFFIXES, Index
 from idml_jax.inference.model import Trained
@@ -23,6 +24,7 @@ from idml_jax.metrics.strangers import Rule
 from idml_jax.metrics.summary import Embedded, scores_of
 from idml_jax.metrics.uncertainty import Threshold
 from idml_jax.metrics.vote import Ballot, Vote
+from idml_jax.runtime.files import user_path
 
 
 class Answers(NamedTuple):
@@ -193,15 +195,23 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
     return model
 
 
+def is_stored(where: str | Path) -> bool:
+    """Whether a path names embeddings, a file or a gallery, and not images; a Parquet file is told by its columns."""
+    if is_gallery(where):
+        return True
+    suffix = Path(where).suffix
+    return suffix in SUFFIXES and not (suffix == ".parquet" and is_table_of_images(user_path(where)))
+
+
 def open_index(where: str, option: str, model: Callable[[], Trained]) -> Index:
     """Reads embeddings from a file, or embeds images.
 
     Args:
-      where: a file or gallery of embeddings, or an image, folder or list of images.
+      where: a file or gallery of embeddings, or an image, folder, list or table of images.
       option: name of the command-line option, for messages.
       model: loads the network, if images must be embedded.
     """
-    if Path(where).suffix in SUFFIXES or is_gallery(where):
+    if is_stored(where):
         return read_stored(where, option)
     source, labelled = embed.list_images(where, option)
     return embed.index_of(model(), source, labelled, where)

@@ -3,7 +3,7 @@
 The arrays of an ``.npz``: ``semantic`` [n, d], ``semantic_norm`` [n], ``uncertainty`` [n, k] and ``uncertainty_norm``
 [n] if the run is introspective, ``risk`` [n] if it has a risk head, ``files`` [n], ``labels`` [n] and ``class_names``
 if classes are known, and ``about``, a JSON text about their origin; and, of images from a table, the arrays of
-``index.OF_TABLES``. A ``.parquet`` file has the same columns, the class name next to the class number, and ``about`` in
+``told.OF_TABLES``. A ``.parquet`` file has the same columns, the class name next to the class number, and ``about`` in
 its metadata (key ``idml_jax``). ``inference.index`` reads both.
 """
 

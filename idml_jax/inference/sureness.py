@@ -7,11 +7,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.errors import UserError
-from idml_jax.inference.index import Index, Numbered, check_comparable, labels_in_common
+from idml_jax.inference.index import Index, Numbered, check_comparable, labels_in_common, sets_in_common
 from idml_jax.inference.model import Trained
 from idml_jax.inference.own import own_rows
 from idml_jax.inference.search import open_index
-from idml_jax.metrics import calibration, strangers, uncertainty, visible
+from idml_jax.metrics import calibration, relevance, strangers, uncertainty, visible
 from idml_jax.metrics.calibration import Calibration, HeldOut
 from idml_jax.metrics.embedded import joined, rows_of, scores_of
 from idml_jax.metrics.strangers import Rule
@@ -67,15 +67,15 @@ def held_out_beside(held_out: Index, index: Index) -> HeldOut:
         kept[twice[twice >= 0]] = False
     if held_out is index or not kept.any():
         return HeldOut(queries)
+    mine, theirs = sets_in_common(held_out, index)
     if index.class_names is None:
-        labels = np.full(len(others.labels), -1)
+        theirs = np.full(theirs.shape, -1)
     elif isinstance(index.class_names, Numbered) or isinstance(held_out.class_names, Numbered):
-        labels = others.labels + int(queries.labels.max()) + 1
-    else:
-        own_labels, labels, _ = labels_in_common(held_out, index)
-        queries = queries._replace(labels=own_labels)
-    gallery = joined([queries, rows_of(others._replace(labels=labels), kept)])
-    return HeldOut(queries, gallery, np.arange(len(queries.labels)))
+        theirs = np.where(theirs < 0, -1, theirs + int(mine.max()) + 1)
+    several = queries.sets is not None or others.sets is not None
+    with_labels = lambda side, sets: side._replace(labels=sets[:, 0], sets=sets if several else None)
+    queries, others = with_labels(queries, mine), with_labels(others, theirs)
+    return HeldOut(queries, joined([queries, rows_of(others, kept)]), np.arange(len(queries.labels)))
 
 
 def confidence_for(
@@ -183,7 +183,10 @@ def note_of(confidence: Confidence, rule: Rule | None, wanted: Wanted) -> str:
         return confidence.source
     parts = [confidence.source]
     if confidence.calibrated is not None and confidence.calibrated.open is None:
-        parts.append("their classes are too few to play strangers, so every query's class is taken to be in the index")
+        parts.append(
+            "their classes cannot play strangers (too few, or several per image), so every query's class is taken to "
+            "be in the index"
+        )
     elif rule.share > 0:
         parts.append(f"by their scores, about {rule.share:.0%} of these queries are of classes that the index lacks")
     if (threshold := rule.precision) is not None:
@@ -209,6 +212,8 @@ def outcome(
 ) -> str:
     """What came out on queries with classes, as a line; empty if the classes of one side are unknown.
 
+    An answer is right if it shares a class with the query.
+
     Args:
       queries: the queries.
       index: embeddings that were searched.
@@ -218,18 +223,19 @@ def outcome(
     """
     if queries.class_names is None or index.class_names is None:
         return ""
-    asked, labels, comparable = labels_in_common(queries, index)
-    if not comparable:
+    if not labels_in_common(queries, index)[2]:
         return "the classes of one side are named and those of the other numbered: what came out is unknown"
-    size = visible.sizes_of(asked, labels)
+    asked, labels = sets_in_common(queries, index)
+    size = visible.sizes_of(asked, labels[labels >= 0])
     if own is not None:
-        size = size - ((own >= 0) & (labels[np.maximum(own, 0)] == asked))
-    mated, right = size > 0, labels[nearest] == asked
+        mine = labels[np.maximum(own, 0)]
+        size = size - ((own >= 0)[:, None] & (asked[:, :, None] == mine[:, None, :]).any(axis=2))
+    mated, right = ((size > 0) & (asked >= 0)).any(axis=1), relevance.shared(asked, labels[nearest])
     told = f"these queries: {int(answered.sum()):,} of {len(asked):,} answered"
     if answered.any():
         told += f", {right[answered].mean():.1%} rightly"
     if not mated.any():
-        names = list(dict.fromkeys(queries.class_names[int(label)] for label in asked))
+        names = list(dict.fromkeys(name for row in range(len(queries)) for name in queries.classes_of(row)))
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         return f"{told}; no query's class ({shown}) is in the index, so no answer can be right"
     if not mated.all():

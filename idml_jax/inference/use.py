@@ -20,8 +20,8 @@ from idml_jax.inference import embed as embedding
 from idml_jax.inference import model as trained
 from idml_jax.inference import search as searching
 from idml_jax.inference import sureness
-from idml_jax.inference.gallery import is_gallery, read_stored
-from idml_jax.inference.index import SUFFIXES, Index, check_comparable
+from idml_jax.inference.gallery import read_stored
+from idml_jax.inference.index import Index, check_comparable, named
 from idml_jax.inference.model import Trained
 from idml_jax.inference.own import own_rows
 from idml_jax.inference.sureness import Confidence, Wanted
@@ -40,10 +40,12 @@ class Near(NamedTuple):
 
     Attributes:
       file: its path or name.
-      label: name of its class; ``None`` if unknown.
+      label: name of its class, of several the first; ``None`` if unknown.
       distance: semantic distance.
       introspective_distance: distance by the introspective metric; ``None`` without an uncertainty.
       row: its row in the index.
+      labels: names of all its classes; none if unknown.
+      box: left, top, right and bottom if it is a part of a picture; ``None``: all of it.
     """
 
     file: str
@@ -51,6 +53,8 @@ class Near(NamedTuple):
     distance: float
     introspective_distance: float | None
     row: int
+    labels: tuple[str, ...] = ()
+    box: tuple[int, int, int, int] | None = None
 
 
 class Answer(Sequence[Near]):
@@ -59,13 +63,15 @@ class Answer(Sequence[Near]):
     Args:
       query: path or name of the query.
       near: the nearest images.
-      probability: that the nearest image has the query's class; ``None`` where nothing tells.
+      probability: that the nearest image has the query's class, or shares one with it where images have several;
+        ``None`` where nothing tells.
       uncertainty: length of the query's uncertainty embedding; ``None`` where the run has none.
       known: probability that the query's class is in the index at all; ``None`` where nothing tells.
 
     Attributes:
       file: path or name of the nearest image.
-      label: name of its class; ``None`` if unknown.
+      label: name of its class, of several the first; ``None`` if unknown.
+      labels: names of all its classes; none if unknown.
       distance: its semantic distance.
     """
 
@@ -79,7 +85,8 @@ class Answer(Sequence[Near]):
     ):
         self.query, self.probability, self.uncertainty, self.known = query, probability, uncertainty, known
         self._near = tuple(near)
-        self.file, self.label, self.distance = near[0].file, near[0].label, near[0].distance
+        self.file, self.distance = near[0].file, near[0].distance
+        self.label, self.labels = near[0].label, near[0].labels
 
     def __len__(self) -> int:
         return len(self._near)
@@ -95,10 +102,10 @@ class Answer(Sequence[Near]):
         return iter(self._near)
 
     def __repr__(self) -> str:
-        label = "" if self.label is None else f" ({self.label})"
+        label = f" ({', '.join(self.labels)})" if self.labels else ""
         sure = "" if self.probability is None else f", probability {self.probability:.3f}"
         more = f" and {len(self) - 1} more" if len(self) > 1 else ""
-        return f"Answer({self.query}: {self.file}{label} at {self.distance:.4f}{sure}{more})"
+        return f"Answer({self.query}: {named(self.file, self._near[0].box)}{label} at {self.distance:.4f}{sure}{more})"
 
 
 class Comparison(NamedTuple):
@@ -203,7 +210,7 @@ class Model(Trained):
 
 
 def _is_file_of_embeddings(value: Any) -> bool:
-    return isinstance(value, str | Path) and (Path(value).suffix in SUFFIXES or is_gallery(value))
+    return isinstance(value, str | Path) and searching.is_stored(value)
 
 
 # Of an index and the names of its scores: fitting it means a search of the index by itself.
@@ -251,20 +258,21 @@ def answers(queries: Index, index: Index, k: int = 10, *, held_out: Index | None
     )
     return [
         Answer(
-            str(name),
+            queries.name_of(query),
             [_near(index, found, query, place) for place in range(count)],
             None if found.sure is None else float(found.sure[query]),
             None if found.uncertainty is None else float(found.uncertainty[query]),
             None if found.known is None else float(found.known[query]),
         )
-        for query, name in enumerate(queries.files)
+        for query in range(len(queries))
     ]
 
 
 def _near(index: Index, found: searching.Answers, query: int, place: int) -> Near:
     row = int(found.index[query, place])
     introspective = None if found.introspective is None else float(found.introspective[query, place])
-    return Near(str(index.files[row]), index.class_of(row), float(found.distance[query, place]), introspective, row)
+    distance, told = float(found.distance[query, place]), (index.classes_of(row), index.box_of(row))
+    return Near(str(index.files[row]), index.class_of(row), distance, introspective, row, *told)
 
 
 def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Model:

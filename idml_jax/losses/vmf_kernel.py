@@ -88,8 +88,9 @@ def _value_and_ratios(
         """F(v - 1) = F(v) + k^2 F(v + 1) / (4 v (v + 1)), from the order v to the one below."""
         value, ratios = carry
         v = (top - step).astype(value.dtype)
-        terms = tuple(0.25 * top**2 / (v * (v + 1.0)) * x * r for x, r in zip(squares, ratios, strict=True))
-        return value + _sum_less_parts(jnp.log1p, terms), tuple(1.0 / (1.0 + term) for term in terms)
+        of_sum, one, other = (0.25 * top**2 / (v * (v + 1.0)) * x * r for x, r in zip(squares, ratios, strict=True))
+        below = 1.0 / (1.0 + of_sum), 1.0 / (1.0 + one), 1.0 / (1.0 + other)
+        return value + _sum_less_parts(jnp.log1p, (of_sum, one, other)), below
 
     # A loop, as the compiler takes minutes for its steps one after another.
     return jax.lax.fori_loop(0, steps, down, (value, ratios)) if steps else (value, ratios)

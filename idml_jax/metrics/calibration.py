@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.ism import Metric
-from idml_jax.metrics import uncertainty, visible
+from idml_jax.metrics import relevance, uncertainty, visible
 from idml_jax.metrics import vote as votes
 from idml_jax.metrics.confidence import Confidence, confidence, fit_confidence
 from idml_jax.metrics.embedded import Embedded, scores_of
@@ -100,6 +100,9 @@ class Known(NamedTuple):
 def answer(held_out: HeldOut, metric: Metric, *, labelled: bool = True, balanced: bool = False) -> Known:
     """Answers the held-out queries; the result serves several fits.
 
+    An answer is right if it shares a label with the query. Where images have several labels, the vote counts each as
+    the first of its labels, and no query plays a stranger.
+
     Args:
       held_out: queries of classes that the network was not trained on.
       metric: metric for the scores that use the uncertainty.
@@ -118,17 +121,22 @@ def answer(held_out: HeldOut, metric: Metric, *, labelled: bool = True, balanced
         own = np.arange(len(queries.labels))
     found = uncertainty.nearest_twenty(queries.semantic, gallery.semantic, own=own)
     vectors = queries.semantic, queries.labels, gallery.semantic, gallery.labels
-    setting = votes.chosen(*vectors, found, own, balanced=balanced) if labelled else None
+    several = queries.sets is not None or gallery.sets is not None
+    setting = None
+    if labelled:
+        setting = Vote(balanced=balanced) if several else votes.chosen(*vectors, found, own, balanced=balanced)
 
     def answers(queries: Embedded, own: Int[np.ndarray, "n"] | None, found: uncertainty.Neighbours) -> Known:
         scores = scores_of(queries, gallery, metric, own, found, setting=setting)
-        return Known(scores, gallery.labels[found.index[:, 0]] == queries.labels, queries.labels)
+        return Known(scores, relevance.relevant(queries, gallery, found.index[:, 0]), queries.labels)
 
     known = answers(queries, own, found)._replace(setting=setting)
     if (changed := held_out.changed) is not None:
         mine = held_out.changed_own
         near = uncertainty.nearest_twenty(changed.semantic, gallery.semantic, own=mine)
         known = known._replace(changed=answers(changed, mine, near))
+    if several:  # a class cannot be taken out of the gallery where its images are of others, too
+        return known
     return known._replace(strangers=_as_strangers(queries, gallery, own, metric, setting))
 
 

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from idml_jax.metrics.choices import NEAR as NEAR
 from idml_jax.metrics.retrieval import Neighbours
 
-PLACE, NEAR = 5, 0.6
+PLACE = 5
 CANDIDATES = 10  # neighbours of an image that may be its copies
 
 

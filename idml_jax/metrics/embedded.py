@@ -42,6 +42,11 @@ class Embedded(NamedTuple):
         return ism.Embedding(self.semantic, self.uncertainty)  # type: ignore[arg-type]  # of numpy
 
     @property
+    def every_label(self) -> Int[np.ndarray, "n l"]:
+        """``[n, l]`` all labels of each image, filled up with -1; l is 1 where each has one."""
+        return self.labels[:, None] if self.sets is None else self.sets
+
+    @property
     def uncertainty_norm(self) -> Float[np.ndarray, "n"]:
         """Length of the uncertainty embedding, the score of a single image."""
         assert self.uncertainty is not None

@@ -14,14 +14,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.metrics import vote
+from idml_jax.metrics.choices import SCORES as SCORES
 from idml_jax.metrics.retrieval import Neighbours
 
 NEAREST, VOTE_TEMPERATURE, TEMPERATURES = 50, 10.0, (5.0, 10.0, 20.0, 40.0)
 AGREEING = 10  # neighbours of `disagreement`
 _TILE = 2**22  # numbers of a tile of images and classes
 DAMPING = 0.1  # of `odds`
-# Names of the scores of `Evidence`; the first is the default (docs/audit.md has the measurements).
-SCORES = ("odds", "log_odds", "self_confidence", "normalized_margin", "disagreement")
 
 
 class Evidence(NamedTuple):
@@ -78,10 +77,7 @@ def evidence(rows: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], found
     classes, labels = np.unique(labels, return_inverse=True)
     size = np.bincount(labels)
     unit = _unit(np.asarray(rows, np.float32))
-    sums = np.zeros((len(classes), unit.shape[1]))
-    np.add.at(sums, labels, unit)
-    means = _unit(sums).astype(np.float32)
-    own = np.einsum("nd,nd->n", unit, _unit(sums[labels] - unit)).astype(np.float32)
+    means, own = _class_means(unit, labels, len(classes))
     weight = np.exp(VOTE_TEMPERATURE * (s := vote.cosines(rows, rows, found.index)) - VOTE_TEMPERATURE * s[:, :1])
     weight = weight / weight.sum(axis=1, keepdims=True)
     step = max(1, _TILE // len(classes))
@@ -110,6 +106,31 @@ def evidence(rows: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], found
         other[cut] = both[place, proposed[cut]] if len(classes) > 1 else np.finfo(float).tiny
     near = labels[found.index[:, :AGREEING]]
     return Evidence(given, other, classes[proposed], _disagreement(near, labels), size[labels] > 1)
+
+
+def own_class_cosines(rows: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """Cosine of each row to the mean direction of the other rows of its class; NaN where it has no other.
+
+    Args:
+      rows: semantic embeddings.
+      labels: class of each row.
+
+    >>> own_class_cosines(np.eye(3)[[0, 0, 1, 2]], np.array([0, 0, 0, 1])).round(2).tolist()
+    [0.71, 0.71, 0.0, nan]
+    """
+    classes, labels = np.unique(labels, return_inverse=True)
+    own = _class_means(_unit(np.asarray(rows, np.float32)), labels, len(classes))[1]
+    return np.where(np.bincount(labels)[labels] > 1, own, np.nan)
+
+
+def _class_means(
+    unit: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], classes: int
+) -> tuple[Float[np.ndarray, "c d"], Float[np.ndarray, "n"]]:
+    """Mean direction of each class, and the cosine of each row to that of the other rows of its class."""
+    sums = np.zeros((classes, unit.shape[1]))
+    np.add.at(sums, labels, unit)
+    own = np.einsum("nd,nd->n", unit, _unit(sums[labels] - unit)).astype(np.float32)
+    return _unit(sums).astype(np.float32), own
 
 
 def _unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

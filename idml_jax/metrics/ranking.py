@@ -276,7 +276,7 @@ def _shared_gallery(
 
 def _tile(rows: int) -> int:
     # On a CPU a tile should stay in the cache; an accelerator wants larger products.
-    return min(1024 if jax.default_backend() == "cpu" else 4096, _power_of_two(rows, least=64))
+    return min(512 if jax.default_backend() == "cpu" else 4096, _power_of_two(rows, least=64))
 
 
 def _height(rows: int, columns: int, devices: int) -> int:

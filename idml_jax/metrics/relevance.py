@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from idml_jax.metrics import full_ranking, retrieval, uncertainty
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.full_ranking import Groups, Ranking
-from idml_jax.metrics.retrieval import Ranks
+from idml_jax.metrics.retrieval import Neighbours, Ranks
 
 # What needs one class for each image, or every answer list as it is.
 LEFT_OUT = (
@@ -51,10 +51,44 @@ def rank(queries: Embedded, gallery: Embedded | None = None) -> Ranking:
 
 def relevant(queries: Embedded, gallery: Embedded, rows: Int[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
     """Whether each query shares a label with one gallery row."""
-    if queries.sets is None or gallery.sets is None:
-        return queries.labels == gallery.labels[rows]
-    mine, theirs = queries.sets[:, :, None], gallery.sets[rows][:, None, :]
+    return shared(queries.every_label, gallery.every_label[rows])
+
+
+def shared(one: Int[np.ndarray, "n l"], other: Int[np.ndarray, "n k"]) -> Bool[np.ndarray, "n"]:
+    """Whether two rows of labels, filled up with -1, share one."""
+    mine, theirs = one[:, :, None], other[:, None, :]
     return ((mine == theirs) & (mine >= 0)).any(axis=(1, 2))
+
+
+def nearest_found(queries: Embedded, gallery: Embedded, k: int, own: Int[np.ndarray, "n"] | None = None) -> Neighbours:
+    """The k nearest images that each query can find: with groups, not those of its class and group.
+
+    Where a query can find fewer than k, the others follow the ones that it can find.
+
+    Args:
+      queries: the queries.
+      gallery: images that are searched.
+      k: number of neighbours.
+      own: ``[n]`` gallery row of each query itself; -1: none.
+    """
+    if queries.groups is None or gallery.groups is None:
+        return retrieval.neighbours(queries.semantic, gallery.semantic, k, own=own)
+    most = len(gallery.labels) - (own is not None)
+    depth = min(most, k + _most_excluded(gallery.every_label, gallery.groups))
+    found = retrieval.neighbours(queries.semantic, gallery.semantic, depth, own=own)
+    out = np.stack(
+        [relevant(queries, gallery, rows) & (gallery.groups[rows] == queries.groups) for rows in found.index.T],
+        axis=1,
+    )
+    order = np.argsort(out, axis=1, kind="stable")[:, :k]
+    return Neighbours(*(np.take_along_axis(part, order, axis=1) for part in (found.distance, found.index)))
+
+
+def _most_excluded(sets: Int[np.ndarray, "m l"], groups: Shaped[np.ndarray, "m"]) -> int:
+    """No query has more images of its class and group in a gallery than this."""
+    groups = np.unique(groups, return_inverse=True)[1]
+    keys = (sets.astype(np.int64) * (int(groups.max()) + 1) + groups[:, None])[sets >= 0]
+    return sets.shape[1] * int(np.unique(keys, return_counts=True)[1].max())
 
 
 def as_ranks(found: Ranking) -> Ranks:

@@ -1,17 +1,21 @@
 """Formats the answers of a search as a table, records, a page or a contact sheet."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from markupsafe import Markup
 
-from idml_jax.errors import printable
+from idml_jax.data import tables
+from idml_jax.data.sources import Source, box_of
+from idml_jax.errors import UserError, printable
 from idml_jax.inference import embed
 from idml_jax.inference import model as trained
+from idml_jax.inference.index import named
 from idml_jax.inference.search import Answers
 from idml_jax.inference.store import Index
 from idml_jax.reporting import html as pages
@@ -20,12 +24,17 @@ from idml_jax.runtime.files import without_nan
 
 SHEET_ROWS = 40
 OPEN = 60  # answered queries that a page shows unfolded; the others are folded by as many
-Reader = Callable[[str], UInt8[np.ndarray, "h w 3"] | None]  # thumbnail of the image with a name
+# Gives the thumbnail of an image; called with its name, and with its box if it is a part of a picture.
+Reader = Callable[..., UInt8[np.ndarray, "h w 3"] | None]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+# ``classes`` and ``box`` are there where images have several classes, or are parts of pictures.
 Near = TypedDict(
     "Near",
     {
         "file": str,
+        "box": NotRequired[Box | None],
         "class": str | None,
+        "classes": NotRequired[list[str]],
         "distance": float,
         "introspective_distance": float | None,
         "speaks": bool,  # for the answer: it is of the answer's class
@@ -37,7 +46,9 @@ Row = TypedDict(
     "Row",
     {
         "query": str,
+        "box": NotRequired[Box | None],
         "class": str | None,
+        "classes": NotRequired[list[str]],
         "answer": str | None,
         "sure": float | None,
         "known": float | None,
@@ -55,30 +66,27 @@ def records(queries: Index, index: Index, answers: Answers, own: Int[np.ndarray,
 
     If the class of a query is unknown, that of its row ``own`` of the index is used.
     """
-
-    def known_class(i: int) -> str | None:
-        if own is not None and own[i] >= 0 and queries.class_names is None:
-            return index.class_of(int(own[i]))
-        return queries.class_of(i)
-
     optional = lambda column, i: None if column is None else float(column[i])
     rows = []
     for i, file in enumerate(queries.files):
+        first = index.classes_of(int(answers.index[i, 0]))
         near = [
             {
                 "file": str(index.files[row]),
-                "class": index.class_of(row),
+                **_told(index, row),
                 "distance": float(answers.distance[i, j]),
                 "introspective_distance": optional(answers.introspective, (i, j)),
-                "speaks": index.class_names is not None
-                and bool(index.embedded.labels[row] == index.embedded.labels[answers.index[i, 0]]),
+                "speaks": not set(first).isdisjoint(index.classes_of(row)),
             }
             for j, row in enumerate(answers.index[i].tolist())
         ]
+        known, row = queries, i
+        if own is not None and own[i] >= 0 and queries.class_names is None:
+            known, row = index, int(own[i])
         rows.append(
             {
                 "query": str(file),
-                "class": known_class(i),
+                **_told(known, row),
                 "answer": index.class_of(int(answers.index[i, 0])) if answers.answered[i] else None,
                 "sure": optional(answers.sure, i),
                 "known": optional(answers.known, i),
@@ -90,6 +98,24 @@ def records(queries: Index, index: Index, answers: Answers, own: Int[np.ndarray,
             }
         )
     return without_nan(rows)
+
+
+def _told(index: Index, row: int) -> dict[str, Any]:
+    """Class of an image, and its box and all its classes if images of the index have such."""
+    box = {} if index.boxes is None else {"box": index.box_of(row)}
+    several = {} if index.embedded.sets is None else {"classes": list(index.classes_of(row))}
+    return {**box, "class": index.class_of(row), **several}
+
+
+def _classes(told: Row | Near) -> list[str]:
+    """The classes of a query or an answer."""
+    first = told["class"]
+    return told.get("classes", [] if first is None else [first])
+
+
+def _label(told: Row | Near, file: str) -> str:
+    """What is written below an image: its classes, or else the name of its file."""
+    return ", ".join(_classes(told)) or Path(file).name
 
 
 def _votes(index: Index, answers: Answers, query: int) -> list[Share]:
@@ -110,19 +136,19 @@ def as_table(rows: list[Row]) -> str:
     """For a terminal."""
     lines = []
     for row in rows:
-        lines.append(f"{printable(row['query'])}   {'   '.join(_facts(row))}")
+        lines.append(f"{printable(named(row['query'], row.get('box')))}   {'   '.join(_facts(row))}")
         for place, near in enumerate(row["neighbours"], 1):
             inner = near["introspective_distance"]
             shown = "" if inner is None else f"  D {inner:.3f}"
-            named = f"{printable(near['class'] or '')}  {printable(near['file'])}"
-            lines.append(f"  {place:3d}  distance {near['distance']:.3f}{shown}  {named}")
+            told = f"{printable(', '.join(_classes(near)))}  {printable(named(near['file'], near.get('box')))}"
+            lines.append(f"  {place:3d}  distance {near['distance']:.3f}{shown}  {told}")
     return "\n".join(lines)
 
 
 def _facts(row: Row) -> list[str]:
     facts = [] if row["answered"] else ["no answer"]
     if row["answer"] is not None:
-        facts.append(f"answer {printable(row['answer'])}")
+        facts.append(f"answer {printable(', '.join(_classes(row['neighbours'][0])))}")
     values = (
         (row["sure"], "sure {:.0%}"),
         (row["known"], "known {:.0%}"),
@@ -133,26 +159,43 @@ def _facts(row: Row) -> list[str]:
 
 
 def picture_reader(index: Index, workdir: str) -> Reader:
-    """A function from the name of a row to its thumbnail; a run's own images are read from its data."""
-    split = str(index.about.get("images", "")).partition("split:")[2]
-    if split not in embed.SPLITS:  # a file from elsewhere may hold any name
-        return lambda file: thumbnail(Path(file).read_bytes()) if os.path.isfile(file) else None
-    source = embed.split_source(trained.load(workdir), split)
-    known = {source.name(record): record for record in range(len(source))}
-    return lambda file: thumbnail(source.read(known[file])) if file in known else None
+    """A function from the name of a row, and its box, to its thumbnail.
+
+    A run's own images are read from its data, and images that are stored in a table from that.
+    """
+    origin = str(index.about.get("images", ""))
+    split = origin.partition("split:")[2]
+    source: Source | None = None
+    if split in embed.SPLITS:
+        source = embed.split_source(trained.load(workdir), split)
+    elif tables.is_saved_set(Path(origin)) or (origin.lower().endswith(".parquet") and os.path.isfile(origin)):
+        with contextlib.suppress(UserError):  # it has changed since, or holds no images
+            source, _ = embed.list_images(origin, "--index", warn=lambda line: None)
+    # Images of a table may have one name; they are told apart by their boxes, or not at all.
+    records: dict[tuple[str, Box | None], int | None] = {}
+    for record in range(0 if source is None else len(source)):
+        assert source is not None
+        key = source.name(record), box_of(source, record)
+        records[key] = None if key in records else record
+
+    def read(file: str, box: Box | None = None) -> UInt8[np.ndarray, "h w 3"] | None:
+        record = records.get((file, box))
+        if source is not None and record is not None:
+            return thumbnail(source.read(record), within=box)
+        # A file from elsewhere may hold any name.
+        return thumbnail(Path(file).read_bytes(), within=box) if os.path.isfile(file) else None
+
+    return read
 
 
 def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str:
     """An HTML page with the queries and their answers; queries without an answer come last, folded."""
-    from idml_jax.reporting import plots  # loads matplotlib, which a table does without
-
-    encode = lambda pixels: None if pixels is None else plots.encode(pixels)
 
     def tiles(row: Row) -> list[Markup]:
-        caption = [*(f for f in _facts(row) if f != "no answer"), row["class"] or Path(row["query"]).name]
-        cells = [pages.tile(encode(read_query(row["query"])), caption, "query", row["query"])]
+        caption = [_label(row, row["query"]), *(f for f in _facts(row) if f != "no answer")]
+        cells = [_tile(read_query, row["query"], row.get("box"), caption, "query")]
         for near in row["neighbours"]:
-            cells.append(pages.tile(encode(read(near["file"])), _near(near), _kind(row, near), near["file"]))
+            cells.append(_tile(read, near["file"], near.get("box"), _near(near), _kind(row, near)))
         return cells
 
     answered, others = [r for r in rows if r["answered"]], [r for r in rows if not r["answered"]]
@@ -170,6 +213,22 @@ def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str
         shown = reason + pages.tiles(cell for row in others for cell in tiles(row)[:1])
         body.append(pages.fold(title, shown, opened=not answered and len(others) <= OPEN))
     return pages.page("Search", body)
+
+
+def picture(read: Reader, file: str, box: Sequence[int] | None) -> UInt8[np.ndarray, "h w 3"] | None:
+    """The thumbnail that a reader gives of an image."""
+    return read(file) if box is None else read(file, tuple(box))
+
+
+def _tile(read: Reader, file: str, box: Box | None, lines: Sequence[str], kind: str) -> Markup:
+    return tile(picture(read, file, box), lines, kind, named(file, box))
+
+
+def tile(pixels: UInt8[np.ndarray, "h w 3"] | None, lines: Sequence[str], kind: str, title: str) -> Markup:
+    """A thumbnail on a page, with lines of text, as ``html.tile``."""
+    from idml_jax.reporting import plots  # loads matplotlib, which a table does without
+
+    return pages.tile(None if pixels is None else plots.encode(pixels), lines, kind, title)
 
 
 def _legend(rows: list[Row]) -> Markup:
@@ -197,13 +256,14 @@ def _legend(rows: list[Row]) -> Markup:
 def _near(near: Near) -> list[str]:
     inner = near["introspective_distance"]
     lines = [f"distance {near['distance']:.3f}"] + ([] if inner is None else [f"D {inner:.3f}"])
-    return [*lines, near["class"] or Path(near["file"]).name]
+    return [*lines, _label(near, near["file"])]
 
 
 def _kind(row: Row, near: Near) -> str:
-    if row["class"] is None or near["class"] is None:
+    asked, found = _classes(row), _classes(near)
+    if not (asked and found):
         return ""
-    return "right" if row["class"] == near["class"] else "wrong"
+    return "wrong" if set(asked).isdisjoint(found) else "right"
 
 
 def as_png(rows: list[Row], read_query: Reader, read: Reader) -> bytes:
@@ -213,12 +273,17 @@ def as_png(rows: list[Row], read_query: Reader, read: Reader) -> bytes:
     short = lambda lines: "\n".join(line if len(line) <= 22 else line[:21] + "…" for line in map(printable, lines))
 
     def asked(row: Row) -> plots.Cell:
-        return read_query(row["query"]), short([*_facts(row), row["class"] or Path(row["query"]).name]), "query"
+        pixels = picture(read_query, row["query"], row.get("box"))
+        return pixels, short([_label(row, row["query"]), *_facts(row)]), "query"
 
     def found(row: Row, near: Near) -> plots.Cell:
         kind = _kind(row, near)
         first, *more = _near(near)
-        return read(near["file"]), short([f"{pages.SIGNS.get(kind, '')} {first}".strip(), *more]), kind
+        return (
+            picture(read, near["file"], near.get("box")),
+            short([f"{pages.SIGNS.get(kind, '')} {first}".strip(), *more]),
+            kind,
+        )
 
     shown = rows[:SHEET_ROWS]
     cells = [[asked(row), *(found(row, near) for near in row["neighbours"])] for row in shown if row["answered"]]

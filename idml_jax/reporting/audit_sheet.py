@@ -10,8 +10,7 @@ from idml_jax.inference.audit import KINDS, Audit, Finding
 from idml_jax.inference.corrections import COLUMNS, as_rows
 from idml_jax.inference.index import Index
 from idml_jax.reporting import html as pages
-from idml_jax.reporting import plots
-from idml_jax.reporting.answers import Reader
+from idml_jax.reporting.answers import Reader, picture, tile
 
 KEYS = (
     ("j", "next"),
@@ -118,11 +117,11 @@ def _card(
     index: Index, other: Index | None, finding: Finding, row: dict[str, str], readers: tuple[Reader, Reader]
 ) -> Markup:
     change = f"{row['class']} → {row['proposed']}" if row["action"] == "relabel" else "remove"
-    tiles = [_tile(readers[0], row["path"], [row["class"]], "query")]
+    tiles = [_tile(readers[0], index, finding.row, [row["class"]], "query")]
     for beside in finding.beside:
         source = other if beside.other and other is not None else index
         lines = ([source.class_of(beside.row) or ""]) + (["other set"] if beside.other else [])
-        tiles.append(_tile(readers[int(beside.other)], str(source.files[beside.row]), lines, ""))
+        tiles.append(_tile(readers[int(beside.other)], source, beside.row, lines, ""))
     head = pages.html(
         '<b>{}</b> <span class="badge decision">undecided</span> <span class="muted small">{}</span>',
         change,
@@ -131,6 +130,6 @@ def _card(
     return pages.html('<div class="finding" data-row="{}">{}{}</div>', json.dumps(row), head, pages.row(tiles))
 
 
-def _tile(read: Reader, name: str, lines: Sequence[str], kind: str) -> Markup:
-    pixels = read(name)
-    return pages.tile(None if pixels is None else plots.encode(pixels), [*lines, Path(name).name], kind, name)
+def _tile(read: Reader, index: Index, row: int, lines: Sequence[str], kind: str) -> Markup:
+    name = str(index.files[row])
+    return tile(picture(read, name, index.box_of(row)), [*lines, Path(name).name], kind, index.name_of(row))

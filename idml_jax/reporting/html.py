@@ -43,7 +43,7 @@ figure summary { list-style: none; cursor: zoom-in; } figure summary::-webkit-de
 figure details[open] img { position: fixed; inset: 0; margin: auto; z-index: 9; width: min(88vw, 80vh, 560px);
   height: min(88vw, 80vh, 560px); cursor: zoom-out; box-shadow: 0 0 0 100vmax rgba(0, 0, 0, .6); }
 .pair { display: flex; margin-right: 22px; } .pair figure.query { margin-right: 4px; }
-figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 6.6em; }
+figcaption { overflow: hidden; overflow-wrap: anywhere; max-height: 9.1em; } .query figcaption { max-height: 11.7em; }
 .fold { margin: .4rem 0 1rem; } .fold > summary { cursor: pointer; font-weight: 600; padding: .3rem 0; }
 .badge { display: inline-block; padding: 0 .5em; border-radius: 9px; background: #e6e9ec; font-weight: 600; }
 .badge.yes { background: #d8efe2; color: #1d6b42; } .badge.no { background: #f8dedc; color: #95261f; }

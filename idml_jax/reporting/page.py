@@ -10,7 +10,7 @@ from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 from idml_jax.inference.embed import embed_all
 from idml_jax.inference.model import load
-from idml_jax.metrics import calibration, confidence, relevance, retrieval
+from idml_jax.metrics import calibration, confidence, relevance
 from idml_jax.metrics.summary import Embedded, retrieval_report, scores_of
 from idml_jax.metrics.vote import Vote
 from idml_jax.reporting import html as pages
@@ -60,12 +60,14 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
     searched = embedded if separate is None else embedded_of(separate)
     own = np.arange(len(queries)) if separate is None else relevance.own_rows(embedded, searched)
     k = min(NEIGHBOURS, len(searched.labels) - (own is not None))
-    found = retrieval.neighbours(embedded.semantic, searched.semantic, k, own=own)
+    found = relevance.nearest_found(embedded, searched, k, own)
     special = relevance.is_special(embedded, None if separate is None else searched)
     held_out = None if special else held_out_queries(evaluation)
     known = None if held_out is None else calibration.answer(held_out, model.metric)
-    setting = Vote() if known is None else known.setting
-    scores = scores_of(embedded, searched, model.metric, own, setting=None if special else setting)
+    setting = None if special else Vote() if known is None else known.setting
+    twenty = min(20, len(searched.labels) - (own is not None))
+    near = relevance.nearest_found(embedded, searched, twenty, own) if special else None
+    scores = scores_of(embedded, searched, model.metric, own, near, setting=setting)
     if known is not None:
         fitted = calibration.fit_model(known, scores)
         scores["confidence"] = 1.0 - confidence.confidence(fitted, scores)

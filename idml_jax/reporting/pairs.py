@@ -22,6 +22,9 @@ def verification(seen: HasResult, images: object) -> Markup:
         return Markup()
     start = "verification/FNMR@"
     rows = [_row(best, name.removeprefix(start)) for name in best if name.startswith(start)]
+    head = ("wanted FMR", "FNMR", "FMR of the threshold of held-out classes", "its FNMR")
+    if all(row[2:] == ("-", "-") for row in rows):  # there are no held-out classes
+        head, rows = head[:2], [row[:2] for row in rows]
     return pages.html(
         "<h2>Is it the same class?</h2><p>All pairs of test images by cosine similarity: EER {}, AUROC {}. FMR is the "
         "share of pairs of different classes taken for the same, FNMR the share of pairs of one class that is "
@@ -30,11 +33,11 @@ def verification(seen: HasResult, images: object) -> Markup:
         "pair.</p>{}",
         pages.number(pages.Share(best["verification/EER"])),
         pages.number(pages.Share(best.get("verification/AUROC", float("nan")))),
-        pages.table(("wanted FMR", "FNMR", "FMR of the threshold of held-out classes", "its FNMR"), rows),
+        pages.table(head, rows),
     )
 
 
-def _row(best: Mapping[str, float], fmr: str) -> tuple[str, str, str, str]:
+def _row(best: Mapping[str, float], fmr: str) -> tuple[str, ...]:
     cells = [best.get(f"verification/{name}@{fmr}") for name in ("FNMR", "chosen/FMR", "chosen/FNMR")]
     shown = ["-" if value is None else _percent(value) for value in cells]
     return _percent(fmr), shown[0], shown[1], shown[2]

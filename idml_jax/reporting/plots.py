@@ -155,7 +155,9 @@ def against_truth(
     left.set_title(f"Uncertainty |u| (rank correlation {rank_correlation:.2f})", fontsize=10, loc="left")
     left.set_ylim(*np.quantile(scores, [0.002, 0.998]))
     left.set_ylabel("|u|", fontsize=9)
-    left.legend(fontsize=8, frameon=False)
+    for handle in left.legend(fontsize=8, frameon=False, markerscale=1.6).legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)  # a single point is too pale to be seen
     other, right = _axis(4.6, 3.4)
     right.plot(middle, [100 * correct[g].mean() for g in groups], "o-", color=COLOURS[0], linewidth=1.8)
     right.set_title("Right answers, %", fontsize=10, loc="left")
@@ -217,7 +219,7 @@ def plane_by_class(places: Float[np.ndarray, "n 2"], labels: Int[np.ndarray, "n"
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         x, y = places[labels == label].T
         axis.scatter(
-            x, y, s=15, color=colour, marker=marker, linewidths=0, label=_label(_short(names[label], 32)), zorder=2
+            x, y, s=15, color=colour, marker=marker, linewidths=0, label=_label(_short(names[label], 25)), zorder=2
         )
     axis.set_title(f"By class: the {len(largest)} largest", fontsize=10, loc="left")
     handles, shown = axis.get_legend_handles_labels()
@@ -274,7 +276,9 @@ FRAMES = {"": "#ccd2d8", "right": "#2f8f5b", "wrong": "#c8423b", "query": "#3365
 def sheet(rows: Sequence[Sequence[Cell]]) -> bytes:
     """A contact sheet: rows of images, each with lines of text and a kind, one of ``FRAMES``; wrong ones are dashed."""
     columns = max(len(row) for row in rows)
-    figure = Figure(figsize=(1.35 * columns + 0.2, 1.95 * len(rows) + 0.1), layout="constrained")
+    lines = max(caption.count("\n") + 1 for row in rows for _, caption, _ in row)
+    height = 1.35 + 0.11 * (lines + 1)  # of a row, with captions of 6.5 points
+    figure = Figure(figsize=(1.35 * columns + 0.2, height * len(rows) + 0.1), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         for axis, cell in zip(line, [*row, *[None] * (columns - len(row))], strict=True):
@@ -290,5 +294,6 @@ def sheet(rows: Sequence[Sequence[Cell]]) -> bytes:
             for spine in axis.spines.values():
                 spine.set_color(FRAMES[kind])
                 spine.set_linestyle((0, (2, 1)) if kind == "wrong" else "-")
+                spine.set_capstyle("butt")  # projecting ends would close the gaps of dashes
                 spine.set_linewidth(2.5)
     return _png(figure)

@@ -221,6 +221,8 @@ def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> Markup:
             SCORE_NAMES[name],
         )
     ]
+    if seen.embedded.sets is not None:
+        parts.append(Markup("<p>Images have several classes here: an answer is right if it shares one.</p>"))
     short = "|u|" if name == "uncertainty" else name
     order = np.argsort(score, kind="stable")
     for title, those in (
@@ -242,7 +244,7 @@ def answers(seen: Seen, images: Thumbnails, rows: int = 5) -> Markup:
                 )
             ]
             for row, distance in zip(seen.index[query].tolist(), seen.distance[query].tolist(), strict=True):
-                kind = "right" if seen.searched.labels[row] == seen.embedded.labels[query] else "wrong"
+                kind = "right" if seen.agree(query, row) else "wrong"
                 lines = [f"distance {distance:.3f}", seen.answer_class(row)]
                 cells.append(pages.tile(images.found(row), lines, kind, seen.gallery.name(row)))
             parts.append(pages.row(cells))

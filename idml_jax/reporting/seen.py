@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 
 from idml_jax.data.sources import Source, box_of
 from idml_jax.inference.model import Trained
+from idml_jax.metrics import relevance
 from idml_jax.metrics.summary import Embedded
 from idml_jax.reporting import plots
 from idml_jax.reporting.thumbnails import thumbnail
@@ -36,7 +37,7 @@ class Seen(NamedTuple):
       searched: embeddings of the gallery.
       index: ``[n, k]`` nearest rows of the gallery.
       distance: ``[n, k]`` their distances.
-      correct: ``[n]`` whether the nearest image has the query's class.
+      correct: ``[n]`` whether the nearest image has the query's class, or shares one with it.
       scores: ``[n]`` uncertainty scores by name, larger = less certain.
       history: rows of ``metrics.jsonl``.
       result: content of ``result.json``; empty if the run is not finished.
@@ -70,12 +71,20 @@ class Seen(NamedTuple):
         return name, self.scores[name]
 
     def class_of(self, row: int) -> str:
-        """Name of a query's class."""
-        return self.queries.class_names[self.embedded.labels[row]]
+        """Name of a query's class, or of all of them."""
+        return _names(self.queries, self.embedded, row)
 
     def answer_class(self, row: int) -> str:
-        """Name of the class of a gallery row."""
-        return self.gallery.class_names[self.searched.labels[row]]
+        """Name of the class of a gallery row, or of all of them."""
+        return _names(self.gallery, self.searched, row)
+
+    def agree(self, query: int, row: int) -> bool:
+        """Whether a query and a gallery row share a class."""
+        return bool(relevance.shared(self.embedded.every_label[[query]], self.searched.every_label[[row]])[0])
+
+
+def _names(source: Source, embedded: Embedded, row: int) -> str:
+    return ", ".join(source.class_names[label] for label in embedded.every_label[row].tolist() if label >= 0)
 
 
 class _Encoded:

@@ -153,10 +153,3 @@ class Progress:
         rate = (step - self._step) / max(now - self._time, 1e-9)
         self._step, self._time = step, now
         return rate, (self._total - step) / max(rate, 1e-9)
-
-
-def format_seconds(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

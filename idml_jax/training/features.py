@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -30,7 +29,7 @@ from idml_jax.models import EmbeddingModel
 from idml_jax.models.risk_head import risk_of
 from idml_jax.runtime import hosts, sharding
 from idml_jax.runtime.files import TEMPORARY, atomic, write_json
-from idml_jax.runtime.writers import format_seconds
+from idml_jax.runtime.progress import Progress, Ticker, erase, is_shown
 from idml_jax.training.digests import images_digest, weights_digest
 from idml_jax.training.embedder import OUTPUTS, Embedder, Network, embedded_rows, joined_rows
 
@@ -160,7 +159,7 @@ def features_of(embedder: Embedder, network: str, source: Source, folder: Path) 
         return {"known": np.asarray(found, np.int32)}
 
     known = hosts.from_first(known_parts, {"known": np.zeros(count, np.int32)})["known"] > 0
-    progress = _Progress(folder.name, len(source), min(int(known.sum()) * ROWS, len(source)))
+    progress = _progress(folder.name, len(source), min(int(known.sum()) * ROWS, len(source)))
     for number in np.flatnonzero(~known).tolist():
         records = np.arange(number * ROWS, min((number + 1) * ROWS, len(source)))
         found = _computed(embedder, source, records, progress)
@@ -173,7 +172,10 @@ def features_of(embedder: Embedder, network: str, source: Source, folder: Path) 
             except UserError as error:
                 problem = error
         hosts.agree(problem)
-    progress.end()
+    erase()
+    if not known.all():
+        line = "features of %s: %s images in %.1f s (%.0f/s)"
+        logger.info(line, folder.name, f"{progress.fresh:,}", progress.seconds, progress.rate)
     if jax.process_index() != 0:
         return Features((), source.labels)
     parts = [_read(folder, number, len(source)) for number in range(count)]
@@ -181,6 +183,14 @@ def features_of(embedder: Embedder, network: str, source: Source, folder: Path) 
     if missing:
         raise UserError(f"{_path(folder, missing[0])}: was removed or changed while it was in use; run it again")
     return Features(tuple(part for part in parts if part is not None), source.labels)
+
+
+def _progress(name: str, total: int, done: int) -> Progress:
+    if done:
+        logger.info("features of %s: %s of %s images are stored", name, f"{done:,}", f"{total:,}")
+    ticker = Ticker(logger.info, _SECONDS, live=jax.process_index() == 0 and is_shown())
+    words = lambda done, rate: f"features of {name}: {done:,} of {total:,} images, {rate:,.0f}/s"
+    return Progress(total, done, ticker, words)
 
 
 def _path(folder: Path, number: int) -> Path:
@@ -223,17 +233,26 @@ def _read(folder: Path, number: int, total: int) -> Float[np.ndarray, "m f"] | N
 
 
 def _computed(
-    embedder: Embedder, source: Source, records: Int[np.ndarray, "m"], progress: "_Progress"
+    embedder: Embedder, source: Source, records: Int[np.ndarray, "m"], progress: Progress
 ) -> Float[np.ndarray, "m f"]:
     """The features of some images; the next batch is under way while one is fetched."""
     pending: list[dict[str, Array]] = []
     done: list[dict[str, np.ndarray]] = []
+    left = len(records)
+
+    def fetch() -> None:
+        nonlocal left
+        done.append(sharding.to_host(pending.pop(0)))
+        fresh = min(left, len(done[-1]["features"]))  # the last batch is padded
+        left -= fresh
+        progress.add(fresh)
+
     for batch in embedder.placed(source, records):
         pending.append(feature_step(embedder.variables, batch["image"], network=embedder.network))
         if len(pending) > 1:
-            done.append(sharding.to_host(pending.pop(0)))
-            progress.add(len(done[-1]["features"]))
-    done += [sharding.to_host(batch) for batch in pending]
+            fetch()
+    while pending:
+        fetch()
     return np.concatenate([batch["features"] for batch in done])[: len(records)]
 
 
@@ -244,39 +263,6 @@ def _check_finite(found: Float[np.ndarray, "m f"], source: Source, records: Int[
             f"the trunk gives NaN or infinity for {int(bad.sum()):,} of {len(bad):,} images, the first "
             f"{printable(source.name(int(records[bad.argmax()])))}; its weights are damaged or do not fit"
         )
-
-
-class _Progress:
-    """Lines about the images done, every few seconds."""
-
-    def __init__(self, name: str, total: int, done: int):
-        self._name, self._total, self._done, self._first = name, total, done, done
-        self._start = self._last = time.monotonic()
-        if done:
-            logger.info("features of %s: %s of %s images are stored", name, f"{done:,}", f"{total:,}")
-
-    def _rate(self, now: float) -> float:
-        return (self._done - self._first) / max(now - self._start, 1e-9)
-
-    def add(self, count: int) -> None:
-        """Counts images; prints if the last line is some seconds old."""
-        self._done = min(self._done + count, self._total)
-        now = time.monotonic()
-        if now - self._last < _SECONDS:
-            return
-        self._last, rate = now, self._rate(now)
-        left = format_seconds((self._total - self._done) / max(rate, 1e-9))
-        line = "features of %s: %s of %s images, %.0f/s, %s to go"
-        logger.info(line, self._name, f"{self._done:,}", f"{self._total:,}", rate, left)
-
-    def end(self) -> None:
-        """Says how long it took, if anything was computed."""
-        if self._first < self._total:
-            self._done = self._total
-            now = time.monotonic()
-            line = "features of %s: %s images in %.1f s (%.0f/s)"
-            count = self._total - self._first
-            logger.info(line, self._name, f"{count:,}", now - self._start, self._rate(now))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, quiet_libraries
+from idml_jax.metrics import clustering
 from idml_jax.metrics.closed_form import METHODS, Projection, unit_rows
 from idml_jax.metrics.retrieval import retrieval_metrics
 from idml_jax.runtime import hosts
@@ -29,7 +30,7 @@ from idml_jax.training import semantic_init as heads
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.config import tracking_of
-from idml_jax.training.features import FeatureEmbedder, Features, Views, features_of
+from idml_jax.training.features import FeatureEmbedder, Features, Views
 from idml_jax.training.state import TrainState
 from idml_jax.training.tasks import Evaluation
 from idml_jax.training.workdir import flatten
@@ -120,7 +121,8 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
         state = run.with_variables(state, variables)
         logger.info("starting from %s", source)
     views = heads.training_features(run, state.latest, workdir, stop.check)
-    known = ((train_source, views.plain), *_evaluated_features(run, state, workdir, stop))
+    evaluation = run.evaluation(state.latest, stop.check)
+    known = ((train_source, views.plain), *heads.evaluated_features(evaluation, workdir))
     fitted = _Fitted(run, views, heads.random_kernel(state))
     run, start = _with_width(run, state, fitted.width)
     state = heads.with_head(run, start, fitted.arrays(heads.random_kernel(start)))
@@ -190,17 +192,6 @@ def _make_way(workdir: Path, overwrite: bool) -> None:
     hosts.agree(problem)
 
 
-def _evaluated_features(run: Run, state: TrainState, workdir: Path, stop: StopRequest) -> list[Known]:
-    """The features of all images that the evaluation embeds, besides the training images."""
-    evaluation, config = run.evaluation(state.latest, stop.check), run.config
-    parts = {config.eval.split: evaluation.source, "gallery": evaluation.gallery, "validation": evaluation.held_out}
-    return [
-        (source, features_of(evaluation.embedder, heads.network_of(config), source, workdir / heads.FOLDER / name))
-        for name, source in parts.items()
-        if source is not None
-    ]
-
-
 def _with_width(run: Run, state: TrainState, width: int) -> tuple[Run, TrainState]:
     """The run and its fresh state with another width of the embedding."""
     if width == run.config.model.embedding_dim:
@@ -263,7 +254,11 @@ class _Fitted:
             projection = {**self._fixed, **self._projections}.get(method)
             near = None if gallery is None else _embedded(gallery, projection)
             labels = None if gallery is None else gallery.labels
-            found = retrieval_metrics(_embedded(queries, projection), queries.labels, near, labels, ks=config.eval.ks)
+            rows = _embedded(queries, projection)
+            found = retrieval_metrics(rows, queries.labels, near, labels, ks=config.eval.ks)
+            if config.eval.cluster:
+                clusters = clustering.kmeans(rows, len(np.unique(queries.labels)), config.seed).labels
+                found["NMI"] = clustering.nmi(queries.labels, clusters)
             peers.append(
                 {
                     "method": method,

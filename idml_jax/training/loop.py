@@ -17,7 +17,8 @@ from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.runtime.compiled import compiling
 from idml_jax.runtime.files import without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
-from idml_jax.runtime.writers import MetricWriter, format_seconds
+from idml_jax.runtime.progress import Progress, Ticker, erase, format_seconds, is_shown
+from idml_jax.runtime.writers import MetricWriter
 from idml_jax.training import semantic_init, steps, watch
 from idml_jax.training.build import Run
 from idml_jax.training.state import TrainState
@@ -106,11 +107,13 @@ class Trainer:
         warmup = config.optim.warmup_epochs * per_epoch
         trunk_learns = self.run.setup.optimizer.trunk.anything
         progress = self.writer.progress(self.run.total_steps, self.step)
+        shown = self._shown()
         pending = unfinished.get("end_epoch", False)
         try:
             if pending:
                 self.end_epoch(self)
                 pending = False
+            shown.note("compiling")
             for batch in self._batches():
                 placed = sharding.shard_batch({k: batch[k] for k in ("image", "label")}, self.run.mesh)
                 try:
@@ -123,6 +126,7 @@ class Trainer:
                     found = " ".join(str(error).split("\n")[:1])
                     self._broken(watch.Broken(self.step + 1, f"jax found: {found}", batch["index"]))
                 self.step += 1
+                shown.add(1)
                 window.add(self.step, metrics, batch["index"])
                 if self.speed.first_step is None:
                     jax.block_until_ready(metrics)
@@ -130,15 +134,18 @@ class Trainer:
                     told = "first step done %.1f s after the start; %s"
                     logger.info(told, self.speed.first_step, compiling().since(self.speed.compiling))
                     progress.measure(self.step)
+                    shown.restart()
                 progress.tick(self.step)
                 end_of_epoch = self.step % per_epoch == 0 or self.last
                 if self.step % config.log.every_steps == 0 or end_of_epoch:
                     self._log(window.flush(), *progress.measure(self.step))
                 if end_of_epoch:
                     paused, pending = time.monotonic(), True
+                    shown.note("evaluating")
                     self.end_epoch(self)
                     pending = False
                     progress.pause(time.monotonic() - paused)
+                    shown.pause(time.monotonic() - paused)
                 self.stop.check()
         except Stopped:
             if self.checkpoints.newest != self.step and self.step:
@@ -146,7 +153,20 @@ class Trainer:
                 self.writer.sync()
                 self.checkpoints.save_stopped(self.step, self.state, self.kept)
             raise
+        finally:
+            erase()
         return self.state
+
+    def _shown(self) -> Progress:
+        """The progress in a terminal or a notebook; a log has the lines of ``_log``."""
+        config, total = self.run.config, self.run.total_steps
+        ticker = Ticker(lambda line: None, live=jax.process_index() == 0 and is_shown())
+
+        def words(step: int, rate: float) -> str:
+            speed = f"{rate * config.batch_size:,.0f} images/s"
+            return f"step {step:,} of {total:,}, epoch {self.epoch} of {config.epochs}, {speed}"
+
+        return Progress(total, self.step, ticker, words)
 
     def _batches(self) -> Iterator[pipeline.Batch]:
         config, run = self.run.config, self.run

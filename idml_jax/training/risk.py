@@ -22,9 +22,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from idml_jax.data.images.transforms import SometimesChanged
-from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, quiet_libraries
 from idml_jax.losses.auxiliary import order_loss
+from idml_jax.metrics import relevance
 from idml_jax.metrics.class_folds import fold_classes
 from idml_jax.metrics.closed_form import ClosedForm, Moments, moments, statistics
 from idml_jax.metrics.embedded import scores_of
@@ -37,7 +37,7 @@ from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.digests import weights_digest
 from idml_jax.training.features import FeatureEmbedder, Features, features_of, jit_risk_of, view_embedder
-from idml_jax.training.semantic_init import FOLDER, network_of
+from idml_jax.training.semantic_init import FOLDER, evaluated_features, network_of
 from idml_jax.training.tasks.objective import metric_of
 
 logger = logging.getLogger("idml_jax")
@@ -258,18 +258,15 @@ def pictures_of(run: Run, variables: Any, workdir: Path, settings: Settings) -> 
 def measured(run: Run, variables: Any, workdir: Path, head: RiskHead) -> dict[str, float]:
     """R@1 of the evaluation images, and the AUROC for wrong answers of every score and of the feature's norm."""
     evaluation, config = run.evaluation(variables), run.config
-    known: list[tuple[Source, Features]] = []
-    for source, name in ((evaluation.source, config.eval.split), (evaluation.gallery, "gallery")):
-        if source is not None:
-            folder = workdir / FOLDER / name
-            known.append((source, features_of(evaluation.embedder, network_of(config), source, folder)))
+    known = evaluated_features(evaluation, workdir, held_out=False)
     embedder = FeatureEmbedder.over(dataclasses.replace(evaluation.embedder, risk=head), tuple(known))
     queries = embedder(evaluation.source)
     gallery = None if evaluation.gallery is None else embedder(evaluation.gallery)
     searched = queries if gallery is None else gallery
-    found = nearest_twenty(queries.semantic, None if gallery is None else gallery.semantic)
-    correct = searched.labels[found.index[:, 0]] == queries.labels
-    scores = scores_of(queries, gallery, metric_of(config), found=found)
+    own = relevance.own_rows(queries, gallery)
+    found = nearest_twenty(queries.semantic, None if gallery is None else gallery.semantic, own=own)
+    correct = relevance.relevant(queries, searched, found.index[:, 0])
+    scores = scores_of(queries, gallery, metric_of(config), own, found)
     scores["feature_norm"] = np.linalg.norm(known[0][1].rows(np.arange(len(queries.labels))), axis=1)
     report = {f"R-AUROC({name})": r_auroc(score, correct) for name, score in scores.items()}
     # A short feature is uncertain.

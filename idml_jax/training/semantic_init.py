@@ -12,13 +12,15 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from idml_jax.data.sources import Source
 from idml_jax.errors import UserError
 from idml_jax.metrics.class_folds import Candidate, best_of, fold_classes, held_out_scores
 from idml_jax.metrics.closed_form import ClosedForm, Projection, moments, statistics
 from idml_jax.runtime import hosts, sharding
 from idml_jax.training.build import Run
-from idml_jax.training.features import Views, features_of, view_embedder
+from idml_jax.training.features import Features, Views, features_of, view_embedder
 from idml_jax.training.state import TrainState
+from idml_jax.training.tasks import Evaluation
 from idml_jax.training.tasks.terms import proxy_sets
 
 logger = logging.getLogger("idml_jax")
@@ -94,6 +96,30 @@ def training_features(run: Run, variables: Any, workdir: Path, check: Callable[[
         one = view_embedder(embedder, run.train_transform, config.seed, view)
         views.append(features_of(one, network_of(config), source, folder))
     return Views(tuple(views))
+
+
+def evaluated_features(
+    evaluation: Evaluation, workdir: Path, *, held_out: bool = True
+) -> list[tuple[Source, Features]]:
+    """The features of the images that an evaluation embeds, kept in the run's folder.
+
+    Args:
+      evaluation: network and images.
+      workdir: folder of the run.
+      held_out: whether those of held-out classes, too.
+
+    Returns:
+      The queries first, then the gallery and the held-out images, if there are such.
+    """
+    config = evaluation.config
+    parts = {config.eval.split: evaluation.source, "gallery": evaluation.gallery}
+    if held_out:
+        parts["validation"] = evaluation.held_out
+    return [
+        (source, features_of(evaluation.embedder, network_of(config), source, workdir / FOLDER / name))
+        for name, source in parts.items()
+        if source is not None
+    ]
 
 
 def choose(

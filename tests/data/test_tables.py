@@ -208,3 +208,28 @@ def test_limit_of_pixels_and_transparency(monkeypatch):
     monkeypatch.setenv("IDML_JAX_MAX_PIXELS", "many")
     with pytest.raises(UserError, match="must be a whole number above 0"):
         decode(out.getvalue())
+
+
+def test_what_spreadsheets_write(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    for text in ("sep=;\npath;label\na.png;x, y\n", '"sep=\t"\r\npath\tlabel\r\na.png\tx, y\r\n'):
+        (tmp_path / "x.csv").write_text(text)
+        source, _ = lists.list_images(tmp_path / "x.csv")
+        assert source.class_names == ["x, y"] and source.paths == [str(tmp_path / "a.png")]
+    (tmp_path / "x.csv").write_text("sep=;\n")
+    with pytest.raises(UserError, match="lists no images"):
+        lists.list_images(tmp_path / "x.csv")
+    assert tables.separated_rows("sep=;\na;b\n", ",") == ("a;b\n", ";")
+    assert tables.separated_rows("a;b\n1,2;3\n", ",")[1] == ";" and tables.separated_rows("a\n", "\t")[1] == "\t"
+
+
+def test_an_image_that_is_listed_twice_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    said = []
+    (tmp_path / "x.csv").write_text('path,label,box\na.png,x,\na.png,x,"0,0,1,1"\na.png,y,\n')
+    lists.list_images(tmp_path / "x.csv", warn=said.append)
+    assert len(said) == 1 and "1 rows name an image again, 1 of them with another class, the first" in said[0]
+    assert said[0].endswith("a.png (lines 2 and 4)")
+    (tmp_path / "x.csv").write_text("path,label,split\na.png,x,query\na.png,x,gallery\n")
+    lists.list_images(tmp_path / "x.csv", warn=said.append)
+    assert len(said) == 1

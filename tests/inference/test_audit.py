@@ -1,6 +1,7 @@
 """The audit finds planted mistakes; decisions about them make a corrected list or folder."""
 
 import csv
+import dataclasses
 import html
 import io
 import json
@@ -63,7 +64,25 @@ def test_planted_mistakes_are_found():
         [11, 90]
     ]
     assert "their classes differ: class 4 and class 0" in found.findings[len(rows_of(found, "label"))].reason
-    assert rows_of(found, "unusual")[0] == 119 and "length of u 4.24" in found.findings[-2].reason
+    assert set(rows_of(audit(index, unusual=0.025), "unusual")) == {3, 47, 119}  # unlike their class, all three
+    assert "cosine to the mean of its class" in found.findings[-1].reason
+    unlabelled = audit(dataclasses.replace(index, class_names=None))
+    assert rows_of(unlabelled, "unusual")[0] == 119 and "length of u 4.24" in unlabelled.findings[-2].reason
+
+
+def test_junk_that_repeats_itself_is_unusual():
+    index, junk = make(), np.random.default_rng(1).normal(size=8)
+    rows = np.arange(0, 120, 17)  # of several classes, and all alike: the nearest of each is junk
+    vectors = index.semantic.copy()
+    vectors[rows] = junk / np.linalg.norm(junk) + 1e-3 * np.random.default_rng(2).normal(size=(len(rows), 8))
+    index = dataclasses.replace(index, embedded=index.embedded._replace(semantic=vectors.astype(np.float32)))
+    found = rows_of(audit(index, unusual=(len(rows) + 3) / 120), "unusual")
+    assert set(rows) <= set(found)
+    own = label_errors.own_class_cosines(index.semantic, index.embedded.labels)
+    assert own[rows].max() < np.median(own)
+    lone = label_errors.own_class_cosines(index.semantic[:3], np.array([5, 5, 9]))
+    np.testing.assert_allclose(lone[:2], float(index.semantic[0] @ index.semantic[1]), rtol=0.01)
+    assert np.isnan(lone[2])
 
 
 def test_copies_in_another_set_are_named():

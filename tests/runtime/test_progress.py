@@ -1,12 +1,13 @@
 """Progress in terminals and logs, quiet commands, and completion."""
 
 import io
+import logging
 import sys
 
 import pytest
 
 from idml_jax import __main__ as commands
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, warn
 from idml_jax.runtime import completion, progress
 
 
@@ -24,6 +25,48 @@ def test_a_line_is_rewritten_where_it_can_be(monkeypatch):
     ticker.close()
     assert said == ["3 of 10"]
     assert progress.bar(5, 10, 4) == "[##..]"
+
+
+def test_other_lines_are_printed_above_the_one_that_is_rewritten(monkeypatch, command_line):
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "stderr", shown)
+    progress.show_progress()
+    assert not progress.is_shown()  # no terminal
+    monkeypatch.setattr(progress, "is_live", lambda: True)
+    assert progress.is_shown()
+    ticker = progress.Ticker(lambda line: None)
+    ticker.show("12")
+    logging.getLogger("idml_jax").info("loss 1")
+    ticker.note("3")
+    warn("w")
+    progress.tell("t")
+    assert shown.getvalue() == "\r12\r  \rloss 1\n\r3\r \rwarning: w\nt\n"
+
+
+def test_done_speed_and_time_that_remains(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    said = []
+    done = progress.Progress(100, 20, progress.Ticker(said.append, 5.0, live=False))
+    done.add(10)
+    now[0] += 10
+    done.add(10)
+    done.note("is for terminals")
+    now[0] += 60
+    done.pause(60)
+    done.add(20)
+    assert said == [
+        "[########............] 40 of 100 images, 2/s, 0:30 to go",
+        "[############........] 60 of 100 images, 4/s, 0:10 to go",
+    ]
+    done.restart()
+    now[0] += 10
+    done.add(90)
+    assert said[-1] == "[####################] 100 of 100 images, 4/s, 0:00 to go" and (done.fresh, done.rate) == (
+        40,
+        4,
+    )
 
 
 def test_quiet(monkeypatch, capsys):

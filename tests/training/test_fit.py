@@ -48,7 +48,7 @@ def fitted(settings, tmp_path_factory):
             features_lib, "_computed", lambda e, source, *more: seen.append(source) or computed(e, source, *more)
         )
         patch.setattr("idml_jax.training.embedder.jit_embed_step", lambda *a, **k: pytest.fail("embedded again"))
-        result = fit_lib.fit(settings(**{"eval.ambiguity_images": 3}), workdir)
+        result = fit_lib.fit(settings(**{"eval.ambiguity_images": 3, "eval.cluster": True}), workdir)
     assert [len(source) for source in seen] == [96, 96]
     return workdir, result
 
@@ -80,6 +80,7 @@ class TestFit:
         assert [peer["method"] for peer in result["peers"]] == ["zero_shot", "random", "pca", "lda", "whiten"]
         by_method = {peer["method"]: peer for peer in result["peers"]}
         assert by_method["whiten"]["test"]["R@1"] == pytest.approx(result["final"]["R@1"])
+        assert by_method["whiten"]["test"]["NMI"] == pytest.approx(result["final"]["NMI"])
         assert by_method["random"]["test"]["R@1"] == pytest.approx(result["untrained"]["R@1"])
         assert by_method["lda"]["width"] == 7
         tried = {one["shrinkage"]: one["MAP@R"] for one in result["closed_form"]["tried"]}
@@ -112,9 +113,9 @@ class TestFit:
     def test_called_again(self, fitted, settings, finished, tmp_path, monkeypatch, messages):
         workdir, result = fitted
         monkeypatch.setattr(fit_lib, "build", None)
-        assert fit_lib.fit(settings(), workdir) == result
+        assert fit_lib.fit(settings(**{"eval.cluster": True}), workdir) == result
         with pytest.raises(UserError, match=r"holds a run with other settings: config.fit.folds"):
-            fit_lib.fit(settings(**{"fit.folds": 3}), workdir)
+            fit_lib.fit(settings(**{"fit.folds": 3, "eval.cluster": True}), workdir)
         with pytest.raises(UserError, match="holds a trained run; use another --workdir, or --overwrite"):
             fit_lib.fit(settings(), finished[0])
         with pytest.raises(UserError, match=r"config.fit.only is set by python -m idml_jax.fit"):
