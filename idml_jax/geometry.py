@@ -78,7 +78,7 @@ def _products(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n
 
 @jax.custom_jvp
 def _gram(a: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    """``a a^T``, its tangent written as ``M + M^T`` so that the gradient needs one matrix product instead of two."""
+    """``a a^T``, with its tangent written as ``M + M^T`` so that its gradient needs one matrix product, not two."""
     return _products(a, a)
 
 

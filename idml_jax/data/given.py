@@ -6,7 +6,7 @@ the same pixels gives: its EXIF orientation is applied, 16 bits become 8, and tr
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,7 +115,7 @@ def _given(images: Any) -> Given:
 
 def _listed(images: Any) -> list[Any]:
     """One image, or an array of several, as a list."""
-    if isinstance(images, Image.Image | bytes):
+    if isinstance(images, Image.Image | bytes | Mapping):  # a mapping is no list of images, whatever its keys are
         return [images]
     if not hasattr(images, "__array__"):
         return list(images) if hasattr(images, "__iter__") else [images]

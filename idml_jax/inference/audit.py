@@ -1,6 +1,7 @@
 """Finds wrong labels, near-duplicates, leaks between sets and images that do not belong, in embeddings."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ from jaxtyping import Float, Int, UInt8
 
 from idml_jax.errors import UserError
 from idml_jax.inference.choices import MOST as MOST
+from idml_jax.inference.gallery import read_stored
 from idml_jax.inference.index import Index, check_comparable
 from idml_jax.metrics import duplicates, label_errors, retrieval
 from idml_jax.metrics.retrieval import Neighbours
@@ -72,8 +74,8 @@ class Audit(NamedTuple):
 
 
 def audit(
-    index: Index,
-    other: Index | None = None,
+    index: Index | str | Path,
+    other: Index | str | Path | None = None,
     *,
     near: float = duplicates.NEAR,
     score: str = label_errors.SCORES[0],
@@ -84,8 +86,8 @@ def audit(
     """Looks for mistakes in a set of images.
 
     Args:
-      index: embeddings of the set.
-      other: embeddings of another set, which must share no image with it (for a training set the test set).
+      index: embeddings of the set, or a file or gallery of them.
+      other: the same of another set, which must share no image with it (for a training set the test set).
       near: largest ratio of a pair of near-duplicates, see ``metrics.duplicates``.
       score: score that orders wrong labels, of ``label_errors.SCORES``.
       most: largest number of findings of each kind.
@@ -96,8 +98,11 @@ def audit(
       The findings.
 
     Raises:
-      UserError: for a set of fewer than 3 images, or sets that cannot be compared.
+      UserError: for a set of fewer than 3 images, sets that cannot be compared, or an unknown score.
     """
+    index, other = _read(index), None if other is None else _read(other)
+    if score not in label_errors.SCORES:
+        raise UserError(f"score = {score!r}; known: {', '.join(label_errors.SCORES)}")
     if len(index) < 3:
         raise UserError(f"an audit compares images with each other; here are {len(index)}")
     if other is not None:
@@ -111,6 +116,14 @@ def audit(
     blank = [] if picture is None else _blank(index, picture, most, notes)
     rare = _unusual(index, found, unusual, most)
     return Audit([*labels, *leaks, *copies, *blank, *rare], notes, groups)
+
+
+def _read(index: Index | str | Path) -> Index:
+    if isinstance(index, str | Path):
+        return read_stored(index, "index")
+    if not isinstance(index, Index):
+        raise UserError(f"the index is {type(index).__name__}; give one of model.embed, or a file of embeddings")
+    return index
 
 
 def _labels(index: Index, found: Neighbours, score: str, most: int, notes: list[str]) -> list[Finding]:

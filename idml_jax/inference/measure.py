@@ -66,6 +66,11 @@ class Measured(NamedTuple):
     queries: int
     worst: list[ClassRow]
 
+    def __repr__(self) -> str:
+        first = next(iter(self.report.items()), ("no metric", float("nan")))
+        more = f"{len(self.report):,} metrics in .report, {len(self.warnings)} .warnings"
+        return f"Measured({self.queries:,} queries, {first[0]} {first[1]:.4f}; {more})"
+
 
 def measure(
     embeddings: str,

@@ -15,6 +15,7 @@ from idml_jax.errors import quiet_libraries
 from idml_jax.ism import Metric
 from idml_jax.models import EmbeddingModel
 from idml_jax.runtime import checkpoint, sharding
+from idml_jax.runtime.files import user_path
 from idml_jax.training import risk, weights
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import image_shape, transforms_of
@@ -103,7 +104,7 @@ def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Tr
       UserError: if there is no run or checkpoint, or the checkpoint has another architecture.
     """
     with quiet_libraries():
-        return _load(Path(workdir).expanduser().absolute(), devices)
+        return _load(user_path(workdir), devices)
 
 
 def _load(workdir: Path, devices: Sequence[jax.Device] | None) -> Trained:

@@ -195,8 +195,11 @@ def warning(words: object) -> Markup:
 
 
 def _breakable(line: str) -> Markup:
-    """Allows line breaks after the underscores of class and file names."""
-    return line if isinstance(line, Markup) else Markup("_<wbr>").join(text(line).split("_"))
+    """Allows line breaks in the names of classes, files and metrics: after underscores and slashes, before brackets."""
+    if isinstance(line, Markup):
+        return line
+    parts = (part for part in re.split(r"(?<=[_/])|(?=\()", line) if part)
+    return Markup("<wbr>").join(map(text, parts))
 
 
 def row(tiles: Iterable[Markup]) -> Markup:
@@ -243,7 +246,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
     )
 
     def cells(row: Sequence[object]) -> Markup:
-        first = html("<td>{}</td>", number(row[0]))
+        name = number(row[0])
+        first = html("<td>{}</td>", _breakable(name) if isinstance(name, str) else name)
         of = lambda name, value, right: html(
             '<td class="number" data-name="{}">{}</td>' if right else '<td data-name="{}">{}</td>', name, number(value)
         )

@@ -44,8 +44,10 @@ def user_path(given: str | Path) -> Path:
     """Makes a path typed by a user absolute and expands ``~``.
 
     Raises:
-      UserError: for an empty path, or the home folder of an unknown user.
+      UserError: for what is no path, an empty one, or the home folder of an unknown user.
     """
+    if not isinstance(given, str | os.PathLike):
+        raise UserError(f"{given!r} is not a path, but {type(given).__name__}")
     if not str(given) or "\0" in str(given):
         raise UserError(f"{str(given)!r} is not a path")
     try:

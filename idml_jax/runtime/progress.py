@@ -11,6 +11,7 @@ from idml_jax import errors
 from idml_jax.errors import printable, verbosity
 
 _REWRITE_SECONDS = 0.2
+_FIRST_SECONDS = 0.5  # before which there is no speed to tell
 
 
 def tell(line: str) -> None:
@@ -177,7 +178,7 @@ class Progress:
     def add(self, count: int) -> None:
         """Counts some more, and shows a line if it is time."""
         self.done = min(self.done + count, self._total)
-        if self._ticker.due():
+        if self._ticker.due() and self.seconds >= _FIRST_SECONDS:
             left = format_seconds((self._total - self.done) / max(self.rate, 1e-9))
             words = self._words(self.done, self.rate)
             self._ticker.show(f"{bar(self.done, self._total)} {words}, {left} to go")
@@ -186,9 +187,10 @@ class Progress:
         """Shows what is done in between, where a line is rewritten."""
         self._ticker.note(f"{bar(self.done, self._total)} {words}")
 
-    def restart(self) -> None:
-        """Measures the speed from here on."""
-        self._first, self._start = self.done, time.monotonic()
+    def restart(self, done: int) -> None:
+        """Measures the speed from here on, where so many are done."""
+        self.done = self._first = done
+        self._start = time.monotonic()
 
     def pause(self, seconds: float) -> None:
         """Excludes time that was not spent on this work."""

@@ -126,7 +126,6 @@ class Trainer:
                     found = " ".join(str(error).split("\n")[:1])
                     self._broken(watch.Broken(self.step + 1, f"jax found: {found}", batch["index"]))
                 self.step += 1
-                shown.add(1)
                 window.add(self.step, metrics, batch["index"])
                 if self.speed.first_step is None:
                     jax.block_until_ready(metrics)
@@ -134,7 +133,9 @@ class Trainer:
                     told = "first step done %.1f s after the start; %s"
                     logger.info(told, self.speed.first_step, compiling().since(self.speed.compiling))
                     progress.measure(self.step)
-                    shown.restart()
+                    shown.restart(self.step)
+                else:
+                    shown.add(1)
                 progress.tick(self.step)
                 end_of_epoch = self.step % per_epoch == 0 or self.last
                 if self.step % config.log.every_steps == 0 or end_of_epoch:

@@ -12,11 +12,13 @@ import pytest
 import idml_jax
 from idml_jax import audit as door
 from idml_jax import search as searching
+from idml_jax.data.given import images_of
 from idml_jax.data.sources import FolderSource
 from idml_jax.errors import UserError
 from idml_jax.inference import store
 from idml_jax.inference.audit import audit
 from idml_jax.inference.index import Index
+from idml_jax.inference.measure import Measured
 from idml_jax.inference.search import is_stored
 from idml_jax.inference.sureness import held_out_beside, outcome
 from idml_jax.metrics import calibration, relevance
@@ -161,3 +163,22 @@ def test_numbers_of_an_audit_are_checked_before_it_reads(tmp_path, capsys):
         wrong[3, 1] = 7
         told = Index(index.embedded._replace(sets=wrong), index.files, index.class_names, {})
         store.read(store.save(told, tmp_path / "x.npz"))
+
+
+def test_wrong_arguments_in_python_are_refused_in_one_line(tmp_path):
+    index = of_pictures(tmp_path)
+    path = store.save(index, tmp_path / "x.npz")
+    assert len(idml_jax.audit(path).findings) == len(audit(index).findings)
+    for given, message in ((3, "the index is int; give one of model.embed"), ("", "'' is not a path")):
+        with pytest.raises(UserError, match=message):
+            idml_jax.audit(given)
+    with pytest.raises(UserError, match="score = 'x'; known: odds, "):
+        idml_jax.audit(index, score="x")
+    for given in (None, 3):
+        with pytest.raises(UserError, match=f"{given} is not a path, but "):
+            idml_jax.load(given)
+    with pytest.raises(UserError, match="the image is dict"):
+        images_of({"a": np.zeros((4, 4), np.uint8)})
+    assert repr(Measured({"R@1": 0.5}, [], 1200, [])) == (
+        "Measured(1,200 queries, R@1 0.5000; 1 metrics in .report, 0 .warnings)"
+    )

@@ -60,7 +60,7 @@ def test_done_speed_and_time_that_remains(monkeypatch):
         "[########............] 40 of 100 images, 2/s, 0:30 to go",
         "[############........] 60 of 100 images, 4/s, 0:10 to go",
     ]
-    done.restart()
+    done.restart(done.done)
     now[0] += 10
     done.add(90)
     assert said[-1] == "[####################] 100 of 100 images, 4/s, 0:00 to go" and (done.fresh, done.rate) == (

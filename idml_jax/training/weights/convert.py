@@ -55,7 +55,7 @@ def convert(source: str | Path, out: str | Path, *, model: str = "", size: int =
     Raises:
       UserError: if the source does not match the network, or ``out`` already exists.
     """
-    out = Path(out).expanduser().absolute()
+    out = user_path(out)
     if out.exists():
         raise UserError(f"{out} already exists")
     if model and model not in MODELS:

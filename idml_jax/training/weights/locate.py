@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from idml_jax.errors import UserError
 from idml_jax.runtime import checkpoint
-from idml_jax.runtime.files import first_line
+from idml_jax.runtime.files import first_line, user_path
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.packaged_weights import packaged
 from idml_jax.training.weights import hub
@@ -61,7 +61,7 @@ def locate(source: str | Path) -> Located:
       UserError: if there is nothing of that name, or it cannot be downloaded.
     """
     text = str(source)
-    path = Path(text).expanduser().absolute()
+    path = user_path(text)
     if not text.startswith(hub.SCHEME) and path.exists():
         return _local(path)
     package = packaged(text)
