@@ -81,6 +81,8 @@ def command_line(monkeypatch):
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:
         delattr(flags.FLAGS, name)
     for name in ("config", "workdir", "mode", "traceback"):
+        if name not in flags.FLAGS:  # idml_jax.main was not imported
+            continue
         flags.FLAGS[name].unparse()
         flags.FLAGS[name].value = flags.FLAGS[name].default
     flags.FLAGS.mark_as_parsed()

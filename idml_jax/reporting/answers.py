@@ -237,7 +237,10 @@ def _legend(rows: list[Row]) -> Markup:
     parts = ["Each query (blue frame, round corners) is followed by its nearest images, nearest first."]
     if any(_kind(row, near) for row in rows for near in row["neighbours"]):
         signs = pages.key("right"), pages.key("wrong")
-        parts.append(pages.html("{} is of the query's class, {} (dashed frame) is of another.", *signs))
+        words = "{} is of the query's class, {} (dashed frame) is of another."
+        if any("classes" in row for row in rows):
+            words = "{} shares a class with the query, {} (dashed frame) shares none."
+        parts.append(pages.html(words, *signs))
     if any(row["sure"] is not None for row in rows):
         parts.append("<b>sure</b>: probability that the nearest image has the query's class.")
     if any(row["known"] is not None for row in rows):
