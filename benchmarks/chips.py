@@ -35,15 +35,17 @@ CHIPS = {
     "v6e": Chip("TPU v6e", 918, 32, 1600, 400, _GOOGLE),
     "h100": Chip("H100 SXM", 989, 79.1, 3350, 450, _NVIDIA),
     "a100": Chip("A100 SXM 80 GB", 312, 79.2, 2039, 300, _NVIDIA),
+    "l4": Chip("L4", 121, 22.5, 300, 32, _NVIDIA),
 }
 # What the GPU compiler wants to know of a GPU: properties that the driver reports, from NVIDIA's documentation.
 _GPU = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {shared}
-  threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {units} block_dim_limit_x: 2147483647
+  threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: {units} block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: {cache}
   clock_rate_ghz: {clock} device_memory_size: {memory} shared_memory_per_block_optin: {optin}
-  cuda_compute_capability {{ major: {major} minor: 0 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 }}
@@ -51,12 +53,16 @@ device_description_str: "{name}"
 """
 GPUS = {
     "h100": _GPU.format(
-        name="NVIDIA H100 80GB HBM3", cores=132, units=128, clock=1.98, cache=52428800, major=9, shared=233472,
-        optin=232448, bandwidth=3352320000000, memory=84978434048,
+        name="NVIDIA H100 80GB HBM3", cores=132, units=128, clock=1.98, cache=52428800, major=9, minor=0, threads=2048,
+        shared=233472, optin=232448, bandwidth=3352320000000, memory=84978434048,
     ),
     "a100": _GPU.format(
-        name="NVIDIA A100-SXM4-80GB", cores=108, units=64, clock=1.41, cache=41943040, major=8, shared=167936,
-        optin=166912, bandwidth=2039000000000, memory=85095874560,
+        name="NVIDIA A100-SXM4-80GB", cores=108, units=64, clock=1.41, cache=41943040, major=8, minor=0, threads=2048,
+        shared=167936, optin=166912, bandwidth=2039000000000, memory=85095874560,
+    ),
+    "l4": _GPU.format(
+        name="NVIDIA L4", cores=58, units=128, clock=2.04, cache=50331648, major=8, minor=9, threads=1536,
+        shared=102400, optin=101376, bandwidth=300096000000, memory=24152899584,
     ),
 }  # fmt: skip
 GPU_SHARE = 0.75  # of a GPU's memory, which jax reserves by default

@@ -26,8 +26,9 @@ __all__ = ["elk", "hedged_instance", "mc_info_nce"]
 
 # Samples [k, n, d] of n images: embeddings, key, index of each row, k.
 Draw = Callable[[Embedding, PRNGKeyArray, Int[Array, "n"], int], Float[Array, "k n d"]]
-# Images with a shorter u are certain: their spread is below float32's resolution.
-_CERTAIN = 1e-6
+# Images with a shorter u are certain: their spread is below float32's resolution. A longer one than _MOST, whose square
+# might overflow, counts as _MOST.
+_CERTAIN, _MOST = 1e-6, 1e15
 
 
 def mc_info_nce(
@@ -249,7 +250,7 @@ def _keys(key: PRNGKeyArray, rows: Int[Array, "n"]) -> PRNGKeyArray:
 def _square_length(embedding: Embedding) -> Float[Array, "n"]:
     assert embedding.uncertainty is not None
     u = embedding.uncertainty.astype(jnp.result_type(jnp.float32, embedding.uncertainty))
-    return jnp.sum(u * u, axis=1)
+    return jnp.minimum(jnp.sum(u * u, axis=1), _MOST**2)
 
 
 def _on_sphere(embedding: Embedding, key: PRNGKeyArray, rows: Int[Array, "n"], samples: int) -> Float[Array, "k n d"]:

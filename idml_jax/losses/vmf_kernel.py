@@ -21,7 +21,7 @@ __all__ = ["log_kernel"]
 # Least order at which the expansion is used, and its number of terms after the first.
 _ORDER, _TERMS = 14, 5
 # Of the sum of the two vectors, and of either.
-Three = tuple[Array, Array, Array]
+Three = tuple[Array, ...]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -88,8 +88,9 @@ def _value_and_ratios(
         """F(v - 1) = F(v) + k^2 F(v + 1) / (4 v (v + 1)), from the order v to the one below."""
         value, ratios = carry
         v = (top - step).astype(value.dtype)
-        terms = tuple(0.25 * top**2 / (v * (v + 1.0)) * x * r for x, r in zip(squares, ratios, strict=True))
-        return value + _sum_less_parts(jnp.log1p, terms), tuple(1.0 / (1.0 + term) for term in terms)
+        of_sum, one, other = (0.25 * top**2 / (v * (v + 1.0)) * x * r for x, r in zip(squares, ratios, strict=True))
+        below = 1.0 / (1.0 + of_sum), 1.0 / (1.0 + one), 1.0 / (1.0 + other)
+        return value + _sum_less_parts(jnp.log1p, (of_sum, one, other)), below
 
     # A loop, as the compiler takes minutes for its steps one after another.
     return jax.lax.fori_loop(0, steps, down, (value, ratios)) if steps else (value, ratios)

@@ -217,7 +217,8 @@ def test_gradient_is_that_of_the_samples(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_everywhere_and_plain_where_certain(name):
-    function = jax.jit(jax.value_and_grad(lambda e, labels, mask: loss_of(name, e, jax.random.key(0), labels, mask)))
+    loss = lambda e, labels, mask, weights: loss_of(name, e, jax.random.key(0), labels, mask, weights=weights)
+    function = jax.jit(jax.value_and_grad(loss))
     s, u = map(np.asarray, batch())
     every = np.ones(N, bool)
     duplicate = s.copy()
@@ -230,16 +231,22 @@ def test_finite_everywhere_and_plain_where_certain(name):
         ("certain duplicates", (duplicate, 0 * u), LABELS, every),
         ("zeros", (0 * s, u), LABELS, every),
         ("overwhelming uncertainty", (s, 1e6 * u), LABELS, every),
+        ("uncertainty whose square overflows", (s, 1e37 * u), LABELS, every),
         ("tiny uncertainty", (s, 1e-5 * u), LABELS, every),
+        ("huge", (1e15 * s, 1e18 * u), LABELS, every),
+        ("tiny", (1e-18 * s, 1e-18 * u), LABELS, every),
+        ("two of a class", (s, u), LABELS, np.arange(N) < 2),
+        ("one image", (s, u), LABELS, np.arange(N) < 1),
+        ("no weight", (s, u), LABELS, every),
         ("padding", (s, u), LABELS, every & (LABELS == 0)),
         ("nothing", (s, u), LABELS, ~every),
     ):
         e = Embedding(*(jnp.asarray(x, jnp.float32) for x in e))
-        value, gradient = function(e, labels, mask)
+        value, gradient = function(e, labels, mask, np.full(N, case != "no weight", np.float32))
         assert np.isfinite(value), case
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient)), case
-        if case == "nothing":
-            assert value == 0
+        if case in ("nothing", "one image", "no weight"):
+            assert value == 0 and not any(np.any(x) for x in jax.tree.leaves(gradient)), case
         if case == "certain":
             plain = jax.jit(lambda s: loss_of(name, Embedding(s), jax.random.key(0)))(e.semantic)
             np.testing.assert_allclose(value, plain, rtol=1e-6)
@@ -247,6 +254,25 @@ def test_finite_everywhere_and_plain_where_certain(name):
             if name == "mc_info_nce":
                 cosines, pairs = ism.cosine_similarity(e.semantic), losses.pairs_from_labels(LABELS)
                 np.testing.assert_allclose(plain, losses.info_nce(cosines, pairs, temperature=1 / 14), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_embeddings_and_rows_of_padding(name):
+    """Computed in float32, also the rows' gradient; what padding holds reaches neither."""
+    embedding = Embedding(*(jnp.asarray(x, jnp.bfloat16) for x in batch()))
+    function = jax.jit(jax.value_and_grad(lambda e, labels, mask: loss_of(name, e, jax.random.key(0), labels, mask)))
+    value, gradient = function(embedding, LABELS, np.ones(N, bool))
+    whole, of_whole = function(jax.tree.map(lambda x: x.astype(jnp.float32), embedding), LABELS, np.ones(N, bool))
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, whole, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.float32(a), b, rtol=1e-2, atol=1e-4), gradient, of_whole)
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, 7 * x[:2]]).astype(jnp.float32), embedding)
+    value, gradient = function(padded, np.concatenate([LABELS, LABELS[:2]]), np.arange(N + 2) < N)
+    np.testing.assert_allclose(value, whole, rtol=1e-6)
+    for got, expected in zip(gradient, of_whole, strict=True):
+        np.testing.assert_allclose(got[:N], expected, rtol=1e-4, atol=1e-6)
+        assert not np.any(got[N:])
 
 
 @pytest.mark.slow
@@ -264,6 +290,8 @@ def test_eight_devices_draw_the_samples_of_one(name):
     shard = partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=(P(), P("data")), check_vma=False)
     value, gradient = jax.jit(shard(local))(embedding, labels, weights)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+    # Each of the eight devices differentiates its copy of the loss, and a row's gradients are summed where it is.
+    gradient = jax.tree.map(lambda x: x / 8, gradient)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), gradient, expected_gradient)
 
 
