@@ -10,6 +10,7 @@ import argparse
 import base64
 import hashlib
 import html
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAME = re.compile(r'<iframe srcdoc="([^"]*)".*?height="(\d+)"', re.S)
-WIDTH = 1000
+WIDTH, COLOURS = 1000, 96  # of a picture: a notebook is to stay small
 
 
 def digest(book: dict) -> str:
@@ -47,7 +48,7 @@ def execute(path: Path, folder: Path) -> dict:
 
 def picture(page: str, height: int) -> str:
     """A screenshot of a page as base64 of a PNG."""
-    import cv2
+    from PIL import Image
 
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     browser = next((path for name in names if (path := shutil.which(name))), None)
@@ -61,9 +62,11 @@ def picture(page: str, height: int) -> str:
             f"--user-data-dir={folder}/profile", f"--window-size={WIDTH},{height}", f"--screenshot={folder}/page.png",
         ]  # fmt: skip
         subprocess.run([browser, *flags, f"{folder}/page.html"], check=True, capture_output=True, timeout=300)
-        shown = cv2.imread(f"{folder}/page.png")
-    kind = [cv2.IMWRITE_PNG_COMPRESSION, 9]
-    return base64.b64encode(cv2.imencode(".png", shown, kind)[1].tobytes()).decode()
+        with Image.open(f"{folder}/page.png") as shown:
+            small = shown.convert("RGB").quantize(COLOURS)
+    out = io.BytesIO()
+    small.save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
 
 
 def rewritten(text: str) -> str:
