@@ -22,6 +22,16 @@ def test_there_are_two():
     assert [path.name for path in NOTEBOOKS] == ["idml_jax.ipynb", "own_loop.ipynb"]
 
 
+def test_of_lines_that_are_rewritten_the_last_is_stored():
+    made = runpy.run_path(str(ROOT / "docs" / "notebook_outputs.py"))
+    said = ["\r[#..] step 1", "\r            \rloss 1\n\r[##.] 2", "\r       \rloss 2\n"]
+    outputs = [{"output_type": "stream", "name": "stdout", "text": text} for text in said]
+    assert made["joined"]([*outputs, {"output_type": "display_data"}]) == [
+        {"output_type": "stream", "name": "stdout", "text": "loss 1\nloss 2\n"},
+        {"output_type": "display_data"},
+    ]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestAsCommitted:
     def test_they_are_valid(self, path):
