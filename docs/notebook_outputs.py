@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAME = re.compile(r'<iframe srcdoc="([^"]*)".*?height="(\d+)"', re.S)
-WIDTH, COLOURS = 1000, 96  # of a picture: a notebook is to stay small
+WIDTH, COLOURS = 1000, 200  # of a picture: a notebook is to stay small
 
 
 def digest(book: dict) -> str:
@@ -63,7 +63,7 @@ def picture(page: str, height: int) -> str:
         ]  # fmt: skip
         subprocess.run([browser, *flags, f"{folder}/page.html"], check=True, capture_output=True, timeout=300)
         with Image.open(f"{folder}/page.png") as shown:
-            small = shown.convert("RGB").quantize(COLOURS)
+            small = shown.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE)  # keeps rare colours
     out = io.BytesIO()
     small.save(out, "PNG", optimize=True)
     return base64.b64encode(out.getvalue()).decode()

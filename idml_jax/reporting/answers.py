@@ -199,7 +199,12 @@ def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str
         return cells
 
     answered, others = [r for r in rows if r["answered"]], [r for r in rows if not r["answered"]]
-    body = [pages.html('<h1>{:,} queries</h1><p class="muted">{}</p>', len(rows), note), _legend(rows)]
+    body = [
+        pages.html(
+            '<h1>{:,} {}</h1><p class="muted">{}</p>', len(rows), "query" if len(rows) == 1 else "queries", note
+        ),
+        _legend(rows),
+    ]
     body += [pages.row(tiles(row)) for row in answered[:OPEN]]
     for first in range(OPEN, len(answered), OPEN):
         those = answered[first : first + OPEN]
