@@ -20,9 +20,10 @@ import cv2
 import numpy as np
 
 from idml_jax.data.lists import list_images
-from idml_jax.inference.audit import unusual_scores
+from idml_jax.inference.audit import own_class_cosines, unusual_scores
 from idml_jax.inference.index import read
 from idml_jax.metrics import retrieval
+from idml_jax.metrics.embedded import joined, rows_of
 
 KINDS = ("noise", "blank", "patch", "stranger")
 SEEDS, SHARE = (0, 1, 2), 0.05
@@ -59,15 +60,13 @@ def precision(index, more, kind: str, seed: int) -> dict[str, float]:
     usable = np.flatnonzero(np.isin(kinds, KINDS if kind == "all" else [kind]))
     rng = np.random.default_rng(seed)
     rows = rng.permutation(usable)[: round(SHARE * len(index))]
-    both = lambda name: np.concatenate([getattr(index.embedded, name), getattr(more.embedded, name)[rows]])
-    names = [name for name in ("semantic", "uncertainty") if getattr(index.embedded, name) is not None]
-    labels = np.concatenate([index.embedded.labels, rng.integers(0, len(index.class_names), len(rows))])
-    embedded = index.embedded._replace(labels=labels, **{name: both(name) for name in names})
+    labels = rng.integers(0, len(index.class_names), len(rows))
+    embedded = joined([index.embedded, rows_of(more.embedded, rows)._replace(labels=labels)])
     whole = replace(index, embedded=embedded, files=np.concatenate([index.files, more.files[rows]]))
     found = retrieval.neighbours(whole.semantic, k=20)
     planted = np.arange(len(whole)) >= len(index)
-    unlabelled = replace(whole, class_names=None)
-    scores = {"with labels": unusual_scores(whole, found), "without": unusual_scores(unlabelled, found)}
+    asked = {"with labels": whole, "without": replace(whole, class_names=None)}
+    scores = {name: unusual_scores(one, found, own_class_cosines(one)) for name, one in asked.items()}
     scores["distance to the nearest"] = found.distance[:, 0]
     if whole.uncertainty is not None:
         scores["length of u"] = np.linalg.norm(whole.uncertainty, axis=1)

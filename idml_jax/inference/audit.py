@@ -227,8 +227,8 @@ def _blank(index: Index, picture: Picture, most: int, notes: list[str]) -> list[
     return sorted(result, key=lambda finding: -finding.score)[:most]
 
 
-def unusual_scores(index: Index, found: Neighbours) -> Float[np.ndarray, "n"]:
-    """How unusual each image is, from 0 to 1.
+def unusual_scores(index: Index, found: Neighbours, own: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """How unusual each image is, from 0 to 1; ``own`` are the ``own_class_cosines`` of the index.
 
     With labels: the rank of its distance from the mean direction of the other images of its class. Images without
     labels, or alone in their class: the larger of two ranks, of the distance to the nearest image and, where it is
@@ -238,14 +238,13 @@ def unusual_scores(index: Index, found: Neighbours) -> Float[np.ndarray, "n"]:
     scores = rank(found.distance[:, 0])
     if index.embedded.uncertainty is not None:
         scores = np.maximum(scores, rank(index.embedded.uncertainty_norm))
-    own = _own_class_cosines(index)
     known = ~np.isnan(own)
     if known.any():
         scores[known] = rank(-own[known])
     return scores
 
 
-def _own_class_cosines(index: Index) -> Float[np.ndarray, "n"]:
+def own_class_cosines(index: Index) -> Float[np.ndarray, "n"]:
     """Those of ``label_errors``; NaN for all where no single label or only one class is known."""
     labels = index.embedded.labels
     if index.class_names is None or index.embedded.sets is not None or len(np.unique(labels)) < 2:
@@ -254,7 +253,8 @@ def _own_class_cosines(index: Index) -> Float[np.ndarray, "n"]:
 
 
 def _unusual(index: Index, found: Neighbours, share: float, most: int) -> list[Finding]:
-    scores, own = unusual_scores(index, found), _own_class_cosines(index)
+    own = own_class_cosines(index)
+    scores = unusual_scores(index, found, own)
     ordinary = np.nan if np.isnan(own).all() else float(np.nanmedian(own))
     order = np.argsort(-scores, kind="stable")[: min(most, int(np.ceil(share * len(scores))))]
     result = []
