@@ -1,9 +1,10 @@
 """Embeds the images of a source; shared by evaluation, embedding, search and reports."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -19,10 +20,16 @@ from idml_jax.metrics.embedded import Embedded
 from idml_jax.models import EmbeddingModel
 from idml_jax.models.risk_head import RiskHead, risk_of
 from idml_jax.runtime import sharding
+from idml_jax.runtime.progress import Progress, Ticker, erase, is_shown
 from idml_jax.training.digests import weights_digest
 from idml_jax.training.steps import normalize
 
 OUTPUTS = ("semantic", "uncertainty", "semantic_norm")
+
+logger = logging.getLogger(__name__)
+_SECONDS = 10.0  # between two lines of progress in a log
+B = TypeVar("B")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,25 @@ class Embedder:
         Raises:
           UserError: naming an image that cannot be read.
         """
-        parts = [step(*images) for images in self._placed(source, order, partners)]
-        return joined_rows(parts, len(order))
+        placed = self._placed(source, order, partners)
+        return joined_rows(self.results(lambda images: step(*images), placed, len(order)), len(order))
+
+    def results(self, step: Callable[[B], R], batches: Iterable[B], total: int) -> list[R]:
+        """The results of a step for all batches; shows the progress of a long work.
+
+        Args:
+          step: function from a batch to arrays.
+          batches: batches of ``batch_size`` images.
+          total: number of images.
+        """
+        shown, parts = progress_of("evaluating", total), []
+        for batch in batches:
+            parts.append(step(batch))
+            if len(parts) > 1:
+                jax.block_until_ready(parts[-2])  # what was only dispatched is not done
+                shown.add(self.batch_size)
+        erase()
+        return parts
 
     def rows(self, source: Source, order: Int[np.ndarray, "m"] | None = None, on_bad: OnBad = "skip") -> Iterator[Rows]:
         """Embeds batch by batch, for sources larger than memory or with images that cannot be read.
@@ -255,6 +279,12 @@ class Embedder:
         for batches in zip(*(self._batches(source, some) for some in orders), strict=True):
             self.check()
             yield tuple(sharding.shard_batch({"image": batch["image"]}, self.mesh)["image"] for batch in batches)
+
+
+def progress_of(work: str, total: int, done: int = 0) -> Progress:
+    """The progress of a work on images: one line after ``show_progress``, else lines of the log."""
+    ticker = Ticker(logger.info, _SECONDS, live=jax.process_index() == 0 and is_shown())
+    return Progress(total, done, ticker, lambda done, rate: f"{work}: {done:,} of {total:,} images, {rate:,.0f}/s")
 
 
 def embedded_rows(source: Source, records: Int[np.ndarray, "m"], values: Mapping[str, np.ndarray]) -> Embedded:

@@ -29,14 +29,13 @@ from idml_jax.models import EmbeddingModel
 from idml_jax.models.risk_head import risk_of
 from idml_jax.runtime import hosts, sharding
 from idml_jax.runtime.files import TEMPORARY, atomic, write_json
-from idml_jax.runtime.progress import Progress, Ticker, erase, is_shown
+from idml_jax.runtime.progress import Progress, erase
 from idml_jax.training.digests import images_digest, weights_digest
-from idml_jax.training.embedder import OUTPUTS, Embedder, Network, embedded_rows, joined_rows
+from idml_jax.training.embedder import OUTPUTS, Embedder, Network, embedded_rows, joined_rows, progress_of
 
 logger = logging.getLogger("idml_jax")
 
 ROWS = 1024  # images in a part
-_SECONDS = 10.0  # between two lines of progress
 Identity = Mapping[str, str]
 
 
@@ -159,7 +158,10 @@ def features_of(embedder: Embedder, network: str, source: Source, folder: Path) 
         return {"known": np.asarray(found, np.int32)}
 
     known = hosts.from_first(known_parts, {"known": np.zeros(count, np.int32)})["known"] > 0
-    progress = _progress(folder.name, len(source), min(int(known.sum()) * ROWS, len(source)))
+    done = min(int(known.sum()) * ROWS, len(source))
+    if done:
+        logger.info("features of %s: %s of %s images are stored", folder.name, f"{done:,}", f"{len(source):,}")
+    progress = progress_of(f"features of {folder.name}", len(source), done)
     for number in np.flatnonzero(~known).tolist():
         records = np.arange(number * ROWS, min((number + 1) * ROWS, len(source)))
         found = _computed(embedder, source, records, progress)
@@ -183,14 +185,6 @@ def features_of(embedder: Embedder, network: str, source: Source, folder: Path) 
     if missing:
         raise UserError(f"{_path(folder, missing[0])}: was removed or changed while it was in use; run it again")
     return Features(tuple(part for part in parts if part is not None), source.labels)
-
-
-def _progress(name: str, total: int, done: int) -> Progress:
-    if done:
-        logger.info("features of %s: %s of %s images are stored", name, f"{done:,}", f"{total:,}")
-    ticker = Ticker(logger.info, _SECONDS, live=jax.process_index() == 0 and is_shown())
-    words = lambda done, rate: f"features of {name}: {done:,} of {total:,} images, {rate:,.0f}/s"
-    return Progress(total, done, ticker, words)
 
 
 def _path(folder: Path, number: int) -> Path:

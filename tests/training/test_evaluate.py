@@ -50,19 +50,23 @@ def setup():
     return steps.StepSetup(model, rule, optimizer, (0.5,), (0.25,))
 
 
+@pytest.fixture(scope="module")
+def embedder(setup):
+    variables = setup.model.init(jax.random.key(0), np.zeros((1, 12, 12, 1), np.float32))
+    mesh = sharding.data_mesh()
+    return Embedder(
+        Network(setup.model, setup.mean, setup.std),
+        sharding.replicate(variables, mesh),
+        ResizeCenterCrop(12, 12),
+        mesh,
+        batch_size=32,
+        channels=1,
+    )
+
+
 class TestEmbed:
-    def test_every_image_once_in_order_whatever_the_batch(self, image_folder, setup):
+    def test_every_image_once_in_order_whatever_the_batch(self, image_folder, embedder):
         source = sources.scan_folder(image_folder / "test")
-        variables = setup.model.init(jax.random.key(0), np.zeros((1, 12, 12, 1), np.float32))
-        mesh = sharding.data_mesh()
-        embedder = Embedder(
-            Network(setup.model, setup.mean, setup.std),
-            sharding.replicate(variables, mesh),
-            ResizeCenterCrop(12, 12),
-            mesh,
-            batch_size=32,
-            channels=1,
-        )
         run = lambda batch_size, **options: replace(embedder, batch_size=batch_size)(source, **options)
         whole = run(batch_size=32)
         assert whole.semantic.shape == (96, 8) and whole.uncertainty.shape == (96, 4)
@@ -86,6 +90,17 @@ class TestEmbed:
         }
         assert {"corrupted/R@1", "corrupted/R-AUROC(uncertainty)", "corrupted/R-AUROC(margin_10)"} < corrupted
         assert all(-1 <= v <= 1 for v in report.values())
+
+    def test_a_long_work_shows_how_far_it_is(self, image_folder, embedder, monkeypatch, caplog):
+        source = sources.scan_folder(image_folder / "test")
+        said = lambda: [record.getMessage().split("] ")[-1].split(" images")[0] for record in caplog.records]
+        with caplog.at_level("INFO", "idml_jax.training.embedder"):
+            embedder(source)
+            assert not said()  # it took less than ten seconds
+            monkeypatch.setattr("idml_jax.training.embedder._SECONDS", 0.0)
+            monkeypatch.setattr("idml_jax.runtime.progress._FIRST_SECONDS", 0.0)
+            embedder(source, np.arange(80))
+        assert said() == ["evaluating: 32 of 80", "evaluating: 64 of 80"]  # the rest is done at once with the end
 
     def test_partners_are_of_other_classes(self):
         labels = np.repeat(np.arange(5), 4)

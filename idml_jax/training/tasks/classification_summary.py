@@ -1,7 +1,7 @@
 """Evaluation of a classifier on a complete set: accuracy, calibration, and quality of the uncertainty."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -113,15 +113,13 @@ def predict(
     Raises:
       UserError: naming an image that cannot be read.
     """
-    total, parts = None, []
-    for placed in embedder.placed(source, order):
-        sums, rows = jit_predict_step(
-            embedder.variables, placed["image"], placed["label"], placed["mask"], network=embedder.network
-        )
-        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-        parts.append(rows)
     count = len(source) if order is None else len(order)
-    return classification.finish(sharding.to_host(total)), joined_rows(parts, count)
+    step = lambda placed: jit_predict_step(
+        embedder.variables, placed["image"], placed["label"], placed["mask"], network=embedder.network
+    )
+    sums, rows = zip(*embedder.results(step, embedder.placed(source, order), count), strict=True)
+    total = reduce(lambda one, other: jax.tree.map(jnp.add, one, other), sums)
+    return classification.finish(sharding.to_host(total)), joined_rows(list(rows), count)
 
 
 def measure(evaluation: Evaluation) -> dict[str, float]:
