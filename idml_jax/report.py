@@ -14,6 +14,7 @@ from idml_jax.errors import printable, run_command
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
+from idml_jax.runtime.progress import show_progress
 
 if TYPE_CHECKING:
     from idml_jax.reporting.page import comparison, look, make, read_record
@@ -25,6 +26,7 @@ __all__ = ["comparison", "look", "main", "make", "read_record"]
 
 
 def _report(given: dict[str, Any]) -> None:
+    show_progress()
     with loading():
         from idml_jax.reporting.page import make
 

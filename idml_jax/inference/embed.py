@@ -17,9 +17,9 @@ from idml_jax.inference.model import Trained
 from idml_jax.inference.store import Index, check_finite
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import user_path, write_text
-from idml_jax.runtime.progress import Progress, Ticker
+from idml_jax.runtime.progress import Progress, Ticker, erase
 from idml_jax.training.build import data_of
-from idml_jax.training.embedder import Rows, embedded_rows
+from idml_jax.training.embedder import Rows, embedded_rows, progress_of
 from idml_jax.training.risk import digest
 
 __all__ = [
@@ -41,7 +41,7 @@ def embed_all(
     *,
     warn: Callable[[str], None] = lambda line: print(printable(line), file=sys.stderr),
 ) -> tuple[Embedded, np.ndarray]:
-    """Embeds a source in memory.
+    """Embeds a source in memory; a long work shows its progress after ``show_progress``.
 
     Args:
       model: trained embedding.
@@ -55,12 +55,15 @@ def embed_all(
       UserError: if no image is readable; names the first.
     """
     parts, records, skipped = [], [], []
+    shown = progress_of("embedding", len(source))
     for rows in model.embedder.rows(source):
+        shown.add(len(rows.records) + len(rows.skipped))
         skipped += rows.skipped
         if rows.values:
             _check_finite(model, source, rows)
             parts.append(rows.values)
             records.append(rows.records)
+    erase()
     if not parts:
         raise UserError(f"{source.name(skipped[0][0])}: {skipped[0][1]}")
     for record, reason in skipped:
