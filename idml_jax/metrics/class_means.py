@@ -118,16 +118,28 @@ def mean_scores(
     scores = {"mean_distance": 1.0 - near}
     if len(means.labels) < 2:
         return scores
-    # Without any other class there is no rival at all, as in `vote.label_scores`.
-    rival = np.full(len(queries), -1.0)
-    unseen, places = np.column_stack([answer, mine, hidden]), np.arange(len(means.labels))
-    some = np.flatnonzero(visible.visible_rows(unseen, places) > 0)
-    if len(some):
-        other = visible.nearest_of_other_classes(unit(queries[some]), unseen[some], directions, places, 1)
-        rival[some] = cosines(queries[some], directions, other.index)[:, 0]
+    rival = np.full(len(queries), -1.0)  # without any other class, as in `vote.label_scores`
+    unseen = np.column_stack([answer, mine, hidden])
+    some = np.flatnonzero(visible.visible_rows(unseen, np.arange(len(means.labels))) > 0)
+    rival[some] = _nearest_cosines(queries[some], directions, unseen[some])
     counts = (mine >= 0) & (mine != answer) & (mine != hidden) & (means.sizes[np.maximum(mine, 0)] > 1)
     rival = np.where(counts, np.maximum(rival, without), rival)
     return scores | {"mean_margin": rival - near}
+
+
+def _nearest_cosines(
+    queries: Float[np.ndarray, "n d"], directions: Float[np.ndarray, "c d"], hidden: Int[np.ndarray, "n h"]
+) -> Float[np.ndarray, "n"]:
+    """Cosine of each query to the nearest direction but those in its hidden places (-1: none)."""
+    nearest = np.empty((len(queries), 1), np.int64)
+    step = max(1, _TILE // len(directions))
+    for start in range(0, len(queries), step):
+        cut = slice(start, start + step)
+        cosine = unit(queries[cut].astype(np.float32)) @ directions.T
+        row, column = np.nonzero(hidden[cut] >= 0)
+        cosine[row, hidden[cut][row, column]] = -np.inf
+        nearest[cut, 0] = cosine.argmax(axis=1)
+    return cosines(queries, directions, nearest)[:, 0]
 
 
 def _places(labels: Int[np.ndarray, "c"], wanted: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
