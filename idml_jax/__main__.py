@@ -84,10 +84,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = _without_verbosity(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
-        print(usage())
+        _print(usage())
         sys.exit(0 if argv else 2)
     if argv[0] in ("--version", "version"):
-        print(f"idml_jax {idml_jax.__version__}")
+        _print(f"idml_jax {idml_jax.__version__}")
         return
     name, *rest = argv
     if name == "completion":
@@ -105,6 +105,15 @@ def main(argv: list[str] | None = None) -> None:
         interrupt.end_when_asked()  # before the imports below, which take a while
     sys.argv = [f"idml-jax {name}", *rest, *command.extra]
     importlib.import_module(f"idml_jax.{command.module}").main()
+
+
+def _print(text: str) -> None:
+    """Prints a text, of which the reader may want only the beginning."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as in `errors.run_command`, whose imports nobody should wait for here
+        sys.stderr.close()
+        sys.exit(1)
 
 
 def _without_verbosity(argv: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ Classifiers, projection heads and heads that are not requested are left out and 
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ _SOURCE = "owner/name on the hub, .safetensors, .pth, a folder written by this c
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     known = lambda: imported("models:known_models")()
-    parser = argparse.ArgumentParser(prog="python -m idml_jax.pretrained", description=__doc__, formatter_class=Help)
+    called = sys.argv[0] if sys.argv[0].startswith("idml-jax") else "python -m idml_jax.pretrained"
+    parser = argparse.ArgumentParser(prog=called, description=__doc__, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("convert", formatter_class=Help, help="write weights in another format")
     command.add_argument("source", help=_SOURCE)

@@ -125,7 +125,7 @@ def full_report(
     warnings = []
     if embedded.uncertainty is not None:
         report |= _uncertainty_report(embedded, gallery, ranks, ks, metric, seed)
-        warnings = uncertainty.failure_signs(embedded.semantic, embedded.uncertainty)
+        warnings = uncertainty.failure_signs(embedded.semantic, embedded.uncertainty, metric)
         if ambiguity is not None:
             report["spearman(u,ambiguity)"] = uncertainty.spearman(embedded.uncertainty_norm, ambiguity)
     fitted = None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from idml_jax.ism import Metric
 from idml_jax.metrics import binomial
 from idml_jax.metrics.checks import Array, embedding_rows, score_column
 from idml_jax.metrics.retrieval import Neighbours, neighbours
@@ -243,13 +244,19 @@ def similarity_correlation(
 
 
 def failure_signs(
-    semantic: Float[Array, "n d"], uncertainty: Float[Array, "n k"], *, small: float = 0.01, correlated: float = 0.8
+    semantic: Float[Array, "n d"],
+    uncertainty: Float[Array, "n k"],
+    metric: Metric = Metric(),  # noqa: B008 (immutable)
+    *,
+    small: float = 0.01,
+    correlated: float = 0.8,
 ) -> list[str]:
     """Signs of a failed uncertainty head, one line each; empty if there are none.
 
     Collapsed: 95% of all images have |u| < small (with semantic distances about 1 and temperature 5 it then weakens
-    no distance by more than half a percent). Constant: |u| varies by less than a thousandth of its mean. Copy:
-    |`similarity_correlation`| above `correlated`.
+    no distance by more than half a percent). Outgrown: under the metric half of all pairs keep less than a tenth of
+    their semantic distance, so the loss sees hardly any of it. Constant: |u| varies by less than a thousandth of its
+    mean. Copy: |`similarity_correlation`| above `correlated`.
     """
     norms = np.sqrt(embedding_rows(uncertainty, "uncertainty")[1].astype(np.float64))
     signs = []
@@ -258,12 +265,26 @@ def failure_signs(
             f"uncertainty collapsed: 95% of |u| are below {large:.2g}, so it changes no distance "
             "(training with config.ism.ranking=1.0 or config.ism.prior=0.01 keeps it alive)"
         )
+    if (kept := _kept_distance(semantic, uncertainty, metric)) < 0.1:
+        signs.append(
+            f"uncertainty has outgrown the metric: half of all pairs keep less than {100 * kept:.2g}% of their "
+            "distance, so the loss hardly sees it (compare with config.ism.enabled=False)"
+        )
     if norms.std() < 1e-3 * norms.mean():
         signs.append(f"uncertainty is constant: |u| = {norms.mean():.4g} for every image")
     correlation = similarity_correlation(semantic, uncertainty)
     if abs(correlation) > correlated:
         signs.append(f"uncertainty copies the semantic embedding: their similarities correlate at {correlation:.2f}")
     return signs
+
+
+def _kept_distance(semantic: Float[Array, "n d"], uncertainty: Float[Array, "n k"], metric: Metric) -> float:
+    """Median over pairs of 256 evenly spaced images of the share of their distance that the metric leaves."""
+    some = np.unique(np.linspace(0, len(semantic) - 1, 256).astype(int))
+    one, other = np.triu_indices(len(some), 1)
+    s, u = (np.asarray(side, np.float32)[some] for side in (semantic, uncertainty))
+    alpha, beta = np.linalg.norm(s[one] - s[other], axis=1), np.linalg.norm(u[one] + u[other], axis=1)
+    return float(np.median(metric.for_ranking().weakening(alpha, beta))) if len(one) else 1.0
 
 
 def threshold_for_precision(

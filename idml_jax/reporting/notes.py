@@ -54,7 +54,7 @@ def warnings(seen: Seen) -> list[str]:
 def _of_uncertainty(seen: Seen) -> Iterator[str]:
     if not seen.model.introspective or seen.embedded.uncertainty is None:
         return
-    for sign in uncertainty.failure_signs(seen.embedded.semantic, seen.embedded.uncertainty):
+    for sign in uncertainty.failure_signs(seen.embedded.semantic, seen.embedded.uncertainty, seen.model.metric):
         advice = next((words for start, words in ADVICE.items() if sign.startswith(start)), "")
         yield f"{sign}. {advice}".strip()
 

@@ -150,6 +150,21 @@ def test_similarity_correlation_and_failure_signs():
     assert len(uncertainty.failure_signs(semantic, np.zeros((300, 5)))) >= 1
 
 
+def test_an_uncertainty_that_leaves_no_distances_is_a_sign_of_failure():
+    rng = np.random.default_rng(0)
+    semantic, other = rng.normal(size=(300, 16)), rng.normal(size=(300, 5))
+    semantic /= np.linalg.norm(semantic, axis=1, keepdims=True)
+    assert uncertainty.failure_signs(semantic, other) == []
+    (sign,) = uncertainty.failure_signs(semantic, 10 * other)
+    one, two = np.triu_indices(256, 1)
+    some = np.unique(np.linspace(0, 299, 256).astype(int))
+    alpha = np.linalg.norm(semantic[some][one] - semantic[some][two], axis=1)
+    beta = np.linalg.norm(10 * (other[some][one] + other[some][two]), axis=1)
+    assert f"keep less than {100 * np.median(np.exp(-beta / alpha / 5)):.2g}% of" in sign
+    assert uncertainty.failure_signs(semantic, 10 * other, Metric(temperature=100.0)) == []
+    assert uncertainty.failure_signs(semantic, 10 * other, Metric("released"))  # ranks as the relative form
+
+
 def test_threshold_for_precision():
     scores = np.arange(1000.0)
     correct = np.random.default_rng(0).random(1000) < np.linspace(1, 0.2, 1000)

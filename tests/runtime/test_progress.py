@@ -2,11 +2,13 @@
 
 import io
 import logging
+import os
 import sys
 
 import pytest
 
 from idml_jax import __main__ as commands
+from idml_jax import pretrained
 from idml_jax.errors import UserError, warn
 from idml_jax.runtime import completion, progress
 
@@ -87,3 +89,25 @@ def test_completion():
         assert "compare" in text and "workdir" in text
     with pytest.raises(UserError, match="known are bash, zsh, fish"):
         completion.script("csh", {})
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["--version"]])
+def test_a_reader_that_wants_only_the_beginning_sees_no_error(argv, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            commands.main(argv)
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())  # what is left of the text goes nowhere
+    assert ended.value.code == 1
+
+
+def test_usage_names_the_command_that_was_typed(monkeypatch, capsys):
+    for called, told in (("idml-jax pretrained", "idml-jax pretrained"), ("x.py", "python -m idml_jax.pretrained")):
+        monkeypatch.setattr(sys, "argv", [called, "--help"])
+        with pytest.raises(SystemExit):
+            pretrained.main()
+        assert capsys.readouterr().out.startswith(f"usage: {told} [-h]")
