@@ -1,5 +1,6 @@
 """The columns of a table of images: what they are called, and their values checked."""
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.data import files, folders
 from idml_jax.data.tables import Table
 from idml_jax.errors import UserError
+from idml_jax.runtime.files import without_dots
 
 # The columns of a table: what a column means, and the names that it may have.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -60,15 +62,18 @@ def paths_of(table: Table, cells: list[Any], root: Path | None, option: str) -> 
     """Absolute paths, relative ones from ``root`` or the table's folder; names of images in the table as they stand."""
     above = root or (table.where if table.where.is_dir() else table.where.parent)
     stored = table.images is not None
-    paths = []
+    paths, plain = [], functools.cache(without_dots)  # of folders, which are few
     for row, value in enumerate(cells):
         name = text_of(value)
         if not name and stored:
             paths.append(table.place(row))
         elif not name:
             raise UserError(f"{table.place(row)}: no path ({option})")
+        elif stored:
+            paths.append(name)
         else:
-            paths.append(name if stored else str(above / os.path.expanduser(name)))
+            folder, file = os.path.split(above / os.path.expanduser(name))
+            paths.append(os.path.join(plain(folder), file))
     return paths
 
 
