@@ -57,7 +57,7 @@ def user_path(given: str | Path) -> Path:
 
 
 def without_dots(path: str) -> str:
-    """An absolute path without ``..``, so that a file has one name; a folder before one may be a link: it is resolved."""
+    """An absolute path without ``..``, so that a file has one name; a folder before one may be a link, so resolved."""
     parts = path.split(os.sep)
     if ".." not in parts:
         return path
