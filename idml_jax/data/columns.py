@@ -53,7 +53,7 @@ def text_of(value: Any) -> str:
     """A value as text; empty for what is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, float) and value == int(value):  # a column of whole numbers with an empty cell
+    if isinstance(value, float) and value.is_integer():  # a column of whole numbers with an empty cell
         return str(int(value))
     return str(value).strip()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from idml_jax import errors
+from idml_jax.data.lists import listed_paths
 from idml_jax.errors import UserError, printable
 from idml_jax.runtime import files
 
