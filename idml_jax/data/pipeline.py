@@ -5,7 +5,8 @@ import concurrent.futures
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -114,9 +115,19 @@ class _Batches:
         }
 
 
-def _iterate(batches: _Batches, reading: Reading) -> Iterator[Batch]:
-    import grain  # takes a while, and only training needs it
+def load_reader() -> ModuleType:
+    """Imports Grain, which takes a while and only training needs.
 
+    To be called before other threads import anything: while Grain is imported, it replaces Python's import for all
+    threads, and what they import at that moment may be unusable (seen with TensorFlow).
+    """
+    import grain
+
+    return grain
+
+
+def _iterate(batches: _Batches, reading: Reading) -> Iterator[Batch]:
+    grain: Any = load_reader()
     options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
     chain = grain.MapDataset.source(batches).to_iter_dataset(options)
     if reading.workers:

@@ -22,12 +22,13 @@ from idml_jax.inference.model import Trained
 from idml_jax.inference.own import own_rows, own_rows_in
 from idml_jax.inference.search import open_index
 from idml_jax.inference.sureness import Confidence, Wanted, fit
+from idml_jax.metrics import class_means
 from idml_jax.metrics.blocks import neighbours_in_blocks
 from idml_jax.metrics.embedded import Embedded, rows_of
 
 VOTERS = 20  # neighbours that scores and votes use
 # Scores that need more of the gallery than the images near the queries.
-NEED_ALL = ("class_margin", "answer_density")
+NEED_ALL = ("class_margin", "answer_density", *class_means.SCORES)
 
 
 class Searched(NamedTuple):

@@ -7,10 +7,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from idml_jax import ism
-from idml_jax.metrics import introspective, uncertainty, vote
+from idml_jax.metrics import class_means, introspective, uncertainty, vote
 from idml_jax.metrics.density import density_score
 from idml_jax.metrics.retrieval import Neighbours
 from idml_jax.metrics.vote import Vote
+
+# Scores of an answer that need the classes of the gallery.
+LABELLED = (*vote.SCORES, *class_means.SCORES)
 
 
 class Embedded(NamedTuple):
@@ -66,7 +69,7 @@ def scores_of(
     """All scores of the nearest image as the answer, larger = less certain.
 
     ``introspective.answer_scores``, with ``own`` and ``found`` as there, ``risk`` of the query where it
-    is known, ``density.density_score`` and ``vote.label_scores``.
+    is known, ``density.density_score``, ``vote.label_scores`` and ``class_means.mean_scores``.
 
     Args:
       embedded: the queries; without a gallery every image queries all the others.
@@ -96,9 +99,11 @@ def scores_of(
     scores |= density_score(embedded.semantic, searched.semantic, searched.labels, found, own, absent=absent)
     if setting is None:
         return scores
-    return scores | vote.label_scores(
-        embedded.semantic, searched.semantic, searched.labels, found, setting, own, absent=absent
-    )
+    sides = embedded.semantic, searched.semantic, searched.labels, found
+    scores |= vote.label_scores(*sides, setting, own, absent=absent)
+    if embedded.groups is not None:  # a query does not see some images of its class, which the means would count
+        return scores
+    return scores | class_means.mean_scores(*sides, own, absent=absent)
 
 
 def joined(sets: Sequence[Embedded]) -> Embedded:

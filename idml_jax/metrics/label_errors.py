@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from idml_jax.metrics import vote
+from idml_jax.metrics import class_means, vote
 from idml_jax.metrics.choices import SCORES as SCORES
 from idml_jax.metrics.retrieval import Neighbours
 
@@ -76,8 +76,9 @@ def evidence(rows: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], found
     """
     classes, labels = np.unique(labels, return_inverse=True)
     size = np.bincount(labels)
-    unit = _unit(np.asarray(rows, np.float32))
-    means, own = _class_means(unit, labels, len(classes))
+    known = class_means.class_means(rows, labels)
+    unit, means = class_means.unit(np.asarray(rows, np.float32)), known.directions
+    own = class_means.own_cosines(known, rows, np.arange(len(labels)))
     weight = np.exp(VOTE_TEMPERATURE * (s := vote.cosines(rows, rows, found.index)) - VOTE_TEMPERATURE * s[:, :1])
     weight = weight / weight.sum(axis=1, keepdims=True)
     step = max(1, _TILE // len(classes))
@@ -118,23 +119,9 @@ def own_class_cosines(rows: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n
     >>> own_class_cosines(np.eye(3)[[0, 0, 1, 2]], np.array([0, 0, 0, 1])).round(2).tolist()
     [0.71, 0.71, 0.0, nan]
     """
-    classes, labels = np.unique(labels, return_inverse=True)
-    own = _class_means(_unit(np.asarray(rows, np.float32)), labels, len(classes))[1]
-    return np.where(np.bincount(labels)[labels] > 1, own, np.nan)
-
-
-def _class_means(
-    unit: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], classes: int
-) -> tuple[Float[np.ndarray, "c d"], Float[np.ndarray, "n"]]:
-    """Mean direction of each class, and the cosine of each row to that of the other rows of its class."""
-    sums = np.zeros((classes, unit.shape[1]))
-    np.add.at(sums, labels, unit)
-    own = np.einsum("nd,nd->n", unit, _unit(sums[labels] - unit)).astype(np.float32)
-    return _unit(sums).astype(np.float32), own
-
-
-def _unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    known = class_means.class_means(rows, labels)
+    own = class_means.own_cosines(known, rows, np.arange(len(labels)))
+    return np.where(known.sizes[known.codes] > 1, own, np.nan)
 
 
 def _spread(p: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:

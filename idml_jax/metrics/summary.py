@@ -23,7 +23,7 @@ from idml_jax.metrics import (
 )
 from idml_jax.metrics.calibration import Calibration, HeldOut, Known
 from idml_jax.metrics.confidence import confidence
-from idml_jax.metrics.embedded import Embedded, joined, scores_of
+from idml_jax.metrics.embedded import LABELLED, Embedded, joined, scores_of
 from idml_jax.metrics.retrieval import Ranks
 from idml_jax.metrics.vote import Vote
 
@@ -35,8 +35,8 @@ __all__ = [
 # Joined scores besides the confidence, and the scores that each does without.
 JOINED = {
     "unlearned_confidence": introspective.LEARNED,
-    "label_free_confidence": vote.LABELLED,
-    "free_confidence": (*introspective.LEARNED, *vote.LABELLED, "answer_density"),
+    "label_free_confidence": LABELLED,
+    "free_confidence": (*introspective.LEARNED, *LABELLED, "answer_density"),
 }
 
 

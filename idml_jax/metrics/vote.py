@@ -17,8 +17,8 @@ from idml_jax.metrics.checks import Array
 from idml_jax.metrics.classification import calibration_error
 from idml_jax.metrics.retrieval import Neighbours
 
-# Scores of an answer that need the classes of the gallery.
-LABELLED = ("vote_share", "vote_rival", "agreement", "class_margin")
+# Scores of `label_scores`.
+SCORES = ("vote_share", "vote_rival", "agreement", "class_margin")
 # What `chosen` tries.
 NEIGHBOURS, TEMPERATURES = (5, 10, 20), (10.0, 20.0, 40.0)
 # Share of the probability that all classes of the gallery get alike, so that none has the probability 0; also added to

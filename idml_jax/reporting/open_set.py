@@ -34,13 +34,12 @@ def table(best: Mapping[str, float], names: Mapping[str, str]) -> Markup:
     said = Markup()
     answered, right = best.get("open_set/answered"), best.get("open_set/answered_precision")
     if answered is not None:
-        told = "none" if right is None else f"{100 * float(right):.1f} %"
-        said = pages.html(
-            "<p>At the wanted precision of {} of these queries {} are answered, {} of them rightly.</p>",
-            f"{100 * float(best.get('wanted_precision', float('nan'))):.0f} %",
-            f"{100 * float(answered):.0f} %",
-            told,
-        )
+        told = "none of these queries is answered"
+        if right is not None:
+            shares = 100 * float(answered), 100 * float(right)
+            told = "{:.0f} % of these queries are answered, {:.1f} % of them rightly".format(*shares)
+        wanted = float(best.get("wanted_precision", float("nan")))
+        said = pages.html("<p>With a wanted precision of {}, {}.</p>", f"{100 * wanted:.0f} %", told)
     return pages.html(
         "<h2>Does it know what it has never seen?</h2><p>Half of the classes are taken out of the images searched; the "
         "queries of those classes are strangers, and every answer to them is wrong. Means over several choices of the "

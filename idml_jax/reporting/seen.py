@@ -23,6 +23,7 @@ SCORE_NAMES = {
     "vote_rival": "vote for another class over that for the answer's",
     "agreement": "nearest of another class than the answer", "class_margin": "margin to the nearest of another class",
     "answer_density": "similarity to the answer, less that of its 10th neighbour",
+    "mean_distance": "distance to the mean of the answer's class", "mean_margin": "margin to the mean of another class",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 import idml_jax
+from idml_jax.data import pipeline
 from idml_jax.errors import UserError, quiet_libraries
 from idml_jax.metrics.names import shown
 from idml_jax.runtime import hosts
@@ -224,6 +225,7 @@ def _started(
         variables, source = pretrained
         state = run.with_variables(state, variables)
         logger.info("starting from %s", source)
+    pipeline.load_reader()  # before the writers' threads
     writer = MetricWriter(
         workdir,
         active=jax.process_index() == 0,

@@ -1,5 +1,7 @@
 """Queries whose class is not in the gallery: metrics against naive loops, and the promises of the rules."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -83,15 +85,20 @@ def test_strangers_see_nothing_of_their_class():
 
 @pytest.fixture(scope="module")
 def calibrated():
-    held, gallery = blobs(30, seed=1), blobs(60, seed=2, first=100)
-    return calibration.calibrate(HeldOut(held, joined([held, gallery]), np.arange(360)), Metric()), gallery
+    """Two calibrations on different held-out classes, each with its gallery."""
+
+    def one(seed):
+        held, gallery = blobs(30, seed=seed + 1), blobs(60, seed=seed + 2, first=100)
+        return calibration.calibrate(HeldOut(held, joined([held, gallery]), np.arange(360)), Metric()), gallery
+
+    return one(0), one(10)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 def test_the_rules_keep_their_promises_among_strangers(calibrated, share):
-    fitted, gallery = calibrated
     right = answered = unknown = unknown_answered = 0
-    for seed in range(4):
+    off = []
+    for (fitted, gallery), seed in itertools.product(calibrated, range(4)):
         rng = np.random.default_rng(seed)
         others = blobs(40, seed=50 + seed, first=500)
         size = int(200 * share)
@@ -102,17 +109,18 @@ def test_the_rules_keep_their_promises_among_strangers(calibrated, share):
         scores = scores_of(queries, gallery, Metric(), own, found, setting=fitted.setting)
         correct = gallery.labels[found.index[:, 0]] == queries.labels
         estimate = strangers.estimated_share(fitted, scores)
-        assert abs(estimate - share) < 0.15
         sure = strangers.judge(fitted, scores, estimate)
+        off.append((abs(estimate - share), abs(sure.known.mean() - (1 - share))))
         # The confidence is fitted in a gallery of 90 classes and used in one of 60: rather too low than too high.
-        assert -0.15 < sure.sure.mean() - correct.mean() < 0.05 and abs(sure.known.mean() - (1 - share)) < 0.15
+        assert -0.15 < sure.sure.mean() - correct.mean() < 0.05
         given = 1 - sure.sure <= strangers.rule(fitted, estimate, 0.8).value
         right, answered = right + np.sum(correct & given), answered + np.sum(given)
         few = 1 - sure.sure <= strangers.rule(fitted, estimate, answered_strangers=0.05).value
         unknown, unknown_answered = unknown + np.sum(own < 0), unknown_answered + np.sum(few & (own < 0))
         both = strangers.rule(fitted, estimate, 0.8, 0.05)
         assert both.value == min(both.precision.value, both.strangers)
-    assert right >= 0.78 * answered and (answered > 100 or share > 0.5)
+    assert np.max(off) < 0.2 and np.mean(off) < 0.13  # the estimate of 0 % can only be too high
+    assert right >= 0.78 * answered and (answered > 200 or share > 0.5)
     assert unknown_answered <= 0.05 * unknown + 2 * np.sqrt(0.05 * max(1, unknown))
 
 

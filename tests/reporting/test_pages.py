@@ -22,7 +22,7 @@ from idml_jax.inference.store import Index
 from idml_jax.metrics import retrieval
 from idml_jax.metrics.embedded import Embedded, scores_of
 from idml_jax.metrics.summary import retrieval_report
-from idml_jax.reporting import answers, notes, page, plots, sections
+from idml_jax.reporting import answers, notes, open_set, page, plots, sections
 from idml_jax.reporting import html as pages
 from idml_jax.reporting.record import read_record
 from idml_jax.training.config import default_config
@@ -329,3 +329,16 @@ def test_no_script_runs_in_a_browser(seen, tmp_path):
         done = subprocess.run([browser(), *flags, address], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and "</html>" in done.stdout, done.stderr[-500:]
         assert ("<title>run</title>" in done.stdout) == ran, name
+
+
+@pytest.mark.parametrize(
+    ("answered", "right", "told"),
+    [
+        (0.0, None, "With a wanted precision of 90 %, none of these queries is answered."),
+        (0.25, 0.914, "With a wanted precision of 90 %, 25 % of these queries are answered, 91.4 % of them rightly."),
+    ],
+)
+def test_the_share_of_answers_among_strangers(answered, right, told):
+    scores = {f"open_set/{name}(confidence)": 0.5 for name in ("AUROC", "AURC", "TPIR@0.1", "TPIR@0.01")}
+    chosen = {"wanted_precision": 0.9, "open_set/answered": answered, "open_set/answered_precision": right}
+    assert told in open_set.table(scores | chosen, {})

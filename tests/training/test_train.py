@@ -54,6 +54,22 @@ def test_training_helps(image_folder, tmp_path):
     assert result["final"]["MAP@R"] > result["untrained"]["MAP@R"] + 0.1
 
 
+def test_grain_is_imported_before_the_threads_of_the_writers_import_anything(image_folder, tmp_path, monkeypatch):
+    called = []
+
+    class Reached(Exception):
+        pass
+
+    def writer(*args, **kwargs):
+        raise Reached
+
+    monkeypatch.setattr(train.pipeline, "load_reader", lambda: called.append("grain"))
+    monkeypatch.setattr(train, "MetricWriter", writer)
+    with pytest.raises(Reached):
+        train.train_and_evaluate(small_config(image_folder, **QUICK), tmp_path)
+    assert called == ["grain"]
+
+
 def train_killed_at(config, workdir, call, monkeypatch):
     """Trains until the given step is about to run, then as if killed there, then to the end."""
     real, calls = loop.steps.jit_train_step, []
