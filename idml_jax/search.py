@@ -135,7 +135,8 @@ def _search(given: dict[str, Any]) -> None:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     else:
         missing: list[str] = []
-        readers = tuple(noting(picture_reader(side, workdir), missing) for side in (queries, index))
+        noted = lambda side: noting(picture_reader(side, workdir), missing)
+        readers = noted(queries), noted(index)
         content = as_html(rows, *readers, note).encode() if out.suffix == ".html" else as_png(rows, *readers)
         if missing:
             reason = f"as their files are gone or broken, the first {printable(missing[0])}"
