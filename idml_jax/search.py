@@ -63,7 +63,7 @@ def _search(given: dict[str, Any]) -> None:
         from idml_jax.inference.reranking import parse, rerank
         from idml_jax.inference.search import load_model, open_index, search
         from idml_jax.inference.sureness import Confidence, Wanted, confidence_for, note_of, outcome, rule_for, scored
-        from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, picture_reader, records
+        from idml_jax.reporting.answers import SHEET_ROWS, as_html, as_png, as_table, noting, picture_reader, records
 
     steps = parse(given["rerank"])
     if steps and (given["abstain"] is not None or given["strangers"] is not None or given["held_out"]):
@@ -87,6 +87,10 @@ def _search(given: dict[str, Any]) -> None:
     check_comparable(queries, searched.head, given["query"], given["index"])
     if searched.head.embedded.sets is not None:
         warn(f"{given['index']}: in votes, images with several labels count as the class of their first")
+    if searched.head.embedded.groups is not None:
+        warn(
+            f"{given['index']}: its groups are for evaluate; a search also finds images of the query's class and group"
+        )
     seen = near(searched, queries, given["k"], keep_same=given["keep_same"], say=say)
     index, own = seen.images, seen.own
     k = min(given["k"], len(seen.whole) - (seen.whole_own is not None))
@@ -130,8 +134,13 @@ def _search(given: dict[str, Any]) -> None:
     if out.suffix == ".jsonl":
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     else:
-        readers = picture_reader(queries, workdir), picture_reader(index, workdir)
+        missing: list[str] = []
+        noted = lambda side: noting(picture_reader(side, workdir), missing)
+        readers = noted(queries), noted(index)
         content = as_html(rows, *readers, note).encode() if out.suffix == ".html" else as_png(rows, *readers)
+        if missing:
+            reason = f"as their files are gone or broken, the first {printable(missing[0])}"
+            warn(f"{len(missing):,} pictures cannot be shown, {reason}")
     write_bytes(out, content)
     print(note)
     left = f" (the first {SHEET_ROWS})" if out.suffix == ".png" and len(rows) > SHEET_ROWS else ""

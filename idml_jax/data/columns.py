@@ -1,5 +1,6 @@
 """The columns of a table of images: what they are called, and their values checked."""
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.data import files, folders
 from idml_jax.data.tables import Table
 from idml_jax.errors import UserError
+from idml_jax.runtime.files import without_dots
 
 # The columns of a table: what a column means, and the names that it may have.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -51,7 +53,7 @@ def text_of(value: Any) -> str:
     """A value as text; empty for what is missing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, float) and value == int(value):  # a column of whole numbers with an empty cell
+    if isinstance(value, float) and value.is_integer():  # a column of whole numbers with an empty cell
         return str(int(value))
     return str(value).strip()
 
@@ -60,15 +62,18 @@ def paths_of(table: Table, cells: list[Any], root: Path | None, option: str) -> 
     """Absolute paths, relative ones from ``root`` or the table's folder; names of images in the table as they stand."""
     above = root or (table.where if table.where.is_dir() else table.where.parent)
     stored = table.images is not None
-    paths = []
+    paths, plain = [], functools.cache(without_dots)  # of folders, which are few
     for row, value in enumerate(cells):
         name = text_of(value)
         if not name and stored:
             paths.append(table.place(row))
         elif not name:
             raise UserError(f"{table.place(row)}: no path ({option})")
+        elif stored:
+            paths.append(name)
         else:
-            paths.append(name if stored else str(above / os.path.expanduser(name)))
+            folder, file = os.path.split(above / os.path.expanduser(name))
+            paths.append(os.path.join(plain(folder), file))
     return paths
 
 

@@ -21,6 +21,7 @@ from idml_jax.inference.search import open_index
 from idml_jax.metrics.same_class import Judge, fit_judge
 from idml_jax.metrics.verification import Rates
 from idml_jax.training.build import data_of
+from idml_jax.training.workdir import finding_images
 
 FMRS = (0.001, 0.01, 0.1)
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -160,7 +161,8 @@ def _held_out(model: Trained, where: str) -> tuple[Index, str]:
             raise UserError(f"{where} was embedded with the weights {known}, {model.workdir} has {own}; embed it again")
         return index, f"the {len(index.files):,} images of {where}"
     try:
-        splits = data_of(model.config)
+        with finding_images(model.config, model.workdir):
+            splits = data_of(model.config)
     except UserError as error:
         raise UserError(f"{error}; or give --held_out, a file of embeddings or a folder of class folders") from error
     name = "test" if splits.validation is None else "validation"

@@ -21,6 +21,7 @@ from idml_jax.runtime.progress import Progress, Ticker, erase
 from idml_jax.training.build import data_of
 from idml_jax.training.embedder import Rows, embedded_rows, progress_of
 from idml_jax.training.risk import digest
+from idml_jax.training.workdir import finding_images
 
 __all__ = [
     "LISTS",
@@ -265,7 +266,8 @@ def split_source(model: Trained, split: str) -> Source:
     Raises:
       UserError: if the run has no such split, or its data is missing.
     """
-    source = getattr(data_of(model.config), split)
+    with finding_images(model.config, model.workdir):
+        source = getattr(data_of(model.config), split)
     if source is None:
         raise UserError(f"--split={split}: the run's data has none")
     return source

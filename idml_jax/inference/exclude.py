@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from idml_jax.data.lists import LISTS, listed_paths
 from idml_jax.errors import UserError
 from idml_jax.inference.index import Index
+from idml_jax.runtime.files import without_dots
 
 EXAMPLES = "--exclude=removed.csv, --exclude='*/drafts/*' or --exclude=class=Mallard"
 
@@ -34,7 +35,7 @@ class Rule(NamedTuple):
     def of_name(self, name: str) -> bool:
         """Whether the rule is for this image."""
         if self.names is not None:
-            return name in self.names
+            return name in self.names or without_dots(name) in self.names
         return self.pattern is not None and self.pattern.match(name) is not None
 
 

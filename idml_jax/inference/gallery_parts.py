@@ -24,7 +24,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.inference.own import keys_of
 from idml_jax.inference.store import columns_of, digest, is_text, table_of
 from idml_jax.inference.told import OF_TABLES
-from idml_jax.runtime.files import atomic, user_path, write_json, write_text
+from idml_jax.runtime.files import atomic, user_path, without_dots, write_json, write_text
 from idml_jax.runtime.progress import Progress, Ticker
 
 PART_IMAGES = 4096
@@ -289,9 +289,9 @@ def _added(
         present = {
             key
             for _, part in before.batches(("files", "box"))
-            for key in keys_of(texts(part["files"]), part.get("box"))
+            for key in keys_of(texts(part["files"]), part.get("box"), without_dots)
         }
-        mine = keys_of(asked.names, asked.told.get("box"))
+        mine = keys_of(asked.names, asked.told.get("box"), without_dots)
         left_out = tuple(record for record, key in enumerate(mine) if key in present)
         say(f"{len(left_out):,} of {len(asked.names):,} images are in the gallery already")
         if len(left_out) == len(asked.names):

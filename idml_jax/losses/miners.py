@@ -54,8 +54,9 @@ def multi_similarity_pairs(similarity: Float[Array, "n m"], pairs: Pairs, epsilo
     positive, negative = pairs
     least_positive = jnp.min(jnp.where(positive, similarity, jnp.inf), axis=1, keepdims=True, initial=jnp.inf)
     most_negative = jnp.max(jnp.where(negative, similarity, -jnp.inf), axis=1, keepdims=True, initial=-jnp.inf)
-    hard_positive = (similarity - epsilon < most_negative) | (most_negative == -jnp.inf)
-    hard_negative = (similarity + epsilon > least_positive) | (least_positive == jnp.inf)
+    # Written so that NaN, which compares as false, stays.
+    hard_positive = ~(similarity - epsilon >= most_negative) | (most_negative == -jnp.inf)
+    hard_negative = ~(similarity + epsilon <= least_positive) | (least_positive == jnp.inf)
     return Pairs(positive & hard_positive, negative & hard_negative)
 
 

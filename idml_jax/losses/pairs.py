@@ -150,6 +150,9 @@ def pairs_from_labels(
     """
     if any(_are_names(some) for some in (labels, reference_labels)):
         labels, reference_labels = _numbered(labels, reference_labels)
+    for some in (labels, reference_labels):
+        if isinstance(some, np.ndarray) and some.dtype.kind == "f" and np.isnan(some).any():
+            raise ValueError("labels: NaN is no label")
     labels = jnp.asarray(labels)
     columns = labels if reference_labels is None else jnp.asarray(reference_labels)
     if labels.ndim != 1 or columns.ndim != 1:
@@ -219,9 +222,19 @@ def _are_names(labels: Any) -> bool:
     return not isinstance(labels, jax.Array) and labels is not None and np.asarray(labels).dtype.kind in "USO"
 
 
+def _as_text(labels: np.ndarray) -> np.ndarray:
+    """Names as text, where they are objects or bytes; other labels as they are."""
+    if labels.dtype.kind not in "SO" or not all(isinstance(label, str | bytes) for label in labels.flat):
+        return labels
+    texts = [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in labels.flat]
+    return np.asarray(texts).reshape(labels.shape)
+
+
 def _numbered(labels: Any, reference_labels: Any) -> tuple[Any, Any]:
     """Numbers in place of names, the same in both."""
     given = [np.asarray(some) for some in (labels, reference_labels) if some is not None]
+    # Tables hold names as objects, some files as bytes.
+    given = [_as_text(some) for some in given]
     if len({some.dtype.kind for some in given}) > 1:
         raise ValueError(f"labels are names or numbers, not both; got {' and '.join(str(x.dtype) for x in given)}")
     numbers = np.unique(np.concatenate([some.reshape(-1) for some in given]), return_inverse=True)[1]

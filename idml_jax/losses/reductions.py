@@ -32,6 +32,8 @@ def prepare(
     Raises:
       ValueError: if the shapes do not fit or the reduction is unknown.
     """
+    if not isinstance(pairs, Pairs):
+        raise ValueError(f"a loss needs Pairs, as pairs_from_labels(labels) gives them; got {type(pairs).__name__}")
     matrix = jnp.asarray(matrix)
     matrix = matrix.astype(jnp.result_type(jnp.float32, matrix))
     if matrix.ndim != 2 or pairs.positive.shape != matrix.shape or pairs.negative.shape != matrix.shape:
@@ -57,8 +59,8 @@ def total(x: Num[Array, "..."], axis_name: AxisName | None = None, axis: int | N
 
 
 def ratio(numerator: Float[Array, "..."], denominator: Num[Array, "..."]) -> Float[Array, "..."]:
-    """``numerator / denominator``, and 0 with a gradient of 0 where the denominator is 0."""
-    some = denominator > 0
+    """``numerator / denominator``, and 0 with a gradient of 0 where the denominator is 0; NaN is passed on."""
+    some = ~(denominator <= 0) | (numerator != numerator)  # NaN counts in no denominator, since it compares as false
     return jnp.where(some, numerator, 0.0) / jnp.where(some, denominator, 1.0)
 
 

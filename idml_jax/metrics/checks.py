@@ -17,6 +17,8 @@ def embedding_rows(embeddings: Num[Array, "n d"], name: str) -> tuple[Float[np.n
         raise ValueError(f"{name}: expected shape [rows, width], got {rows.shape}")
     if len(rows) == 0:
         raise ValueError(f"{name}: no rows")
+    if rows.dtype.kind in "cUSO":
+        raise ValueError(f"{name}: expected real numbers, got {rows.dtype}")
     rows = rows.astype(np.float32, copy=False)
     norms = np.einsum("nd,nd->n", rows, rows)
     # A distance adds up to four such terms.
@@ -32,6 +34,12 @@ def label_column(labels: Shaped[Array, "n"], rows: int, name: str, of: str) -> S
         raise ValueError(f"{name}: expected shape ({rows},), one per row of {of}, got {labels.shape}")
     if labels.dtype.kind == "f" and not np.isfinite(labels).all():
         raise ValueError(f"{name}: NaN or infinite")
+    if labels.dtype.kind == "O":
+        found = labels.tolist()
+        if None in found:
+            raise ValueError(f"{name}: None is no label")
+        if len({isinstance(label, str | bytes) for label in found}) > 1:
+            raise ValueError(f"{name}: every label is a name, or every one a number")
     return labels
 
 
@@ -48,8 +56,20 @@ def score_column(scores: Num[Array, "n"], name: str, rows: int | None = None) ->
     return scores
 
 
-def check_pair(gallery: object | None, gallery_labels: Shaped[Array, "m"] | None) -> None:
-    """Raises ValueError unless both are given or neither is."""
+def _are_names(labels: Shaped[Array, "n"]) -> bool:
+    labels = np.asarray(labels)
+    return labels.dtype.kind in "US" or (
+        labels.dtype.kind == "O" and any(isinstance(x, str | bytes) for x in labels.flat)
+    )
+
+
+def check_pair(
+    gallery: object | None, gallery_labels: Shaped[Array, "m"] | None, labels: Shaped[Array, "n"] | None = None
+) -> None:
+    """Raises ValueError unless both are given or neither is, and unless both sides' labels are names, or numbers."""
+    if labels is not None and gallery_labels is not None and _are_names(labels) != _are_names(gallery_labels):
+        kinds = np.asarray(labels).dtype, np.asarray(gallery_labels).dtype
+        raise ValueError(f"gallery_labels: names on one side and numbers on the other, {kinds[0]} and {kinds[1]}")
     if (gallery is None) != (gallery_labels is None):
         missing = "gallery" if gallery is None else "gallery_labels"
         raise ValueError(f"{missing}: missing; gallery and gallery_labels go together")

@@ -89,7 +89,7 @@ def rank_all(
     queries = embedding_rows(embeddings, "embeddings")[0]
     own_labels = _labels(labels, len(queries), "labels", "embeddings")
     same_set = gallery is None
-    check_pair(gallery, gallery_labels)
+    check_pair(gallery, gallery_labels, labels)
     if gallery is None or gallery_labels is None:
         rows, row_labels = queries, own_labels
     else:

@@ -24,7 +24,7 @@ class Pairs:
         gallery: Scored | None,
         gallery_labels: Shaped[Array, "m"] | None,
     ):
-        check_pair(gallery, gallery_labels)
+        check_pair(gallery, gallery_labels, labels)
         self._same_set = gallery is None
         own = label_column(labels, len(scored.rows), "labels", "scored")
         if gallery is None or gallery_labels is None:

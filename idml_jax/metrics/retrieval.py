@@ -122,7 +122,7 @@ def ranks_by_distance(
     again for every new function object: pass a named function, not a lambda made in a loop. Raises ValueError for
     empty or mismatched input and for a distance that gives NaN.
     """
-    check_pair(gallery, gallery_labels)
+    check_pair(gallery, gallery_labels, labels)
     queries, labels = _tree_set(queries, labels, "queries", "labels")
     same_set = gallery is None
     if same_set:
@@ -189,7 +189,7 @@ def _task(
     gallery_labels: Shaped[Array, "m"] | None,
 ) -> ranking.Task:
     """The validated Euclidean task, its rows moved to their centre."""
-    check_pair(gallery, gallery_labels)
+    check_pair(gallery, gallery_labels, labels)
     queries = embedding_rows(embeddings, "embeddings")[0]
     labels = label_column(labels, len(queries), "labels", "embeddings")
     if gallery is None:
@@ -235,7 +235,7 @@ def _tree_set(
 
 def _checked_ks(ks: Sequence[int]) -> tuple[int, ...]:
     """The Ks as integers; ValueError unless all are whole numbers from 1 on."""
-    ks = tuple(ks)
+    ks = tuple(ks) if np.iterable(ks) else (ks,)  # one K is told by its number too
     if not ks or any(k != int(k) or k < 1 for k in ks):
         raise ValueError(f"ks: expected one or more whole numbers >= 1, got {ks}")
     return tuple(int(k) for k in ks)

@@ -188,6 +188,18 @@ def picture_reader(index: Index, workdir: str) -> Reader:
     return read
 
 
+def noting(read: Reader, missing: list[str]) -> Reader:
+    """A reader that also notes the names of pictures that cannot be shown."""
+
+    def noted(file: str, *box: Box) -> UInt8[np.ndarray, "h w 3"] | None:
+        found = read(file, *box)
+        if found is None:
+            missing.append(file)
+        return found
+
+    return noted
+
+
 def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str:
     """An HTML page with the queries and their answers; queries without an answer come last, folded."""
 

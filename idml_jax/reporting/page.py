@@ -25,6 +25,7 @@ from idml_jax.training import data_record
 from idml_jax.training.build import data_of
 from idml_jax.training.tasks import Evaluation
 from idml_jax.training.tasks.retrieval_summary import held_out_queries
+from idml_jax.training.workdir import finding_images
 
 NEIGHBOURS = 9
 __all__ = ["comparison", "look", "make", "read_record"]
@@ -46,7 +47,8 @@ def look(workdir: str | Path, threads: int = 4) -> Seen:
       UserError: if there is no run or checkpoint, or its data are missing or damaged.
     """
     model = load(workdir).using(threads=threads)
-    splits = data_of(model.config)
+    with finding_images(model.config, model.workdir):
+        splits = data_of(model.config)
     evaluation = Evaluation(model.config, model.embedder, splits)
     queries, separate = evaluation.source, evaluation.gallery
 

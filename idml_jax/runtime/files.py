@@ -41,7 +41,7 @@ def cache_home() -> Path:
 
 
 def user_path(given: str | Path) -> Path:
-    """Makes a path typed by a user absolute and expands ``~``.
+    """Makes a path typed by a user absolute, expands ``~`` and resolves ``..``.
 
     Raises:
       UserError: for what is no path, an empty one, or the home folder of an unknown user.
@@ -51,9 +51,18 @@ def user_path(given: str | Path) -> Path:
     if not str(given) or "\0" in str(given):
         raise UserError(f"{str(given)!r} is not a path")
     try:
-        return Path(given).expanduser().absolute()
+        return Path(without_dots(str(Path(given).expanduser().absolute())))
     except RuntimeError as error:
         raise UserError(f"{given}: {first_line(error)}") from error
+
+
+def without_dots(path: str) -> str:
+    """An absolute path without ``..``, so that a file has one name; a folder before one may be a link, so resolved."""
+    parts = path.split(os.sep)
+    if ".." not in parts:
+        return path
+    end = len(parts) - parts[::-1].index("..")
+    return os.path.join(os.path.realpath(os.sep.join(parts[:end])), *parts[end:])
 
 
 def check_target(path: Path) -> bool:

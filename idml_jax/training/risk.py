@@ -276,7 +276,9 @@ def measured(run: Run, variables: Any, workdir: Path, head: RiskHead) -> dict[st
 
 def restored(workdir: Path) -> tuple[Run, Any, int]:
     """A run with the variables of its best checkpoint, and the checkpoint's step."""
-    run = build(workdir_lib.read(workdir))
+    config = workdir_lib.read(workdir)
+    with workdir_lib.finding_images(config, workdir):
+        run = build(config)
     if run.config.task != "retrieval":
         raise UserError(f"{workdir} is a classifier; a risk head is for task retrieval, a classifier has its softmax")
     for line in data_record.check(run.splits, workdir):

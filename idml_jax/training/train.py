@@ -29,7 +29,7 @@ from idml_jax.training.build import Run, build
 from idml_jax.training.config import starts_whitened, tracking_of
 from idml_jax.training.loop import Speed, Trainer
 from idml_jax.training.settings import check_known
-from idml_jax.training.workdir import remember
+from idml_jax.training.workdir import finding_images, remember, remember_places
 
 logger = logging.getLogger("idml_jax")
 
@@ -155,8 +155,7 @@ def prepare(workdir: Path, run: Run, resume: str = "auto") -> None:
             if resume == "longer":
                 going_on.lengthen(run.config, workdir)
             remember(run.config, workdir)
-            for line in data_record.check(run.splits, workdir):
-                logger.warning("warning: %s: %s", workdir, line)
+            _check_data(run, workdir)
             data_record.remember(run.splits, workdir)
     except OSError as error:
         problem = UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})")
@@ -164,6 +163,16 @@ def prepare(workdir: Path, run: Run, resume: str = "auto") -> None:
     except UserError as error:
         problem = error
     hosts.agree(problem)
+
+
+def _check_data(run: Run, workdir: Path) -> None:
+    """Compares the images with those that the run was started with; where the same have moved to is written down."""
+    changed = data_record.check(run.splits, workdir)
+    for line in changed:
+        logger.warning("warning: %s: %s", workdir, line)
+    if not changed and jax.process_index() == 0:
+        for line in remember_places(run.config, workdir):
+            logger.info("the images of the run have moved: %s", line)
 
 
 def _started(
@@ -353,9 +362,10 @@ def _evaluate_checkpoint(
         check_settings(overrides, build)
         overrides = auto.resolved(overrides, workdir)
         changed = remember(overrides, workdir, free=("eval.",))
-    run = build(stored if overrides is None else overrides)
-    for line in data_record.check(run.splits, workdir):
-        logger.warning("warning: %s: %s", workdir, line)
+    used = stored if overrides is None else overrides
+    with finding_images(used, workdir):
+        run = build(used)
+    _check_data(run, workdir)
     state, step = run.best_state(workdir)
     if changed:
         logger.info("evaluation differs from the run's: %s", "; ".join(changed))

@@ -1,7 +1,10 @@
 """Settings stored in the folder of a run."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ FREE_FIELDS = (
     "log.tensorboard", "log.trackers", "log.project", "log.name", "checkpoint.keep_latest", "checkpoint.keep_best",
     "eval.batch_size", "debug",
 )  # fmt: skip
+
+# Fields of ``data`` that say where the images are.
+PLACES = ("root", "image_root", "data_dir")
 
 # Fields that a run writes itself; where they are empty, nothing is claimed.
 RECORDED = "model.init_origin."
@@ -76,11 +82,50 @@ def remember(config: ConfigDict, workdir: Path, free: tuple[str, ...] = ()) -> l
         refuse([line for field, line in differing.items() if field not in own], workdir)
         return list(own.values())
     values = config.to_dict()
-    for field in ("root", "image_root", "data_dir"):  # absolute, so that the run finds its data from any folder
-        if values["data"][field]:
-            values["data"][field] = str(user_path(values["data"][field]))
-    write_json(path, values)
+    write_json(path, values | {"data": values["data"] | _places(config)})
     return []
+
+
+def _places(config: ConfigDict) -> dict[str, str]:
+    """Where the images are, absolute, so that a run finds them from any folder."""
+    return {field: str(user_path(config.data[field])) if config.data[field] else "" for field in PLACES}
+
+
+@contextlib.contextmanager
+def finding_images(config: ConfigDict, workdir: Path) -> Iterator[None]:
+    """Reads the images of a run; an error says how the run learns where they are now, if they are gone from there."""
+    try:
+        yield
+    except UserError as error:
+        gone = [field for field, place in _places(config).items() if place and not os.path.exists(place)]
+        if not gone:
+            raise
+        raise UserError(
+            f"{error}; if the run's images have moved, python -m idml_jax.main --mode=eval "
+            f"--workdir={shlex.quote(str(workdir))} --config.data.{gone[0]}=PATH writes their place into config.json"
+        ) from error
+
+
+def remember_places(config: ConfigDict, workdir: Path) -> list[str]:
+    """Writes where the same images of a run are now into its settings, unless they are at the old place too.
+
+    Args:
+      config: settings as wanted now.
+      workdir: folder of the run.
+
+    Returns:
+      A phrase for each place that is new.
+    """
+    stored, now = read(workdir), _places(config)
+    old = {field: stored.data[field] for field in PLACES}
+    gone = any(place and not os.path.exists(user_path(place)) for place in old.values())
+    changed = [field for field in PLACES if old[field] != now[field]]
+    if not gone or not changed:
+        return []
+    path = workdir / "config.json"
+    values = json.loads(path.read_text())
+    write_json(path, values | {"data": values["data"] | now})
+    return [f"config.data.{field} = {now[field]} in place of {old[field]}" for field in changed]
 
 
 def read(workdir: Path) -> ConfigDict:

@@ -148,6 +148,7 @@ def test_a_saved_set_of_hugging_face(tmp_path):
         ({"x_1": 7}, r"line 2: box '7 1 4 6'; it must be x1,y1,x2,y2"),
         ({"x_1": "wide"}, r"line 2: box 'wide 1 4 6'"),
         ({"weight": -1}, r"line 2: weight '-1'; it must be a number of at least 0"),
+        ({"weight": float("inf")}, r"line 2: weight 'inf'; it must be a number of at least 0"),
         ({"label": None}, r"line 2: no class \(p/1\.jpg\)"),
         ({"image": ""}, r"line 2: no path"),
         ({"file": "p/1.jpg"}, "the columns .* mean the same, the path"),

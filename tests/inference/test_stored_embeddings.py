@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ import pytest
 
 from idml_jax import evaluate, export, search
 from idml_jax.errors import UserError
-from idml_jax.inference import arrays, faiss_index, store
+from idml_jax.inference import arrays, faiss_index, gallery_parts, store
+from idml_jax.inference.gallery import read_gallery
 from idml_jax.inference.index import Index, labels_in_common, read
-from idml_jax.inference.own import own_rows
+from idml_jax.inference.own import own_rows, own_rows_in
 from idml_jax.ism import Metric
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
@@ -352,6 +354,23 @@ class TestOwn:
         queries = self.index([image("link/2.jpg"), image("b/1.jpg"), image("a/../a/1.jpg")])
         found = own_rows(queries, self.index([image("a/1.jpg"), image("a/2.jpg")]))
         assert found.tolist() == [1, -1, 0]
+
+    def test_an_image_that_has_moved_matches_by_name_and_vector(self, image, tmp_path, capsys):
+        index = self.index(["/gone/2.jpg", "/gone/1.jpg", image("b/1.jpg")])
+        queries = self.index([image("a/1.jpg"), image("a/2.jpg")])
+        vectors = [ROWS[1] * 1.001, ROWS[1]]  # the second is another picture of the same name
+        moved = replace(queries, embedded=queries.embedded._replace(semantic=np.stack(vectors)))
+        assert own_rows(moved, index).tolist() == [1, -1]
+        assert (
+            "1 images have the names and vectors of images of the index that are no longer" in capsys.readouterr().err
+        )
+        gallery_parts.save(index, tmp_path / "parts")
+        assert own_rows_in(moved, read_gallery(tmp_path / "parts")).tolist() == [1, -1]
+        # The same split of a run, read from two places that both exist.
+        about = {"images": "split:test", "weights": "a" * 16}
+        both = [self.index([image(name)], about=about) for name in ("a/1.jpg", "b/1.jpg")]
+        assert own_rows(*both).tolist() == [0]
+        assert own_rows(self.index([image("a/1.jpg")]), self.index([image("b/1.jpg")])) is None
 
     def test_the_same_file_matches_row_by_row(self, tmp_path):
         path = npz(tmp_path / "x.npz", files=None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from runs_made import small_config
 
-from idml_jax import embed, export
+from idml_jax import embed, export, search
 from idml_jax.data.listed import table_splits
 from idml_jax.errors import UserError
 from idml_jax.inference import corrections, gallery_parts, measure, store
@@ -60,6 +60,14 @@ def stored(path, **more):
     embedded = Embedded(RNG.normal(size=(12, 4)).astype(np.float32), np.arange(12) % 3, **more)
     files = np.asarray([f"{i}.png" for i in range(12)])
     return str(store.save(Index(embedded, files, ["a", "b", "c"], {}), path))
+
+
+def test_a_search_says_what_it_leaves_aside(tmp_path, capsys):
+    index = stored(tmp_path / "x.npz", groups=np.arange(12) % 2)
+    search.main([f"--index={index}", f"--query={index}", "-k", "1", f"--out={tmp_path}/x.html"])
+    said = capsys.readouterr().err
+    assert "its groups are for evaluate; a search also finds images of the query's class and group" in said
+    assert "24 pictures cannot be shown, as their files are gone or broken, the first 0.png" in said
 
 
 def with_table(folder):

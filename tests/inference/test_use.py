@@ -192,3 +192,12 @@ def test_labels_of_pairs_may_be_names():
     np.testing.assert_array_equal(both.positive, [[False, True, False], [True, False, False]])
     with pytest.raises(ValueError, match="names or numbers, not both"):
         pairs(["a"], np.array([1]))
+    # Tables hold names as objects, and some files as bytes.
+    assert pairs(np.array(["b", "c"], object), np.array([b"c", b"b"])).positive.tolist() == [
+        [False, True],
+        [True, False],
+    ]
+    with pytest.raises(ValueError, match="NaN is no label"):
+        pairs(np.array([0.0, np.nan]))
+    with pytest.raises(ValueError, match="needs Pairs, as pairs_from_labels.* got ndarray"):
+        idml_jax.losses.contrastive(np.eye(2), np.array([0, 1]))

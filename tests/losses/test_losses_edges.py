@@ -159,6 +159,9 @@ def test_ignored_entries_may_hold_anything(name):
         spoilt_value, spoilt_gradient = value_and_gradient(name, spoilt, pairs)
         np.testing.assert_array_equal(spoilt_value, value)
         np.testing.assert_array_equal(spoilt_gradient, gradient)
+    # Entries that are compared do not: a broken network has no loss of 0.
+    for entries in (pairs.positive | pairs.negative, np.eye(7, k=1, dtype=bool) & np.asarray(pairs.positive)):
+        assert np.isnan(value_and_gradient(name, np.where(entries, np.nan, matrix), pairs)[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -226,6 +226,9 @@ X, Y = np.eye(4), np.arange(4) % 2
         ((X, Y, None, None, ()), "ks: "),
         ((X, Y, None, None, (0,)), "ks: "),
         ((X, Y, None, None, (1.5,)), "ks: "),
+        ((X, [None] * len(X)), "labels: None is no label"),
+        ((X + 0j, Y), "embeddings: expected real numbers, got complex"),
+        ((X, Y.astype(str), X, Y), "names on one side and numbers on the other"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message):

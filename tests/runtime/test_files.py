@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from idml_jax import errors
+from idml_jax.data.lists import listed_paths
 from idml_jax.errors import UserError, printable
 from idml_jax.runtime import files
 
@@ -189,3 +190,14 @@ def test_ctrl_c_ends_at_once_with_130(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "out\n", "stopped; go on\n")
+
+
+def test_a_path_has_one_name(tmp_path, monkeypatch):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("deep/er")
+    monkeypatch.chdir(tmp_path / "deep")
+    assert files.user_path("../photos/a.jpg") == tmp_path / "photos" / "a.jpg"
+    assert files.user_path(tmp_path / "link" / ".." / "x") == tmp_path / "deep" / "x"
+    assert files.without_dots("/a/..b/c..") == "/a/..b/c.."
+    (tmp_path / "list.csv").write_text("path,class\ndeep/../link/1.jpg,a\n")
+    assert listed_paths(str(tmp_path / "list.csv"), "--exclude")[-1] == str(tmp_path / "link" / "1.jpg")

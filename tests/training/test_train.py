@@ -207,6 +207,22 @@ def test_image_sizes_that_the_network_cannot_see_are_refused_before_anything_is_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_learns_where_its_images_have_moved_to(image_folder, tmp_path):
+    run, there = tmp_path / "a run", tmp_path / "gone"
+    run.mkdir()
+    workdir.remember(small_config(there), run)
+    stored = workdir.read(run)
+    command = rf"no such folder \(config.data.root\); if .* --mode=eval --workdir='{run}' --config.data.root=PATH"
+    with pytest.raises(UserError, match=command), workdir.finding_images(stored, run):
+        data_of(stored)
+    told = workdir.remember_places(small_config(image_folder), run)
+    assert told == [f"config.data.root = {image_folder} in place of {there}"]
+    assert len(data_of(workdir.read(run)).train) == 96
+    # The images are at the old place too.
+    assert workdir.remember_places(small_config(image_folder.parent), run) == []
+    assert workdir.read(run).data.root == str(image_folder)
+
+
 def test_a_run_finds_its_data_from_any_folder(image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(image_folder.parent)
     workdir.remember(small_config(image_folder.name, **{"data.data_dir": "~/sets"}), tmp_path)
