@@ -11,9 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from idml_jax.ism import Metric
 from idml_jax.metrics import binomial
 from idml_jax.metrics.checks import Array, embedding_rows, score_column
+from idml_jax.metrics.failure_signs import failure_signs as failure_signs
+from idml_jax.metrics.failure_signs import pearson
+from idml_jax.metrics.failure_signs import similarity_correlation as similarity_correlation
 from idml_jax.metrics.retrieval import Neighbours, neighbours
 
 # Coverages of the thresholds that are tested, in this order.
@@ -105,7 +107,7 @@ def spearman(a: Float[Array, "n"], b: Float[Array, "n"]) -> float:
     """Spearman's rank correlation, ties averaged; NaN where one side is constant or there is one entry only."""
     a = score_column(a, "a")
     b = score_column(b, "b", len(a))
-    return _pearson(_ranks(a), _ranks(b))
+    return pearson(_ranks(a), _ranks(b))
 
 
 def probability_greater(changed: Float[Array, "n"], original: Float[Array, "n"]) -> float:
@@ -222,71 +224,6 @@ def r_auroc_interval(
     return _interval(value, draws, level)
 
 
-def similarity_correlation(
-    semantic: Float[Array, "n d"], uncertainty: Float[Array, "n k"], *, rows: int = 2048
-) -> float:
-    """Tests whether u copies s: correlation over pairs of images of their similarities in s and in u.
-
-    Pearson's coefficient of the centred inner products <s_i, s_j> and <u_i, u_j>, i < j: independent of the bases and
-    widths of the two spaces, 1 where u is a rotation of s, about 0 if they are unrelated. On `rows`
-    evenly spaced images; NaN where one side is constant.
-    """
-    semantic, uncertainty = embedding_rows(semantic, "semantic")[0], embedding_rows(uncertainty, "uncertainty")[0]
-    if len(semantic) != len(uncertainty):
-        raise ValueError(f"uncertainty: {len(uncertainty)} rows, semantic has {len(semantic)}")
-    some = np.unique(np.linspace(0, len(semantic) - 1, rows).astype(int))
-    pairs = np.triu_indices(len(some), 1)
-    grams = []
-    for side in (semantic[some], uncertainty[some]):
-        side = (side - side.mean(axis=0)).astype(np.float64)
-        grams.append((side @ side.T)[pairs])
-    return _pearson(*grams)
-
-
-def failure_signs(
-    semantic: Float[Array, "n d"],
-    uncertainty: Float[Array, "n k"],
-    metric: Metric = Metric(),  # noqa: B008 (immutable)
-    *,
-    small: float = 0.01,
-    correlated: float = 0.8,
-) -> list[str]:
-    """Signs of a failed uncertainty head, one line each; empty if there are none.
-
-    Collapsed: 95% of all images have |u| < small (with semantic distances about 1 and temperature 5 it then weakens
-    no distance by more than half a percent). Outgrown: under the metric half of all pairs keep less than a tenth of
-    their semantic distance, so the loss sees hardly any of it. Constant: |u| varies by less than a thousandth of its
-    mean. Copy: |`similarity_correlation`| above `correlated`.
-    """
-    norms = np.sqrt(embedding_rows(uncertainty, "uncertainty")[1].astype(np.float64))
-    signs = []
-    if (large := np.quantile(norms, 0.95)) < small:
-        signs.append(
-            f"uncertainty collapsed: 95% of |u| are below {large:.2g}, so it changes no distance "
-            "(training with config.ism.ranking=1.0 or config.ism.prior=0.01 keeps it alive)"
-        )
-    if (kept := _kept_distance(semantic, uncertainty, metric)) < 0.1:
-        signs.append(
-            f"uncertainty has outgrown the metric: half of all pairs keep less than {100 * kept:.2g}% of their "
-            "distance, so the loss hardly sees it (compare with config.ism.enabled=False)"
-        )
-    if norms.std() < 1e-3 * norms.mean():
-        signs.append(f"uncertainty is constant: |u| = {norms.mean():.4g} for every image")
-    correlation = similarity_correlation(semantic, uncertainty)
-    if abs(correlation) > correlated:
-        signs.append(f"uncertainty copies the semantic embedding: their similarities correlate at {correlation:.2f}")
-    return signs
-
-
-def _kept_distance(semantic: Float[Array, "n d"], uncertainty: Float[Array, "n k"], metric: Metric) -> float:
-    """Median over pairs of 256 evenly spaced images of the share of their distance that the metric leaves."""
-    some = np.unique(np.linspace(0, len(semantic) - 1, 256).astype(int))
-    one, other = np.triu_indices(len(some), 1)
-    s, u = (np.asarray(side, np.float32)[some] for side in (semantic, uncertainty))
-    alpha, beta = np.linalg.norm(s[one] - s[other], axis=1), np.linalg.norm(u[one] + u[other], axis=1)
-    return float(np.median(metric.for_ranking().weakening(alpha, beta))) if len(one) else 1.0
-
-
 def threshold_for_precision(
     uncertainty: Float[Array, "n"],
     correct: Bool[Array, "n"],
@@ -378,13 +315,6 @@ def _ranks(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     """1 for the smallest; equal entries share the mean of their ranks."""
     group, counts = np.unique(x, return_inverse=True, return_counts=True)[1:]
     return (np.cumsum(counts) - (counts - 1) / 2)[group]
-
-
-def _pearson(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
-    """Pearson's correlation; NaN where one side is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    spread = np.sqrt(np.sum(a * a) * np.sum(b * b))
-    return float(np.sum(a * b) / spread) if spread > 0 else float("nan")
 
 
 def _cosine(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n"]:
