@@ -109,6 +109,7 @@ CATALOGUE: dict[str, Entry] = {
     **{name: _convolutional(name, "resnet") for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
     **{name: _convolutional(name, "convnext") for name in ("convnext_tiny", "convnext_small", "convnext_base")},
     "efficientnet_lite0": _convolutional("efficientnet_lite0", "efficientnet", LITE, "tf_efficientnet_lite0"),
+    "vit_t16": _vit("tiny", 192, 12, 16, "deit_tiny_patch16_224"),
     "vit_s16": _vit("small", 384, 12, 16, "deit_small_patch16_224"),
     "vit_b16": _vit("base", 768, 12, 16, "deit_base_patch16_224", "deit_base_patch16_384"),
     "vit_l16": _vit("large", 1024, 24, 16),

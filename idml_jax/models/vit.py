@@ -168,6 +168,7 @@ def _ceil(x: float) -> int:
     return int(np.ceil(x))
 
 
+ViTT16 = partial(VisionTransformer, depth=12, width=192, heads=3)
 ViTS16 = partial(VisionTransformer, depth=12, width=384, heads=6)
 ViTB16 = partial(VisionTransformer, depth=12, width=768, heads=12)
 ViTL16 = partial(VisionTransformer, depth=24, width=1024, heads=16)
@@ -177,6 +178,7 @@ ViTSO14 = partial(VisionTransformer, depth=27, width=1152, heads=16, patch=14, h
 _ViTTiny = partial(VisionTransformer, depth=2, width=24, heads=3, patch=8)
 
 TRUNKS = {
+    "vit_t16": ViTT16,
     "vit_s16": ViTS16,
     "vit_b16": ViTB16,
     "vit_l16": ViTL16,
