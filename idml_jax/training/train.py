@@ -29,6 +29,7 @@ from idml_jax.training.build import Run, build
 from idml_jax.training.config import starts_whitened, tracking_of
 from idml_jax.training.loop import Speed, Trainer
 from idml_jax.training.settings import check_known
+from idml_jax.training.tasks import terms
 from idml_jax.training.workdir import finding_images, remember, remember_places
 
 logger = logging.getLogger("idml_jax")
@@ -210,6 +211,8 @@ def _started(
         some, whole = (sum(x.size for x in jax.tree.leaves(t)) / 1e6 for t in (learning.learning(trunk), trunk))
         start = f", from {learning.start} on" if learning.anything else ""
         logger.info("%.1f M of the trunk's %.1f M parameters learn%s", some, whole, start)
+    if advice := terms.advice(config):
+        logger.warning("warning: %s (docs/losses.md)", advice)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         config.eval.best_metric,

@@ -19,7 +19,7 @@ from idml_jax.training.config_checks import validate
 from idml_jax.training.semantic_init import proxy_rows
 from idml_jax.training.tasks import TASKS
 from idml_jax.training.tasks.embedding_loss import embedding_loss
-from idml_jax.training.tasks.terms import Term
+from idml_jax.training.tasks.terms import Term, advice
 
 LABELS = np.repeat(np.arange(4), 2).astype(np.int32)
 MESH = sharding.data_mesh(jax.devices()[:1])
@@ -48,6 +48,17 @@ def test_every_loss_is_made_from_its_name(name):
     # Settings that were read from a file have lists for tuples.
     config.loss.recall_at_k = {"ks": [1, 2], "temperature": 0.01, "rank_temperature": 1.0}
     hash(TASKS["retrieval"].criterion(config, 8, 3, MESH))
+
+
+def test_losses_that_fail_with_the_introspective_metric_are_named_with_what_helps():
+    told = lambda **fields: advice(small_config("x", **fields))
+    assert told() == "" and told(**{"loss.name": "cosface+sup_con"}) == ""
+    assert "under arcface" in told(**{"loss.name": "proxy_anchor+arcface"}) and "ism.prior=10" in told(
+        **{"loss.name": "subcenter_arcface"}
+    )
+    assert told(**{"loss.name": "arcface", "ism.prior": 10.0}) == ""
+    assert "triplet_semihard" in told(**{"loss.name": "triplet_hard", "ism.prior": 10.0})
+    assert told(**{"loss.name": "triplet_hard", "ism.enabled": False}) == ""
 
 
 def test_a_sum_is_the_sum_on_one_matrix():

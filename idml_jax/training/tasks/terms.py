@@ -51,6 +51,28 @@ def reads_proxies(loss: str) -> bool:
     return any(LOSSES[name].references == "proxies" for name in names_of(loss))
 
 
+def advice(config: ConfigDict) -> str:
+    """What is known to go wrong with the introspective metric under the loss, and what helps; empty if nothing is.
+
+    Measured in docs/losses.md.
+    """
+    if not config.ism.enabled or config.task != "retrieval":
+        return ""
+    names = names_of(config.loss.name)
+    if "triplet_hard" in names:
+        return (
+            "with the introspective metric triplet_hard lost half of its recall in short runs, and no setting helped; "
+            "consider config.ism.enabled=False or config.loss.name=triplet_semihard"
+        )
+    angular = [name for name in names if name in ("arcface", "subcenter_arcface")]
+    if angular and not config.ism.prior:
+        return (
+            f"with the introspective metric the uncertainty grew without end under {angular[0]} in short runs, and "
+            "recall fell by nearly half; config.ism.prior=10 held it"
+        )
+    return ""
+
+
 def proxy_sets(terms: tuple[Term, ...]) -> dict[int, int]:
     """The sets of proxies of a sum: losses that need the same number of proxies per class share one set.
 
