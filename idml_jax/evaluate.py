@@ -90,7 +90,7 @@ def _evaluate_files(given: dict[str, Any]) -> None:
         from idml_jax.inference.measure import Options, measure
         from idml_jax.inference.reranking import parse
 
-    names = "temperature", "absolute", "precision", "seed", "ranked", "exclude", "worst"
+    names = "temperature", "absolute", "precision", "seed", "ranked", "exclude", "worst", "distractors"
     chosen = {name: given[name] for name in names} | {"rerank": parse(given["rerank"])}
     options = Options(ks, cluster=not given["no_clustering"], **chosen)
     found = measure(given["embeddings"], given["gallery"], given["held_out"], options, warn)
@@ -113,6 +113,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--gallery", default="", help="file of the embeddings to search")
     parser.add_argument("--held_out", default="", help="embeddings of held-out classes, to choose the answer threshold")
+    parser.add_argument(
+        "--distractors",
+        default="",
+        help="with --held_out: embeddings that these search, too, best of the training images",
+    )
     parser.add_argument("--precision", type=float, default=0.9, help="required share of correct answers")
     parser.add_argument("--ks", default="1,2,4,8", help="K of R@K")
     parser.add_argument("--temperature", type=float, help="tau of the metric; default: the file's, or the paper's")

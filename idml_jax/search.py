@@ -59,6 +59,7 @@ def _search(given: dict[str, Any]) -> None:
     with loading():
         from idml_jax.inference import exclude
         from idml_jax.inference.gallery_search import confidence_near, near, open_searched
+        from idml_jax.inference.held_out import Files
         from idml_jax.inference.index import check_comparable
         from idml_jax.inference.reranking import parse, rerank
         from idml_jax.inference.search import load_model, open_index, search
@@ -71,6 +72,8 @@ def _search(given: dict[str, Any]) -> None:
             "--rerank changes the answers, whose confidence is of the nearest image: leave out --abstain, --strangers "
             "and --held_out"
         )
+    if given["distractors"] and not given["held_out"]:
+        raise UserError("--distractors are for the images of --held_out, which is not given")
     if out is not None:
         check_target(out)  # fails before the work starts
     say = tell
@@ -96,6 +99,7 @@ def _search(given: dict[str, Any]) -> None:
     k = min(given["k"], len(seen.whole) - (seen.whole_own is not None))
     if k < 1:
         raise UserError(f"{given['index']}: holds nothing but the query")
+    files = Files(given["held_out"], given["distractors"])
     wanted = Wanted(given["abstain"], given["strangers"], given["balanced"])
     found = rerank(steps, queries.embedded, index.embedded, k, own) if steps else None
 
@@ -103,8 +107,8 @@ def _search(given: dict[str, Any]) -> None:
         if steps:
             return Confidence(None, f"re-ranked by {given['rerank']}")
         if partly:
-            return confidence_near(given["held_out"], searched, given["index"], model, names, wanted)
-        return confidence_for(given["held_out"], index, given["index"], model, names, wanted)
+            return confidence_near(files, searched, given["index"], model, names, wanted)
+        return confidence_for(files, index, given["index"], model, names, wanted)
 
     scores, setting, sureness = scored(queries, index, own, confident)
     rule = rule_for(sureness, scores, wanted)
@@ -157,6 +161,10 @@ def main(argv: list[str] | None = None) -> None:
         "--workdir", default="", help="run folder that embeds queries; default: the one the index names"
     )
     parser.add_argument("--held_out", default="", help="embeddings or class folders to fit the confidence on")
+    parser.add_argument(
+        "--distractors", default="",
+        help="with --held_out: images of other classes that the held-out images search, too, best the training images",
+    )  # fmt: skip
     parser.add_argument("--abstain", type=float, help="required share of correct answers, e.g. 0.95")
     parser.add_argument("--strangers", type=float, help="share of queries of unknown classes that may get an answer")
     parser.add_argument("--balanced", action="store_true", help="votes count less for classes with many images")

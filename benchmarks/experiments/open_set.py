@@ -8,7 +8,7 @@ Each seed trains a network with a fifth of the training classes held out (birds:
 96 pixels; there a seed only chooses the held-out classes), embeds held-out and test classes, and measures on the test
 classes: wrong answers against right ones and the calibration with all classes known, and strangers with a third of the
 classes taken out of the gallery, over five choices of classes. The baseline score of a set is fixed beforehand: the
-share of the vote. Finished runs are skipped.
+share of the vote. Finished runs are skipped. With ``--distractors`` held-out images search the training images, too.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rows import DATA
@@ -46,9 +47,17 @@ SETTINGS = {
 CHOICES, QUERIES, TAKEN = 5, 400, 1 / 3  # choices of classes, queries of each, share of the classes taken out
 SHARES, WANTED = (0.0, 0.2, 0.5), (0.8, 0.9)
 BASELINE = "vote_share"
+SPLITS = ("validation", "test", "train")
 
 
-def trained(data: str, seed: int, root: Path, out: Path) -> tuple[Index, Index, dict[str, float]]:
+class HeldOut(NamedTuple):
+    """The held-out images, and the training images as distractors, if they are wanted."""
+
+    images: Index
+    distractors: Index | None
+
+
+def trained(data: str, seed: int, root: Path, out: Path, distractors: bool) -> tuple[HeldOut, Index, dict[str, float]]:
     """The held-out images, the test images, and the final metrics of the run of a seed."""
     workdir = out / data / f"seed{seed}"
     name = "birds_imagenet" if data == "birds" else data
@@ -60,14 +69,15 @@ def trained(data: str, seed: int, root: Path, out: Path) -> tuple[Index, Index, 
         f"--out={workdir / split}.npz",
     ]  # fmt: skip
     steps = [(workdir / "result.json", train)]
-    steps += [(workdir / f"{split}.npz", embed(split)) for split in ("validation", "test")]
+    steps += [(workdir / f"{split}.npz", embed(split)) for split in SPLITS]
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir.parent / f"seed{seed}.log").open("a") as log:
         for made, run in steps:
             if not made.exists():
                 subprocess.run(run, cwd=ROOT, stdout=log, stderr=log, check=True)
     final = json.loads((workdir / "result.json").read_text())["final"]
-    return embeddings.read(workdir / "validation.npz"), embeddings.read(workdir / "test.npz"), final
+    held_out, test, train = (embeddings.read(workdir / f"{split}.npz") for split in SPLITS)
+    return HeldOut(held_out, train if distractors else None), test, final
 
 
 def some(index: Index, chosen: np.ndarray) -> Index:
@@ -78,25 +88,25 @@ def some(index: Index, chosen: np.ndarray) -> Index:
 
 
 def among(
-    queries: Index, gallery: Index, held_out: Index, own: np.ndarray | None
+    queries: Index, gallery: Index, held_out: HeldOut, own: np.ndarray | None
 ) -> tuple[np.ndarray, sureness.Scored]:
     """Whether the nearest image is of the query's class, and the scores of the answers with their confidence."""
     near = uncertainty.nearest_twenty(queries.embedded.semantic, gallery.embedded.semantic, own=own)
     right = gallery.embedded.labels[near.index[:, 0]] == queries.embedded.labels
-    confident = lambda names: sureness.Confidence(sureness.fit(held_out, gallery, names, sureness.Wanted()), "")
+    fit = lambda names: sureness.fit(held_out.images, gallery, names, sureness.Wanted(), held_out.distractors)
+    confident = lambda names: sureness.Confidence(fit(names), "")
     return right, sureness.scored(queries, gallery, own, confident)
 
 
-def closed(held_out: Index, test: Index) -> dict[str, float]:
+def closed(held_out: HeldOut, test: Index) -> dict[str, float]:
     """All classes known: detection of wrong answers, and the calibration of `sure`."""
     right, found = among(test, test, held_out, np.arange(len(test)))
     assert found.confidence.calibrated is not None
     sure = strangers.judge(found.confidence.calibrated, found.scores, share=0.0).sure
     area = lambda doubt: uncertainty.r_auroc(doubt, right)
     without_u = [name for name in found.scores if "uncertainty" not in name and "introspective" not in name]
-    known = sureness.calibration.answer(
-        sureness.held_out_beside(held_out, test), test.metric, labelled=True, balanced=False
-    )
+    beside = sureness.held_out_beside(held_out.images, test, held_out.distractors)
+    known = sureness.calibration.answer(beside, test.metric, labelled=True, balanced=False)
     plain = sureness.calibration.fit(known, without_u)
     no_u = strangers.judge(plain, {name: found.scores[name] for name in without_u}, share=0.0).sure
     return {
@@ -108,7 +118,7 @@ def closed(held_out: Index, test: Index) -> dict[str, float]:
     }
 
 
-def opened(held_out: Index, test: Index, seed: int) -> dict[str, float]:
+def opened(held_out: HeldOut, test: Index, seed: int) -> dict[str, float]:
     """A part of the classes unknown: what `--abstain` promises and keeps, and how strangers are told."""
     rng, kept = np.random.default_rng(seed), {}
     classes = np.unique(test.embedded.labels)
@@ -151,11 +161,12 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the image sets")
     parser.add_argument("--out", type=Path, default=Path("runs/open_set"))
+    parser.add_argument("--distractors", action="store_true", help="held-out images search the training images, too")
     given = parser.parse_args()
     DATA["birds_imagenet"]["overrides"].pop("model.init_from")
     found: dict[str, list[float]] = {}
     for seed in map(int, given.seeds.split(",")):
-        held_out, test, _ = trained(given.data, seed, given.root.resolve(), given.out.resolve())
+        held_out, test, _ = trained(given.data, seed, given.root.resolve(), given.out.resolve(), given.distractors)
         measured = closed(held_out, test) | opened(held_out, test, seed)
         print(seed, json.dumps({name: round(float(value), 4) for name, value in measured.items()}), flush=True)
         for name, value in measured.items():

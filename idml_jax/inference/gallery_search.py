@@ -17,11 +17,12 @@ from idml_jax.inference.approximate import Approximate
 from idml_jax.inference.choices import MEMORY
 from idml_jax.inference.exclude import Rule
 from idml_jax.inference.gallery import Gallery, is_gallery, read_gallery
+from idml_jax.inference.held_out import Files
 from idml_jax.inference.index import Index, check_comparable, read
 from idml_jax.inference.model import Trained
 from idml_jax.inference.own import own_rows, own_rows_in
 from idml_jax.inference.search import open_index
-from idml_jax.inference.sureness import Confidence, Wanted, fit
+from idml_jax.inference.sureness import Confidence, Wanted, distractors_of, fit, told_of
 from idml_jax.metrics import class_means
 from idml_jax.metrics.blocks import neighbours_in_blocks
 from idml_jax.metrics.embedded import Embedded, rows_of
@@ -157,7 +158,7 @@ def _left_out(gallery: Gallery, rules: tuple[Rule, ...], say: Callable[[str], No
 
 
 def confidence_near(
-    held_out: str,
+    files: Files,
     searched: Searched,
     named: str,
     model: Callable[[], Trained],
@@ -172,6 +173,7 @@ def confidence_near(
       UserError: where ``confidence_for`` does; if a precision is wanted without held-out images; or if held-out classes
         are in the gallery, since taking those out of it needs all of it.
     """
+    held_out = files.held_out
     if not held_out:
         if wanted.some:
             raise UserError(
@@ -190,5 +192,6 @@ def confidence_near(
             "not read whole needs held-out classes that it lacks; or give a larger --memory without --ann"
         )
     beside = near(searched, others, VOTERS + 1, say=lambda line: None).images
-    fitted = fit(others, beside, [name for name in names if name not in NEED_ALL], wanted)
-    return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {held_out}")
+    distractors = distractors_of(files, searched.head, named, model)
+    fitted = fit(others, beside, [name for name in names if name not in NEED_ALL], wanted, distractors)
+    return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {held_out}{told_of(files)}")

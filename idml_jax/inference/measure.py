@@ -11,10 +11,10 @@ from idml_jax.errors import warn as say
 from idml_jax.inference import arrays as stored_arrays
 from idml_jax.inference import reranking
 from idml_jax.inference.gallery import is_gallery, read_gallery, read_stored
+from idml_jax.inference.held_out import held_out_beside
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, sets_in_common
 from idml_jax.inference.own import own_rows
 from idml_jax.inference.reranking import Step
-from idml_jax.inference.sureness import held_out_beside
 from idml_jax.ism import Metric
 from idml_jax.metrics import full_ranking, relevance
 from idml_jax.metrics.embedded import Embedded
@@ -36,6 +36,7 @@ class Options(NamedTuple):
         added. Empty: if the files have groups, these are excluded in all metrics. ``none``: no exclusion.
       worst: number of classes with the lowest R@1 to list.
       rerank: steps of re-ranking, whose metrics are added.
+      distractors: file of other classes that held-out images search, too, or empty.
     """
 
     ks: tuple[int, ...] = (1, 2, 4, 8)
@@ -48,6 +49,7 @@ class Options(NamedTuple):
     exclude: str = ""
     worst: int = 0
     rerank: tuple[Step, ...] = ()
+    distractors: str = ""
 
 
 class ClassRow(NamedTuple):
@@ -103,7 +105,10 @@ def measure(
         check_comparable(index, other, embeddings, path, stored)
         return other
 
+    if options.distractors and not held_out:
+        raise UserError("--distractors are for the images of --held_out, which is not given")
     searched, others = beside(gallery, "--gallery"), beside(held_out, "--held_out")
+    distractors = beside(options.distractors, "--distractors")
     index, searched = _without_own(*_by_marks(index, searched, warn), warn)
     if options.exclude:
         index, searched = _without_groups(index), None if searched is None else _without_groups(searched)
@@ -119,13 +124,16 @@ def measure(
         if not named:
             warn(f"{embeddings} or {gallery} does not name its classes; their numbers are compared")
     try:
+        answered = None
+        if others is not None:
+            answered = held_out_beside(others, index if searched is None else searched, distractors)
         report, warnings = full_report(
             queries,
             rows,
             ks=options.ks,
             metric=metric,
             ambiguity=index.ambiguity,
-            held_out=None if others is None else held_out_beside(others, index if searched is None else searched),
+            held_out=answered,
             precision=options.precision,
             cluster=options.cluster,
             seed=options.seed,

@@ -7,13 +7,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.errors import UserError
-from idml_jax.inference.index import Index, Numbered, check_comparable, labels_in_common, sets_in_common
+from idml_jax.inference.held_out import Files, held_out_beside
+from idml_jax.inference.index import Index, check_comparable, labels_in_common, sets_in_common
 from idml_jax.inference.model import Trained
-from idml_jax.inference.own import own_rows
 from idml_jax.inference.search import open_index
 from idml_jax.metrics import calibration, relevance, strangers, uncertainty, visible
-from idml_jax.metrics.calibration import Calibration, HeldOut
-from idml_jax.metrics.embedded import joined, rows_of, scores_of
+from idml_jax.metrics.calibration import Calibration
+from idml_jax.metrics.embedded import scores_of
 from idml_jax.metrics.strangers import Rule
 from idml_jax.metrics.vote import Vote
 
@@ -49,37 +49,8 @@ class Confidence(NamedTuple):
     source: str
 
 
-def held_out_beside(held_out: Index, index: Index) -> HeldOut:
-    """The held-out images as queries that search each other and the images of an index.
-
-    So the confidence is fitted in a gallery that is at least as large and as dense as the one in use. Classes are the
-    same if they have the same name; classes that have only numbers are taken as different ones. Images of the index
-    that are themselves held out count once.
-
-    Args:
-      held_out: embeddings with classes.
-      index: embeddings that are searched.
-    """
-    queries, others = held_out.embedded, index.embedded
-    twice = own_rows(held_out, index)
-    kept = np.ones(len(others.labels), bool)
-    if twice is not None:
-        kept[twice[twice >= 0]] = False
-    if held_out is index or not kept.any():
-        return HeldOut(queries)
-    mine, theirs = sets_in_common(held_out, index)
-    if index.class_names is None:
-        theirs = np.full(theirs.shape, -1)
-    elif isinstance(index.class_names, Numbered) or isinstance(held_out.class_names, Numbered):
-        theirs = np.where(theirs < 0, -1, theirs + int(mine.max()) + 1)
-    several = queries.sets is not None or others.sets is not None
-    with_labels = lambda side, sets: side._replace(labels=sets[:, 0], sets=sets if several else None)
-    queries, others = with_labels(queries, mine), with_labels(others, theirs)
-    return HeldOut(queries, joined([queries, rows_of(others, kept)]), np.arange(len(queries.labels)))
-
-
 def confidence_for(
-    held_out: str,
+    files: Files,
     index: Index,
     named: str,
     model: Callable[[], Trained],
@@ -89,7 +60,7 @@ def confidence_for(
     """Fits the confidence of answers from an index, on held-out images or on the index itself.
 
     Args:
-      held_out: a file of embeddings, or images in class folders; empty: the index itself.
+      files: where the images are that it is fitted on.
       index: embeddings to search; its settings of the metric are used.
       named: name of the index in messages.
       model: loads the network, if images must be embedded.
@@ -99,7 +70,7 @@ def confidence_for(
     Raises:
       UserError: if classes are needed and unknown, if there are fewer than two, or if the two sets cannot be compared.
     """
-    others, what = index, "the index itself, each image searching the others"
+    others, what, held_out = index, "the index itself, each image searching the others", files.held_out
     if held_out:
         others, what = open_index(held_out, "--held_out", model), held_out
         check_comparable(others, index, what, named)
@@ -112,13 +83,34 @@ def confidence_for(
         return Confidence(None, "how sure answers are is unknown: neither --held_out nor an index with classes")
     if len(np.unique(others.embedded.labels)) < 2:
         raise UserError("the held-out images are of one class; at least 2 are needed to tell right from wrong")
-    fitted = fit(others, index, names, wanted)
-    return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {what}")
+    fitted = fit(others, index, names, wanted, distractors_of(files, index, named, model))
+    return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {what}{told_of(files)}")
 
 
-def fit(held_out: Index, index: Index, names: Collection[str], wanted: Wanted) -> Calibration:
-    """Fits the confidence of answers from an index on images of at least two known classes, or on the index itself."""
-    found = held_out_beside(held_out, index)
+def distractors_of(files: Files, index: Index, named: str, model: Callable[[], Trained]) -> Index | None:
+    """The distractors, if some are named; arguments and errors as for ``confidence_for``."""
+    if not files.distractors:
+        return None
+    found = open_index(files.distractors, "--distractors", model)
+    check_comparable(found, index, files.distractors, named)
+    if found.class_names is None:
+        raise UserError(f"{files.distractors}: its classes are unknown (--distractors)")
+    return found
+
+
+def told_of(files: Files) -> str:
+    """What the note says about distractors."""
+    return f" among the images of {files.distractors}, too" if files.distractors else ""
+
+
+def fit(
+    held_out: Index, index: Index, names: Collection[str], wanted: Wanted, distractors: Index | None = None
+) -> Calibration:
+    """Fits the confidence of answers from an index on images of at least two known classes, or on the index itself.
+
+    Arguments and errors as for ``confidence_for`` and ``held_out_beside``.
+    """
+    found = held_out_beside(held_out, index, distractors)
     known = calibration.answer(found, index.metric, labelled=index.class_names is not None, balanced=wanted.balanced)
     return calibration.fit(known, names)
 

@@ -157,7 +157,9 @@ class Model(Trained):
         classes = list(source.class_names) if labelled else None
         return Index(embedded, np.asarray(names), classes, about, **embedding.index_columns(source, records))
 
-    def search(self, queries: Any, index: Any, k: int = 10, *, held_out: Any = None) -> list[Answer]:
+    def search(
+        self, queries: Any, index: Any, k: int = 10, *, held_out: Any = None, distractors: Any = None
+    ) -> list[Answer]:
         """Finds the k images of an index nearest to each query, exactly; an image does not find itself.
 
         Args:
@@ -166,6 +168,7 @@ class Model(Trained):
           k: number of neighbours; fewer if the index has no more.
           held_out: images in classes unseen in training, as for ``embed``, or an index or file of such: the probability
             is fitted on them. By default it is fitted on the index, if that has at least two classes.
+          distractors: the same, of other classes, best the training images: the held-out images search them, too.
 
         Returns:
           An answer per query.
@@ -174,7 +177,8 @@ class Model(Trained):
           UserError: for what cannot be embedded or compared.
         """
         found, searched = self._index(queries), self._index(index)
-        return answers(found, searched, k, held_out=None if held_out is None else self._index(held_out))
+        known, others = (None if x is None else self._index(x) for x in (held_out, distractors))
+        return answers(found, searched, k, held_out=known, distractors=others)
 
     def compare(self, a: Any, b: Any) -> Comparison:
         """Semantic and introspective distance of two images, each given as for ``embed`` or as an index of one row."""
@@ -217,19 +221,23 @@ def _is_file_of_embeddings(value: Any) -> bool:
 _fitted: "weakref.WeakKeyDictionary[Index, dict[frozenset[str], Calibration]]" = weakref.WeakKeyDictionary()
 
 
-def _calibrated(known: Index, index: Index, names: frozenset[str]) -> Calibration | None:
+def _calibrated(
+    known: Index, index: Index, names: frozenset[str], distractors: Index | None = None
+) -> Calibration | None:
     """The confidence of answers, fitted on images of known classes; ``None`` if there are fewer than two classes."""
     if known.class_names is None or len(np.unique(known.embedded.labels)) < 2:
         return None
     if known is not index:
-        return sureness.fit(known, index, names, Wanted())
+        return sureness.fit(known, index, names, Wanted(), distractors)
     fits = _fitted.setdefault(index, {})
     if names not in fits:
         fits[names] = sureness.fit(index, index, names, Wanted())
     return fits[names]
 
 
-def answers(queries: Index, index: Index, k: int = 10, *, held_out: Index | None = None) -> list[Answer]:
+def answers(
+    queries: Index, index: Index, k: int = 10, *, held_out: Index | None = None, distractors: Index | None = None
+) -> list[Answer]:
     """Finds the k rows of an index nearest to each row of another; see ``Model.search``."""
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise UserError(f"k = {k!r} must be a whole number of at least 1")
@@ -238,12 +246,16 @@ def answers(queries: Index, index: Index, k: int = 10, *, held_out: Index | None
         check_comparable(held_out, index, "held_out", "the index")
         if held_out.class_names is None or len(np.unique(held_out.embedded.labels)) < 2:
             raise UserError("held_out has no two known classes; give class folders, or labels to embed")
+    if distractors is not None:
+        check_comparable(distractors, index, "distractors", "the index")
+        if held_out is None or distractors.class_names is None:
+            raise UserError("distractors need held_out beside them, and known classes")
     own = np.arange(len(index)) if queries is index else own_rows(queries, index)
     count = min(int(k), len(index) - (own is not None))
     if count < 1:
         raise UserError("the index holds nothing but the query")
     known = index if held_out is None else held_out
-    confident = lambda names: Confidence(_calibrated(known, index, frozenset(names)), "")
+    confident = lambda names: Confidence(_calibrated(known, index, frozenset(names), distractors), "")
     scores, setting, confidence = sureness.scored(queries, index, own, confident)
     found = searching.search(
         queries.embedded,
@@ -297,7 +309,13 @@ def embed(model: Trained | str | Path, images: Any, *, labels: Any = None) -> In
 
 
 def search(
-    queries: Any, index: Any, k: int = 10, *, model: Trained | str | Path | None = None, held_out: Any = None
+    queries: Any,
+    index: Any,
+    k: int = 10,
+    *,
+    model: Trained | str | Path | None = None,
+    held_out: Any = None,
+    distractors: Any = None,
 ) -> list[Answer]:
     """Finds the images of an index nearest to each query; see ``Model.search``.
 
@@ -307,21 +325,22 @@ def search(
       k: number of neighbours; fewer if the index has no more.
       model: a run, loaded or given by its folder; by default the one that the index names.
       held_out: as for ``Model.search``.
+      distractors: as for ``Model.search``.
     """
     if model is not None:
-        return _model(model).search(queries, index, k, held_out=held_out)
+        return _model(model).search(queries, index, k, held_out=held_out, distractors=distractors)
     if _is_file_of_embeddings(index):
         index = read_stored(index, "index")
     if not isinstance(index, Index):
         raise UserError("search: the index is neither an index nor a file of embeddings; images need model=, the run")
-    others = [read_stored(x, "queries") if _is_file_of_embeddings(x) else x for x in (queries, held_out)]
+    others = [read_stored(x, "queries") if _is_file_of_embeddings(x) else x for x in (queries, held_out, distractors)]
     if any(not isinstance(x, Index) and x is not None for x in others):
         loaded = Model(*searching.load_model(index, "", warn))
         others = [None if x is None else loaded._index(x) for x in others]
-    found, known = others
+    found, known, more = others
     if found is None:
         raise UserError("search: the queries are None")
-    return answers(found, index, k, held_out=known)
+    return answers(found, index, k, held_out=known, distractors=more)
 
 
 def _model(model: Trained | str | Path) -> Model:

@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import idml_jax as api
 from idml_jax import evaluate, search
+from idml_jax.errors import UserError
 from idml_jax.inference import index as embeddings
 from idml_jax.inference import sureness
 from idml_jax.metrics.embedded import Embedded
@@ -85,6 +87,53 @@ def test_held_out_images_search_the_index_too(files):
     assert set(sureness.held_out_beside(numbered, index).gallery.labels[240:]) == set(range(20, 28))
     unknown = sureness.held_out_beside(held, replace(index, class_names=None))
     assert (unknown.gallery.labels[240:] == -1).all()
+
+
+def test_held_out_images_search_distractors_too(files, tmp_path, capsys):
+    held, index, strange = (embeddings.read(files[name]) for name in ("held", "index", "strange"))
+    found = sureness.held_out_beside(held, index, strange)
+    assert len(found.gallery.labels) == 240 + 96 + 48 and found.own.tolist() == list(range(240))
+    assert len(set(found.gallery.labels[336:]) - set(found.gallery.labels[:336])) == 4
+    np.testing.assert_array_equal(found.gallery.semantic[336:], strange.embedded.semantic)
+    # Classes of the same name are the same; the images of the index, and held-out ones, are there once.
+    mated = sureness.held_out_beside(held, index, embeddings.read(files["mated"]))
+    assert mated.gallery.labels[336:].tolist() == mated.gallery.labels[240:336].tolist()
+    for again in (held, index):
+        assert len(sureness.held_out_beside(held, index, again).gallery.labels) == 336
+    alone = sureness.held_out_beside(index, index, strange)
+    assert len(alone.gallery.labels) == 96 + 48 and alone.own.tolist() == list(range(96))
+    numbered = sureness.held_out_beside(held, index, replace(strange, class_names=embeddings.Numbered(4)))
+    assert len(set(numbered.gallery.labels)) == 32
+    several = replace(strange, embedded=strange.embedded._replace(sets=np.zeros((48, 2), int)))
+    with pytest.raises(UserError, match="every image needs one class"):
+        sureness.held_out_beside(held, index, several)
+
+    out = tmp_path / "a.jsonl"
+    plain = answers(files, "mated", out, f"--held_out={files['held']}")
+    rows = answers(files, "mated", out, f"--held_out={files['held']}", f"--distractors={files['strange']}")
+    assert f"{files['held']} among the images of {files['strange']}, too" in capsys.readouterr().out
+    sure = [np.mean([row["sure"] for row in some]) for some in (plain, rows)]
+    assert sure[1] != sure[0] and [row["answer"] for row in rows] == [row["answer"] for row in plain]
+    # Classes close to the held-out ones make their answers wrong, and so answers less sure.
+    noise = 0.5 * np.random.default_rng(5).normal(size=held.embedded.semantic.shape)
+    close = held.embedded._replace(semantic=(held.embedded.semantic + noise).astype(np.float32))
+    close = str(stored(tmp_path, "close", close, [f"d{i}" for i in range(20)]))
+    rivals = answers(files, "mated", out, f"--held_out={files['held']}", f"--distractors={close}")
+    assert np.mean([row["sure"] for row in rivals]) < sure[0] - 0.05
+    by_hand = api.search(str(files["mated"]), str(files["index"]), 3, held_out=held, distractors=strange)
+    assert [one.probability for one in by_hand] == pytest.approx([row["sure"] for row in rows], abs=1e-6)
+    found = [f"--embeddings={files['index']}", "--no_clustering", f"--out={tmp_path / 'm.json'}"]
+    wrong = []
+    for more in ([], [f"--distractors={files['strange']}"]):
+        evaluate.main([*found, f"--held_out={files['held']}", *more])
+        wrong.append(json.loads((tmp_path / "m.json").read_text())["R-AUROC(confidence)"])
+    assert wrong[0] != wrong[1]
+    for main in (search.main, evaluate.main):
+        capsys.readouterr()
+        words = [f"--index={files['index']}", f"--query={files['mated']}"] if main is search.main else found
+        with pytest.raises(SystemExit):
+            main([*words, f"--distractors={files['strange']}"])
+        assert "--distractors are for the images of --held_out" in capsys.readouterr().err
 
 
 def test_wishes_out_of_range(files, capsys):
