@@ -19,6 +19,7 @@ from idml_jax.data.sources import FolderSource
 from idml_jax.errors import UserError
 from idml_jax.inference import search
 from idml_jax.inference.store import Index
+from idml_jax.ism import Metric
 from idml_jax.metrics import retrieval
 from idml_jax.metrics.embedded import Embedded, scores_of
 from idml_jax.metrics.summary import retrieval_report
@@ -130,7 +131,7 @@ def seen(tmp_path):
     config = default_config()
     with config.unlocked():
         config.data.name = config.model.name = config.loss.name = HOSTILE[1]
-    model = SimpleNamespace(config=config, introspective=True, step=3, workdir=tmp_path / HOSTILE[0])
+    model = SimpleNamespace(config=config, introspective=True, metric=Metric(), step=3, workdir=tmp_path / HOSTILE[0])
     (tmp_path / "other").mkdir()
     best = {"R@1": 0.5, **{f"P(u_{name}>u)": 0.5 for name in HOSTILE}, **{name: 1.0 for name in HOSTILE}}
     best |= {"verification/EER": 0.25, **{f"verification/FNMR@{name}": 0.125 for name in HOSTILE}}
