@@ -193,8 +193,8 @@ def test_the_results_in_the_readme_are_those_of_the_page():
         r for r in (DOCS / "uncertainty.md").read_text().split("\n") if r.startswith("| R-AUROC of all scores")
     )
     glyphs, omniglot, birds = (cell.strip() for cell in joined.split("|")[2:5])
-    told = f"reaches {glyphs} on the glyphs, {omniglot} on Omniglot and {birds} on birds"
-    assert told in " ".join(readme.split())
+    sentence = f"reaches {glyphs} on the glyphs, {omniglot} on Omniglot and {birds} on birds"
+    assert sentence in " ".join(readme.split())
 
 
 def test_the_picture_of_the_readme_is_small_and_can_be_drawn_again():

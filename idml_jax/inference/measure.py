@@ -124,16 +124,16 @@ def measure(
         if not named:
             warn(f"{embeddings} or {gallery} does not name its classes; their numbers are compared")
     try:
-        answered = None
+        calibrating = None
         if others is not None:
-            answered = held_out_beside(others, index if searched is None else searched, distractors)
+            calibrating = held_out_beside(others, index if searched is None else searched, distractors)
         report, warnings = full_report(
             queries,
             rows,
             ks=options.ks,
             metric=metric,
             ambiguity=index.ambiguity,
-            held_out=answered,
+            held_out=calibrating,
             precision=options.precision,
             cluster=options.cluster,
             seed=options.seed,

@@ -74,9 +74,8 @@ def evidence(rows: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], found
       labels: class of each row, from 0.
       found: the ``NEAREST`` nearest other rows of each row, or fewer in a small set.
     """
-    classes, labels = np.unique(labels, return_inverse=True)
-    size = np.bincount(labels)
     known = class_means.class_means(rows, labels)
+    classes, labels, size = known.labels, known.codes, known.sizes
     unit, means = class_means.unit(np.asarray(rows, np.float32)), known.directions
     own = class_means.own_cosines(known, rows, np.arange(len(labels)))
     weight = np.exp(VOTE_TEMPERATURE * (s := vote.cosines(rows, rows, found.index)) - VOTE_TEMPERATURE * s[:, :1])

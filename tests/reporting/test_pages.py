@@ -333,13 +333,13 @@ def test_no_script_runs_in_a_browser(seen, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answered", "right", "told"),
+    ("answered", "right", "sentence"),
     [
         (0.0, None, "With a wanted precision of 90 %, none of these queries is answered."),
         (0.25, 0.914, "With a wanted precision of 90 %, 25 % of these queries are answered, 91.4 % of them rightly."),
     ],
 )
-def test_the_share_of_answers_among_strangers(answered, right, told):
+def test_the_share_of_answers_among_strangers(answered, right, sentence):
     scores = {f"open_set/{name}(confidence)": 0.5 for name in ("AUROC", "AURC", "TPIR@0.1", "TPIR@0.01")}
     chosen = {"wanted_precision": 0.9, "open_set/answered": answered, "open_set/answered_precision": right}
-    assert told in open_set.table(scores | chosen, {})
+    assert sentence in open_set.table(scores | chosen, {})

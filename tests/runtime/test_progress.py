@@ -106,8 +106,8 @@ def test_a_reader_that_wants_only_the_beginning_sees_no_error(argv, monkeypatch)
 
 
 def test_usage_names_the_command_that_was_typed(monkeypatch, capsys):
-    for called, told in (("idml-jax pretrained", "idml-jax pretrained"), ("x.py", "python -m idml_jax.pretrained")):
+    for called, shown in (("idml-jax pretrained", "idml-jax pretrained"), ("x.py", "python -m idml_jax.pretrained")):
         monkeypatch.setattr(sys, "argv", [called, "--help"])
         with pytest.raises(SystemExit):
             pretrained.main()
-        assert capsys.readouterr().out.startswith(f"usage: {told} [-h]")
+        assert capsys.readouterr().out.startswith(f"usage: {shown} [-h]")
