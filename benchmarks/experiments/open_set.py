@@ -8,7 +8,12 @@ Each seed trains a network with a fifth of the training classes held out (birds:
 96 pixels; there a seed only chooses the held-out classes), embeds held-out and test classes, and measures on the test
 classes: wrong answers against right ones and the calibration with all classes known, and strangers with a third of the
 classes taken out of the gallery, over five choices of classes. The baseline score of a set is fixed beforehand: the
-share of the vote. Finished runs are skipped. With ``--distractors`` held-out images search the training images, too.
+share of the vote. Finished runs are skipped.
+
+``--fitted_on`` says which images fit the confidence: ``held_out``, classes held out from training; ``distractors``, the
+same, which search the training images, too; ``gallery``, the images that are searched. Queries are then never images
+of the gallery: each quarter of the images of every class asks the other three; with ``other classes`` in the name of a
+measure the confidence of a query is fitted on the half of the classes that is not the query's.
 """
 
 import argparse
@@ -18,7 +23,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from rows import DATA
@@ -27,9 +32,9 @@ from run import ROOT, command
 from idml_jax import embeddings
 from idml_jax.inference import sureness
 from idml_jax.inference.index import Index
-from idml_jax.metrics import strangers, uncertainty
-from idml_jax.metrics.classification import calibration_error
-from idml_jax.metrics.embedded import rows_of
+from idml_jax.metrics import calibration, strangers, uncertainty
+from idml_jax.metrics.classification import calibration_error, calibration_error_by_chance
+from idml_jax.metrics.embedded import rows_of, scores_of
 
 COMMON = {"data.validation_classes": 0.2, "eval.ambiguity_images": 0, "eval.cluster": False}
 SETTINGS = {
@@ -48,17 +53,19 @@ CHOICES, QUERIES, TAKEN = 5, 400, 1 / 3  # choices of classes, queries of each, 
 SHARES, WANTED = (0.0, 0.2, 0.5), (0.8, 0.9)
 BASELINE = "vote_share"
 SPLITS = ("validation", "test", "train")
+QUARTERS = 4
+FittedOn = Literal["held_out", "distractors", "gallery"]
 
 
 class HeldOut(NamedTuple):
-    """The held-out images, and the training images as distractors, if they are wanted."""
+    """The images that the confidence is fitted on: ``None`` is the gallery; and distractors, if they are wanted."""
 
-    images: Index
-    distractors: Index | None
+    images: Index | None
+    distractors: Index | None = None
 
 
-def trained(data: str, seed: int, root: Path, out: Path, distractors: bool) -> tuple[HeldOut, Index, dict[str, float]]:
-    """The held-out images, the test images, and the final metrics of the run of a seed."""
+def trained(data: str, seed: int, root: Path, out: Path, fitted_on: FittedOn) -> tuple[HeldOut, Index]:
+    """The held-out images and the test images of the run of a seed."""
     workdir = out / data / f"seed{seed}"
     name = "birds_imagenet" if data == "birds" else data
     train = command(name, data, SETTINGS[data], seed, root, out, workdir)
@@ -75,9 +82,9 @@ def trained(data: str, seed: int, root: Path, out: Path, distractors: bool) -> t
         for made, run in steps:
             if not made.exists():
                 subprocess.run(run, cwd=ROOT, stdout=log, stderr=log, check=True)
-    final = json.loads((workdir / "result.json").read_text())["final"]
-    held_out, test, train = (embeddings.read(workdir / f"{split}.npz") for split in SPLITS)
-    return HeldOut(held_out, train if distractors else None), test, final
+    held_out, test, images = (embeddings.read(workdir / f"{split}.npz") for split in SPLITS)
+    fits = {"held_out": HeldOut(held_out), "distractors": HeldOut(held_out, images), "gallery": HeldOut(None)}
+    return fits[fitted_on], test
 
 
 def some(index: Index, chosen: np.ndarray) -> Index:
@@ -93,29 +100,75 @@ def among(
     """Whether the nearest image is of the query's class, and the scores of the answers with their confidence."""
     near = uncertainty.nearest_twenty(queries.embedded.semantic, gallery.embedded.semantic, own=own)
     right = gallery.embedded.labels[near.index[:, 0]] == queries.embedded.labels
-    fit = lambda names: sureness.fit(held_out.images, gallery, names, sureness.Wanted(), held_out.distractors)
+    images = gallery if held_out.images is None else held_out.images
+    fit = lambda names: sureness.fit(images, gallery, names, sureness.Wanted(), held_out.distractors)
     confident = lambda names: sureness.Confidence(fit(names), "")
     return right, sureness.scored(queries, gallery, own, confident)
 
 
 def closed(held_out: HeldOut, test: Index) -> dict[str, float]:
     """All classes known: detection of wrong answers, and the calibration of `sure`."""
+    if held_out.images is None:
+        return fitted_on_gallery(test)
     right, found = among(test, test, held_out, np.arange(len(test)))
-    assert found.confidence.calibrated is not None
-    sure = strangers.judge(found.confidence.calibrated, found.scores, share=0.0).sure
+    sure = sure_of(found.confidence.calibrated, found.scores)
     area = lambda doubt: uncertainty.r_auroc(doubt, right)
     without_u = [name for name in found.scores if "uncertainty" not in name and "introspective" not in name]
     beside = sureness.held_out_beside(held_out.images, test, held_out.distractors)
-    known = sureness.calibration.answer(beside, test.metric, labelled=True, balanced=False)
-    plain = sureness.calibration.fit(known, without_u)
-    no_u = strangers.judge(plain, {name: found.scores[name] for name in without_u}, share=0.0).sure
+    known = calibration.answer(beside, test.metric, labelled=True, balanced=False)
+    plain = calibration.fit(known, without_u)
+    no_u = sure_of(plain, {name: found.scores[name] for name in without_u})
     return {
         "R@1": right.mean(),
         "R-AUROC joined": area(1 - sure),
         "R-AUROC joined without u": area(1 - no_u),
         f"R-AUROC {BASELINE}": area(found.scores[BASELINE]),
         "ECE of sure": calibration_error(sure, right),
+        "ECE of sure by chance": calibration_error_by_chance(sure),
     }
+
+
+def fitted_on_gallery(test: Index) -> dict[str, float]:
+    """As ``closed``, with a confidence that is fitted on the gallery itself, or on half of its classes."""
+    rng, labels = np.random.default_rng(0), test.embedded.labels
+    quarter, half = np.empty(len(labels), int), np.zeros(len(labels), bool)
+    classes = rng.permutation(np.unique(labels))
+    half[np.isin(labels, classes[: len(classes) // 2])] = True
+    for one in classes:
+        rows = rng.permutation(np.flatnonzero(labels == one))
+        quarter[rows] = np.arange(len(rows)) % QUARTERS
+    right, sure, other = np.empty(len(labels), bool), np.empty(len(labels)), np.empty(len(labels))
+    for number in range(QUARTERS):
+        asks = quarter == number
+        gallery = some(test, np.flatnonzero(~asks))
+        right[asks], found = among(some(test, np.flatnonzero(asks)), gallery, HeldOut(None), None)
+        sure[asks] = sure_of(found.confidence.calibrated, found.scores)
+        for judged in (half, ~half):
+            rows, queries = np.flatnonzero(~judged[~asks]), np.flatnonzero(asks & judged)
+            fits = calibration.HeldOut(rows_of(gallery.embedded, rows), gallery.embedded, rows)
+            known = calibration.answer(fits, test.metric)
+            other[queries] = sure_of(calibration.fit(known), scores_among(some(test, queries), gallery, known))
+    return {
+        "R@1": right.mean(),
+        "R-AUROC joined": uncertainty.r_auroc(1 - sure, right),
+        "R-AUROC joined, other classes": uncertainty.r_auroc(1 - other, right),
+        "ECE of sure": calibration_error(sure, right),
+        "ECE of sure by chance": calibration_error_by_chance(sure),
+        "ECE of sure, other classes": calibration_error(other, right),
+        "ECE of sure, other classes, by chance": calibration_error_by_chance(other),
+    }
+
+
+def sure_of(calibrated: calibration.Calibration | None, scores: dict[str, np.ndarray]) -> np.ndarray:
+    """The probability that each answer is right, where all classes are known."""
+    assert calibrated is not None
+    return strangers.judge(calibrated, scores, share=0.0).sure
+
+
+def scores_among(queries: Index, gallery: Index, known: calibration.Known) -> dict[str, np.ndarray]:
+    """The scores of a gallery's answers to queries that are not in it."""
+    near = uncertainty.nearest_twenty(queries.embedded.semantic, gallery.embedded.semantic)
+    return scores_of(queries.embedded, gallery.embedded, gallery.metric, None, near, setting=known.setting)
 
 
 def opened(held_out: HeldOut, test: Index, seed: int) -> dict[str, float]:
@@ -127,13 +180,14 @@ def opened(held_out: HeldOut, test: Index, seed: int) -> dict[str, float]:
         strange = np.isin(test.embedded.labels, taken)
         known_rows = rng.permutation(np.flatnonzero(~strange))
         strange_rows = rng.permutation(np.flatnonzero(strange))
-        gallery = some(test, np.flatnonzero(~strange))
-        place = np.cumsum(~strange) - 1
         for share in SHARES:
             count = min(round(QUERIES * share), len(strange_rows))
             rows = np.concatenate([known_rows[: QUERIES - count], strange_rows[:count]])
-            own = np.where(strange[rows], -1, place[rows])
-            queries = some(test, rows)
+            inside = ~strange
+            if held_out.images is None:  # which are the gallery, so no query may be in it
+                inside[known_rows[: QUERIES - count]] = False
+            gallery, queries = some(test, np.flatnonzero(inside)), some(test, rows)
+            own = np.where(inside[rows], (np.cumsum(inside) - 1)[rows], -1)
             right, found = among(queries, gallery, held_out, own)
             calibrated = found.confidence.calibrated
             assert calibrated is not None
@@ -161,12 +215,12 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the image sets")
     parser.add_argument("--out", type=Path, default=Path("runs/open_set"))
-    parser.add_argument("--distractors", action="store_true", help="held-out images search the training images, too")
+    parser.add_argument("--fitted_on", choices=get_args(FittedOn), default="held_out")
     given = parser.parse_args()
     DATA["birds_imagenet"]["overrides"].pop("model.init_from")
     found: dict[str, list[float]] = {}
     for seed in map(int, given.seeds.split(",")):
-        held_out, test, _ = trained(given.data, seed, given.root.resolve(), given.out.resolve(), given.distractors)
+        held_out, test = trained(given.data, seed, given.root.resolve(), given.out.resolve(), given.fitted_on)
         measured = closed(held_out, test) | opened(held_out, test, seed)
         print(seed, json.dumps({name: round(float(value), 4) for name, value in measured.items()}), flush=True)
         for name, value in measured.items():

@@ -18,6 +18,7 @@ from idml_jax.inference.embed import embed_all, index_of
 from idml_jax.inference.index import Index
 from idml_jax.inference.model import Trained
 from idml_jax.inference.search import open_index
+from idml_jax.inference.trained_on import warn_of_training_images
 from idml_jax.metrics.same_class import Judge, fit_judge
 from idml_jax.metrics.verification import Rates
 from idml_jax.training.build import data_of
@@ -159,6 +160,7 @@ def _held_out(model: Trained, where: str) -> tuple[Index, str]:
         known, own = index.about.get("weights"), model.embedder.digest
         if known is not None and known != own:
             raise UserError(f"{where} was embedded with the weights {known}, {model.workdir} has {own}; embed it again")
+        warn_of_training_images(index, where)
         return index, f"the {len(index.files):,} images of {where}"
     try:
         with finding_images(model.config, model.workdir):

@@ -23,6 +23,7 @@ from idml_jax.inference.model import Trained
 from idml_jax.inference.own import own_rows, own_rows_in
 from idml_jax.inference.search import open_index
 from idml_jax.inference.sureness import Confidence, Wanted, distractors_of, fit, told_of
+from idml_jax.inference.trained_on import warn_of_training_images
 from idml_jax.metrics import class_means
 from idml_jax.metrics.blocks import neighbours_in_blocks
 from idml_jax.metrics.embedded import Embedded, rows_of
@@ -191,6 +192,7 @@ def confidence_near(
             f"{held_out}: {len(shared):,} of its classes are in {named}, the first {shared[0]}; a gallery that is "
             "not read whole needs held-out classes that it lacks; or give a larger --memory without --ann"
         )
+    warn_of_training_images(others, held_out)
     beside = near(searched, others, VOTERS + 1, say=lambda line: None).images
     distractors = distractors_of(files, searched.head, named, model)
     fitted = fit(others, beside, [name for name in names if name not in NEED_ALL], wanted, distractors)

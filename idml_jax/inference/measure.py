@@ -15,6 +15,7 @@ from idml_jax.inference.held_out import held_out_beside
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, sets_in_common
 from idml_jax.inference.own import own_rows
 from idml_jax.inference.reranking import Step
+from idml_jax.inference.trained_on import warn_of_training_images
 from idml_jax.ism import Metric
 from idml_jax.metrics import full_ranking, relevance
 from idml_jax.metrics.embedded import Embedded
@@ -109,6 +110,8 @@ def measure(
         raise UserError("--distractors are for the images of --held_out, which is not given")
     searched, others = beside(gallery, "--gallery"), beside(held_out, "--held_out")
     distractors = beside(options.distractors, "--distractors")
+    if others is not None:
+        warn_of_training_images(others, held_out)
     index, searched = _without_own(*_by_marks(index, searched, warn), warn)
     if options.exclude:
         index, searched = _without_groups(index), None if searched is None else _without_groups(searched)

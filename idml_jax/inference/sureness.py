@@ -11,6 +11,7 @@ from idml_jax.inference.held_out import Files, held_out_beside
 from idml_jax.inference.index import Index, check_comparable, labels_in_common, sets_in_common
 from idml_jax.inference.model import Trained
 from idml_jax.inference.search import open_index
+from idml_jax.inference.trained_on import warn_of_training_images
 from idml_jax.metrics import calibration, relevance, strangers, uncertainty, visible
 from idml_jax.metrics.calibration import Calibration
 from idml_jax.metrics.embedded import scores_of
@@ -83,6 +84,7 @@ def confidence_for(
         return Confidence(None, "how sure answers are is unknown: neither --held_out nor an index with classes")
     if len(np.unique(others.embedded.labels)) < 2:
         raise UserError("the held-out images are of one class; at least 2 are needed to tell right from wrong")
+    warn_of_training_images(others, held_out or named)
     fitted = fit(others, index, names, wanted, distractors_of(files, index, named, model))
     return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {what}{told_of(files)}")
 

@@ -25,6 +25,7 @@ from idml_jax.inference.index import Index, check_comparable, named
 from idml_jax.inference.model import Trained
 from idml_jax.inference.own import own_rows
 from idml_jax.inference.sureness import Confidence, Wanted
+from idml_jax.inference.trained_on import warn_of_training_images
 from idml_jax.ism import Metric
 from idml_jax.metrics.calibration import Calibration
 from idml_jax.training.embedder import embedded_rows
@@ -228,9 +229,11 @@ def _calibrated(
     if known.class_names is None or len(np.unique(known.embedded.labels)) < 2:
         return None
     if known is not index:
+        warn_of_training_images(known, "held_out")
         return sureness.fit(known, index, names, Wanted(), distractors)
     fits = _fitted.setdefault(index, {})
     if names not in fits:
+        warn_of_training_images(index, "the index")
         fits[names] = sureness.fit(index, index, names, Wanted())
     return fits[names]
 

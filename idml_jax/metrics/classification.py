@@ -63,10 +63,27 @@ def finish(sums: dict[str, Array]) -> dict[str, float]:
 
 
 def calibration_error(confidence: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"]) -> float:
-    """The expected calibration error of `finish`, of confidences [n] in [0, 1] in answers that are right or wrong."""
-    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
-    gap = np.bincount(bins, weights=right - confidence, minlength=ECE_BINS)
+    """The expected calibration error of `finish`, of confidences [n] in [0, 1] in answers that are right or wrong.
+
+    It is never 0 with few answers: see `calibration_error_by_chance`.
+    """
+    gap = np.bincount(_bins(confidence), weights=right - confidence, minlength=ECE_BINS)
     return float(np.abs(gap).sum() / len(right))
+
+
+def calibration_error_by_chance(confidence: Float[np.ndarray, "n"]) -> float:
+    """The calibration error that is expected of these confidences [n] in [0, 1] if they are perfectly calibrated.
+
+    In a bin the right answers then vary around the sum of their confidences p with the variance sum(p (1 - p)); the
+    mean absolute value of a normal variable is sqrt(2 / pi) times its deviation. For bins of a few answers or more this
+    is close: with 500 answers it can be 0.05.
+    """
+    variance = np.bincount(_bins(confidence), weights=confidence * (1 - confidence), minlength=ECE_BINS)
+    return float(np.sqrt(2 / np.pi * variance).sum() / len(confidence))
+
+
+def _bins(confidence: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    return np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
 
 
 def classification_metrics(

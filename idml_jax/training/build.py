@@ -241,8 +241,13 @@ def mesh_of(config: ConfigDict) -> Mesh:
     return mesh
 
 
-def data_of(config: ConfigDict) -> datasets.Splits:
-    """Loads the images of ``config.data``; training images get the wrong labels of ``data.label_noise``."""
+def data_of(config: ConfigDict, warn: Callable[[str], None] = logger.warning) -> datasets.Splits:
+    """Loads the images of ``config.data``; training images get the wrong labels of ``data.label_noise``.
+
+    Args:
+      config: settings.
+      warn: receives one line per kind of thing that is left out.
+    """
     data, noise = config.data, config.data.label_noise
     names = ("root", "image_root", "data_dir", "variant", "train_classes", "on_corrupt")
     splits = datasets.load_dataset(
@@ -252,7 +257,7 @@ def data_of(config: ConfigDict) -> datasets.Splits:
         on_small_class=data.on_small_class,
         shared_classes=task_of(config).shared_classes,
         seed=config.seed,
-        warn=logger.warning,
+        warn=warn,
         **{name: data[name] for name in names},
     )
     if noise.share and sets_of(splits.train) is not None:

@@ -1,0 +1,94 @@
+"""A confidence that is fitted on training images says so, at every door."""
+
+import os
+
+import pytest
+from runs_made import small_config
+
+import idml_jax
+from idml_jax import compare, embed, embeddings, evaluate, search
+from idml_jax.inference.trained_on import training_images_in
+from idml_jax.training import train
+
+
+@pytest.fixture(scope="module")
+def workdir(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    changes = {"epochs": 1, "eval.cluster": False, "eval.ambiguity_images": 0, "data.validation_classes": 0.25}
+    train.train_and_evaluate(small_config(image_folder, **changes), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def indices(workdir, image_folder, tmp_path_factory):
+    """Files of embeddings by name: of the folders of images, and of the splits of the run."""
+    folder = tmp_path_factory.mktemp("indices")
+    made = {name: f"--images={image_folder / name}" for name in ("train", "test")}
+    made |= {f"split_{name}": f"--split={name}" for name in ("train", "validation", "test")}
+    for name, what in made.items():
+        embed.main([f"--workdir={workdir}", what, f"--out={folder / name}.npz"])
+    return {name: folder / f"{name}.npz" for name in made}
+
+
+def test_counts(indices):
+    counts = {name: training_images_in(embeddings.read(path)) for name, path in indices.items()}
+    trained = counts["split_train"]
+    assert trained == len(embeddings.read(indices["split_train"])) > 0
+    assert counts == {"train": trained, "test": 0, "split_train": trained, "split_validation": 0, "split_test": 0}
+    assert len(embeddings.read(indices["train"])) > trained  # a quarter of its classes is held out
+
+
+def test_images_by_another_way_are_the_same(workdir, image_folder, tmp_path, indices):
+    os.symlink(image_folder / "train", tmp_path / "pictures")
+    embed.main([f"--workdir={workdir}", f"--images={tmp_path / 'pictures'}", f"--out={tmp_path / 'x.npz'}"])
+    trained = len(embeddings.read(indices["split_train"]))
+    assert training_images_in(embeddings.read(tmp_path / "x.npz")) == trained
+
+
+def test_without_the_run_nothing_is_known(indices):
+    index = embeddings.read(indices["train"])
+    index.about["workdir"] = "/nowhere"
+    assert training_images_in(index) == 0
+
+
+class TestDoors:
+    """Each door warns on training images, and is silent on others."""
+
+    def asked(self, capsys, door, *words):
+        capsys.readouterr()
+        door.main([str(word) for word in words])
+        return "training images of the run" in capsys.readouterr().err
+
+    def test_search(self, indices, capsys):
+        train_, test = indices["train"], indices["test"]
+        assert self.asked(capsys, search, f"--index={train_}", f"--query={test}")
+        assert not self.asked(capsys, search, f"--index={test}", f"--query={train_}")
+        assert self.asked(capsys, search, f"--index={test}", f"--query={test}", f"--held_out={train_}")
+        held_out = f"--held_out={indices['split_validation']}"
+        assert not self.asked(capsys, search, f"--index={train_}", f"--query={test}", held_out)
+
+    def test_a_gallery_that_is_not_read_whole(self, workdir, indices, tmp_path, capsys):
+        for gallery, held_out, warned in (("validation", "train", True), ("train", "validation", False)):
+            out = tmp_path / gallery
+            embed.main([f"--workdir={workdir}", f"--split={gallery}", f"--out={out}", "--shard=1/1"])
+            words = f"--index={out}", f"--query={indices['test']}", "--memory=0"
+            assert self.asked(capsys, search, *words, f"--held_out={indices[f'split_{held_out}']}") == warned
+
+    def test_evaluate(self, indices, capsys):
+        words = f"--embeddings={indices['test']}", "--no_clustering"
+        assert self.asked(capsys, evaluate, *words, f"--held_out={indices['train']}")
+        assert not self.asked(capsys, evaluate, *words, f"--held_out={indices['split_validation']}")
+
+    def test_compare(self, workdir, image_folder, indices, capsys):
+        one, two = sorted((image_folder / "test").rglob("*.png"))[:2]
+        words = one, two, f"--workdir={workdir}", "--fmr=0.1"
+        assert self.asked(capsys, compare, *words, f"--held_out={indices['train']}")
+        assert not self.asked(capsys, compare, *words, f"--held_out={indices['split_test']}")
+
+    def test_python(self, workdir, image_folder, capsys):
+        model = idml_jax.load(workdir)
+        known, new = (model.embed(image_folder / name) for name in ("train", "test"))
+        for index, held_out, warned in ((known, None, True), (new, None, False), (new, known, True)):
+            capsys.readouterr()
+            model.search(new, index, 2, held_out=held_out)
+            assert ("training images of the run" in capsys.readouterr().err) == warned
