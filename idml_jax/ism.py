@@ -207,7 +207,7 @@ class Metric:
         if isinstance(self.temperature, jax.core.Tracer):
             return
         try:
-            value = np.asarray(self.temperature, np.float64)
+            value = np.asarray(np.nan if isinstance(self.temperature, str | bool) else self.temperature, np.float64)
         except (TypeError, ValueError):
             value = np.asarray(np.nan)
         if not ((value > 0) & np.isfinite(value)).all():

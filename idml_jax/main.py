@@ -98,8 +98,8 @@ def _with_path(argv: list[str]) -> list[str]:
             found = recipes.find(value if equals else argv[i + 1])
             if not Path(found.partition(":")[0]).is_file():
                 raise UserError(f"--config={found}: no such file; by name there are {', '.join(recipes.names())}")
-            argv[i : i + (1 if equals else 2)] = [f"{name}={found}"]
-            return argv
+            del argv[i : i + (1 if equals else 2)]
+            return [argv[0], f"{name}={found}", *argv[1:]]  # the flags read the file before settings that change it
     return _with_stored(argv)
 
 

@@ -61,3 +61,9 @@ def test_help_of_training_shows_flags_and_settings(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert "--workdir " in text and "--config.data.image_size=224\n" in text and "avg_max | gem" in text
+
+
+def test_settings_may_come_before_the_file_that_they_change():
+    changed = main_lib._with_path(["main", "--workdir=w", "--config.seed=3", "--config", "glyphs:quick", "--mode=eval"])
+    assert changed[0] == "main" and changed[1].endswith("glyphs.py:quick") and changed[1].startswith("--config=")
+    assert changed[2:] == ["--workdir=w", "--config.seed=3", "--mode=eval"]

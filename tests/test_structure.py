@@ -63,7 +63,7 @@ EDGES = {
         "data.images.resample",
         "data.images.transforms",
         "data.glyphs.draw",
-        "data.glyphs.builder",
+        "data.glyphs.examples",
         "data.stored.layouts_classification",
     },
     "PIL": {

@@ -14,9 +14,10 @@ best in ``rates`` for the same data and share of wrong labels (run that first).
 
 Labels of test and held-out classes are always right. The wrong labels of a seed are the same in all rows, so
 differences are paired by seed. ``birds_whitened`` starts from ROOT/resnet50_v1.safetensors (imagenet_trunk.py) and the
-whitened head, ``birds_lite`` from EfficientNet-Lite0; checkpoints are removed when a run is finished. Finished runs are skipped, failed ones are named
-at the end. ``--only`` selects rows whose name contains it (several with |), ``--set name=value`` changes a setting of
-all runs, ``--list`` prints the commands and runs nothing, ``--show`` only makes the table.
+whitened head, ``birds_lite`` from EfficientNet-Lite0; their checkpoints are removed when a run is finished. Finished
+runs are skipped, failed ones are named at the end. ``--only`` selects rows whose name contains it (several with |),
+``--set name=value`` changes a setting of all runs, ``--list`` prints the commands and runs nothing, ``--show`` only
+makes the table.
 
 About the controls: AdamW divides the gradient by its own size, so a constant factor on the loss changes nothing but
 the rounding (row ``loss x SCALE`` shows that); a slower pace is a smaller learning rate (row ``rate x SCALE``).

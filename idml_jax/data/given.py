@@ -168,6 +168,8 @@ def _checked(array: np.ndarray, name: str) -> np.ndarray:
     if array.ndim in (3, 4) and shape[-3] in _CHANNELS:
         first = "np.moveaxis(x, -3, -1)"
         raise UserError(f"{name} has the shape {shape}, channels first; channels are last here: {first} moves them")
+    if array.ndim == 3 and shape[-1] == 2:
+        raise UserError(f"{name} has the shape {shape}, grey and alpha if the last axis is colours: x[..., 0] is grey")
     if array.ndim == 3:
         raise UserError(
             f"{name} has the shape {shape}; grey images are a list of [h, w], or [n, h, w, 1]: x[..., None]"

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
 from idml_jax.losses.pairs import AxisName, Pairs
@@ -30,7 +31,8 @@ def prepare(
     Ignored entries may hold anything, NaN included: they reach neither the value nor the gradient.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or a weight is negative (traced weights are not
+        checked).
     """
     if not isinstance(pairs, Pairs):
         raise ValueError(f"a loss needs Pairs, as pairs_from_labels(labels) gives them; got {type(pairs).__name__}")
@@ -49,6 +51,8 @@ def prepare(
     weights = jnp.asarray(weights).astype(matrix.dtype)
     if weights.shape != matrix.shape[:1]:
         raise ValueError(f"weights need the rows' shape {matrix.shape[:1]}; got {weights.shape}")
+    if not isinstance(weights, jax.core.Tracer) and (np.asarray(weights) < 0).any():
+        raise ValueError(f"weights must not be negative; the least is {np.asarray(weights).min():g}")
     return matrix, weights
 
 

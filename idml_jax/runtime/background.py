@@ -25,22 +25,29 @@ class Writer(Protocol):
 class Background:
     """A writer that is opened and called in a thread of its own, in the order of the calls.
 
-    Opening may take seconds (TensorFlow is imported, a server is asked), while the run compiles. If the writer fails,
-    one line says so, what comes after is dropped, and the run goes on.
+    Opening may take seconds (a server is asked), while the run compiles. If the writer fails, one line says so, what
+    comes after is dropped, and the run goes on.
 
     Args:
       name: name of the writer, for messages.
       start: opens the writer.
       patience: seconds that ``close`` waits for what is still to be written; ``None``: as long as it takes.
+      at_once: open it now; otherwise by ``begin``, since opening takes the CPU from what the run does now.
     """
 
-    def __init__(self, name: str, start: Callable[[], Writer], patience: float | None = None):
+    def __init__(self, name: str, start: Callable[[], Writer], patience: float | None = None, at_once: bool = True):
         self._name, self._start, self._patience = name, start, patience
         self._calls: queue.SimpleQueue[Callable[[Writer], None] | None] = queue.SimpleQueue()
         self.failed = False
         self.writer: Any = None  # what ``start`` gave, once it has
         self._thread = threading.Thread(target=self._work, name=f"idml_jax {name}", daemon=True)
-        self._thread.start()
+        if at_once:
+            self.begin()
+
+    def begin(self) -> None:
+        """Opens the writer, if that has not begun yet."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Hands over the metrics of a step; returns at once."""
@@ -48,6 +55,9 @@ class Background:
 
     def close(self, finished: bool = True) -> None:
         """Closes the writer after everything is written, or when the patience is at its end."""
+        if self._thread.ident is None and self._calls.empty():
+            return  # nothing to write
+        self.begin()
         if not self._thread.is_alive():
             return
         self._calls.put(lambda writer: writer.close(finished))

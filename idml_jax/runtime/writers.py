@@ -61,7 +61,9 @@ class MetricWriter:
             write_text(path, "".join(line + "\n" for line in keep))
         self._file = path.open("a")
         if tensorboard:
-            self._tensorboard = Background("TensorBoard logs", lambda: open_events(workdir / "tensorboard"))
+            # TensorFlow's import would slow down tracing and compiling.
+            events = lambda: open_events(workdir / "tensorboard")
+            self._tensorboard = Background("TensorBoard logs", events, at_once=False)
             self._writers.append(self._tensorboard)
         if tracking is not None:
             self._writers += trackers.start(tracking, workdir)
@@ -70,6 +72,11 @@ class MetricWriter:
     def tensorboard(self) -> bool:
         """Whether TensorBoard logs are written."""
         return self._tensorboard is not None and not self._tensorboard.failed
+
+    def begin(self) -> None:
+        """Opens the writers that have waited; called after the first step."""
+        for writer in self._writers:
+            writer.begin()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one row: the scalars of a step.

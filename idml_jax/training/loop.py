@@ -132,6 +132,7 @@ class Trainer:
                     self.speed.first_step = time.monotonic() - self.speed.started
                     told = "first step done %.1f s after the start; %s"
                     logger.info(told, self.speed.first_step, compiling().since(self.speed.compiling))
+                    self.writer.begin()
                     progress.measure(self.step)
                     shown.restart(self.step)
                 else:

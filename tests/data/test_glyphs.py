@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from idml_jax.data.glyphs import builder as glyphs
 from idml_jax.data.glyphs import draw as glyphs_draw
+from idml_jax.data.glyphs import examples
 
 SKIP = {"image": tfds.decode.SkipDecoding()}
 SMALL = {"train_classes": 12, "test_classes": 6, "images_per_class": 20, "degraded": 0.5}
@@ -114,7 +115,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(small, tmp_path):
     assert set(other.info.features["label"].names) != set(small.info.features["label"].names)
     # Not only the choice of characters differs, but the images of the same one.
     first, second = (
-        glyphs._draw_example(glyphs.GlyphsConfig(name="x", seed=seed), "train", [65, 66], 0, 0)["image"].getvalue()
+        examples.example(glyphs.series_of(glyphs.GlyphsConfig(name="x", seed=seed), "train", [65, 66]), 0, 0).png
         for seed in (0, 1)
     )
     assert first != second
@@ -287,15 +288,15 @@ def test_another_process_draws_the_same_without_tensorflow_and_without_chatter(t
 
 def test_an_interrupted_preparation_leaves_no_half_set(tmp_path, monkeypatch):
     calls = iter(range(10))
-    draw_example = glyphs._draw_example
+    example = examples.example
 
     def interrupted(*args):
         if next(calls, None) is None:
             raise KeyboardInterrupt
-        return draw_example(*args)
+        return example(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(glyphs, "_draw_example", interrupted)
+        patch.setattr(examples, "example", interrupted)
         with pytest.raises(KeyboardInterrupt):
             glyphs.prepare(tmp_path, "tiny")
     folder = tmp_path / "glyphs" / "tiny"
@@ -348,3 +349,54 @@ def test_missing_fonts_name_their_folder(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
         glyphs.prepare(tmp_path / "data", "tiny")
     assert str(tmp_path / "mpl" / "fonts" / "ttf") in str(error.value) and "\n" not in str(error.value)
+
+
+# Several processes.
+
+
+@pytest.fixture
+def series():
+    return examples.Series(
+        seed=3, split=1, share=0.5, side=24, images_per_class=4, codes=list(glyphs_draw.characters())[:7]
+    )
+
+
+def test_several_processes_draw_the_same_images(series):
+    alone, three = (list(examples.drawn(series, processes)) for processes in (1, 3))
+    assert alone == three and [len(images) for images in alone] == [4] * 7
+    assert len({image.png for images in alone for image in images}) == 28
+
+
+@pytest.mark.parametrize("program", ["/nowhere/python", "false", "half"])
+def test_a_process_that_fails_is_replaced(series, monkeypatch, tmp_path, program):
+    if program == "half":  # writes its first block and a part of the second
+        script = tmp_path / "half"
+        code = f"{sys.executable} -m idml_jax.data.glyphs.examples | head -c 4000"
+        script.write_text(f"#!/bin/sh\n{code}\n")
+        script.chmod(0o700)
+        program = str(script)
+    alone = list(examples.drawn(series, 1))
+    monkeypatch.setattr(sys, "executable", program)
+    assert list(examples.drawn(series, 2)) == alone
+
+
+def test_processes_end_with_the_one_that_asked(series, monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def noted(*args, **options):
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    images = examples.drawn(series._replace(images_per_class=200, codes=list(glyphs_draw.characters())[:25]), 2)
+    next(images)
+    images.close()
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+
+
+def test_the_stored_characters_are_those_of_these_fonts(monkeypatch):
+    if glyphs_draw.fonts_digest() != glyphs_draw._KNOWN_FONTS:
+        pytest.skip("other fonts")
+    stored = glyphs_draw.characters()
+    monkeypatch.setattr(glyphs_draw, "_KNOWN_FONTS", "")
+    assert glyphs_draw.characters.__wrapped__() == stored

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from runs_made import small_config
 
-from idml_jax.data.glyphs import builder
+from idml_jax.data.glyphs import builder, examples
 from idml_jax.data.wrong_labels import class_means, with_wrong_labels, wrong_labels_of
 from idml_jax.errors import UserError
 from idml_jax.training.build import data_of
@@ -123,8 +123,8 @@ def test_more_damage_on_the_glyphs_damages_more_of_the_same_training_pictures():
     usual = configs["default"]
     assert "train_degraded" not in usual.parameters()
     assert configs["damaged_60"].parameters() == {**usual.parameters(), "train_degraded": 0.6}
-    draw = lambda name, split: [builder._draw_example(configs[name], split, [65, 66, 67], 1, i) for i in range(12)]
-    damaged = lambda name, split: [example["ambiguity"] > 0 for example in draw(name, split)]
+    series = lambda name, split: builder.series_of(configs[name], split, [65, 66, 67])
+    damaged = lambda name, split: [examples.example(series(name, split), 1, i).ambiguity > 0 for i in range(12)]
     assert not any(damaged("damaged_0", "train")) and damaged("damaged_0", "test") == damaged("default", "test")
     some, more = damaged("default", "train"), damaged("damaged_90", "train")
     assert sum(some) < sum(more) and all(b for a, b in zip(some, more, strict=True) if a)

@@ -168,3 +168,11 @@ class VariantsTest(chex.TestCase):
         chex.assert_shape(gradient, (7, 7))
         np.testing.assert_allclose(value, expected_value, rtol=1e-5)
         np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", of_families())
+def test_negative_weights_are_refused(name):
+    weights = jnp.array([1.0, 2.0, -0.5, 1.0, 1.0, 0.0, 3.0])
+    options = {"key": jax.random.key(0)} if LOSSES[name].needs_key else {}
+    with pytest.raises(ValueError, match=r"weights must not be negative; the least is -0\.5"):
+        LOSSES[name].function(random_matrix(), losses.pairs_from_labels(LABELS), weights=weights, **options)

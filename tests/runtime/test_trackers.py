@@ -57,8 +57,10 @@ class TestEventFiles:
         writer = MetricWriter(tmp_path)
         writer.write(1, {"a": 1.0, "b": 2.0})
         progress = writer.progress(2, 0)
+        assert not writer._tensorboard.writer  # opened after the first step
+        writer.begin()
         while not writer._tensorboard.writer:
-            pass
+            assert writer.tensorboard
         progress.tick(1)
         progress.tick(2)
         assert writer.tensorboard and progress.measure(2)[0] > 0

@@ -14,7 +14,6 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
@@ -22,6 +21,8 @@ from tensorflow_datasets.core.utils import tqdm_utils
 
 from idml_jax.data.files import expand
 from idml_jax.data.glyphs import draw as glyphs_draw
+from idml_jax.data.glyphs import examples
+from idml_jax.data.glyphs.examples import Series
 
 KINDS = glyphs_draw.KINDS
 _SPLITS = ("train", "test")
@@ -177,34 +178,25 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str, codes: list[int], all_codes: list[int]) -> Iterator[tuple[str, dict]]:
         first_label = all_codes.index(codes[0])
-        for i in range(len(codes)):
-            for index in range(self.builder_config.images_per_class):
-                example = _draw_example(self.builder_config, split, codes, i, index)
-                example["label"] += first_label
-                if example["kind"] == "blend":
-                    example["other_label"] += first_label
-                yield f"{split}_{example['label']}_{index}", example
+        for position, images in enumerate(examples.drawn(series_of(self.builder_config, split, codes))):
+            for index, image in enumerate(images):
+                label = first_label + position
+                yield (
+                    f"{split}_{label}_{index}",
+                    {
+                        "image": io.BytesIO(image.png),
+                        "label": label,
+                        "ambiguity": np.float32(image.ambiguity),
+                        "kind": KINDS[image.kind],
+                        "other_label": -1 if image.other < 0 else first_label + image.other,
+                    },
+                )
 
 
-def _draw_example(config: GlyphsConfig, split: str, codes: list[int], position: int, index: int) -> dict:
-    """Draws image `index` of character `codes[position]`; labels are positions in `codes`."""
-    rng = np.random.default_rng([config.seed, _SPLITS.index(split), codes[position], index])
-    is_degraded, kind, ambiguity = (
-        rng.random() < config.share_of(split),
-        KINDS[rng.integers(1, len(KINDS))],
-        rng.random(),
-    )
-    if not is_degraded:
-        kind, ambiguity = "clean", 0.0
-    other = (position + 1 + int(rng.integers(len(codes) - 1))) % len(codes)
-    picture = glyphs_draw.picture(rng, codes[position], config.image_size, kind, ambiguity, codes[other])
-    return {
-        "image": io.BytesIO(cv2.imencode(".png", picture)[1].tobytes()),
-        "label": position,
-        "ambiguity": np.float32(ambiguity),
-        "kind": kind,
-        "other_label": other if kind == "blend" else -1,
-    }
+def series_of(config: GlyphsConfig, split: str, codes: list[int]) -> Series:
+    """The images of a split, to be drawn."""
+    share, number = config.share_of(split), _SPLITS.index(split)
+    return Series(config.seed, number, share, config.image_size, config.images_per_class, codes)
 
 
 @contextlib.contextmanager

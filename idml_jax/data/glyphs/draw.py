@@ -5,6 +5,7 @@ caller passes in.
 """
 
 import functools
+import hashlib
 import unicodedata
 from pathlib import Path
 
@@ -25,6 +26,7 @@ _FACES = (
 )
 # Computer Modern's charmaps are correct for basic Latin letters only; these faces are not used for other characters.
 _LATIN_FACES = ("cmb10", "cmr10", "cmss10", "cmti10", "cmtt10")
+_ALL_FACES = (*_FACES, *_LATIN_FACES)
 _BLOCKS = (
     (0x0021, 0x02AF),  # Latin with its extensions and the phonetic alphabet
     (0x0370, 0x0587),  # Greek, Cyrillic, Armenian
@@ -39,6 +41,10 @@ _MIN_FACES = 6
 _TWIN_FACES = ("DejaVuSans", "DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono-Bold", "STIXGeneral")
 _TWIN_POSES = ((0.0, 1.0), (0.2, 1.0), (0.0, 0.75))  # rotation in radians, width / height
 _TWIN_CORRELATION = 0.9
+
+# What `told_apart` finds, for the font files of this digest: the code points, one a line.
+_KNOWN = Path(__file__).with_name("characters.txt")
+_KNOWN_FONTS = "65b743947cc9b959e34a4b053b55399a6018c059f6a18bac3129295a317e891f"
 
 _GLYPH_SIDE = 96  # longest side of a glyph before it is placed in an image
 _SUPERSAMPLE = 4
@@ -78,6 +84,7 @@ def _ink(face: str, code: int, points: int) -> np.ndarray:
     return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
+@functools.lru_cache(maxsize=128)  # the images of a character are drawn one after the other
 def glyph(face: str, code: int) -> np.ndarray:
     """The character in a face as an ink mask, cropped to the ink: uint8 [h, w], the longer side about 96 (70 to 125).
 
@@ -88,6 +95,7 @@ def glyph(face: str, code: int) -> np.ndarray:
     if ink.size and not 0.7 < max(ink.shape) / _GLYPH_SIDE < 1.3:
         half_octaves = round(2 * np.log2(_GLYPH_SIDE / max(ink.shape)))  # few sizes, so that fonts are reused
         ink = _ink(face, code, round(_GLYPH_SIDE * 2 ** (half_octaves / 2)))
+    ink.flags.writeable = False
     return ink
 
 
@@ -149,26 +157,41 @@ def characters() -> dict[int, tuple[str, ...]]:
 
     Included are letters, digits, signs, arrows and operators that at least 6 faces draw. Excluded are marks, spaces and
     characters that look like one with a smaller code point (Greek and Cyrillic capitals like Latin ones, o like O):
-    in some face the two correlate by more than 0.9 when scaled to the same size, under a small rotation or stretch. The
-    first call takes two seconds; the result is cached.
+    in some face the two correlate by more than 0.9 when scaled to the same size, under a small rotation or stretch. For
+    the fonts of matplotlib 3.10 the result is stored; for others the first call takes three seconds.
 
     Raises:
       FileNotFoundError: if a font is missing.
     """
     coverage: dict[int, list[str]] = {}
-    for face in (*_FACES, *_LATIN_FACES):
+    for face in _ALL_FACES:
         for code, index in FT2Font(str(font_file(face))).get_charmap().items():
             wanted = index and any(low <= code <= high for low, high in _BLOCKS) and _is_wanted(code)
             if wanted and (face in _FACES or (code < 0x7F and chr(code).isalpha())):
                 coverage.setdefault(code, []).append(face)
     faces = {code: tuple(names) for code, names in sorted(coverage.items()) if len(names) >= _MIN_FACES}
+    known = fonts_digest() == _KNOWN_FONTS
+    codes = [int(line, 16) for line in _KNOWN.read_text().split()] if known else told_apart(faces)
+    return {code: faces[code] for code in codes}
+
+
+def fonts_digest() -> str:
+    """SHA-256 of the font files, in the order of ``_ALL_FACES``."""
+    digest = hashlib.sha256()
+    for face in _ALL_FACES:
+        digest.update(font_file(face).read_bytes())
+    return digest.hexdigest()
+
+
+def told_apart(faces: dict[int, tuple[str, ...]]) -> list[int]:
+    """The code points, of those with their faces, that look like none with a smaller code point; see ``characters``."""
     codes = list(faces)
     likeness = _twins(codes, faces)
     kept: list[int] = []
     for i in range(len(codes)):
         if not kept or likeness[i, kept].max() <= _TWIN_CORRELATION:
             kept.append(i)
-    return {codes[i]: faces[codes[i]] for i in kept}
+    return [codes[i] for i in kept]
 
 
 def _thicken(mask: np.ndarray, pixels: int) -> np.ndarray:
@@ -197,6 +220,14 @@ def layer(rng: np.random.Generator, code: int, side: int) -> np.ndarray:
     return _place(mask, matrix, shift * (side - _extent(matrix, mask)), side)
 
 
+@functools.lru_cache(maxsize=8)
+def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Height and width of each pixel's place, from -0.5 to 0.5: float64 [side, side] each."""
+    y, x = np.mgrid[:side, :side] / side - 0.5
+    y.flags.writeable = x.flags.writeable = False
+    return y, x
+
+
 def _waves(rng: np.random.Generator, side: int) -> np.ndarray:
     """A smooth random field with unit variance: float32 [side, side]."""
     coarse = rng.standard_normal((5, 5)).astype(np.float32)
@@ -208,7 +239,7 @@ def _cover(rng: np.random.Generator, ink: np.ndarray, share: float) -> np.ndarra
     """Mask of a patch that hides `share` of the ink: bool [side, side]. It enters from one side with a wavy edge."""
     side = len(ink)
     angle = rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[:side, :side] / side - 0.5
+    y, x = _grid(side)
     height = np.cos(angle) * x + np.sin(angle) * y + 0.08 * _waves(rng, side)
     order = np.argsort(height, axis=None)
     hidden = np.append(0, np.cumsum(ink.ravel()[order]))  # ink under the first 0, 1, 2, ... pixels
@@ -243,7 +274,7 @@ def picture(
     if kind == "blend":
         weight = ambiguity**0.5 / 2
         ink = (1 - weight) * ink + weight * layer(rng, other, side)
-    y, x = np.mgrid[:side, :side] / side - 0.5
+    y, x = _grid(side)
     light = paper + slope[0] * x + slope[1] * y + (pen - paper) * ink
     if kind == "blur":
         light = cv2.GaussianBlur(light, (0, 0), side * 0.25 * max(ambiguity, 1e-3), borderType=cv2.BORDER_REPLICATE)

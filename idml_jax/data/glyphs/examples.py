@@ -1,0 +1,185 @@
+"""Draws all images of a split of the data set `glyphs`, in several processes.
+
+Also the program of such a process: it reads a `Series` and its share of the work as JSON, and writes blocks of images.
+"""
+
+import contextlib
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import cv2
+import numpy as np
+
+from idml_jax.data.glyphs import draw
+
+# Fewer images than this are drawn in this process: others need half a second to start.
+_FEW = 2_000
+_MOST_PROCESSES = 8
+_LENGTH = struct.Struct("<Q")  # before each block of a process, its length in bytes
+
+
+class Series(NamedTuple):
+    """The images of a split.
+
+    Attributes:
+      seed: seed of all images.
+      split: number of the split.
+      share: share of images that are not clean.
+      side: width and height in pixels.
+      images_per_class: images of each character.
+      codes: code points of the characters.
+    """
+
+    seed: int
+    split: int
+    share: float
+    side: int
+    images_per_class: int
+    codes: list[int]
+
+
+class Example(NamedTuple):
+    """One image.
+
+    Attributes:
+      png: the image, as PNG.
+      kind: number of how it was changed, in ``draw.KINDS``.
+      ambiguity: see ``builder.Glyphs``.
+      other: position of the second character of a blend in ``Series.codes``, otherwise -1.
+    """
+
+    png: bytes
+    kind: int
+    ambiguity: float
+    other: int
+
+
+def example(series: Series, position: int, index: int) -> Example:
+    """Draws image `index` of character `series.codes[position]`."""
+    codes = series.codes
+    rng = np.random.default_rng([series.seed, series.split, codes[position], index])
+    is_degraded, kind, ambiguity = rng.random() < series.share, int(rng.integers(1, len(draw.KINDS))), rng.random()
+    if not is_degraded:
+        kind, ambiguity = 0, 0.0
+    other = (position + 1 + int(rng.integers(len(codes) - 1))) % len(codes)
+    picture = draw.picture(rng, codes[position], series.side, draw.KINDS[kind], ambiguity, codes[other])
+    blend = draw.KINDS[kind] == "blend"
+    return Example(cv2.imencode(".png", picture)[1].tobytes(), kind, ambiguity, other if blend else -1)
+
+
+def drawn(series: Series, processes: int = 0) -> Iterator[list[Example]]:
+    """All images of a series, character by character.
+
+    The images do not depend on the number of processes. A process that cannot be started or that ends early is replaced
+    by this one.
+
+    Args:
+      series: what to draw.
+      processes: number of processes; 0: one per CPU for a large series, else none but this one.
+    """
+    count = processes or _processes(series)
+    own = range(len(series.codes))
+    if count < 2:
+        yield from (_images(series, position) for position in own)
+        return
+    with contextlib.ExitStack() as stack:
+        workers = [_started(series, number, count, stack) for number in range(count)]
+        for position in own:
+            number = position % count
+            block = _read(workers[number])
+            if block is None:
+                workers[number] = None
+            yield _images(series, position) if block is None else block
+
+
+def _processes(series: Series) -> int:
+    few = len(series.codes) * series.images_per_class < _FEW
+    return (
+        1
+        if few
+        else min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    )
+
+
+def _images(series: Series, position: int) -> list[Example]:
+    return [example(series, position, index) for index in range(series.images_per_class)]
+
+
+def _started(series: Series, number: int, count: int, stack: contextlib.ExitStack) -> IO[bytes] | None:
+    """The output of a process that draws every `count`-th character from `number` on; it ends with the stack."""
+    package = Path(__file__).parents[3]
+    paths = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", __spec__.name]
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": paths}, start_new_session=True,
+        )  # fmt: skip
+    except OSError:
+        return None
+    stack.callback(_end, process)
+    assert process.stdin is not None
+    with contextlib.suppress(OSError), process.stdin as told:
+        told.write(json.dumps({"series": series._asdict(), "number": number, "count": count}).encode())
+    return process.stdout
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _read(worker: IO[bytes] | None) -> list[Example] | None:
+    """The next block of a process; ``None`` if there is none."""
+    if worker is None:
+        return None
+    head = worker.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    length = _LENGTH.unpack(head)[0]
+    body = worker.read(length)
+    return unpacked(body) if len(body) == length else None
+
+
+def packed(images: list[Example]) -> bytes:
+    """The images of a character as bytes."""
+    columns = {
+        "png": np.frombuffer(b"".join(image.png for image in images), np.uint8),
+        "end": np.cumsum([len(image.png) for image in images]),
+        "kind": np.asarray([image.kind for image in images]),
+        "ambiguity": np.asarray([image.ambiguity for image in images]),
+        "other": np.asarray([image.other for image in images]),
+    }
+    out = io.BytesIO()
+    np.savez(out, **columns)  # type: ignore[arg-type]  # the stubs take any keyword for allow_pickle
+    return out.getvalue()
+
+
+def unpacked(data: bytes) -> list[Example]:
+    """The images that ``packed`` was given."""
+    with np.load(io.BytesIO(data)) as found:
+        pixels, end = found["png"].tobytes(), found["end"].tolist()
+        rest = zip(found["kind"].tolist(), found["ambiguity"].tolist(), found["other"].tolist(), strict=True)
+    return [Example(pixels[a:b], *other) for a, b, other in zip([0, *end], end, rest, strict=False)]
+
+
+def main() -> None:
+    told = json.loads(sys.stdin.buffer.read())
+    series, out = Series(**told["series"]), sys.stdout.buffer
+    for position in range(told["number"], len(series.codes), told["count"]):
+        block = packed(_images(series, position))
+        out.write(_LENGTH.pack(len(block)) + block)
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()
