@@ -367,7 +367,7 @@ def test_several_processes_draw_the_same_images(series):
     assert len({image.png for images in alone for image in images}) == 28
 
 
-@pytest.mark.parametrize("program", ["/nowhere/python", "false", "half"])
+@pytest.mark.parametrize("program", ["/nowhere/python", "", "false", "half"])
 def test_a_process_that_fails_is_replaced(series, monkeypatch, tmp_path, program):
     if program == "half":  # writes its first block and a part of the second
         script = tmp_path / "half"

@@ -100,12 +100,10 @@ def drawn(series: Series, processes: int = 0) -> Iterator[list[Example]]:
 
 
 def _processes(series: Series) -> int:
-    few = len(series.codes) * series.images_per_class < _FEW
-    return (
-        1
-        if few
-        else min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
-    )
+    if len(series.codes) * series.images_per_class < _FEW:
+        return 1
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(_MOST_PROCESSES, cpus)
 
 
 def _images(series: Series, position: int) -> list[Example]:
@@ -114,6 +112,8 @@ def _images(series: Series, position: int) -> list[Example]:
 
 def _started(series: Series, number: int, count: int, stack: contextlib.ExitStack) -> IO[bytes] | None:
     """The output of a process that draws every `count`-th character from `number` on; it ends with the stack."""
+    if not sys.executable or getattr(sys, "frozen", False):  # no Python to start, or a program of its own
+        return None
     package = Path(__file__).parents[3]
     paths = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", __spec__.name]
