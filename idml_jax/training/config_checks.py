@@ -236,6 +236,11 @@ def _check_closed_form(config: ConfigDict) -> None:
     for field, default in (("widths", ()), ("method", "whiten")):
         if fit[field] != default:
             raise UserError(f"config.fit.{field} is for python -m idml_jax.fit, which trains nothing")
+    if not (math.isfinite(model.whitened_uncertainty) and model.whitened_uncertainty > 0):
+        raise UserError(
+            f"config.model.whitened_uncertainty = {model.whitened_uncertainty} must be above 0: a u of length 0 "
+            "gets no gradient"
+        )
     if starts_whitened(config) and config.task != "retrieval":
         raise UserError(
             "config.model.semantic_init = 'whiten' needs config.task = 'retrieval': a classifier has no such head"

@@ -227,11 +227,21 @@ def proxy_rows(
     return rows
 
 
-def with_head(run: Run, state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
-    """The state with the semantic head of ``head_arrays`` and, if the loss has proxies, with these."""
+def with_head(run: Run, state: TrainState, arrays: Mapping[str, np.ndarray], shorter: float = 1.0) -> TrainState:
+    """The state with the semantic head of ``head_arrays`` and, if the loss has proxies, with these.
+
+    Args:
+      run: parts of the run.
+      state: fresh state.
+      arrays: see ``head_arrays``.
+      shorter: factor on the last weights of the uncertainty head. Only its last layer has that name, and the head
+        ``scalar``, whose length does not follow its weights, has none.
+    """
     params = dict(state.params)
-    semantic = {"kernel": arrays["kernel"], "bias": arrays["bias"]}
-    params["heads"] = {**params["heads"], "semantic": semantic}
+    heads = {**params["heads"], "semantic": {"kernel": arrays["kernel"], "bias": arrays["bias"]}}
+    if "uncertainty" in heads:
+        heads["uncertainty"] = {**heads["uncertainty"], "kernel": shorter * heads["uncertainty"]["kernel"]}
+    params["heads"] = heads
     if "proxies" in params:
         alone = proxy_sets(getattr(run.setup.objective, "parts", ())).get(1)
         params["proxies"] = proxy_rows(arrays["proxies"], sharding.to_host(params["proxies"]), alone)
@@ -249,6 +259,9 @@ def start_whitened(
     run: Run, state: TrainState, workdir: Path, check: Callable[[], None]
 ) -> tuple[TrainState, dict[str, Any]]:
     """A fresh state whose semantic head whitens the features within classes, with proxies at the class means.
+
+    The uncertainty starts short (``model.whitened_uncertainty``): a long random one makes pairs of different classes
+    look alike, and what the first steps learn against that costs some of what the head knows.
 
     Features are computed by all processes together; process 0 fits the head and sends it to the others.
 
@@ -276,7 +289,7 @@ def start_whitened(
         return head_arrays(projection, class_means(views, projection, classes), like)
 
     shapes = {"kernel": like, "bias": like[0], "proxies": np.zeros((classes, like.shape[1]), np.float32)}
-    return with_head(run, state, hosts.from_first(make, shapes)), about
+    return with_head(run, state, hosts.from_first(make, shapes), config.model.whitened_uncertainty), about
 
 
 def _tell(chosen: Chosen, projection: Projection, config: ConfigDict) -> None:

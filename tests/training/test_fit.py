@@ -146,6 +146,7 @@ class TestFit:
             r"config.fit.method is for": {"fit.method": "lda"},
             r"config.fit.folds = 1 must be at least 2": {"fit.folds": 1},
             r"would replace the head": {"model.semantic_init": "whiten", "model.init_parts": "semantic"},
+            r"whitened_uncertainty = 0.0 must be above 0": {"model.whitened_uncertainty": 0.0},
             r"needs config.task = 'retrieval'": {"model.semantic_init": "whiten", "task": "classification"},
         }
         for message, changes in bad.items():
@@ -245,6 +246,12 @@ class TestStart:
         unit = proxies[:8] / np.linalg.norm(proxies[:8], axis=1, keepdims=True)
         assert (np.argmax(found.semantic @ unit.T, axis=1) == found.labels).mean() > 0.5
         jax.tree.map(np.testing.assert_array_equal, state.params["trunk"], fresh.params["trunk"])
+        # The uncertainty starts ten times shorter.
+        before, after = fresh.params["heads"], state.params["heads"]
+        np.testing.assert_allclose(after["uncertainty"]["kernel"], 0.1 * before["uncertainty"]["kernel"], rtol=1e-6)
+        for layer in ("uncertainty_hidden", "uncertainty"):
+            np.testing.assert_array_equal(after[layer]["bias"], before[layer]["bias"])
+        np.testing.assert_array_equal(after["uncertainty_hidden"]["kernel"], before["uncertainty_hidden"]["kernel"])
         jax.tree.map(np.testing.assert_array_equal, state.opt_state["heads"], fresh.opt_state["heads"])
 
     def test_resumed_bit_for_bit(self, started, settings, tmp_path, monkeypatch):
