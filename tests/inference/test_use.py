@@ -89,7 +89,7 @@ def test_numbers_whose_range_is_plain_are_pixels():
         (np.zeros((3, 8, 9), np.uint8), "channels first; channels are last here: np.moveaxis"),
         (np.zeros((2, 3, 8, 9), np.uint8), "channels first"),
         (np.zeros((5, 8, 9), np.uint8), r"shape .5, 8, 9.; grey images are a list of \[h, w\]"),
-        (np.zeros((4, 8, 2), np.uint8), r"shape .4, 8, 2., grey and alpha .*: x\[\.\.\., 0\] is grey"),
+        (np.zeros((6, 8, 2), np.uint8), r"shape .6, 8, 2., grey and alpha .*: x\[\.\.\., 0\] is grey"),
         (np.zeros(4, np.uint8), r"shape .4,.; an image is \[h, w\]"),
         (np.zeros((0, 4, 3), np.uint8), "no pixels"),
         (np.zeros((4, 4), complex), "has the type complex128"),
