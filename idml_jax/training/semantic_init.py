@@ -261,7 +261,7 @@ def start_whitened(
     """A fresh state whose semantic head whitens the features within classes, with proxies at the class means.
 
     The uncertainty starts short (``model.whitened_uncertainty``): a long random one makes pairs of different classes
-    look alike, and what the first steps learn against that costs some of what the head knows.
+    look alike, and the first steps would change the trunk to undo that, away from what the head was fitted to.
 
     Features are computed by all processes together; process 0 fits the head and sends it to the others.
 
