@@ -34,6 +34,7 @@ AT_LEAST_ZERO = (
     "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation", "data.pad", "ism.ranking",
     "ism.prior", "loss.centre_spread", "loss.embedding_norm", "mixup.alpha", "memory.size", "memory.warmup_epochs",
     "eval.ambiguity_images", "data.label_noise.seed", "prism.warmup_epochs", "ism.attenuation",
+    "model.whitened_uncertainty",
 )  # fmt: skip
 SHARES = ("data.corrupt", "data.color_jitter", "data.lighting")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -236,11 +237,8 @@ def _check_closed_form(config: ConfigDict) -> None:
     for field, default in (("widths", ()), ("method", "whiten")):
         if fit[field] != default:
             raise UserError(f"config.fit.{field} is for python -m idml_jax.fit, which trains nothing")
-    if not (math.isfinite(model.whitened_uncertainty) and model.whitened_uncertainty > 0):
-        raise UserError(
-            f"config.model.whitened_uncertainty = {model.whitened_uncertainty} must be above 0: a u of length 0 "
-            "gets no gradient"
-        )
+    if not model.whitened_uncertainty:
+        raise UserError("config.model.whitened_uncertainty = 0.0 must be above 0: a u of length 0 gets no gradient")
     if starts_whitened(config) and config.task != "retrieval":
         raise UserError(
             "config.model.semantic_init = 'whiten' needs config.task = 'retrieval': a classifier has no such head"
