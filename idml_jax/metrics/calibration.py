@@ -68,6 +68,7 @@ class Calibration(NamedTuple):
       correct: ``[n]``, whether the nearest neighbour has the query's class.
       setting: settings of the vote, chosen on the held-out queries; ``None`` without labels of the gallery.
       open: the queries as strangers; ``None`` if no other class is left to search then. ``metrics.strangers`` uses it.
+      labels: ``[n]``, the class of each query (the first, where images have several); ``None``: unknown.
     """
 
     model: Confidence
@@ -75,6 +76,7 @@ class Calibration(NamedTuple):
     correct: Bool[np.ndarray, "n"]
     setting: Vote | None = None
     open: Strangers | None = None
+    labels: Int[np.ndarray, "n"] | None = None
 
 
 class Known(NamedTuple):
@@ -189,7 +191,7 @@ def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
         mated[here], apart[here] = confidence(apart_model, scores), confidence(apart_model, absent)
         right[here] = confidence(fitted, filled(absent, fitted))
     both = None if knowing is None else Strangers(knowing, mated, apart, right, known.labels)
-    return Calibration(model, doubt, known.correct, known.setting, both)
+    return Calibration(model, doubt, known.correct, known.setting, both, known.labels)
 
 
 def fit_model(known: Known, names: Collection[str] | None = None) -> Confidence:

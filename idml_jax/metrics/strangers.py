@@ -161,8 +161,11 @@ def _by_median(calibrated: Calibration, share: float, precision: float) -> tuple
     tried = []
     for seed in range(CHOICES if calibrated.open is not None and share > 0 else 1):
         held_out = mixture(calibrated, share, seed)
-        tried.append((held_out, threshold_for_precision(held_out.doubt, held_out.correct, precision)))
-    return sorted(tried, key=lambda one: one[1].value)[len(tried) // 2]
+        found = threshold_for_precision(
+            held_out.doubt, held_out.correct, precision, groups=calibrated.labels, strata=held_out.stranger
+        )
+        tried.append((held_out, found))
+    return sorted(tried, key=lambda one: (one[1].value, one[1].bound))[len(tried) // 2]
 
 
 def stranger_threshold(doubt: Float[np.ndarray, "n"], wanted: float, risk: float = RISK) -> float:

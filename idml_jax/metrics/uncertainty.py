@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from idml_jax.metrics import binomial
 from idml_jax.metrics.checks import Array, embedding_rows, score_column
+from idml_jax.metrics.design_effect import design_effects
 from idml_jax.metrics.failure_signs import failure_signs as failure_signs
 from idml_jax.metrics.failure_signs import pearson
 from idml_jax.metrics.failure_signs import similarity_correlation as similarity_correlation
@@ -230,6 +231,8 @@ def threshold_for_precision(
     precision: float,
     *,
     confidence: float | None = 0.95,
+    groups: Int[Array, "n"] | None = None,
+    strata: Int[Array, "n"] | None = None,
 ) -> Threshold:
     """The threshold that answers most queries with `precision` of the answers right, chosen on held-out data.
 
@@ -243,6 +246,10 @@ def threshold_for_precision(
     Maurer, Hothorn, Lehmacher, 1995; Angelopoulos et al., "Learn then Test", 2021). The coverages are 5%, 7.5%,
     10%, 15%, ..., 100%; see `_first_to_test`. Without a confidence (None) the share seen is compared, at
     every threshold.
+
+    Queries of one class err together, so 300 queries of 30 classes show less than 300 of 300. With `groups` [n], the
+    class of each, every sample counts as the independent queries that it is worth; `strata` [n] are the kinds of
+    groups, the same within a group (see `design_effect.design_effects`).
 
     Wanting more than the data can show gives reached=False and a threshold that always abstains. Raises ValueError for
     bad input or levels outside (0, 1].
@@ -264,11 +271,17 @@ def threshold_for_precision(
         last = np.unique(last[np.maximum(np.searchsorted(last + 1, _COVERAGES * len(scores), side="right") - 1, 0)])
         share = rights[last] / (last + 1)
         risk = 1.0 - confidence
-        tails = [binomial.upper_tail(int(kept), precision) for kept in last + 1]
-        passed = np.asarray([tail[right] < risk for tail, right in zip(tails, rights[last], strict=True)])
+        effects = np.ones(len(last))
+        if groups is not None:
+            effects = design_effects(correct[order], *_grouped(groups, strata, order), last + 1)
+        worth = np.maximum(1, np.floor((last + 1) / effects)).astype(int)
+        wrong = np.ceil((last + 1 - rights[last]) / effects - 1e-9).astype(int)
+        hits = np.maximum(worth - wrong, 0)
+        tails = [binomial.upper_tail(int(kept), precision) for kept in worth]
+        passed = np.asarray([tail[right] < risk for tail, right in zip(tails, hits, strict=True)])
         start = _first_to_test(tails, risk)
         good = start + np.flatnonzero(np.logical_and.accumulate(passed[start:]))
-        bound = np.array([binomial.lower_bound(int(rights[i]), int(i) + 1, risk) for i in last])
+        bound = np.array([binomial.lower_bound(int(r), int(n), risk) for r, n in zip(hits, worth, strict=True)])
     if len(good):
         i = good[-1]
         kept = float((last[i] + 1) / len(scores))
@@ -277,13 +290,23 @@ def threshold_for_precision(
     return Threshold(float("-inf"), False, 0.0, float(share[best]), float(bound[best]))
 
 
+def _grouped(
+    groups: Int[Array, "n"], strata: Int[Array, "n"] | None, order: Int[np.ndarray, "n"]
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"] | None]:
+    """Groups, numbered from 0, and strata in this order; ValueError for other lengths."""
+    codes = np.unique(score_column(groups, "groups", len(order)), return_inverse=True)[1][order]
+    if strata is None:
+        return codes, None
+    return codes, np.unique(score_column(strata, "strata", len(order)), return_inverse=True)[1][order]
+
+
 def _first_to_test(tails: Sequence[Float[np.ndarray, "total+1"]], risk: float) -> int:
     """The first of nested samples to test.
 
     It would pass with two wrong answers, or else with one, if it is at most a quarter of all; else it is the first that
     would pass with none, or the last.
 
-    It depends on the sizes of the samples alone, not on the answers, so that the order of the tests is fixed.
+    It depends on what the samples are worth, not on the answers themselves, so that the order of the tests is fixed.
     """
     for wrong, most in ((2, len(tails[-1]) / 4), (1, len(tails[-1]) / 4), (0, len(tails[-1]))):
         for place, tail in enumerate(tails):

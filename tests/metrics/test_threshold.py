@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from idml_jax.metrics import binomial, calibration, uncertainty
+from idml_jax.metrics import binomial, calibration, design_effect, uncertainty
 from idml_jax.metrics.confidence import confidence
 
 TRIES, QUERIES, WANTED = 200, 200, 0.85
@@ -67,3 +67,66 @@ def test_bounds_and_tails_of_binomial_shares():
         bound = binomial.lower_bound(right, total, 0.05)
         assert binomial.upper_tail(total, bound)[right] == pytest.approx(0.05)
     assert (binomial.upper_tail(3, 1.0) == 1).all()
+
+
+class TestClasses:
+    """Queries of a class are right or wrong together."""
+
+    @staticmethod
+    def draw(rng, classes, each=15, spread=2.0):
+        """Doubts and right answers, and the share of right answers of each doubt over all classes.
+
+        The chance of a right answer falls with the doubt, and differs by class.
+        """
+        doubt = rng.random(classes * each)
+        shift = np.repeat(rng.normal(scale=spread, size=classes), each)
+        right = rng.random(len(doubt)) < 1 / (1 + np.exp(-(5 - 6 * doubt + shift)))
+        return doubt, right, np.repeat(np.arange(classes), each)
+
+    def test_the_precision_is_missed_no_more_often_than_stated(self):
+        rng = np.random.default_rng(0)
+        doubt, right, _ = self.draw(rng, 20_000)
+        order = np.argsort(doubt)
+        truth = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
+        missed = {"as independent": 0, "by class": 0}
+        for _ in range(TRIES):
+            held, correct, labels = self.draw(rng, 25)
+            for name, groups in (("as independent", None), ("by class", labels)):
+                found = uncertainty.threshold_for_precision(held, correct, WANTED, groups=groups)
+                place = np.searchsorted(doubt[order], found.value)
+                missed[name] += bool(found.reached and truth[place] < WANTED)
+        allowed = 0.05 * TRIES + 2 * np.sqrt(0.05 * 0.95 * TRIES)
+        assert missed["by class"] <= allowed < missed["as independent"], missed
+
+    def test_effects_against_the_formula(self):
+        rng = np.random.default_rng(1)
+        labels = rng.permutation(np.repeat(np.arange(6), 5))
+        strata = (labels >= 4).astype(int)
+        right = rng.random(30) < 0.5
+        effect = design_effect.design_effects(right, labels, strata, [30])[0]
+        share, variance = right.mean(), 0.0
+        for stratum in ([0, 1, 2, 3], [4, 5]):
+            sums = [sum(right[i] - share for i in range(30) if labels[i] == one) for one in stratum]
+            variance += len(sums) / (len(sums) - 1) * sum((x - np.mean(sums)) ** 2 for x in sums)
+        smooth = (right.sum() + 0.5) / 31
+        assert effect == pytest.approx(max(1.0, variance / (30 * smooth * (1 - smooth))))
+
+    def test_worth_of_extreme_samples(self):
+        labels = np.repeat(np.arange(10), 20)
+        effects = lambda right, groups: design_effect.design_effects(right, groups, None, [200])[0]
+        assert effects(np.ones(200, bool), labels) == 1  # all right: classes do not differ
+        whole = effects(labels < 5, labels)  # 10 answers, each given 20 times
+        assert 20 < whole < 23
+        assert effects(labels < 5, np.arange(200)) == pytest.approx(1, abs=0.01)
+
+    def test_one_class_per_query_is_as_without_classes(self):
+        rng = np.random.default_rng(2)
+        doubt, right = rng.random(300), rng.random(300) < 0.9
+        alone = uncertainty.threshold_for_precision(doubt, right, 0.8, groups=np.arange(300))
+        assert alone.reached and alone.coverage == uncertainty.threshold_for_precision(doubt, right, 0.8).coverage
+
+    def test_refusals(self):
+        for name in ("groups", "strata"):
+            given = {"groups": [0, 1], "strata": [0, 1]} | {name: [0]}
+            with pytest.raises(ValueError, match=name):
+                uncertainty.threshold_for_precision([1.0, 2.0], [True, False], 0.5, **given)
