@@ -1,6 +1,7 @@
 """Finds the images of an index that the run behind it was trained on."""
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from idml_jax.errors import UserError, warn
@@ -28,8 +29,21 @@ def training_images_in(index: Index) -> int:
         train = data_of(config, warn=lambda line: None).train
     except (UserError, OSError):
         return 0
-    known = {os.path.realpath(train.name(record)) for record in range(len(train))}
-    return sum(os.path.realpath(path) in known for path in paths)
+    known = set(_without_links(train.name(record) for record in range(len(train))))
+    return sum(path in known for path in _without_links(paths))
+
+
+def _without_links(paths: Iterable[str]) -> Iterator[str]:
+    """The paths without links. A folder is resolved once: most images share theirs with many others."""
+    folders: dict[str, str] = {}
+    for path in paths:
+        if os.path.islink(path):
+            yield os.path.realpath(path)
+            continue
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        yield os.path.join(folders[folder], name)
 
 
 def warn_of_training_images(index: Index, named: str) -> None:

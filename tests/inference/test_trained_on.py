@@ -43,6 +43,12 @@ def test_images_by_another_way_are_the_same(workdir, image_folder, tmp_path, ind
     embed.main([f"--workdir={workdir}", f"--images={tmp_path / 'pictures'}", f"--out={tmp_path / 'x.npz'}"])
     trained = len(embeddings.read(indices["split_train"]))
     assert training_images_in(embeddings.read(tmp_path / "x.npz")) == trained
+    links = tmp_path / "links"
+    for file in (image_folder / "train").glob("*/*"):
+        (links / file.parent.name).mkdir(parents=True, exist_ok=True)
+        os.symlink(file, links / file.parent.name / f"link_{file.name}")
+    embed.main([f"--workdir={workdir}", f"--images={links}", f"--out={tmp_path / 'y.npz'}"])
+    assert training_images_in(embeddings.read(tmp_path / "y.npz")) == trained
 
 
 def test_without_the_run_nothing_is_known(indices):
