@@ -50,7 +50,7 @@ SETTINGS = {
     },
 }
 CHOICES, QUERIES, TAKEN = 5, 400, 1 / 3  # choices of classes, queries of each, share of the classes taken out
-SHARES, WANTED = (0.0, 0.2, 0.5), (0.8, 0.9)
+SHARES, WANTED, ALLOWED = (0.0, 0.2, 0.5), (0.8, 0.9), (0.1, 0.01)
 BASELINE = "vote_share"
 SPLITS = ("validation", "test", "train")
 QUARTERS = 4
@@ -200,6 +200,12 @@ def opened(held_out: HeldOut, test: Index, seed: int) -> dict[str, float]:
                 kept.setdefault(f"answered, {name}", []).append(answered.mean())
                 if answered.any():
                     kept.setdefault(f"right, {name}", []).append(right[answered].mean())
+            for allowed in ALLOWED if share else ():
+                rule = strangers.rule(calibrated, assumed, answered_strangers=allowed)
+                answered = (1 - judged.sure <= rule.value)[strange[rows]]
+                kept.setdefault(f"strangers answered, {share:.0%} strangers, {allowed:.0%} allowed", []).append(
+                    answered.mean()
+                )
             if 0 < share < 1 and judged.known is not None:
                 for score, values in (("joined", 1 - judged.known), (BASELINE, found.scores[BASELINE])):
                     area = uncertainty.r_auroc(values, ~strange[rows])

@@ -43,6 +43,26 @@ def design_effects(
     return np.asarray(effects)
 
 
+def effects_of_first(groups: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n+1"]:
+    """Design effects of the share of the first 0, 1, ..., n of n queries, at least 1; otherwise as `design_effects`.
+
+    Args:
+      groups: ``[n]``, from 0: the group of each query, in order.
+    """
+    total, sizes = len(groups), np.bincount(groups)
+    sizes, count = sizes[groups], max(2, int((sizes > 0).sum()))
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(groups[order]) != 0])
+    before = np.empty(total, int)  # queries of its group among the earlier ones
+    before[order] = np.arange(total) - np.repeat(starts, np.diff(np.r_[starts, total]))
+    # Sums over the groups of squares and products of the first queries' number and the size, query by query.
+    squares, products = np.r_[0, np.cumsum(2 * before + 1)], np.r_[0, np.cumsum(sizes)]
+    first = np.arange(total + 1)
+    share, smooth = first / total, (first + 0.5) / (total + 1)
+    variance = count / (count - 1) * (squares - 2 * share * products + share**2 * sizes.sum())
+    return np.maximum(1.0, variance / (total * smooth * (1 - smooth)))
+
+
 def _spread(residual: Float[np.ndarray, "groups"]) -> float:
     """Estimated variance of the sum of as many groups."""
     count = len(residual)

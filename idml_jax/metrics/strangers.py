@@ -7,15 +7,16 @@ sure the answer is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from idml_jax.metrics import binomial
 from idml_jax.metrics.calibration import Calibration, filled
 from idml_jax.metrics.confidence import confidence
+from idml_jax.metrics.design_effect import effects_of_first
 from idml_jax.metrics.uncertainty import Threshold, threshold_for_precision
 
 # Queries, half of them strangers, that the share of strangers is estimated from besides the real ones: a prior.
@@ -151,7 +152,8 @@ def rule(
         if calibrated.open is None:
             raise ValueError("strangers: the held-out images are of too few classes to play strangers")
         part = calibrated.open
-        second = stranger_threshold(1.0 - with_share(part.strangers, share) * part.right, answered_strangers)
+        doubt = 1.0 - with_share(part.strangers, share) * part.right
+        second = stranger_threshold(doubt, answered_strangers, groups=part.labels)
     limits = [limit for limit in (None if first is None else first.value, second) if limit is not None]
     return Rule(min(limits, default=float("inf")), share, first, second, held_out)
 
@@ -168,27 +170,48 @@ def _by_median(calibrated: Calibration, share: float, precision: float) -> tuple
     return sorted(tried, key=lambda one: (one[1].value, one[1].bound))[len(tried) // 2]
 
 
-def stranger_threshold(doubt: Float[np.ndarray, "n"], wanted: float, risk: float = RISK) -> float:
+def stranger_threshold(
+    doubt: Float[np.ndarray, "n"], wanted: float, risk: float = RISK, *, groups: Int[np.ndarray, "n"] | None = None
+) -> float:
     """The largest threshold on the doubt at which no more than the wanted share of strangers is answered.
 
-    A one-sided tolerance limit (Wilks, 1941): for independent strangers the true share is above the wanted one in at
-    most ``risk`` of such choices. -inf if so many strangers are too few to show it.
+    A one-sided tolerance limit (Wilks, 1941): the true share is above the wanted one in at most ``risk`` of such
+    choices, for independent strangers, or for independent groups of them. -inf if so many strangers are too few to
+    show it.
 
     Args:
       doubt: ``[n]`` doubts of held-out strangers, by models that have not seen their classes.
       wanted: share of them that may be answered, above 0 and below 1.
       risk: see above.
+      groups: ``[n]`` class of each stranger: those of a class are answered together, so they count for fewer
+        (``design_effect.effects_of_first``). By default all are independent.
 
     Raises:
       ValueError: for a share outside (0, 1).
     """
     if not 0 < wanted < 1:
         raise ValueError(f"strangers: expected a share above 0 and below 1, got {wanted}")
-    # P(at most j of n are answered) for a true share just as wanted.
-    at_most = 1.0 - np.r_[binomial.upper_tail(len(doubt), wanted)[1:], 0.0]
-    allowed = int(np.searchsorted(at_most, risk, side="right")) - 1
+    order, total = np.argsort(doubt, kind="stable"), len(doubt)
+    effects = np.ones(total + 1)
+    if groups is not None:
+        effects = effects_of_first(np.unique(groups, return_inverse=True)[1][order])
+    allowed = -1
+    for count in _counts(int(wanted * total)):
+        worth = max(1, int(total / effects[count]))
+        hits = min(worth, int(np.ceil(count / effects[count] - 1e-9)))
+        # P(at most so many are answered) for a true share just as wanted.
+        if 1.0 - np.r_[binomial.upper_tail(worth, wanted), 0.0][hits + 1] > risk:
+            break
+        allowed = count
     if allowed < 0:
         return float("-inf")
-    ordered = np.sort(doubt)
     # Below the first that may not be answered; equal doubts cannot be parted.
-    return float(np.nextafter(ordered[allowed], -np.inf))
+    return float(np.nextafter(doubt[order][allowed], -np.inf))
+
+
+def _counts(most: int) -> Iterator[int]:
+    """Counts from 0 that are tested one after the other: each one, later in steps of a hundredth."""
+    count = 0
+    while count <= most:
+        yield count
+        count += max(1, count // 100)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from idml_jax.metrics import binomial, calibration, design_effect, uncertainty
+from idml_jax.metrics import binomial, calibration, design_effect, strangers, uncertainty
 from idml_jax.metrics.confidence import confidence
 
 TRIES, QUERIES, WANTED = 200, 200, 0.85
@@ -118,6 +118,28 @@ class TestClasses:
         whole = effects(labels < 5, labels)  # 10 answers, each given 20 times
         assert 20 < whole < 23
         assert effects(labels < 5, np.arange(200)) == pytest.approx(1, abs=0.01)
+
+    def test_effects_of_first_strangers_are_those_of_a_sample(self):
+        rng = np.random.default_rng(3)
+        labels = rng.permutation(np.repeat(np.arange(8), [3, 5, 7, 9, 4, 6, 2, 8]))
+        found = design_effect.effects_of_first(labels)
+        for first in (0, 1, 7, 30, len(labels)):
+            answered = np.arange(len(labels)) < first
+            whole = design_effect.design_effects(answered, labels, None, [len(labels)])[0]
+            assert found[first] == pytest.approx(whole)
+
+    def test_strangers_are_answered_no_more_often_than_stated(self):
+        """Classes of strangers differ in how like a known class they are."""
+        rng = np.random.default_rng(4)
+        draw = lambda classes: np.repeat(rng.normal(size=classes), 20) + 0.7 * rng.normal(size=20 * classes)
+        new = draw(20_000)
+        missed = {"as independent": 0, "by class": 0}
+        for _ in range(TRIES):
+            held, labels = draw(60), np.repeat(np.arange(60), 20)
+            for name, groups in (("as independent", None), ("by class", labels)):
+                missed[name] += bool((new <= strangers.stranger_threshold(held, 0.1, groups=groups)).mean() > 0.1)
+        allowed = 0.05 * TRIES + 2 * np.sqrt(0.05 * 0.95 * TRIES)
+        assert missed["by class"] <= allowed < missed["as independent"], missed
 
     def test_one_class_per_query_is_as_without_classes(self):
         rng = np.random.default_rng(2)
