@@ -185,8 +185,10 @@ def note_of(confidence: Confidence, rule: Rule | None, wanted: Wanted) -> str:
         parts.append(f"by their scores, about {rule.share:.0%} of these queries are of classes that the index lacks")
     if (threshold := rule.precision) is not None:
         if not threshold.reached:
-            most = f"; at most {threshold.bound:.0%} can" if threshold.bound > 0 else ""
-            parts.append(f"they are too few to show {wanted.precision:.0%} right answers{most}: nothing is answered")
+            parts.append(
+                f"the held-out queries prove at most {threshold.bound:.0%} right answers, not {wanted.precision:.0%}: "
+                "nothing is answered"
+            )
         else:
             mixed = f" ({rule.held_out.stranger.mean():.0%} strangers)" if rule.held_out.stranger.any() else ""
             told = f"{threshold.coverage:.0%} are answered, {threshold.precision:.1%} rightly"
