@@ -185,10 +185,9 @@ def note_of(confidence: Confidence, rule: Rule | None, wanted: Wanted) -> str:
         parts.append(f"by their scores, about {rule.share:.0%} of these queries are of classes that the index lacks")
     if (threshold := rule.precision) is not None:
         if not threshold.reached:
-            parts.append(
-                f"the held-out queries prove at most {threshold.bound:.0%} right answers, not {wanted.precision:.0%}: "
-                "nothing is answered"
-            )
+            what, below = f"{wanted.precision:.0%} right answers", threshold.bound < (wanted.precision or 0)
+            proof = f"prove at most {threshold.bound:.0%}, not {what}" if below else f"do not prove {what}"
+            parts.append(f"the held-out queries{_classes_of(confidence)} {proof}: nothing is answered")
         else:
             mixed = f" ({rule.held_out.stranger.mean():.0%} strangers)" if rule.held_out.stranger.any() else ""
             told = f"{threshold.coverage:.0%} are answered, {threshold.precision:.1%} rightly"
@@ -198,6 +197,14 @@ def note_of(confidence: Confidence, rule: Rule | None, wanted: Wanted) -> str:
         never = " (they are too few to show it: nothing is answered)" if rule.strangers == float("-inf") else ""
         parts.append(told + never)
     return "; ".join(parts)
+
+
+def _classes_of(confidence: Confidence) -> str:
+    """The number of classes of the held-out queries, on which it depends what they prove."""
+    calibrated = confidence.calibrated
+    if calibrated is None or calibrated.labels is None:
+        return ""
+    return f", of {len(np.unique(calibrated.labels)):,} classes,"
 
 
 def outcome(

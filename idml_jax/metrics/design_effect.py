@@ -17,7 +17,8 @@ def design_effects(
     """Design effects of the share of right answers among the first queries (Kish, Survey Sampling, 1965).
 
     That is the variance of the share for a stratified sample of whole groups, by linearisation of the ratio, over the
-    variance for as many independent queries; at least 1. A stratum with one group counts as if its mean were 0.
+    variance for as many independent queries; at least 1. Nothing tells the spread over groups of a stratum with one
+    group, so its queries count as independent.
 
     Args:
       correct: ``[n]``, the most certain query first.
@@ -26,17 +27,14 @@ def design_effects(
         ``None``: one.
       sizes: numbers of queries, each from 1 to n.
     """
-    count = int(groups.max()) + 1
-    stratum = np.zeros(count, int)
-    if strata is not None:
-        stratum[groups] = strata
-    present = np.isin(np.arange(count), groups)
+    groups, stratum = _strata_of(groups, strata)
+    count = len(stratum)
     effects = []
     for size in sizes:
         asked = np.bincount(groups[:size], minlength=count)
         right = np.bincount(groups[:size], weights=correct[:size], minlength=count)
         residual = right - right.sum() / size * asked
-        variance = sum(_spread(residual[present & (stratum == one)]) for one in np.unique(stratum[present]))
+        variance = sum(_spread(residual[stratum == one]) for one in np.unique(stratum))
         # Away from 0 and 1, where the variance of independent queries would be 0.
         share = (right.sum() + 0.5) / (size + 1)
         effects.append(max(1.0, float(variance) / (size * share * (1 - share))))
@@ -63,9 +61,21 @@ def effects_of_first(groups: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n+1"]:
     return np.maximum(1.0, variance / (total * smooth * (1 - smooth)))
 
 
+def _strata_of(
+    groups: Int[np.ndarray, "n"], strata: Int[np.ndarray, "n"] | None
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "groups"]]:
+    """Groups, numbered from 0 without gaps, and the stratum of each; a group alone in its stratum is one per query."""
+    one = np.zeros(len(groups), int) if strata is None else np.asarray(strata, int)
+    alone = [kind for kind in np.unique(one) if len(np.unique(groups[one == kind])) == 1]
+    apart = np.isin(one, alone)
+    numbers = np.where(apart, groups.max() + 1 + np.arange(len(groups)), groups)
+    _, first, codes = np.unique(numbers, return_index=True, return_inverse=True)
+    return codes, one[first]
+
+
 def _spread(residual: Float[np.ndarray, "groups"]) -> float:
     """Estimated variance of the sum of as many groups."""
     count = len(residual)
     if count == 1:
-        return float(residual[0] ** 2)
+        return 0.0
     return float(count / (count - 1) * np.sum((residual - residual.mean()) ** 2))

@@ -273,7 +273,7 @@ class TestSearch:
     def test_an_unreachable_precision_gives_no_answers(self, index, image_folder, capsys):
         search.main([f"--index={index}", f"--query={image_folder / 'test' / 'class_05'}", "--abstain=0.999"])
         shown = capsys.readouterr().out
-        assert shown.count("no answer") == 12 and "right answers, not 100%: nothing is answered" in shown
+        assert shown.count("no answer") == 12 and "not 100% right answers: nothing is answered" in shown
 
     def test_refusals(self, index, workdir, image_folder, tmp_path, capsys):
         query = f"--query={image_folder / 'test' / 'class_05'}"

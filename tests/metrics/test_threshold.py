@@ -111,6 +111,17 @@ class TestClasses:
         smooth = (right.sum() + 0.5) / 31
         assert effect == pytest.approx(max(1.0, variance / (30 * smooth * (1 - smooth))))
 
+    def test_a_group_alone_in_its_stratum_counts_as_independent_queries(self):
+        rng = np.random.default_rng(5)
+        labels, right = np.repeat(np.arange(5), 20), rng.random(100) < 0.8
+        alone, order = labels == 4, rng.permutation(100)
+        apart = np.where(alone, 4 + np.arange(100), labels)
+        one, many = (
+            design_effect.design_effects(right[order], groups[order], alone[order], [40, 100])
+            for groups in (labels, np.unique(apart, return_inverse=True)[1])
+        )
+        np.testing.assert_allclose(one, many)
+
     def test_worth_of_extreme_samples(self):
         labels = np.repeat(np.arange(10), 20)
         effects = lambda right, groups: design_effect.design_effects(right, groups, None, [200])[0]
