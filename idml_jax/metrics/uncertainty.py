@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from idml_jax.metrics import binomial
-from idml_jax.metrics.checks import Array, embedding_rows, score_column
+from idml_jax.metrics.checks import Array, embedding_rows, label_column, score_column
 from idml_jax.metrics.design_effect import design_effects
 from idml_jax.metrics.failure_signs import failure_signs as failure_signs
 from idml_jax.metrics.failure_signs import pearson
@@ -231,8 +231,8 @@ def threshold_for_precision(
     precision: float,
     *,
     confidence: float | None = 0.95,
-    groups: Int[Array, "n"] | None = None,
-    strata: Int[Array, "n"] | None = None,
+    groups: Shaped[Array, "n"] | None = None,
+    strata: Shaped[Array, "n"] | None = None,
 ) -> Threshold:
     """The threshold that answers most queries with `precision` of the answers right, chosen on held-out data.
 
@@ -291,13 +291,13 @@ def threshold_for_precision(
 
 
 def _grouped(
-    groups: Int[Array, "n"], strata: Int[Array, "n"] | None, order: Int[np.ndarray, "n"]
+    groups: Shaped[Array, "n"], strata: Shaped[Array, "n"] | None, order: Int[np.ndarray, "n"]
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"] | None]:
-    """Groups, numbered from 0, and strata in this order; ValueError for other lengths."""
-    codes = np.unique(score_column(groups, "groups", len(order)), return_inverse=True)[1][order]
-    if strata is None:
-        return codes, None
-    return codes, np.unique(score_column(strata, "strata", len(order)), return_inverse=True)[1][order]
+    """Groups and strata in this order, each numbered from 0; ValueError for other lengths."""
+    number = lambda kinds, name: np.unique(label_column(kinds, len(order), name, "uncertainty"), return_inverse=True)[
+        1
+    ][order]
+    return number(groups, "groups"), None if strata is None else number(strata, "strata")
 
 
 def _first_to_test(tails: Sequence[Float[np.ndarray, "total+1"]], risk: float) -> int:

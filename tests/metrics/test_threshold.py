@@ -155,7 +155,8 @@ class TestClasses:
     def test_one_class_per_query_is_as_without_classes(self):
         rng = np.random.default_rng(2)
         doubt, right = rng.random(300), rng.random(300) < 0.9
-        alone = uncertainty.threshold_for_precision(doubt, right, 0.8, groups=np.arange(300))
+        names = np.asarray([f"class {i}" for i in range(300)])
+        alone = uncertainty.threshold_for_precision(doubt, right, 0.8, groups=names)
         assert alone.reached and alone.coverage == uncertainty.threshold_for_precision(doubt, right, 0.8).coverage
 
     def test_refusals(self):
