@@ -173,10 +173,10 @@ def rule_for(confidence: Confidence, scores: dict[str, Float[np.ndarray, "n"]], 
 
 def note_of(confidence: Confidence, rule: Rule | None, wanted: Wanted) -> str:
     """A line that says where the confidence comes from, and what the rule did on the held-out queries."""
-    if rule is None:
+    if rule is None or confidence.calibrated is None:
         return confidence.source
     parts = [confidence.source]
-    if confidence.calibrated is not None and confidence.calibrated.open is None:
+    if confidence.calibrated.open is None:
         parts.append(
             "their classes cannot play strangers (too few, or several per image), so every query's class is taken to "
             "be in the index"
@@ -187,7 +187,8 @@ def note_of(confidence: Confidence, rule: Rule | None, wanted: Wanted) -> str:
         if not threshold.reached:
             what, below = f"{wanted.precision:.0%} right answers", threshold.bound < (wanted.precision or 0)
             proof = f"prove at most {threshold.bound:.0%}, not {what}" if below else f"do not prove {what}"
-            parts.append(f"the held-out queries{_classes_of(confidence)} {proof}: nothing is answered")
+            classes = f"{len(np.unique(confidence.calibrated.labels)):,} classes"
+            parts.append(f"the held-out queries, of {classes}, {proof}: nothing is answered")
         else:
             mixed = f" ({rule.held_out.stranger.mean():.0%} strangers)" if rule.held_out.stranger.any() else ""
             told = f"{threshold.coverage:.0%} are answered, {threshold.precision:.1%} rightly"
@@ -197,14 +198,6 @@ def note_of(confidence: Confidence, rule: Rule | None, wanted: Wanted) -> str:
         never = " (they are too few to show it: nothing is answered)" if rule.strangers == float("-inf") else ""
         parts.append(told + never)
     return "; ".join(parts)
-
-
-def _classes_of(confidence: Confidence) -> str:
-    """The number of classes of the held-out queries, on which it depends what they prove."""
-    calibrated = confidence.calibrated
-    if calibrated is None or calibrated.labels is None:
-        return ""
-    return f", of {len(np.unique(calibrated.labels)):,} classes,"
 
 
 def outcome(

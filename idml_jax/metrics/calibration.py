@@ -48,14 +48,12 @@ class Strangers(NamedTuple):
       mated: ``[n]``, that probability for the mated queries, by a model fitted on queries of other classes.
       strangers: ``[n]``, the same for the strangers.
       right: ``[n]``, for the strangers the probability that the answer is right, by a model that takes them as mated.
-      labels: ``[n]``, the class of each query.
     """
 
     model: Confidence
     mated: Float[np.ndarray, "n"]
     strangers: Float[np.ndarray, "n"]
     right: Float[np.ndarray, "n"]
-    labels: Int[np.ndarray, "n"]
 
 
 class Calibration(NamedTuple):
@@ -66,17 +64,17 @@ class Calibration(NamedTuple):
       doubt: ``[n]``, 1 minus the confidence of each query, by a model fitted on queries of other classes: a threshold
         or a precision bound from the model's own training queries would be too optimistic.
       correct: ``[n]``, whether the nearest neighbour has the query's class.
+      labels: ``[n]``, the class of each query (the first, where images have several).
       setting: settings of the vote, chosen on the held-out queries; ``None`` without labels of the gallery.
       open: the queries as strangers; ``None`` if no other class is left to search then. ``metrics.strangers`` uses it.
-      labels: ``[n]``, the class of each query (the first, where images have several); ``None``: unknown.
     """
 
     model: Confidence
     doubt: Float[np.ndarray, "n"]
     correct: Bool[np.ndarray, "n"]
+    labels: Int[np.ndarray, "n"]
     setting: Vote | None = None
     open: Strangers | None = None
-    labels: Int[np.ndarray, "n"] | None = None
 
 
 class Known(NamedTuple):
@@ -190,8 +188,8 @@ def fit(known: Known, names: Collection[str] | None = None) -> Calibration:
         apart_model = _fit_knowing(others, _rows(strangers, parts != part), shared) if len(others.correct) else knowing
         mated[here], apart[here] = confidence(apart_model, scores), confidence(apart_model, absent)
         right[here] = confidence(fitted, filled(absent, fitted))
-    both = None if knowing is None else Strangers(knowing, mated, apart, right, known.labels)
-    return Calibration(model, doubt, known.correct, known.setting, both, known.labels)
+    both = None if knowing is None else Strangers(knowing, mated, apart, right)
+    return Calibration(model, doubt, known.correct, known.labels, known.setting, both)
 
 
 def fit_model(known: Known, names: Collection[str] | None = None) -> Confidence:

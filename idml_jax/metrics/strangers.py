@@ -102,7 +102,7 @@ def mixture(calibrated: Calibration, share: float, seed: int = 0) -> Mixture:
     part = calibrated.open
     if part is None or share <= 0:
         return Mixture(calibrated.doubt, calibrated.correct, np.zeros(len(calibrated.correct), bool))
-    classes, code, sizes = np.unique(part.labels, return_inverse=True, return_counts=True)
+    classes, code, sizes = np.unique(calibrated.labels, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(classes))
     taken = int(np.argmin(np.abs(np.cumsum(sizes[order]) - share * len(code)))) + 1
     taken = min(taken, max(1, len(classes) - 1))
@@ -153,7 +153,7 @@ def rule(
             raise ValueError("strangers: the held-out images are of too few classes to play strangers")
         part = calibrated.open
         doubt = 1.0 - with_share(part.strangers, share) * part.right
-        second = stranger_threshold(doubt, answered_strangers, groups=part.labels)
+        second = stranger_threshold(doubt, answered_strangers, groups=calibrated.labels)
     limits = [limit for limit in (None if first is None else first.value, second) if limit is not None]
     return Rule(min(limits, default=float("inf")), share, first, second, held_out)
 

@@ -294,9 +294,10 @@ def _grouped(
     groups: Shaped[Array, "n"], strata: Shaped[Array, "n"] | None, order: Int[np.ndarray, "n"]
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"] | None]:
     """Groups and strata in this order, each numbered from 0; ValueError for other lengths."""
-    number = lambda kinds, name: np.unique(label_column(kinds, len(order), name, "uncertainty"), return_inverse=True)[
-        1
-    ][order]
+
+    def number(kinds: Shaped[Array, "n"], name: str) -> Int[np.ndarray, "n"]:
+        return np.unique(label_column(kinds, len(order), name, "uncertainty"), return_inverse=True)[1][order]
+
     return number(groups, "groups"), None if strata is None else number(strata, "strata")
 
 
