@@ -113,7 +113,7 @@ def evaluated_features(
     """
     config = evaluation.config
     parts = {config.eval.split: evaluation.source, "gallery": evaluation.gallery}
-    if held_out:
+    if held_out and evaluation.held_out is not None:
         parts["validation"] = evaluation.held_out
     return [
         (source, features_of(evaluation.embedder, network_of(config), source, workdir / FOLDER / name))

@@ -110,6 +110,17 @@ class TestFit:
         again = train.evaluate_checkpoint(workdir)
         assert again["R@1"] == result["final"]["R@1"] and again["step"] == 0
 
+    def test_evaluated_on_held_out_classes(self, settings, tmp_path):
+        held_out = {"data.validation_classes": 0.25, "eval.split": "validation", "eval.untrained": False}
+        result = fit_lib.fit(settings(**held_out, **{"fit.shrinkage": (1.0,)}), tmp_path / "run")
+        assert result["closed_form"]["classes"] == 6
+        peers = {peer["method"]: peer["validation"] for peer in result["peers"]}
+        assert peers["whiten"]["MAP@R"] == pytest.approx(result["final"]["MAP@R"])
+        assert train.evaluate_checkpoint(tmp_path / "run")["MAP@R"] == result["final"]["MAP@R"]
+        report.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'r.html'}"])
+        page = (tmp_path / "r.html").read_text()
+        assert "plain within-class whitening, 16-d" in page
+
     def test_called_again(self, fitted, settings, finished, tmp_path, monkeypatch, messages):
         workdir, result = fitted
         monkeypatch.setattr(fit_lib, "build", None)
