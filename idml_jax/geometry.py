@@ -8,6 +8,7 @@ are all much longer or shorter are scaled by one common factor. For a mixture of
 finite, but some gradients of the uncertainty are not.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,10 +55,20 @@ def _promote_pair(a: Array, b: Array | None, name: str) -> tuple[Array, Array | 
     return a, b
 
 
+@jax.custom_jvp
 def safe_sqrt(x: Array, rounding: Array | float = 0.0) -> Array:
-    """Square root that is 0 with gradient 0 for ``x <= rounding``; NaN is passed on. (Two ``where`` avoid inf * 0.)"""
-    zero = x <= rounding
-    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
+    """Square root that is 0 with gradient 0 for ``x <= rounding``; NaN is passed on.
+
+    The derivative is a function of the root, so that a matrix of distances is all that a gradient keeps.
+    """
+    return jnp.sqrt(jnp.where(x <= rounding, 0.0, x))
+
+
+@safe_sqrt.defjvp
+def _safe_sqrt_jvp(primals: tuple[Array, Array | float], tangents: tuple[Array, Array | float]) -> tuple[Array, Array]:
+    root = safe_sqrt(*primals)
+    zero = root == 0.0
+    return root, jnp.where(zero, 0.0, 0.5 / jnp.where(zero, 1.0, root)) * tangents[0]
 
 
 def _common_scale(*arrays: Array) -> Array:
@@ -76,19 +87,23 @@ def _products(a: Float[Array, "n d"], b: Float[Array, "m d"]) -> Float[Array, "n
     return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
 
 
-@jax.custom_jvp
-def _gram(a: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    """``a a^T``, with its tangent written as ``M + M^T`` so that its gradient needs one matrix product, not two."""
-    return _products(a, a)
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _gram(a: Float[Array, "n d"], factor: float = 1.0) -> Float[Array, "n n"]:
+    """``factor a a^T``, with its tangent written as ``M + M^T`` so that its gradient needs one matrix product, not two.
+
+    In the gradient the factor multiplies the narrow ``a``, which saves a matrix. The halves are exact, and there for
+    XLA on a CPU: it adds ``M / 2`` and its transpose up to five times as fast as ``M`` and its transpose.
+    """
+    return factor * _products(a, a)
 
 
 @_gram.defjvp
 def _gram_jvp(
-    primals: tuple[Float[Array, "n d"]], tangents: tuple[Float[Array, "n d"]]
+    factor: float, primals: tuple[Float[Array, "n d"]], tangents: tuple[Float[Array, "n d"]]
 ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
     (a,), (d_a,) = primals, tangents
-    half = _products(d_a, a)
-    return _gram(a), half + half.T
+    half = 0.5 * _products(d_a, 2.0 * factor * a)
+    return _gram(a, factor), half + half.T
 
 
 @jax.custom_jvp
@@ -107,7 +122,7 @@ def _cosines_jvp(
     primals: tuple[Float[Array, "n d"]], tangents: tuple[Float[Array, "n d"]]
 ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
     (d_a,) = tangents
-    product, tangent = _gram_jvp(primals, tangents)
+    product, tangent = jax.jvp(_gram, primals, tangents)
     return product, tangent + 0.0 * jnp.sum(d_a, axis=1)[:, None]
 
 
@@ -119,10 +134,10 @@ def _norm_of_sums(a: Float[Array, "n d"], b: Float[Array, "m d"] | None, sign: f
     """
     scale = _common_scale(a, *([] if b is None else [b]))
     a, b = a / scale, None if b is None else b / scale
-    product = _gram(a) if b is None else _products(a, b)
+    product = _gram(a, 2.0 * sign) if b is None else (2.0 * sign) * _products(a, b)
     of_rows = jnp.sum(a * a, axis=1)
     squares = of_rows[:, None] + (of_rows if b is None else jnp.sum(b * b, axis=1))[None, :]
-    total = squares + (2.0 * sign) * product
+    total = squares + product
     rounding = 4.0 * jnp.finfo(total.dtype).eps * squares
     return scale * safe_sqrt(total, rounding)
 

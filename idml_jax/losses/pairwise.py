@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from idml_jax.losses import miners
 from idml_jax.losses.pairs import AxisName, Pairs, row_offset
-from idml_jax.losses.reductions import Reduction, log_one_plus_sum_exp, prepare, ratio, total
+from idml_jax.losses.reductions import Reduction, log_one_plus_sum_exp, prepare, ratio, sums_and_counts, total
 
 __all__ = ["contrastive", "fast_ap", "margin_distance_weighted", "multi_similarity", "triplet_semihard"]
 
@@ -51,13 +51,12 @@ def contrastive(
     distance, weights = prepare(distance, pairs, weights, reduction)
     positive = jnp.where(pairs.positive, jax.nn.relu(distance - positive_margin), 0.0)
     negative = jnp.where(pairs.negative, jax.nn.relu(negative_margin - distance), 0.0)
-    weights = weights[:, None]
     if reduction == "none":
-        return weights * (positive + negative)
+        return weights[:, None] * (positive + negative)
 
     def mean_of_nonzero(terms: Array) -> Array:
-        nonzero = jnp.where(terms > 0, weights, 0.0)
-        return ratio(total(weights * terms, axis_name), total(nonzero, axis_name))
+        sums, nonzero = sums_and_counts(terms)
+        return ratio(total(weights * sums, axis_name), total(weights * nonzero, axis_name))
 
     return mean_of_nonzero(positive) + mean_of_nonzero(negative)
 

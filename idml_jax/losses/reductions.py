@@ -11,12 +11,14 @@ from idml_jax.losses.pairs import AxisName, Pairs
 
 __all__ = [
     "Reduction",
+    "largest",
     "log_one_plus_sum_exp",
     "log_sum_exp",
     "mean_of_rows",
     "prepare",
     "ratio",
     "softmax_of_positives",
+    "sums_and_counts",
     "total",
 ]
 
@@ -60,6 +62,55 @@ def total(x: Num[Array, "..."], axis_name: AxisName | None = None, axis: int | N
     """Sum over an axis (``None``: everything), and over the devices of a mapped axis."""
     summed = jnp.sum(x, axis=axis)
     return summed if axis_name is None else jax.lax.psum(summed, axis_name)
+
+
+@jax.custom_jvp
+def sums_and_counts(terms: Float[Array, "n m"]) -> tuple[Float[Array, "n"], Float[Array, "n"]]:
+    """The sum of each row, and how many of its terms are above 0.
+
+    One reduction of both reads the matrix once and stores nothing; of two, XLA on a CPU stores both inputs.
+    """
+    zero = jnp.zeros((), terms.dtype)
+    add = lambda one, other: (one[0] + other[0], one[1] + other[1])
+    sums, counts = jax.lax.reduce((terms, (terms > 0).astype(terms.dtype)), (zero, zero), add, (1,))
+    return sums, counts
+
+
+@sums_and_counts.defjvp
+def _sums_and_counts_jvp(
+    primals: tuple[Float[Array, "n m"]], tangents: tuple[Float[Array, "n m"]]
+) -> tuple[tuple[Float[Array, "n"], Float[Array, "n"]], tuple[Float[Array, "n"], Float[Array, "n"]]]:
+    sums, counts = sums_and_counts(*primals)
+    return (sums, counts), (jnp.sum(tangents[0], axis=1), jnp.zeros_like(counts))
+
+
+def _largest_and_ties(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    def larger(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+        value = jnp.maximum(one[0], other[0])
+        return value, jnp.where(one[0] == value, one[1], 0.0) + jnp.where(other[0] == value, other[1], 0.0)
+
+    start = (jnp.array(-jnp.inf, x.dtype), jnp.zeros((), x.dtype))
+    value, ties = jax.lax.reduce((x, jnp.ones_like(x)), start, larger, (x.ndim - 1,))
+    return value, ties
+
+
+@jax.custom_jvp
+def largest(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The largest of the last axis, minus infinity without any; entries that share it share the gradient.
+
+    As ``jnp.max``, whose gradient needs two more passes over the matrix.
+    """
+    return _largest_and_ties(x)[0]
+
+
+@largest.defjvp
+def _largest_jvp(
+    primals: tuple[Float[Array, "..."]], tangents: tuple[Float[Array, "..."]]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    (x,), (d_x,) = primals, tangents
+    value, ties = jax.lax.stop_gradient(_largest_and_ties(jax.lax.stop_gradient(x)))
+    chosen = jnp.sum(jnp.where(x == value[..., None], d_x, 0.0), axis=-1)
+    return largest(x), chosen / jnp.maximum(ties, 1.0)
 
 
 def ratio(numerator: Float[Array, "..."], denominator: Num[Array, "..."]) -> Float[Array, "..."]:

@@ -1,0 +1,60 @@
+"""Reductions with derivatives of their own: equal to those of jnp, ties, empty rows and second derivatives included."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from idml_jax import geometry
+from idml_jax.losses import reductions
+
+MATRIX = jnp.asarray(np.random.default_rng(0).normal(size=(5, 7)), jnp.float32)
+TIES = jnp.array([[1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0], [0.0, -1.0, 0.5, -jnp.inf]])
+
+
+def test_sums_and_counts():
+    terms = jnp.maximum(MATRIX, 0.0)
+    sums, counts = reductions.sums_and_counts(terms)
+    chex.assert_trees_all_close((sums, counts), (terms.sum(1), (terms > 0).sum(1).astype(jnp.float32)), rtol=1e-6)
+    weighted = lambda summed: lambda x: jnp.sum(jnp.sin(summed(x)))
+    ours, plain = weighted(lambda x: reductions.sums_and_counts(x)[0]), weighted(lambda x: x.sum(1))
+    chex.assert_trees_all_close(jax.grad(ours)(terms), jax.grad(plain)(terms), rtol=1e-6)
+    chex.assert_trees_all_close(jax.hessian(ours)(terms), jax.hessian(plain)(terms), atol=1e-6)
+    assert not jax.grad(lambda x: jnp.sum(reductions.sums_and_counts(x)[1]))(terms).any()
+
+
+@pytest.mark.parametrize("x", [MATRIX, TIES, jnp.stack([TIES, 2 * TIES])], ids=["distinct", "ties", "3-d"])
+def test_largest_is_the_maximum(x):
+    expected = lambda x: jnp.max(x, axis=-1)
+    of_sine = lambda f: lambda x: jnp.sum(jnp.sin(f(x)))
+    chex.assert_trees_all_equal(reductions.largest(x), expected(x))
+    chex.assert_trees_all_close(jax.grad(of_sine(reductions.largest))(x), jax.grad(of_sine(expected))(x), rtol=1e-6)
+    ours, theirs = jax.hessian(of_sine(reductions.largest))(x), jax.hessian(of_sine(expected))(x)
+    chex.assert_trees_all_close(ours, theirs, atol=1e-6)
+
+
+def test_largest_of_nothing_and_of_nan():
+    assert reductions.largest(jnp.zeros((2, 0))).tolist() == [-np.inf, -np.inf]
+    for row in ([np.nan, 1.0, 2.0], [1.0, np.nan, 2.0], [1.0, 2.0, np.nan]):
+        assert jnp.isnan(reductions.largest(jnp.array([row]))).all()
+
+
+def test_safe_root():
+    root = lambda x: geometry.safe_sqrt(x, 1e-6)
+    x = jnp.array([-1.0, 0.0, 1e-7, 4.0, jnp.nan])
+    np.testing.assert_array_equal(root(x), [0.0, 0.0, 0.0, 2.0, np.nan])
+    np.testing.assert_array_equal(jax.vmap(jax.grad(root))(x), [0.0, 0.0, 0.0, 0.25, np.nan])
+    np.testing.assert_array_equal(jax.vmap(jax.grad(jax.grad(root)))(x[:4]), [0.0, 0.0, 0.0, -1 / 32])
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.0])
+def test_products_of_a_set_with_itself(factor):
+    plain = lambda a: factor * jnp.matmul(a, a.T, precision="highest")
+    ours = lambda a: geometry._gram(a, factor)
+    weights = jax.random.normal(jax.random.key(1), (5, 5))
+    of_sine = lambda f: lambda a: jnp.sum(weights * jnp.sin(f(a)))
+    chex.assert_trees_all_equal(ours(MATRIX), plain(MATRIX))
+    chex.assert_trees_all_close(jax.grad(of_sine(ours))(MATRIX), jax.grad(of_sine(plain))(MATRIX), atol=1e-5)
+    check_grads(ours, (MATRIX,), order=2, modes=["fwd", "rev"], rtol=1e-2)
