@@ -6,9 +6,12 @@
     python benchmarks/losses.py --compiled --losses smooth_ap --sizes 4096    # memory of the compiled program, not run
 
 Needs the extra 'parity'. Each combination of loss, size and library runs in a separate process, so that peak memory is
-measured separately. The two processes of a loss and size alternate, so that other load on the machine affects both.
-Times are minima over the rounds; a ratio above 1 means that this package is faster or needs less memory. Memory is the
-peak resident set minus its size before the first evaluation: it includes compilation, but not libraries and inputs.
+measured separately. The processes of a loss and size alternate, so that other load on the machine affects all.
+Times are minima over the rounds; a ratio above 1 means that this package is faster or needs less memory. "Products" are
+the matrix products alone that value and gradient need, in jax: two for a matrix of a batch with itself, three for one
+of a batch with proxies, twice that on the introspective metric where both sides are uncertain; "at most" is the time of
+pytorch-metric-learning over theirs. Memory is the peak resident set minus its size before the first evaluation: it
+includes compilation, but not libraries and inputs.
 """
 
 import argparse
@@ -47,8 +50,9 @@ LOSSES = (
 )
 
 
-# Losses that pytorch-metric-learning lacks.
+# Losses that pytorch-metric-learning lacks, and those that read embeddings, not a matrix of them.
 OURS_ALONE = ("recall_at_k", "mc_info_nce", "elk", "hedged_instance")
+NO_MATRIX = ("mc_info_nce", "elk", "hedged_instance")
 
 
 def our_loss(name, size, introspective):
@@ -150,6 +154,34 @@ def their_step(name, size, _):
     return step
 
 
+def products_step(name, size, introspective):
+    """The matrix products alone: of all pairs, and of their gradient with each side that learns."""
+    import jax
+
+    from idml_jax import losses
+
+    spec = losses.LOSSES[name]
+    keys = jax.random.split(jax.random.key(0), 4)
+    batch = jax.random.normal(keys[0], (size, DIMENSION))
+    proxies = spec.references == "proxies"
+    other = jax.random.normal(keys[1], (size // PER_CLASS * spec.centres, DIMENSION)) if proxies else batch
+    gradient = jax.random.normal(keys[2], (size, len(other)))
+    product = lambda contracted: jax.jit(
+        lambda a, b: jax.lax.dot_general(a, b, (contracted, ((), ())), precision=jax.lax.Precision.HIGHEST)
+    )
+    of_pairs, of_rows, of_columns = product(((1,), (1,))), product(((1,), (0,))), product(((0,), (0,)))
+    times = 2 if introspective and not proxies else 1
+
+    def step():
+        for _ in range(times):
+            jax.block_until_ready(of_pairs(batch, other))
+            jax.block_until_ready(of_rows(gradient, other))
+            if proxies:
+                jax.block_until_ready(of_columns(gradient, batch))
+
+    return step
+
+
 def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -159,7 +191,8 @@ def work(library, name, size, options):
     resource.setrlimit(resource.RLIMIT_AS, (int(options.limit_gib * 2**30),) * 2)
     if options.cores:  # before the libraries count them for their thread pools
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-    step = (our_step if library == "ours" else their_step)(name, size, options.introspective)
+    make = {"ours": our_step, "theirs": their_step, "products": products_step}[library]
+    step = make(name, size, options.introspective)
     before = peak_mib()
     for line in sys.stdin:
         time.sleep(0.3)  # the other library's threads spin for up to 0.2 s after their last piece of work
@@ -220,6 +253,7 @@ class Missing:
 def compare(name, size, options):
     workers = [Worker("ours", name, size, options)]
     workers.append(Missing() if name in OURS_ALONE else Worker("theirs", name, size, options))
+    workers.append(Missing() if name in NO_MATRIX else Worker("products", name, size, options))
     for worker in workers:
         worker.evaluate(record=False)  # compiles, and fills caches on both sides
     rounds = options.rounds or {256: 8, 1024: 5}.get(size, 2)
@@ -228,12 +262,14 @@ def compare(name, size, options):
             worker.evaluate(times=10 if size <= 1024 else 1)
     for worker in workers:
         worker.close()
-    ours, theirs = workers
+    ours, theirs, products = workers
     cells = [name, str(size)]
-    cells += [w.failure or f"{1e3 * min(w.seconds):.1f}" for w in workers]
+    cells += [w.failure or f"{1e3 * min(w.seconds):.1f}" for w in (ours, theirs)]
     failed = ours.failure or theirs.failure
     cells.append("-" if failed else f"{min(theirs.seconds) / min(ours.seconds):.1f}")
-    cells += ["-" if w.failure else f"{w.mib:.0f}" for w in workers]
+    cells.append("-" if products.failure else f"{1e3 * min(products.seconds):.1f}")
+    cells.append("-" if failed or products.failure else f"{min(theirs.seconds) / min(products.seconds):.1f}")
+    cells += ["-" if w.failure else f"{w.mib:.0f}" for w in (ours, theirs)]
     cells.append("-" if failed else f"{theirs.mib / max(ours.mib, 1):.1f}")
     print("| " + " | ".join(cells) + " |", flush=True)
 
@@ -249,7 +285,7 @@ def main():
         "--compiled", action="store_true", help="memory of the compiled program of ours; nothing is run"
     )
     parser.add_argument("--introspective", action="store_true", help="ours reads the introspective metric")
-    parser.add_argument("--worker", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("ours", "theirs", "products"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options.worker, options.losses[0], options.sizes[0], options)
@@ -260,8 +296,8 @@ def main():
             for size in options.sizes:
                 compiled(name, size, options.introspective)
         return
-    print("| loss | N | ours ms | PML ms | times faster | ours MiB | PML MiB | times less |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| loss | N | ours ms | PML ms | times faster | products ms | at most | ours MiB | PML MiB | times less |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for name in options.losses:
         for size in options.sizes:
             compare(name, size, options)

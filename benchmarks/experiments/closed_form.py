@@ -8,7 +8,8 @@ Rows: the closed form (``idml_jax.fit``, one run, which also measures the featur
 epochs from the whitened and from a random head, without warm-up, and for two epochs of the heads and two of everything
 from either; each with the plain and with the introspective metric. Everything else is equal. Finished runs are
 skipped. ``--set name=value`` changes a setting of all runs (``--set epochs=1``); with ``--set eval.every_epochs=1``
-a second table shows the metrics after every epoch. ``--only=A|B`` selects rows; ``--list`` prints the commands.
+a second table shows the metrics after every epoch. To choose settings, test on training classes: ``--set
+data.validation_classes=0.2 --set eval.split=validation``. ``--only=A|B`` selects rows; ``--list`` prints the commands.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def table(peers: list[dict], found: dict[str, Found]) -> list[str]:
     lines = [f"| row | seeds | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 2) + "|"]
     for peer in peers:
         lines.append(
-            f"| {peer['method']}, not trained | 1 | {' | '.join(cell({'': peer['test']}, c) for c in SHOWN)} |"
+            f"| {peer['method']}, not trained | 1 | {' | '.join(cell({'': peer['found']}, c) for c in SHOWN)} |"
         )
     for row, runs in found.items():
         lines.append(f"| {row} | {len(runs)} | {' | '.join(cell(runs, column) for column in SHOWN)} |")
@@ -142,7 +143,9 @@ def main() -> None:
     peers = []
     if finished(run, fitted, given.list):
         peers = json.loads((fitted / "result.json").read_text())["peers"]
-        peers[-1]["test"]["minutes"] = measured(fitted)["minutes"]  # of the run that measures all of them
+        for peer in peers:
+            peer["found"] = peer.pop(str(extra.get("eval.split", "test")))
+        peers[-1]["found"]["minutes"] = measured(fitted)["minutes"]  # of the run that measures all of them
     found: dict[str, Found] = {}
     for seed in given.seeds.split(","):
         for row, overrides in rows(extra).items():

@@ -34,7 +34,7 @@ AT_LEAST_ZERO = (
     "optim.proxy_lr_factor", "optim.loss_lr_factor", "data.workers", "data.rotation", "data.pad", "ism.ranking",
     "ism.prior", "loss.centre_spread", "loss.embedding_norm", "mixup.alpha", "memory.size", "memory.warmup_epochs",
     "eval.ambiguity_images", "data.label_noise.seed", "prism.warmup_epochs", "ism.attenuation",
-    "model.whitened_uncertainty",
+    "model.whitened_uncertainty", "model.whitened_shrinkage",
 )  # fmt: skip
 SHARES = ("data.corrupt", "data.color_jitter", "data.lighting")
 CHOICES: dict[str, tuple[str, ...]] = {

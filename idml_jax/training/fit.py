@@ -222,7 +222,8 @@ class _Fitted:
 
         def make() -> dict[str, np.ndarray]:
             started = time.monotonic()
-            self._chosen = heads.choose(run.config, views, self._classes, METHODS, self._fixed, always=True)
+            shrinkages = run.config.fit.shrinkage
+            self._chosen = heads.choose(run.config, views, self._classes, METHODS, shrinkages, self._fixed, always=True)
             self._projections = {method: self._chosen.projection(method) for method in METHODS}
             logger.info("closed forms: %.1f s", time.monotonic() - started)
             return {"width": np.asarray(self._chosen.best[self._method].width)}

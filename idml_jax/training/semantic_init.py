@@ -18,6 +18,7 @@ from idml_jax.metrics.class_folds import Candidate, best_of, fold_classes, held_
 from idml_jax.metrics.closed_form import ClosedForm, Projection, moments, statistics
 from idml_jax.runtime import hosts, sharding
 from idml_jax.training.build import Run
+from idml_jax.training.config import default_config
 from idml_jax.training.features import Features, Views, features_of, view_embedder
 from idml_jax.training.state import TrainState
 from idml_jax.training.tasks import Evaluation
@@ -127,6 +128,7 @@ def choose(
     views: Views,
     num_classes: int,
     methods: Sequence[str],
+    shrinkages: Sequence[float],
     fixed: Mapping[str, Projection] | None = None,
     *,
     always: bool = False,
@@ -138,6 +140,7 @@ def choose(
       views: features of the training images.
       num_classes: number of training classes.
       methods: keys of ``closed_form.METHODS``.
+      shrinkages: lambdas to choose from; with one (and one width) nothing is chosen.
       fixed: projections that learn nothing, to be measured beside them.
       always: whether to measure also where there is nothing to choose.
 
@@ -147,7 +150,7 @@ def choose(
     fit, labels = config.fit, views.plain.labels
     counts = np.bincount(labels, minlength=num_classes)
     widths = tuple(fit.widths) or (config.model.embedding_dim,)
-    grid = [(float(shrinkage), width) for width in widths for shrinkage in fit.shrinkage]
+    grid = [(float(shrinkage), width) for width in widths for shrinkage in shrinkages]
     fold_of = fold_classes(counts, fit.folds if len(grid) > 1 or always else 1, config.seed)
     folds = int(fold_of.max()) + 1
     scores: Scores = {}
@@ -260,6 +263,8 @@ def start_whitened(
 ) -> tuple[TrainState, dict[str, Any]]:
     """A fresh state whose semantic head whitens the features within classes, with proxies at the class means.
 
+    Lambda is ``model.whitened_shrinkage``, not the best one for search: training goes further from a smaller one.
+
     The uncertainty starts short (``model.whitened_uncertainty``): a long random one makes pairs of different classes
     look alike, and the first steps would change the trunk to undo that, away from what the head was fitted to.
 
@@ -282,7 +287,15 @@ def start_whitened(
     like, about = random_kernel(state), {}
 
     def make() -> dict[str, np.ndarray]:
-        chosen = choose(config, views, classes, ["whiten"])
+        fixed, given = config.model.whitened_shrinkage, tuple(config.fit.shrinkage)
+        if fixed and given != tuple(default_config().fit.shrinkage):
+            logger.warning(
+                "warning: config.fit.shrinkage = %s is not used: training starts from "
+                "config.model.whitened_shrinkage = %g; with 0 it starts from the best of them",
+                given,
+                fixed,
+            )
+        chosen = choose(config, views, classes, ["whiten"], (fixed,) if fixed else given)
         projection = chosen.projection("whiten")
         about.update(chosen.about(config, "whiten"))
         _tell(chosen, projection, config)

@@ -224,7 +224,9 @@ class TestFeatures:
         assert all((other != view(picture(0), draw(0))).any() for other in others)
 
 
-STARTED = {"model.semantic_init": "whiten", "epochs": 2, "optim.warmup_epochs": 0}
+STARTED = {
+    "model.semantic_init": "whiten", "model.whitened_shrinkage": 0.0, "epochs": 2, "optim.warmup_epochs": 0,
+}  # fmt: skip
 
 
 class TestStart:
@@ -239,13 +241,15 @@ class TestStart:
         assert result["semantic_init"]["shrinkage"] == fitted[1]["closed_form"]["shrinkage"]
         assert (workdir / "features" / "train" / "000000.npy").exists()
 
-    def test_kernel_proxies_and_averages(self, settings, tmp_path):
-        config = settings(**{**STARTED, "optim.ema": 0.9, "sharding.proxies": "split", "fit.views": 2})
-        run = build(config)
+    def test_kernel_proxies_and_averages(self, settings, tmp_path, messages):
+        changes = {"optim.ema": 0.9, "sharding.proxies": "split", "fit.views": 2, "fit.shrinkage": (5.0,)}
+        run = build(settings(**{**STARTED, "model.whitened_shrinkage": 2.0, **changes}))
         fresh = run.initial_state()
         variables, _ = run.pretrained()
         fresh = run.with_variables(fresh, variables)
-        state, _ = semantic_init.start_whitened(run, fresh, tmp_path, lambda: None)
+        state, about = semantic_init.start_whitened(run, fresh, tmp_path, lambda: None)
+        assert about["shrinkage"] == 2.0 and not about["tried"]
+        assert "config.fit.shrinkage = (5.0,) is not used: training starts from" in messages()
         assert (tmp_path / "features" / "train_view1").is_dir()
         kernel = np.asarray(state.params["heads"]["semantic"]["kernel"])
         assert kernel.std() == pytest.approx(float(np.std(fresh.params["heads"]["semantic"]["kernel"])), rel=1e-5)
