@@ -118,7 +118,7 @@ def default_config() -> ConfigDict:
     config.model.init_origin.sha256 = ""  # of the file
     # The start of the semantic head: docs/closed_form.md
     config.model.semantic_init = "auto"  # whiten with pretrained weights; or random, whiten: closed form of the images
-    config.model.whitened_shrinkage = 1.0  # lambda of a head that starts whitened; 0: chosen from fit.shrinkage
+    config.model.whitened_shrinkage = 0.3  # lambda of a head that starts whitened; 0: chosen from fit.shrinkage
     config.model.whitened_uncertainty = 0.1  # factor on the initial length of u beside a head that starts whitened
 
     config.ism = ConfigDict()
