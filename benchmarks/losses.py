@@ -161,7 +161,7 @@ def products_step(name, size, introspective):
     from idml_jax import losses
 
     spec = losses.LOSSES[name]
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), 3)
     batch = jax.random.normal(keys[0], (size, DIMENSION))
     proxies = spec.references == "proxies"
     other = jax.random.normal(keys[1], (size // PER_CLASS * spec.centres, DIMENSION)) if proxies else batch

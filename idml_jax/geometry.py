@@ -122,7 +122,7 @@ def _cosines_jvp(
     primals: tuple[Float[Array, "n d"]], tangents: tuple[Float[Array, "n d"]]
 ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
     (d_a,) = tangents
-    product, tangent = jax.jvp(_gram, primals, tangents)
+    product, tangent = _gram_jvp(1.0, primals, tangents)
     return product, tangent + 0.0 * jnp.sum(d_a, axis=1)[:, None]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from idml_jax.losses.pairs import AxisName, Pairs
-from idml_jax.losses.reductions import Reduction, largest, prepare, softmax_of_positives
+from idml_jax.losses.reductions import Reduction, max_over_last, prepare, softmax_of_positives
 
 __all__ = ["arcface", "cosface", "normalized_softmax", "soft_triple", "subcenter_arcface"]
 
@@ -184,7 +184,7 @@ def subcenter_arcface(
     """
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     grouped, known, classes = _of_classes(similarity, pairs, centres)
-    nearest = largest(jnp.where(known, grouped, -jnp.inf))
+    nearest = max_over_last(jnp.where(known, grouped, -jnp.inf))
     nearest = jnp.where(classes.positive | classes.negative, nearest, 0.0)
     logits = scale * jnp.where(classes.positive, _with_angle(nearest, margin), nearest)
     return softmax_of_positives(logits, classes, weights, reduction, axis_name, stands_for)

@@ -11,9 +11,9 @@ from idml_jax.losses.pairs import AxisName, Pairs
 
 __all__ = [
     "Reduction",
-    "largest",
     "log_one_plus_sum_exp",
     "log_sum_exp",
+    "max_over_last",
     "mean_of_rows",
     "prepare",
     "ratio",
@@ -84,7 +84,7 @@ def _sums_and_counts_jvp(
     return (sums, counts), (jnp.sum(tangents[0], axis=1), jnp.zeros_like(counts))
 
 
-def _largest_and_ties(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+def _max_and_ties(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     def larger(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
         value = jnp.maximum(one[0], other[0])
         return value, jnp.where(one[0] == value, one[1], 0.0) + jnp.where(other[0] == value, other[1], 0.0)
@@ -95,22 +95,22 @@ def _largest_and_ties(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Floa
 
 
 @jax.custom_jvp
-def largest(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def max_over_last(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The largest of the last axis, minus infinity without any; entries that share it share the gradient.
 
     As ``jnp.max``, whose gradient needs two more passes over the matrix.
     """
-    return _largest_and_ties(x)[0]
+    return _max_and_ties(x)[0]
 
 
-@largest.defjvp
-def _largest_jvp(
+@max_over_last.defjvp
+def _max_over_last_jvp(
     primals: tuple[Float[Array, "..."]], tangents: tuple[Float[Array, "..."]]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     (x,), (d_x,) = primals, tangents
-    value, ties = jax.lax.stop_gradient(_largest_and_ties(jax.lax.stop_gradient(x)))
+    value, ties = jax.lax.stop_gradient(_max_and_ties(jax.lax.stop_gradient(x)))
     chosen = jnp.sum(jnp.where(x == value[..., None], d_x, 0.0), axis=-1)
-    return largest(x), chosen / jnp.maximum(ties, 1.0)
+    return max_over_last(x), chosen / jnp.maximum(ties, 1.0)
 
 
 def ratio(numerator: Float[Array, "..."], denominator: Num[Array, "..."]) -> Float[Array, "..."]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from idml_jax.losses.pairs import AxisName, Pairs
-from idml_jax.losses.reductions import Reduction, largest, log_sum_exp, mean_of_rows, prepare
+from idml_jax.losses.reductions import Reduction, log_sum_exp, max_over_last, mean_of_rows, prepare
 
 __all__ = ["lifted_structure", "triplet_hard"]
 
@@ -49,8 +49,8 @@ def triplet_hard(
     0.025
     """
     distance, weights = prepare(distance, pairs, weights, reduction)
-    farthest = largest(jnp.where(pairs.positive, distance, -jnp.inf))
-    nearest = -largest(jnp.where(pairs.negative, -distance, -jnp.inf))
+    farthest = max_over_last(jnp.where(pairs.positive, distance, -jnp.inf))
+    nearest = -max_over_last(jnp.where(pairs.negative, -distance, -jnp.inf))
     counted = jnp.any(pairs.positive, axis=1) & jnp.any(pairs.negative, axis=1)
     violation = jnp.where(counted, farthest, 0.0) - jnp.where(counted, nearest, 0.0) + margin
     values = jax.nn.softplus(violation) if soft else jax.nn.relu(violation)

@@ -26,19 +26,20 @@ def test_sums_and_counts():
 
 
 @pytest.mark.parametrize("x", [MATRIX, TIES, jnp.stack([TIES, 2 * TIES])], ids=["distinct", "ties", "3-d"])
-def test_largest_is_the_maximum(x):
+def test_max_over_last_is_the_maximum(x):
     expected = lambda x: jnp.max(x, axis=-1)
     of_sine = lambda f: lambda x: jnp.sum(jnp.sin(f(x)))
-    chex.assert_trees_all_equal(reductions.largest(x), expected(x))
-    chex.assert_trees_all_close(jax.grad(of_sine(reductions.largest))(x), jax.grad(of_sine(expected))(x), rtol=1e-6)
-    ours, theirs = jax.hessian(of_sine(reductions.largest))(x), jax.hessian(of_sine(expected))(x)
+    chex.assert_trees_all_equal(reductions.max_over_last(x), expected(x))
+    ours, theirs = jax.grad(of_sine(reductions.max_over_last))(x), jax.grad(of_sine(expected))(x)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-6)
+    ours, theirs = jax.hessian(of_sine(reductions.max_over_last))(x), jax.hessian(of_sine(expected))(x)
     chex.assert_trees_all_close(ours, theirs, atol=1e-6)
 
 
-def test_largest_of_nothing_and_of_nan():
-    assert reductions.largest(jnp.zeros((2, 0))).tolist() == [-np.inf, -np.inf]
+def test_max_over_last_of_nothing_and_of_nan():
+    assert reductions.max_over_last(jnp.zeros((2, 0))).tolist() == [-np.inf, -np.inf]
     for row in ([np.nan, 1.0, 2.0], [1.0, np.nan, 2.0], [1.0, 2.0, np.nan]):
-        assert jnp.isnan(reductions.largest(jnp.array([row]))).all()
+        assert jnp.isnan(reductions.max_over_last(jnp.array([row]))).all()
 
 
 def test_safe_root():
