@@ -55,6 +55,7 @@ COMMANDS = {
     "export": Command("export", "write a run as a program, or an index for faiss", "--workdir=runs/glyphs --out=model"),
     "pretrained": Command("pretrained", "show, fetch or convert weights", "show timm/resnet50.a1_in1k"),
 }
+COMPUTING = ("main", "fit", "embed")  # modules of the commands for which huge pages pay
 
 
 def usage() -> str:
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
       argv: a command and its arguments; by default those of the process.
     """
+    of_process = argv is None
     argv = _without_verbosity(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("--help", "-h", "help"):
         _print(usage())
@@ -99,6 +101,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {name!r} is no command; {hint}known: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     command = COMMANDS[name]
+    if of_process and command.module in COMPUTING:
+        from idml_jax.runtime import huge_pages
+
+        huge_pages.start_again()
     if command.module in ("main", "fit"):
         from idml_jax.runtime import interrupt
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, run_command
 from idml_jax.inference.choices import SPLITS
+from idml_jax.runtime import huge_pages
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.files import check_target, user_path
@@ -134,4 +135,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.start_again()
     main()

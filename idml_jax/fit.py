@@ -9,9 +9,10 @@ has no uncertainty. A table compares it with the features as they are, a random 
 exit codes are those of ``idml_jax.main``. A stopped command goes on when it is run again.
 """
 
-from idml_jax.runtime import interrupt
+from idml_jax.runtime import huge_pages, interrupt
 
 if __name__ == "__main__":
+    huge_pages.start_again()
     interrupt.end_when_asked()  # before the imports below, which take a while
 
 from typing import Any

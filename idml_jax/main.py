@@ -10,9 +10,10 @@ Exit codes: 0, finished; 1, an error, reported in one line; 75, stopped by SIGTE
 by Ctrl-C. After 75 and 130, rerun the same command to resume.
 """
 
-from idml_jax.runtime import interrupt
+from idml_jax.runtime import huge_pages, interrupt
 
 if __name__ == "__main__":
+    huge_pages.start_again()
     interrupt.end_when_asked()  # before the imports below, which take a while
 
 import shlex

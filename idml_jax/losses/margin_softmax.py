@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from idml_jax.losses.pairs import AxisName, Pairs
-from idml_jax.losses.reductions import Reduction, max_over_last, prepare, softmax_of_positives
+from idml_jax.losses.reductions import Reduction, max_over_last, prepare, softmax_mean, softmax_of_positives
 
 __all__ = ["arcface", "cosface", "normalized_softmax", "soft_triple", "subcenter_arcface"]
 
@@ -237,10 +237,7 @@ def soft_triple(
     """
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     grouped, known, classes = _of_classes(similarity, pairs, centres)
-    some = classes.positive | classes.negative
-    # A class without any known proxy gets equal shares of zeros: its gradient stays finite.
-    share = jax.nn.softmax(jnp.where(known | ~some[:, :, None], grouped / gamma, -jnp.inf), axis=2)
-    of_class = jnp.sum(jnp.where(known, share * grouped, 0.0), axis=2)
+    of_class = gamma * softmax_mean(grouped / gamma, known)
     logits = scale * jnp.where(classes.positive, of_class - margin, of_class)
     return softmax_of_positives(logits, classes, weights, reduction, axis_name, stands_for)
 

@@ -17,6 +17,7 @@ __all__ = [
     "mean_of_rows",
     "prepare",
     "ratio",
+    "softmax_mean",
     "softmax_of_positives",
     "sums_and_counts",
     "total",
@@ -165,6 +166,35 @@ def mean_of_rows(
     if reduction == "none":
         return values
     return ratio(total(values, axis_name), total(jnp.where(counted, weights, 0.0), axis_name))
+
+
+@jax.custom_jvp
+def softmax_mean(x: Float[Array, "n classes k"], known: Bool[Array, "n classes k"]) -> Float[Array, "n classes"]:
+    """``sum_k softmax(x)_k x_k`` over the known entries, 0 without any."""
+    return _softmax_mean_parts(x, known)[0]
+
+
+def _softmax_mean_parts(
+    x: Float[Array, "n classes k"], known: Bool[Array, "n classes k"]
+) -> tuple[Float[Array, "n classes"], Float[Array, "n classes k"], Float[Array, "n classes"]]:
+    """The mean, the exponentials that weigh it, and their sum."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.where(known, x, -jnp.inf), axis=2))
+    largest = jnp.where(largest == -jnp.inf, 0.0, largest)
+    terms = jnp.where(known, jnp.exp(jnp.where(known, x - largest[:, :, None], 0.0)), 0.0)
+    sums = jnp.sum(terms, axis=2)
+    return ratio(jnp.sum(terms * x, axis=2), sums), terms, sums
+
+
+@softmax_mean.defjvp
+def _softmax_mean_jvp(
+    primals: tuple[Float[Array, "n classes k"], Bool[Array, "n classes k"]],
+    tangents: tuple[Float[Array, "n classes k"], Array],
+) -> tuple[Float[Array, "n classes"], Float[Array, "n classes"]]:
+    # In closed form: the gradient of a softmax is another pass over all proxies.
+    x = primals[0]
+    mean, terms, sums = _softmax_mean_parts(*primals)
+    slopes = terms * (1.0 + (x - mean[:, :, None]))
+    return mean, jnp.sum(slopes * tangents[0], axis=2) * ratio(jnp.ones_like(sums), sums)
 
 
 def softmax_of_positives(

@@ -42,6 +42,20 @@ def test_max_over_last_of_nothing_and_of_nan():
         assert jnp.isnan(reductions.max_over_last(jnp.array([row]))).all()
 
 
+def test_softmax_mean():
+    x = 30.0 * jax.random.normal(jax.random.key(0), (2, 3, 4))
+    known = jnp.ones(x.shape, bool).at[0, 0].set(False).at[1, 2, 1:].set(False)
+    shares = lambda x: jax.nn.softmax(jnp.where(known, x, -1e9), axis=2)
+    plain = lambda x: jnp.sum(jnp.where(known, shares(x) * x, 0.0), axis=2)
+    ours = lambda x: reductions.softmax_mean(x, known)
+    of_sine = lambda f: lambda x: jnp.sum(jnp.sin(f(x)))
+    chex.assert_trees_all_close(ours(x), plain(x), rtol=1e-5)
+    assert ours(x)[0, 0] == 0 and ours(x)[1, 2] == x[1, 2, 0]
+    chex.assert_trees_all_close(jax.grad(of_sine(ours))(x), jax.grad(of_sine(plain))(x), atol=1e-4)
+    chex.assert_trees_all_close(jax.hessian(of_sine(ours))(x), jax.hessian(of_sine(plain))(x), atol=1e-3)
+    assert jnp.isnan(ours(x.at[1, 0, 0].set(jnp.nan))).tolist() == [[False] * 3, [True, False, False]]
+
+
 def test_safe_root():
     root = lambda x: geometry.safe_sqrt(x, 1e-6)
     x = jnp.array([-1.0, 0.0, 1e-7, 4.0, jnp.nan])
