@@ -21,9 +21,10 @@ def start_again() -> None:
     """Starts this command again in the same process with huge pages, where that is useful; otherwise returns.
 
     To be called first in a command that computes, before it loads jax: what the process has done is lost. It returns
-    if ``GLIBC_TUNABLES`` is set, to whatever value.
+    if ``GLIBC_TUNABLES`` is set, to whatever value, or if the command line only asks for help or the version.
     """
-    if useful(os.environ, _glibc()) and sys.executable and not _debugged():
+    asks = not {"--help", "-h", "--version"}.isdisjoint(sys.argv)
+    if useful(os.environ, _glibc()) and sys.executable and not asks and not _debugged():
         command = [sys.executable, *sys.orig_argv[1:]]
         try:
             os.execve(sys.executable, command, {**os.environ, VARIABLE: VALUE})
