@@ -24,6 +24,7 @@ NEIGHBOURS, TEMPERATURES = (5, 10, 20), (10.0, 20.0, 40.0)
 # Share of the probability that all classes of the gallery get alike, so that none has the probability 0; also added to
 # both sides of the log odds.
 SPREAD = 0.01
+DIGITS = 12  # of a share
 
 
 class Vote(NamedTuple):
@@ -121,7 +122,8 @@ def cast(
         same = near == near[:, place, None]
         share[:, place] = np.sum(weight * same, axis=1)
         first[:, place] = ~same[:, :place].any(axis=1)
-    return Ballot(near, share, first)
+    # Rounded, because sums of the same votes in another order differ in their last digits: unanimous votes are equal.
+    return Ballot(near, share.round(DIGITS), first)
 
 
 def label_scores(

@@ -120,6 +120,20 @@ def test_deep_margins_look_beyond_the_twenty_nearest_and_not_at_an_absent_class(
     assert density.density_score(query, few[:5], names[:5], uncertainty.nearest_twenty(query, few[:5])) == {}
 
 
+def test_unanimous_votes_are_equal_whatever_the_distances():
+    rows = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    labels = np.zeros(200, int)
+    setting = Vote(k=7, temperature=3.0)
+    scores = scores_of(Embedded(rows[200:], labels[:100]), Embedded(rows[:200], labels), setting=setting)
+    assert len(np.unique(scores["vote_share"])) == len(np.unique(scores["vote_rival"])) == 1
+    # Of two classes with equal votes the nearest image's wins.
+    found = uncertainty.nearest_twenty(rows[200:], rows[:200])
+    ballot = vote.cast(rows[200:], rows[:200], np.arange(200) % 2, found, Vote(k=20, temperature=0.0))
+    equal = np.isclose(ballot.share[:, 0], 0.5)
+    assert equal.any()
+    np.testing.assert_array_equal(ballot.winner[equal], ballot.labels[equal, 0])
+
+
 def test_settings():
     rows, labels = data()
     found = uncertainty.nearest_twenty(rows)
