@@ -24,5 +24,7 @@ install_into_venv "$EXTRAS" -e "$ROOT[$EXTRAS]" -c "$REQUIREMENTS"
 [ "$TYPES" = no ] || "$VENV_PYTHON" -m mypy
 # One process per core: threads of numpy's and PyTorch's linear algebra would only get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
+# The commands in the tests are over before huge pages pay (idml_jax/runtime/huge_pages.py).
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-}"
 # JAX compiles on one core, so one process per core makes the suite fast.
 exec "$VENV_PYTHON" -m pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile "$@"
