@@ -296,7 +296,7 @@ def main():
             for size in options.sizes:
                 compiled(name, size, options.introspective)
         return
-    print("| loss | N | ours ms | PML ms | times faster | products ms | at most | ours MiB | PML MiB | times less |")
+    print("| loss | N | ms | PML | faster | products | at most | MiB | PML | less |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in options.losses:
         for size in options.sizes:
