@@ -17,7 +17,11 @@ differences are paired by seed. ``birds_whitened`` starts from ROOT/resnet50_v1.
 whitened head, ``birds_lite`` from EfficientNet-Lite0; their checkpoints are removed when a run is finished. Finished
 runs are skipped, failed ones are named at the end. ``--only`` selects rows whose name contains it (several with |),
 ``--set name=value`` changes a setting of all runs, ``--list`` prints the commands and runs nothing, ``--show`` only
-makes the table.
+makes the table. ``--results FILE`` adds the metrics of every finished run to a file of JSON lines, does not repeat the
+runs that stand there, and makes the table from them, too. The published runs, since this file is kept:
+
+    python benchmarks/experiments/label_noise.py --table=noise --data=omniglot --show \\
+        --results=benchmarks/experiments/results/label_noise.jsonl
 
 About the controls: AdamW divides the gradient by its own size, so a constant factor on the loss changes nothing but
 the rounding (row ``loss x SCALE`` shows that); a slower pace is a smaller learning rate (row ``rate x SCALE``).
@@ -35,6 +39,7 @@ import sys
 from pathlib import Path
 
 from closed_form import Found, cell, difference
+from kept import Kept
 from rows import COLLAPSING, DATA, FIRST, METRICS, Overrides
 from run import ROOT, command, folder_of
 
@@ -140,7 +145,7 @@ TABLES = {
 
 def place(given: argparse.Namespace, table: str, noise: float) -> Path:
     kind = "" if given.kind == "uniform" or not noise else f"_{given.kind}"
-    return (given.out / table / given.data / f"noise{round(100 * noise)}{kind}").resolve()
+    return given.out / table / given.data / f"noise{round(100 * noise)}{kind}"
 
 
 def settings(given: argparse.Namespace, overrides: Overrides, noise: float, seed: int) -> Overrides:
@@ -174,7 +179,7 @@ def best_rate(given: argparse.Namespace, metric: str, noise: float) -> float:
     found = {}
     for factor in BEST_OF:
         rate = factor * USUAL_RATE[given.data]
-        runs = results(place(given, "rates", noise) / folder_of(f"{metric}, rate {rate:g}"))
+        runs = results(given, place(given, "rates", noise) / folder_of(f"{metric}, rate {rate:g}"))
         if runs:
             found[rate] = statistics.mean(run["R@1"] for run in runs.values())
     if len(found) < len(BEST_OF):
@@ -184,12 +189,14 @@ def best_rate(given: argparse.Namespace, metric: str, noise: float) -> float:
     return max(found, key=lambda rate: found[rate])
 
 
-def results(folder: Path) -> Found:
-    """Final metrics of finished runs by seed."""
-    return {
+def results(given: argparse.Namespace, folder: Path) -> Found:
+    """Final metrics of finished runs by seed, those of ``--results`` and those in the folder."""
+    found = given.kept.of(str(folder.relative_to(given.out)))
+    here = {
         path.parent.name.removeprefix("seed"): json.loads(path.read_text())["final"]
         for path in sorted(folder.glob("seed*/result.json"))
     }
+    return {**found, **here}
 
 
 def run_all(given: argparse.Namespace) -> list[str]:
@@ -200,11 +207,15 @@ def run_all(given: argparse.Namespace) -> list[str]:
             for name, overrides in rows_of(given, noise).items():
                 workdir = place(given, given.table, noise) / folder_of(name) / f"seed{seed}"
                 fields = settings(given, overrides, noise, int(seed))
-                run = command(given.data, name, fields, int(seed), given.root.resolve(), given.out.resolve(), workdir)
+                run = command(given.data, name, fields, int(seed), given.root.resolve(), given.out, workdir)
+                short = str(workdir.relative_to(given.out))
                 if given.list:
                     print(shlex.join(run))
+                elif short in given.kept:
+                    continue
                 elif not (workdir / "result.json").exists() and not finish(run, workdir, given.data):
                     failed.append(str(workdir))
+                given.kept.add(short, workdir / "result.json")
     return failed
 
 
@@ -232,7 +243,7 @@ def table(given: argparse.Namespace) -> list[str]:
     for noise in given.noise:
         found: dict[str, Found] = {}
         for name in rows_of(given, noise):
-            runs = results(place(given, given.table, noise) / folder_of(name))
+            runs = results(given, place(given, given.table, noise) / folder_of(name))
             if runs:
                 found[name] = runs
         for name, runs in found.items():
@@ -265,7 +276,7 @@ def draw_rates(given: argparse.Namespace) -> None:
         for metric, colour in ((PLAIN, "#64748b"), (ISM, "#c2410c")):
             points = []
             for rate in (factor * USUAL_RATE[given.data] for factor in BEST_OF):
-                runs = results(place(given, "rates", noise) / folder_of(f"{metric}, rate {rate:g}"))
+                runs = results(given, place(given, "rates", noise) / folder_of(f"{metric}, rate {rate:g}"))
                 values = [100 * run["R@1"] for run in runs.values()]
                 if values:
                     points.append((rate, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0))
@@ -308,12 +319,15 @@ def main() -> None:
     parser.add_argument("--own-rate", action="store_true", help="the best rate of each metric, from --table=rates")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of the image sets")
     parser.add_argument("--out", type=Path, default=Path("runs/label_noise"))
+    parser.add_argument("--results", type=Path, help="file of JSON lines for the metrics of finished runs")
     parser.add_argument("--only", default="", help="rows whose name is or contains this; several with |")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of all runs")
     parser.add_argument("--figure", type=Path, help="of --table=rates: file of the plot")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     parser.add_argument("--show", action="store_true", help="make the table of finished runs, run nothing")
     given = parser.parse_args()
+    given.out = given.out.resolve()
+    given.kept = Kept(given.results, given.set)
     default = "0" if given.table == "damage" else "0.4" if given.table in ("more", "controls", "alive") else ""
     given.noise = [float(text) for text in (given.noise or default or "0,0.2,0.4,0.6").split(",")]
     if given.own_rate and given.table != "noise":

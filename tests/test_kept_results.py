@@ -1,0 +1,73 @@
+"""Results of studies in files: kept, found again, told apart by their settings; published tables are made of them."""
+
+import importlib.util
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = ROOT / "benchmarks" / "experiments"
+
+
+@pytest.fixture(scope="module")
+def kept():
+    spec = importlib.util.spec_from_file_location("kept", EXPERIMENTS / "kept.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Kept
+
+
+def result_of(folder, **final):
+    path = folder / "result.json"
+    path.write_text(json.dumps({"final": final}))
+    return path
+
+
+def test_a_finished_run_is_kept_once_and_found_by_row_and_seed(kept, tmp_path):
+    file = tmp_path / "new" / "runs.jsonl"
+    first = kept(file, [])
+    first.add("noise/set/plain/seed0", result_of(tmp_path, **{"R@1": 0.1234567, "AURC(uncertainty)": 0.5}))
+    first.add("noise/set/plain/seed0", result_of(tmp_path, **{"R@1": 0.9}))
+    first.add("noise/set/plain/seed10", result_of(tmp_path, **{"R@1": 0.25}))
+    first.add("noise/set/plain+mixup/seed0", result_of(tmp_path, **{"R@1": 0.75}))
+    again = kept(file, [])
+    assert again.of("noise/set/plain") == {"0": {"R@1": 0.123457}, "10": {"R@1": 0.25}}
+    assert "noise/set/plain/seed0" in again and "noise/set/plain/seed1" not in again
+    assert len(file.read_text().splitlines()) == 3
+
+
+def test_runs_with_other_settings_are_other_runs(kept, tmp_path):
+    file = tmp_path / "runs.jsonl"
+    kept(file, ["b=2", "a=1"]).add("row/seed0", result_of(tmp_path, **{"R@1": 0.5}))
+    assert kept(file, ["a=1", "b=2"]).of("row") == {"0": {"R@1": 0.5}}
+    assert kept(file, []).of("row") == {}
+
+
+def test_without_a_file_or_a_result_nothing_is_written(kept, tmp_path):
+    kept(None, []).add("row/seed0", result_of(tmp_path, **{"R@1": 0.5}))
+    kept(tmp_path / "runs.jsonl", []).add("row/seed0", tmp_path / "missing.json")
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+@pytest.mark.parametrize("row", ["Omniglot | 20 %", "Omniglot | 60 %", "birds | 0 %", "birds | 40 %"])
+def test_the_table_of_wrong_labels_is_that_of_the_kept_runs(kept, row):
+    runs = kept(EXPERIMENTS / "results" / "label_noise.jsonl", [])
+    line = next(
+        line for line in (ROOT / "docs" / "wrong_labels.md").read_text().splitlines() if line.startswith(f"| {row}")
+    )
+    name, noise, seeds, *cells = [cell.strip("* ") for cell in line.strip("| ").split("|")]
+    data = {"Omniglot": "omniglot", "birds": "birds_lite"}[name]
+    plain, ism = (runs.of(f"noise/{data}/noise{noise.split()[0]}/{metric}+mixup") for metric in ("plain", "ism"))
+    assert len(plain) == len(ism) == int(seeds)
+
+    def cell(found, metric):
+        values = [100 * run[metric] for run in found.values()]
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+    gains = [100 * (ism[seed]["R@1"] - plain[seed]["R@1"]) for seed in plain]
+    gain = f"{statistics.mean(gains):+.1f} ({statistics.stdev(gains) / len(gains) ** 0.5:.1f})".replace("+0.0", "0.0")
+    length = statistics.mean(run["uncertainty_mean"] for run in ism.values())
+    expected = [cell(plain, "R@1"), cell(ism, "R@1"), gain, cell(plain, "MAP@R"), cell(ism, "MAP@R"), f"{length:.2f}"]
+    assert cells == expected
