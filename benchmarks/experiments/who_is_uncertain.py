@@ -35,7 +35,7 @@ from idml_jax.metrics.uncertainty import r_auroc
 from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
-from idml_jax.training.tasks.objective import metric_of
+from idml_jax.training.tasks.metrics_of_run import metric_of
 
 FILE = "who_is_uncertain.json"
 SCORES = {"u": "|u|", "beta": "beta", "pairs": "beta of pairs", "loss": "loss", "neighbours": "neighbours"}

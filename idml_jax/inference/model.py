@@ -23,7 +23,7 @@ from idml_jax.training.config import learns_uncertainty
 from idml_jax.training.config_checks import validate
 from idml_jax.training.embedder import Embedder, Network
 from idml_jax.training.tasks import task_of
-from idml_jax.training.tasks.objective import metric_of
+from idml_jax.training.tasks.metrics_of_run import metric_of
 
 
 class Trained(NamedTuple):

@@ -108,6 +108,7 @@ class LossSpec(NamedTuple):
         ``centres``.
       takes_share: whether it is a softmax over classes that can be compared with some of them, and takes
         ``stands_for=`` (see ``losses.class_sampling``).
+      takes_memory: whether further columns, of past batches, change a loss on the batch.
     """
 
     function: Callable[..., Array]
@@ -119,6 +120,7 @@ class LossSpec(NamedTuple):
     parameters: Mapping[str, LossParameter] = MappingProxyType({})
     centres: int = 1
     takes_share: bool = False
+    takes_memory: bool = True
 
 
 LOSSES: dict[str, LossSpec] = {
@@ -144,7 +146,8 @@ LOSSES: dict[str, LossSpec] = {
     "info_nce": LossSpec(info_nce, "similarity", "batch"),
     "sup_con": LossSpec(sup_con, "similarity", "batch"),
     "circle": LossSpec(circle, "similarity", "batch"),
-    "n_pair": LossSpec(n_pair, "similarity", "batch"),
+    # Its negatives are the first positives of the other anchors, which are in the batch.
+    "n_pair": LossSpec(n_pair, "similarity", "batch", takes_memory=False),
     "lifted_structure": LossSpec(lifted_structure, "distance", "batch"),
     "triplet_hard": LossSpec(triplet_hard, "distance", "batch"),
     "smooth_ap": LossSpec(smooth_ap, "similarity", "batch"),

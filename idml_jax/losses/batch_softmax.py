@@ -186,7 +186,9 @@ def n_pair(
     """
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     column = jnp.arange(similarity.shape[1])[None, :]
-    first = pairs.positive & (column == jnp.min(jnp.where(pairs.positive, column, column.size), axis=1)[:, None])
+    first = pairs.positive & (
+        column == jnp.min(jnp.where(pairs.positive, column, column.size), axis=1, initial=column.size)[:, None]
+    )
     chosen = total((first & (weights > 0)[:, None]).astype(jnp.int32), axis_name, axis=0) > 0
     one = Pairs(first, pairs.negative & chosen[None, :])
     return softmax_of_positives(scale * similarity, one, weights, reduction, axis_name)

@@ -43,7 +43,8 @@ def sample_classes(
 ) -> ClassSample:
     """Draws classes without replacement; those of the batch are always in.
 
-    The number of classes is fixed by the shapes: ``share`` of all, or the size of the batch if that is more.
+    The number of classes is fixed by the shapes: one for each image, and ``share`` of the remaining ones. Where images
+    share a class, more of the others are drawn.
 
     Args:
       key: random key, the same on every device.
@@ -62,7 +63,7 @@ def sample_classes(
 
     >>> drawn = sample_classes(jax.random.key(0), jnp.array([3, 3, 7]), num_classes=10, share=0.4)
     >>> sorted(drawn.classes.tolist())[:1], {3, 7} <= set(drawn.classes.tolist()), len(drawn.classes)
-    ([0], True, 4)
+    ([0], True, 6)
     """
     rows = num_classes if rows is None else rows
     if not 0 < share <= 1:
@@ -70,7 +71,8 @@ def sample_classes(
     if rows % groups:
         raise ValueError(f"{groups} groups do not divide {rows} rows")
     of_group = rows // groups
-    count = min(of_group, max(math.ceil(share * num_classes / groups), min(labels.shape[0], of_group)))
+    own = min(labels.shape[0], of_group)
+    count = own + math.ceil(share * max(min(of_group, num_classes / groups) - own, 0))
     index = jnp.arange(rows)
     in_batch = jnp.zeros(rows, bool).at[labels].set(True)
     real = index < num_classes

@@ -120,7 +120,7 @@ def select(
     threshold = jnp.where(usable, lowest, jnp.nan)
     window = jnp.where(usable, _pushed(state.thresholds, threshold), state.thresholds)
     kept = probability > jnp.nanmean(window)  # false for a NaN, where the window is empty
-    own = jnp.ones(labels.shape, bool).at[order[:count]].set(False)
+    own = jnp.ones(labels.shape, bool).at[order[:count]].set(False) | (probability >= 1.0)
     return jnp.where(active, jnp.where(jnp.any(kept), kept, own), True), threshold
 
 

@@ -156,7 +156,8 @@ def hedged_instance(
         return ratio(total(jnp.where(where, terms, 0.0), axis_name), count)
 
     counted = jnp.where(jnp.any(pairs.positive | pairs.negative, axis=1), weights, 0.0)
-    divergence = ratio(total(counted * _divergence(embeddings), axis_name), total(counted, axis_name))
+    divergence = jnp.where(counted > 0, counted * _divergence(embeddings), 0.0)
+    divergence = ratio(total(divergence, axis_name), total(counted, axis_name))
     return 0.5 * (mean_of(pairs.positive) + mean_of(pairs.negative)) + prior * divergence
 
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,7 @@ class Compiling(NamedTuple):
 
 
 _so_far: Compiling | None = None
+_adding = threading.Lock()  # several threads may compile
 
 
 def compiling() -> Compiling:
@@ -153,9 +155,10 @@ def compiling() -> Compiling:
 
 def _note(event: str, duration_secs: float, **_: str | int) -> None:
     global _so_far
-    before = _so_far or Compiling()
-    if event == "/jax/core/compile/backend_compile_duration":
-        _so_far = before._replace(seconds=before.seconds + duration_secs)
-    elif event == "/jax/compilation_cache/cache_retrieval_time_sec":  # part of the event above
-        reading, seconds = before.reading + duration_secs, before.seconds - duration_secs
-        _so_far = Compiling(seconds, before.kept + 1, reading)
+    with _adding:
+        before = _so_far or Compiling()
+        if event == "/jax/core/compile/backend_compile_duration":
+            _so_far = before._replace(seconds=before.seconds + duration_secs)
+        elif event == "/jax/compilation_cache/cache_retrieval_time_sec":  # part of the event above
+            reading, seconds = before.reading + duration_secs, before.seconds - duration_secs
+            _so_far = Compiling(seconds, before.kept + 1, reading)

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from idml_jax.training.learning import WHOLE_TRUNK, TrunkLearning, learning_of
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.state import TrainState, create_state_on
 from idml_jax.training.tasks import Evaluation, Task, task_of
+from idml_jax.training.tasks.class_relations import relation_of
+from idml_jax.training.tasks.objective import Objective
 
 logger = logging.getLogger("idml_jax")
 
@@ -119,6 +122,12 @@ class Run(NamedTuple):
         """A state on the mesh."""
         return sharding.place(state, sharding.placement(state, self.mesh, self.setup.objective.split))
 
+    @property
+    def relation(self) -> str:
+        """Digest of the relation of the classes (``config.loss.levels``, ``relation``); empty without one."""
+        relation = getattr(self.setup.objective, "relation", None)
+        return "" if relation is None else str(relation.digest)
+
     def with_variables(self, state: TrainState, variables: dict[str, Any]) -> TrainState:
         """A fresh state with weights and statistics from ``weights.load`` substituted."""
         merged = weights.merge(state.latest, variables)
@@ -188,9 +197,12 @@ def build(config: ConfigDict) -> Run:
             "let all of the trunk learn (config.optim.trunk=all)",
             config.optim.trunk,
         )
+    objective = task.criterion(config, num_classes, per_epoch, mesh)
+    if (relation := relation_of(config, splits.train.class_names)) is not None:
+        objective = replace(cast(Objective, objective), relation=relation)
     setup = steps.StepSetup(
         model=model,
-        objective=task.criterion(config, num_classes, per_epoch, mesh),
+        objective=objective,
         optimizer=optimizer_of(config, per_epoch, learning),
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
@@ -215,6 +227,9 @@ def _check_labels(config: ConfigDict, splits: datasets.Splits) -> None:
         "task": config.task != "retrieval",
         "memory.size": config.memory.size > 0,
         "loss.class_share": config.loss.class_share < 1,
+        "prism.share": config.prism.share > 0,
+        "loss.levels": bool(config.loss.levels),
+        "loss.relation": bool(config.loss.relation),
         "loss.learned": config.loss.learned == "per_class",
         "fit.only": config.fit.only,
         "model.semantic_init": starts_whitened(config),

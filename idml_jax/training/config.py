@@ -138,6 +138,9 @@ def default_config() -> ConfigDict:
     config.loss.weights = ()  # of the losses that are joined by +; empty: 1 each
     config.loss.learned = "none"  # or shared, per_class: beta of the margin loss, slope and offset of hedged_instance
     config.loss.class_share = 1.0  # share of the classes that a batch is compared with in a step, for softmax losses
+    config.loss.levels = ""  # text between the levels in class names, such as /: the loss is summed over the levels
+    config.loss.level_weights = ()  # of the levels, from coarse to fine; empty: equal, with the sum 1
+    config.loss.relation = ""  # CSV file: which classes are positives (1), negatives (0) or neither of each other
     config.loss.centre_spread = 0.0  # weight of the loss that merges proxies of a class (0.2 in SoftTriple's paper)
     config.loss.embedding_norm = 0.0  # weight of the mean squared length of s before it is normalised
     for name in LOSSES:

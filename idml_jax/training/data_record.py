@@ -64,26 +64,30 @@ def _digest(lines: Iterable[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def remember(splits: Splits, workdir: Path) -> None:
-    """Writes the record of a new run; an existing record is kept."""
+def remember(splits: Splits, workdir: Path, relation: str = "") -> None:
+    """Writes the record of a new run; an existing record is kept. ``relation``: digest of that of the classes."""
     if not (workdir / FILE).exists():
-        write_json(workdir / FILE, record_of(splits))
+        more: Record = {"relation": {"digest": relation}} if relation else {}
+        write_json(workdir / FILE, {**record_of(splits), **more})
 
 
-def check(splits: Splits, workdir: Path, parts: Sequence[str] = Splits._fields) -> list[str]:
+def check(
+    splits: Splits, workdir: Path, parts: Sequence[str] = Splits._fields, relation: str | None = None
+) -> list[str]:
     """Compares the current data of a run with the data it was started with.
 
     Args:
       splits: current images of the run.
       workdir: folder of the run; without a record (written by an earlier version) there is no check.
       parts: parts to compare.
+      relation: digest of the current relation of the classes, empty without one; ``None``: not compared.
 
     Returns:
       Warnings about images that were added, removed or renamed, one line each.
 
     Raises:
-      UserError: if the training classes have changed, so that labels would mean other classes; if the record cannot be
-        read.
+      UserError: if the training classes have changed, so that labels would mean other classes, or their relation; if
+        the record cannot be read.
     """
     path = workdir / FILE
     if not path.exists():
@@ -93,6 +97,11 @@ def check(splits: Splits, workdir: Path, parts: Sequence[str] = Splits._fields) 
         known = {name: {str(k): v for k, v in part.items()} for name, part in stored.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); without it the data is not checked") from error
+    if relation is not None and known.get("relation", {}).get("digest", "") != relation:
+        raise UserError(
+            f"{workdir}: the relation of the classes (config.loss.relation or levels) is not the one that the run "
+            "started with; restore the file, or use another --workdir"
+        )
     warnings = []
     for name, now in record_of(splits).items():
         before = known.get(name)

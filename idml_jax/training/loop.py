@@ -20,6 +20,7 @@ from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.progress import Progress, Ticker, erase, format_seconds, is_shown
 from idml_jax.runtime.writers import MetricWriter
 from idml_jax.training import semantic_init, steps, watch
+from idml_jax.training.ahead import Ahead
 from idml_jax.training.build import Run
 from idml_jax.training.state import TrainState
 
@@ -59,6 +60,8 @@ class Trainer:
       speed: records the times.
       record: record of the run so far, saved with every checkpoint: ``untrained`` metrics, ``history`` of the epochs,
         number of ``rows`` of the log, and ``unfinished`` if the run was stopped within an epoch.
+      step: steps done so far.
+      ahead: the next step, if it is being compiled.
     """
 
     run: Run
@@ -70,6 +73,7 @@ class Trainer:
     speed: Speed
     record: dict[str, Any] = field(default_factory=lambda: {"untrained": None, "history": [], "rows": 0})
     step: int = 0
+    ahead: Ahead = field(default_factory=Ahead)
 
     def __post_init__(self) -> None:
         self.step = int(self.state.step)
@@ -89,6 +93,17 @@ class Trainer:
         """The record as stored in a checkpoint."""
         return without_nan({**self.record, "rows": self.writer.rows})
 
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether the next step computes a gradient for the trunk."""
+        warmup = self.run.config.optim.warmup_epochs * self.run.sampler.steps_per_epoch
+        return self.run.setup.optimizer.trunk.anything and self.step >= warmup
+
+    def compile_ahead(self) -> None:
+        """Starts to compile the first step of a new run, beside what comes before it."""
+        if self.step == 0:
+            self.ahead.start(self.run, self.state, self.trains_trunk)
+
     def train(self) -> TrainState:
         """Trains from the current state to the end of the run.
 
@@ -104,8 +119,6 @@ class Trainer:
         window = watch.Window(self._broken, unfinished.get("window"))
         checks = watch.debug_checks(config.debug)
         train_step = steps.jit_checked_train_step if {"nans", "infs"} & set(checks) else steps.jit_train_step
-        warmup = config.optim.warmup_epochs * per_epoch
-        trunk_learns = self.run.setup.optimizer.trunk.anything
         progress = self.writer.progress(self.run.total_steps, self.step)
         shown = self._shown()
         pending = unfinished.get("end_epoch", False)
@@ -116,11 +129,11 @@ class Trainer:
             shown.note("compiling")
             for batch in self._batches():
                 placed = sharding.shard_batch({k: batch[k] for k in ("image", "label")}, self.run.mesh)
+                self.ahead.wait()
                 try:
                     with watch.debugging(checks):
-                        train_trunk = trunk_learns and self.step >= warmup
                         self.state, metrics = train_step(
-                            self.state, placed, setup=self.run.setup, train_trunk=train_trunk
+                            self.state, placed, setup=self.run.setup, train_trunk=self.trains_trunk
                         )
                 except FloatingPointError as error:  # raised by JAX's checks
                     found = " ".join(str(error).split("\n")[:1])

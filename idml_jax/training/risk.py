@@ -38,7 +38,7 @@ from idml_jax.training.build import Run, build
 from idml_jax.training.digests import weights_digest
 from idml_jax.training.features import FeatureEmbedder, Features, features_of, jit_risk_of, view_embedder
 from idml_jax.training.semantic_init import FOLDER, evaluated_features, network_of
-from idml_jax.training.tasks.objective import metric_of
+from idml_jax.training.tasks.metrics_of_run import metric_of
 
 logger = logging.getLogger("idml_jax")
 

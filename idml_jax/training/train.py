@@ -128,6 +128,7 @@ def _train_and_evaluate(
     trainer = _started(run, workdir, pretrained, stop, speed)
     complete = False
     try:
+        trainer.compile_ahead()
         _start_whitened(trainer, workdir)
         _measure_untrained(trainer)
         trainer.train()
@@ -157,7 +158,7 @@ def prepare(workdir: Path, run: Run, resume: str = "auto") -> None:
                 going_on.lengthen(run.config, workdir)
             remember(run.config, workdir)
             _check_data(run, workdir)
-            data_record.remember(run.splits, workdir)
+            data_record.remember(run.splits, workdir, run.relation)
     except OSError as error:
         problem = UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})")
         problem.__cause__ = error
@@ -168,7 +169,7 @@ def prepare(workdir: Path, run: Run, resume: str = "auto") -> None:
 
 def _check_data(run: Run, workdir: Path) -> None:
     """Compares the images with those that the run was started with; where the same have moved to is written down."""
-    changed = data_record.check(run.splits, workdir)
+    changed = data_record.check(run.splits, workdir, relation=run.relation)
     for line in changed:
         logger.warning("warning: %s: %s", workdir, line)
     if not changed and jax.process_index() == 0:

@@ -19,7 +19,7 @@ def test_the_classes_of_the_batch_are_always_in(groups):
     seen, total = np.zeros(CLASSES), 0.0
     for seed in range(60):
         classes, real, stands_for = map(np.asarray, draw(jax.random.key(seed)))
-        assert len(classes) == (12 if groups == 1 else 4 * max(3, 4))
+        assert len(classes) == (15 if groups == 1 else 4 * 6)  # the batch's size, and 0.3 of the remaining classes
         assert {3, 17, 39} <= set(classes[real]) and len(set(classes)) == len(classes)
         assert (real == (classes < CLASSES)).all()
         assert (stands_for[np.isin(classes, LABELS)] == 1).all()
@@ -32,7 +32,7 @@ def test_the_classes_of_the_batch_are_always_in(groups):
         taken = class_sampling.take_classes(table, sample)
         np.testing.assert_array_equal(taken[:, 0], classes)
         if groups > 1:  # each group's rows come from itself
-            np.testing.assert_array_equal(classes // (ROWS // groups), np.repeat(np.arange(groups), 4))
+            np.testing.assert_array_equal(classes // (ROWS // groups), np.repeat(np.arange(groups), 6))
     others = np.setdiff1d(np.arange(CLASSES), LABELS)
     assert (seen[others] > 0).all() and abs(seen[others].mean() / total - 1) < 1e-5
     assert seen[others].max() / total < 2.5
@@ -56,6 +56,14 @@ def test_the_denominator_is_that_of_all_classes_in_expectation(name):
     error = drawn.std(0) / np.sqrt(len(drawn))
     assert (np.abs(drawn.mean(0) - np.exp(full)) < 4 * error).all()
     assert (error / np.exp(full) < 0.05).all()  # so the comparison says something
+
+
+def test_some_negatives_are_drawn_however_many_classes_the_batch_has():
+    labels = jnp.arange(8)
+    for seed in range(5):
+        sample = class_sampling.sample_classes(jax.random.key(seed), labels, CLASSES, 0.01)
+        assert len(sample.classes) == 9
+        np.testing.assert_allclose(sample.stands_for.sum(), CLASSES)
 
 
 def test_all_classes_are_the_plain_loss():

@@ -92,3 +92,27 @@ def test_an_objective_with_prism_is_the_loss_of_what_is_kept(loss):
     expected = jax.jit(plain)(params, Embedding(semantic[some], embedding.uncertainty[some]), wrong[some])
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(*whole, rtol=1e-6)
+
+
+def test_what_prism_leaves_out_enters_no_memory():
+    semantic = ism.l2_normalize(jax.random.normal(jax.random.key(0), (4, 8)))
+    common = {"options": (), "metric": ism.Metric("plain"), "num_classes": 4, "dim": 8, "uncertainty_dim": 4}
+    rule = PrismObjective("contrastive", **common, memory_size=16, share=0.5, window=1, features=16)
+    labels, wrong = jnp.arange(4), jnp.array([0, 1, 3, 2])
+
+    @jax.jit
+    def two_steps(store):
+        store = rule.remember(store, Embedding(semantic), labels)
+        kept = rule.chosen(store, Embedding(semantic), wrong)
+        return kept, rule.remember(store, Embedding(semantic), wrong)
+
+    kept, store = two_steps(rule.init_memory())
+    np.testing.assert_array_equal(kept, [True, True, False, False])
+    np.testing.assert_array_equal(store.of_loss.labels[store.of_loss.valid], [0, 1, 2, 3, 0, 1])
+
+
+def test_prism_keeps_all_while_no_class_is_known():
+    semantic, labels = ism.l2_normalize(jax.random.normal(jax.random.key(0), (4, 8))), jnp.array([0, 0, 1, 1])
+    state = prism.create(8, 8, 1)
+    kept, _ = prism.select(state, semantic, labels, share=0.5, num_classes=2)
+    assert kept.all()

@@ -18,7 +18,8 @@ from idml_jax.training import steps
 from idml_jax.training.config import default_config
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.state import create_state
-from idml_jax.training.tasks.objective import Objective, training_metric
+from idml_jax.training.tasks.metrics_of_run import training_metric
+from idml_jax.training.tasks.objective import Objective
 
 
 def metric(introspective=True, **settings):

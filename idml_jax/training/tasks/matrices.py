@@ -22,12 +22,14 @@ class Compared(NamedTuple):
       references: the references; ``None``: the images themselves.
       pairs: relation of the two.
       stands_for: number of classes that each class stands for as a negative, if only some are compared.
+      levels: the relation at each level, if the classes have one (``ClassRelation``).
     """
 
     embedding: Embedding
     references: Embedding | None
     pairs: losses.Pairs
     stands_for: Float[Array, "m"] | None = None
+    levels: tuple[losses.Pairs, ...] = ()
 
 
 def matrix_of(metric: Metric, reads: str, found: Compared, negatives: str = "learn") -> Any:

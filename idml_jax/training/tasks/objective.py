@@ -1,6 +1,7 @@
 """The metric-learning objective: which matrix a loss reads, and its references."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -8,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-from ml_collections import ConfigDict
 
 from idml_jax import ism, losses
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding, Metric
 from idml_jax.losses import LOSSES, auxiliary, class_sampling, memory
+from idml_jax.losses.class_relation import ClassRelation
 from idml_jax.models import init_proxies
 from idml_jax.runtime import sharding
 from idml_jax.training.criterion import Criterion
@@ -22,32 +23,7 @@ from idml_jax.training.tasks.matrices import Compared, log_term, matrix_of
 from idml_jax.training.tasks.terms import Term, proxy_sets
 
 LEARNED = ("none", "shared", "per_class")
-
-
-def training_metric(config: ConfigDict) -> Metric:
-    """The metric that a run's loss uses: the plain one if ``config.ism.enabled`` is false.
-
-    Raises:
-      UserError: for an unknown ``config.ism.variant`` or a ``config.ism.temperature`` that is not above 0.
-    """
-    settings = config.ism
-    # The plain form is selected by config.ism.enabled = False.
-    known = [name for name, form in ism.FORMS.items() if form.introspective]
-    if settings.variant not in known:
-        raise UserError(f"config.ism.variant = {settings.variant!r}; known: {', '.join(known)}")
-    if not 0 < settings.temperature < float("inf"):
-        raise UserError(f"config.ism.temperature = {settings.temperature} must be above 0 and finite")
-    return Metric(settings.variant if settings.enabled else "plain", settings.temperature)
-
-
-def metric_of(config: ConfigDict) -> Metric:
-    """The metric that compares a run's embeddings after training, also if its loss ignored the uncertainty.
-
-    Raises:
-      UserError: as ``training_metric``.
-    """
-    training_metric(config)
-    return Metric(config.ism.variant, config.ism.temperature).for_ranking()
+CLASS_DRAW = 2**31 - 1  # folded into the key of drawn classes: neither the number of a term nor of a row
 
 
 @dataclass(frozen=True)
@@ -77,6 +53,7 @@ class Objective(Criterion):
       class_share: share of the classes that a batch is compared with in a step; 1: all.
       centre_spread: weight of the loss that merges proxies of a class.
       embedding_norm: weight of the mean squared length of the semantic embeddings before normalising.
+      relation: which classes are positives and negatives of each other; ``None``: every class of itself alone.
     """
 
     loss: str
@@ -99,6 +76,7 @@ class Objective(Criterion):
     class_share: float = 1.0
     centre_spread: float = 0.0
     embedding_norm: float = 0.0
+    relation: ClassRelation | None = None
 
     def __post_init__(self) -> None:
         for term in self.parts:
@@ -114,6 +92,12 @@ class Objective(Criterion):
             raise UserError(f"config.loss.learned: {self.loss} has nothing to learn; these do: {able}")
         if self.memory_size and not self._has("batch"):
             raise UserError(f"config.memory.size: {self.loss} compares with proxies; a memory is for losses on pairs")
+        on_batch = [term.spec for term in self.parts if term.spec.references == "batch"]
+        if self.memory_size and not any(spec.takes_memory for spec in on_batch):
+            raise UserError(
+                f"config.memory.size: {self.loss} reads one positive of each image, which is in the batch; it has no "
+                "use for a memory"
+            )
 
     @property
     def parts(self) -> tuple[Term, ...]:
@@ -172,10 +156,14 @@ class Objective(Criterion):
         return memory.create(self.memory_size, self.dim, self.uncertainty_dim if self.introspective else None)
 
     def remember(
-        self, store: memory.Memory | tuple[()], embedding: Embedding, labels: Int[Array, "n"]
+        self,
+        store: memory.Memory | tuple[()],
+        embedding: Embedding,
+        labels: Int[Array, "n"],
+        mask: Bool[Array, "n"] | None = None,
     ) -> memory.Memory | tuple[()]:
-        """The memory after storing a batch; called after the batch's loss."""
-        return memory.enqueue(cast(memory.Memory, store), embedding, labels) if self.memory_size else store
+        """The memory after storing a batch, without images whose mask is false; called after the batch's loss."""
+        return memory.enqueue(cast(memory.Memory, store), embedding, labels, mask) if self.memory_size else store
 
     def __call__(
         self,
@@ -259,7 +247,10 @@ class Objective(Criterion):
                     matrix = matrix_of(self.metric, spec.reads, found, self.negatives)
                     matrices[spec.reads] = self._split(matrix) if spec.references == "proxies" else matrix
                 read = matrices[spec.reads]
-            values[index] = spec.function(read, found.pairs, **options)
+            if self.relation is None:
+                values[index] = spec.function(read, found.pairs, **options)
+            else:
+                values[index] = losses.over_levels(spec.function, read, found.levels, self.relation.weights, **options)
         if self.attenuation:  # below 0: no term
             values[-1 - terms[0][0]] = log_term(self.metric, found, axis_name)
         return values
@@ -322,10 +313,18 @@ class Objective(Criterion):
         if not self.memory_size:
             references = None if axis_name is None else losses.gather(embedding, axis_name)
             found = losses.pairs_from_label_sets(labels, mask=mask, axis_name=axis_name)
-            return Compared(embedding, references, found)
+            levels = self._levels(found, labels, lambda: losses.gather(labels, axis_name))
+            return Compared(embedding, references, found, levels=levels)
         kept = cast(memory.Memory, store)
         pairs = memory.pairs_with_batch(kept, labels, mask, active=step >= self.memory_warmup, axis_name=axis_name)
-        return Compared(embedding, memory.with_batch(kept, embedding, axis_name), pairs)
+        levels = self._levels(pairs, labels, lambda: jnp.concatenate([losses.gather(labels, axis_name), kept.labels]))
+        return Compared(embedding, memory.with_batch(kept, embedding, axis_name), pairs, levels=levels)
+
+    def _levels(
+        self, pairs: losses.Pairs, rows: Int[Array, "n"], columns: Callable[[], Int[Array, "m"]]
+    ) -> tuple[losses.Pairs, ...]:
+        """The relation of the classes at each of its levels; nothing if they are the same or different alone."""
+        return () if self.relation is None else self.relation.pairs(pairs, rows, columns())
 
     def _with_proxies(
         self,
@@ -342,7 +341,7 @@ class Objective(Criterion):
             if key is None:
                 raise ValueError("a share of the classes is drawn at random: the objective needs a key")
             sample = class_sampling.sample_classes(
-                jax.random.fold_in(key, len(self.parts)),
+                jax.random.fold_in(key, CLASS_DRAW),
                 labels,
                 self.num_classes,
                 self.class_share,
@@ -354,7 +353,10 @@ class Objective(Criterion):
         references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
         if mask is not None:
             pairs = losses.Pairs(*(relation & mask[:, None] for relation in pairs))
-        return Compared(embedding, references, pairs, None if sample is None else sample.stands_for)
+        classes = lambda: jnp.repeat(jnp.arange(self.proxy_rows) % self.num_classes, count)  # padding is in no pair
+        levels = self._levels(pairs, labels, classes)
+        levels = tuple(losses.Pairs(*map(self._split, level)) for level in levels)
+        return Compared(embedding, references, pairs, None if sample is None else sample.stands_for, levels)
 
     def _against_proxies(
         self,

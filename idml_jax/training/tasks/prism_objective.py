@@ -39,11 +39,14 @@ class PrismObjective(Objective):
     def chosen(self, store: Any, embedding: Embedding, labels: Int[Array, "n"]) -> Bool[Array, "n"]:
         return self._selected(store, embedding, labels)[0]
 
-    def remember(self, store: Any, embedding: Embedding, labels: Int[Array, "n"]) -> Any:
+    def remember(
+        self, store: Any, embedding: Embedding, labels: Int[Array, "n"], mask: Bool[Array, "n"] | None = None
+    ) -> Any:
         kept, threshold = self._selected(store, embedding, labels)
+        kept = kept if mask is None else kept & mask
         return Store(
             prism.update(store.prism, embedding.semantic, labels, kept, threshold),
-            super().remember(store.of_loss, embedding, labels),
+            super().remember(store.of_loss, embedding, labels, kept),
         )
 
     def __call__(

@@ -16,7 +16,8 @@ from idml_jax.runtime import sharding
 from idml_jax.training.config import SPLIT_CLASSES, network_options
 from idml_jax.training.fields import choice
 from idml_jax.training.tasks import retrieval_summary as summary
-from idml_jax.training.tasks.objective import Objective, training_metric
+from idml_jax.training.tasks.metrics_of_run import training_metric
+from idml_jax.training.tasks.objective import Objective
 from idml_jax.training.tasks.prism_objective import PrismObjective
 from idml_jax.training.tasks.task import Arrays, Evaluation
 from idml_jax.training.tasks.terms import reads_batch, reads_proxies, terms_of

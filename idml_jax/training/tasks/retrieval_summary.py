@@ -10,7 +10,7 @@ from idml_jax.metrics import calibration, relevance
 from idml_jax.metrics.calibration import Known
 from idml_jax.metrics.embedded import Embedded, joined
 from idml_jax.metrics.summary import HeldOut, ambiguity_report, corrupted_report, full_report, retrieval_report
-from idml_jax.training.tasks.objective import metric_of
+from idml_jax.training.tasks.metrics_of_run import metric_of
 from idml_jax.training.tasks.probes import STRENGTHS, drawn_images, partners_of_other_classes
 from idml_jax.training.tasks.task import Evaluation
 

@@ -1,5 +1,6 @@
 """The terms of a loss: one loss of the library, or the weighted sum of several."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,10 @@ from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES, LossSpec
 
 __all__ = ["Term", "check_loss", "names_of", "proxy_sets", "reads_batch", "reads_proxies", "terms_of"]
+
+
+# Options that divide, or that scale a similarity.
+POSITIVE = ("temperature", "rank_temperature", "scale", "gamma", "kappa", "spread", "alpha", "slope", "largest_square")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class Term:
     def centres(self) -> int:
         """Number of proxies per class."""
         return int(dict(self.options).get("centres", self.spec.centres)) if self.spec.centres > 1 else 1
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def names_of(loss: str) -> tuple[str, ...]:
@@ -118,8 +128,8 @@ def check_loss(config: ConfigDict) -> None:
             f"config.loss.weights = {tuple(loss.weights)} must be one number for each of the {len(names)} losses in "
             f"config.loss.name = {loss.name!r}, or empty"
         )
-    if any(not 0 < weight < float("inf") for weight in loss.weights):
-        raise UserError(f"config.loss.weights = {tuple(loss.weights)} must be above 0 and finite")
+    if any(not is_number(weight) or not 0 < weight < float("inf") for weight in loss.weights):
+        raise UserError(f"config.loss.weights = {tuple(loss.weights)} must be numbers above 0 and finite")
     if not 0 < loss.class_share <= 1:
         raise UserError(f"config.loss.class_share = {loss.class_share} must be above 0 and at most 1")
     unable = [name for name in names if LOSSES[name].references == "proxies" and not LOSSES[name].takes_share]
@@ -131,6 +141,12 @@ def check_loss(config: ConfigDict) -> None:
         )
     terms = terms_of(config)
     _check_options(terms)
+    thin = [name for name in names if name in ("elk", "mc_info_nce")]
+    if thin and config.model.embedding_dim < 2:
+        raise UserError(
+            f"config.model.embedding_dim = {config.model.embedding_dim}: {thin[0]} needs at least 2 dimensions, for "
+            "its directions"
+        )
     if loss.centre_spread and max(term.centres for term in terms) < 2:
         able = ", ".join(name for name, spec in LOSSES.items() if spec.centres > 1)
         raise UserError(
@@ -145,9 +161,18 @@ def _check_options(terms: tuple[Term, ...]) -> None:
         for option, least in (("centres", 1), ("samples", 1), ("bins", 1)):
             if option in options and options[option] < least:
                 raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be at least {least}")
-        for option in ("temperature", "rank_temperature", "scale", "gamma", "kappa", "spread"):
-            if option in options and not 0 < options[option] < float("inf"):
+        for option, value in options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"config.loss.{term.loss}.{option} = {value} must be a finite number")
+        for option in (*POSITIVE, *(["beta"] if term.loss == "multi_similarity" else [])):
+            if option in options and not options[option] > 0:
                 raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be above 0 and finite")
+        if options.get("prior", 0.0) < 0:
+            raise UserError(f"config.loss.{term.loss}.prior = {options['prior']} must be at least 0")
+        if "arcface" in term.loss and not 0 <= options["margin"] <= 180:
+            raise UserError(
+                f"config.loss.{term.loss}.margin = {options['margin']} must be an angle between 0 and 180 degrees"
+            )
         ks = options.get("ks", (1,))
-        if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
+        if not ks or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in ks):
             raise UserError(f"config.loss.{term.loss}.ks = {ks} must be whole numbers of at least 1")

@@ -1,0 +1,59 @@
+"""The first train step compiled in a thread of its own, while the main thread measures the untrained network."""
+
+import contextlib
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from idml_jax.data.sources import sets_of
+from idml_jax.training import steps, watch
+from idml_jax.training.build import Run, image_shape
+from idml_jax.training.state import TrainState
+
+
+def batch_shapes(run: Run) -> dict[str, Any]:
+    """Shapes, types and placement of a training batch."""
+    sets = sets_of(run.splits.train)
+    labels = run.splits.train.labels if sets is None else sets
+    place = NamedSharding(run.mesh, PartitionSpec("data"))
+    array = lambda shape, dtype: jax.ShapeDtypeStruct((run.config.batch_size, *shape), dtype, sharding=place)
+    return {"image": array(image_shape(run.config), jnp.uint8), "label": array(labels.shape[1:], jnp.int32)}
+
+
+class Ahead:
+    """A step that is being compiled, or nothing.
+
+    jax keeps the program for the call with the same shapes, so the first step finds it. Should it not fit, or compiling
+    fail, the step compiles as it would have done, and reports what is wrong.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def start(self, run: Run, state: TrainState, train_trunk: bool) -> None:
+        """Starts to compile the step of ``state`` (see ``steps.train_step``).
+
+        Not on several hosts, whose programs must be compiled in the same order, nor on a GPU, where compiling measures
+        kernels and other work would disturb it.
+        """
+        config = run.config
+        several = jax.process_count() > 1 or jax.default_backend() == "gpu"
+        if several or config.optim.cached_features or watch.debug_checks(config.debug):
+            return
+        batch = batch_shapes(run)
+
+        def compile_step() -> None:
+            with contextlib.suppress(Exception):
+                steps.jit_train_step.lower(state, batch, setup=run.setup, train_trunk=train_trunk).compile()
+
+        self._thread = threading.Thread(target=compile_step, name="compile the first step")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until it is compiled, which otherwise would begin a second time."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
