@@ -7,6 +7,7 @@ own (``pretrained_cfg`` of timm, ``preprocessor_config.json`` of transformers) k
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 Channels = tuple[float, float, float]
@@ -136,7 +137,9 @@ CATALOGUE: dict[str, Entry] = {
 }
 
 # Architectures of timm whose tensors fit one of our networks by name and shape, and which are another function.
-OTHERS = {
+_OTHERS = {
+    "resnetaa*": "averages before it strides, which the ResNets here do not",
+    "resnetblur*": "blurs before it strides, which the ResNets here do not",
     "efficientnet_lite0": "pads its convolutions alike on all sides, which efficientnet_lite0 here does not; weights "
     "of timm/tf_efficientnet_lite0.in1k fit it",
 }
@@ -157,6 +160,11 @@ _CONVNEXT = {
 }  # fmt: skip
 # Models of two towers, by the type of the tower for images.
 _TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+def another_function(architecture: str) -> str:
+    """Why an architecture of timm computes something else than the network its tensors fit; empty if it does not."""
+    return next((why for pattern, why in _OTHERS.items() if fnmatchcase(architecture, pattern)), "")
 
 
 def for_timm(architecture: str, tag: str = "") -> str | None:

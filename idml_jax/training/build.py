@@ -291,6 +291,8 @@ def data_of(config: ConfigDict, warn: Callable[[str], None] = logger.warning) ->
 
 def sampler_of(config: ConfigDict, splits: datasets.Splits) -> samplers.Sampler:
     """The order of the training images."""
+    if config.fit.only:  # nothing is trained in batches
+        return samplers.ShuffledSampler(len(splits.train), min(config.batch_size, len(splits.train)), config.seed)
     per_class = config.data.per_class
     if per_class < 0:
         per_class = task_of(config).images_per_class(config)

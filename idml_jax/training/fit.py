@@ -1,5 +1,6 @@
 """A run whose semantic head is a closed form of the training images' features; nothing is trained by gradient."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -25,7 +26,7 @@ from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.trackers import check_installed
 from idml_jax.runtime.writers import MetricWriter
-from idml_jax.training import auto, train
+from idml_jax.training import auto, data_record, train, weights
 from idml_jax.training import semantic_init as heads
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
@@ -108,16 +109,19 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
     # What the weights tell (model.name=auto) stays for a call that goes on, not for a run that is replaced.
     config = auto.resolved(settings_of(config), workdir / heads.FOLDER if overwrite else workdir)
     stored = None if overwrite else _stored(config, workdir)
+    run = build(config)
     if stored is not None:
+        _check_finished(run, workdir)
         logger.info("this run is finished: %s", workdir / "result.json")
         return stored
-    run = build(config)
     check_installed(tracking_of(config).names)
     train_source, classes = run.splits.train, len(run.splits.train.class_names)
     logger.info("%s: %d training images of %d classes", config.data.name, len(train_source), classes)
     state = run.initial_state()
     if config.model.init_from:
         variables, source = run.pretrained()
+        if not overwrite and (workdir / "config.json").exists():
+            workdir_lib.remember(run.config, workdir)  # other weights are refused before their features are computed
         state = run.with_variables(state, variables)
         logger.info("starting from %s", source)
     views = heads.training_features(run, state.latest, workdir, stop.check)
@@ -168,6 +172,29 @@ def _stored(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); without it the run is evaluated again") from error
     return result
+
+
+def _check_finished(run: Run, workdir: Path) -> None:
+    """Refuses a finished run whose images or weights are not those that it was made from.
+
+    Weights that are no longer here are not compared.
+    """
+    changed = data_record.check(run.splits, workdir)
+    stored = workdir_lib.read(workdir)
+    located = None
+    if stored.model.init_from:
+        with contextlib.suppress(UserError):
+            located = weights.locate(stored.model.init_from)
+    try:
+        if located is not None:
+            auto.record_origin(stored, located)
+    except UserError:
+        changed.append("the weights are not those that the run was made from")
+    if changed:
+        raise UserError(
+            f"{workdir}: this run is finished, and {changed[0]}; use another --workdir, or --overwrite, which moves "
+            f"its files to {workdir / 'replaced'}"
+        )
 
 
 def _make_way(workdir: Path, overwrite: bool) -> None:

@@ -60,6 +60,23 @@ def messages(caplog):
 
 
 class TestFit:
+    def test_needs_no_full_batch(self, settings, tmp_path):
+        result = fit_lib.fit(settings(**{"batch_size": 200, "loss.name": "contrastive"}), tmp_path / "run")
+        assert result["final"]["R@1"] > 0
+
+    def test_a_finished_run_says_what_has_changed(self, settings, image_folder, tmp_path):
+        own = tmp_path / "images"
+        shutil.copytree(image_folder, own)
+        config = settings(**{"data.root": str(own)})
+        result = fit_lib.fit(config, tmp_path / "run")
+        assert fit_lib.fit(config, tmp_path / "run")["final"] == result["final"]
+        one = next(iter(sorted((own / "train").glob("*/*"))))
+        shutil.copyfile(one, one.with_name(f"more{one.suffix}"))
+        with pytest.raises(UserError, match=r"this run is finished, and the train images .* --overwrite"):
+            fit_lib.fit(config, tmp_path / "run")
+        again = fit_lib.fit(config, tmp_path / "run", overwrite=True)
+        assert again["peers"] and (tmp_path / "run" / "replaced" / "0" / "result.json").exists()
+
     def test_head_is_the_closed_form(self, fitted):
         workdir, result = fitted
         parts = [np.load(path) for path in sorted((workdir / "features" / "train").glob("*.npy"))]

@@ -113,6 +113,45 @@ def test_a_name_is_downloaded_once_and_then_read_without_a_network(hub, tiny, tm
         weights.locate("owner/two")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf-hub:owner/tiny-vit",
+        "hf_hub:owner/tiny-vit@main",
+        "HF://owner/tiny-vit",
+        "hf://owner/tiny-vit@main/model.safetensors",
+        "https://huggingface.co/owner/tiny-vit",
+        "https://huggingface.co/owner/tiny-vit/",
+        "https://huggingface.co/owner/tiny-vit/tree/main",
+        "https://hf.co/owner/tiny-vit/blob/main/model.safetensors",
+        "https://huggingface.co/owner/tiny-vit/resolve/main/model.safetensors?download=true",
+    ],
+)
+def test_other_spellings_of_a_name(hub, name):
+    located = weights.locate(name)
+    assert located.path.name == "model.safetensors" and located.commit == hub.commit("owner/tiny-vit")
+
+
+def test_the_index_names_its_pieces(hub, tiny):
+    files = hub.repositories["owner/sharded"]
+    index = json.loads(files["model.safetensors.index.json"])
+    names = {f"model-{i:05d}-of-00002.safetensors": name for i, name in ((1, "a.safetensors"), (2, "b.safetensors"))}
+    index["weight_map"] = {tensor: names[piece] for tensor, piece in index["weight_map"].items()}
+    hub.repositories["owner/named"] = {
+        **{new: files[old] for old, new in names.items()},
+        "unused.safetensors": files["model-00001-of-00002.safetensors"],
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "config.json": files["config.json"],
+    }
+    same_trunk(pretrained.load("owner/named", tiny)[0], tiny)
+    assert "unused.safetensors" not in downloads(hub)
+    hub.repositories["owner/lacking"] = {
+        k: v for k, v in hub.repositories["owner/named"].items() if k != "b.safetensors"
+    }
+    with pytest.raises(UserError, match=r"b.safetensors is missing, one of the 2 files"):
+        weights.locate("owner/lacking")
+
+
 def test_weights_in_several_files(hub, tiny):
     same_trunk(pretrained.load("owner/sharded", tiny)[0], tiny)
     located = weights.locate("owner/sharded")
@@ -164,6 +203,14 @@ def test_a_cut_download_leaves_no_weights_behind(hub, tiny, tmp_path, monkeypatc
         ("owner/texts", "", r"owner/texts: holds no weights"),
         ("owner/two", "", r"several files of weights \(a.safetensors, b.safetensors\); name one"),
         ("hf://owner", "", r"hf://owner: not a name on the hub; hf://owner/name"),
+        ("hf://owner/tiny-vit/config.json", "", r"config.json is no file of weights; they come as .safetensors"),
+        ("EfficientNet-Lite0", "", r"no such weights file .*; efficientnet_lite0 is the name of weights"),
+        ("resnet50.a1_in1k", "", r"no such weights file .*; weights of timm .* timm/resnet50.a1_in1k"),
+        (
+            "owner/tiny-vit/model.safetensors",
+            "",
+            r"on the Hugging Face hub is named hf://owner/tiny-vit/model.safetensors",
+        ),
         ("owner/x.safetensors", "", r"x.safetensors: no such weights file"),
     ],
 )

@@ -15,6 +15,7 @@ from idml_jax.models import naming
 from idml_jax.training import auto, weights
 from idml_jax.training.config import default_config
 from idml_jax.training.weights import about
+from idml_jax.training.weights.convert import native_of
 from idml_jax.training.weights.tensors import Native, Tensors
 
 
@@ -69,6 +70,22 @@ WRAPPED = {
     "Lightning": (
         lambda t: {"state_dict": under("net.backbone.", t) | {"net.neck.weight": ones(3)}},
         ("the network is state_dict net.backbone.*", "net.neck.weight (1 in total)"),
+    ),
+    "student and teacher in one dictionary": (
+        lambda t: {"model": under("student.backbone.", other(t)) | under("teacher.backbone.", t)},
+        ("the network is model teacher.backbone.*", "model teacher.backbone.* is taken, model student.backbone.*"),
+    ),
+    "teacher by an underscore": (
+        lambda t: {"state_dict": under("student_backbone.", other(t)) | under("teacher_backbone.", t)},
+        ("state_dict teacher_backbone.* is taken",),
+    ),
+    "averages of a module": (
+        lambda t: {"state_dict": under("module.", other(t)), "state_dict_ema": under("module.", t)},
+        ("state_dict_ema module.* is taken",),
+    ),
+    "averages under ema": (
+        lambda t: {"model": other(t), "ema": under("ema_model.module.", t)},
+        ("ema ema_model.module.* is taken",),
     ),
     "averages beside": (
         lambda t: {"state_dict": other(t), "state_dict_ema": t},
@@ -261,6 +278,8 @@ STATISTICS = {"image_mean": IMAGENET["mean"], "image_std": IMAGENET["std"]}
             {"size": {"shortest_edge": 224}, "crop_pct": 0.875, **STATISTICS},
             Native("convnext_base", "convnext of transformers", 224, 256, **IMAGENET, pooling="avg"),
         ),
+        ({"architecture": "resnet50", "input_size": 160}, {}, Native("resnet50", "resnet50 of timm", 160, 160)),
+        ({"architecture": "resnet50", "input_size": [3, 224, 320]}, {}, Native("resnet50", "resnet50 of timm")),
         ({"model_type": "swin"}, {"size": "large", "image_mean": "no"}, Native("", "swin of transformers")),
         ({"architecture": "resnest50d"}, {}, Native("", "resnest50d of timm")),
         ({"something": "else"}, {}, Native()),
@@ -274,6 +293,44 @@ def test_settings_beside_the_weights(tmp_path, config, images, expected):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: cannot be read as JSON"):
         about.native_of(tmp_path, {}, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("architecture", ["resnetaa50", "resnetblur50", "efficientnet_lite0"])
+def test_what_computes_something_else_with_the_same_tensors_is_refused(tmp_path, architecture):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
+    with pytest.raises(UserError, match=f"{architecture} of timm"):
+        about.native_of(tmp_path, {}, tmp_path / "model.safetensors")
+
+
+def test_a_published_size_becomes_whole_patches():
+    own = Native("siglip_so400m14", "siglip of timm", 384, 384, told_by="config.json")
+    found = native_of(Tensors({}, (), torch=True, network="siglip_so400m14", native=own, name="x"))
+    assert (found.image_size, found.resize) == (378, 384)
+
+
+def test_a_file_is_read_with_the_settings_beside_it(tmp_path):
+    _, variables = random_variables("vit_tiny", size=16)
+    source = write(tmp_path / "model.safetensors", variables)
+    settings = {"architecture": "vit_toy_patch8_16", "pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 1.0}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert weights.read(source).native == weights.read(tmp_path).native != Native()
+    write(tmp_path / "other.safetensors", variables)  # not the one that the settings are of
+    assert weights.read(tmp_path / "other.safetensors").native == Native()
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html></html>", "is a web page, not weights"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_what_lies_in_the_place_of_weights_is_named(tmp_path, content, message, suffix):
+    path = tmp_path / f"model.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        weights.read(path)
 
 
 class TestAuto:

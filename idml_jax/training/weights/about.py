@@ -91,10 +91,13 @@ def _of_timm(settings: Mapping[str, Any], path: Path) -> Native:
     images = {**settings, **_mapping(settings.get("pretrained_cfg"))}
     architecture, tag = str(settings["architecture"]), str(images.get("tag") or "")
     architecture, _, own_tag = architecture.partition(".")
-    if architecture in catalogue.OTHERS:
-        raise UserError(f"{path}: {architecture} of timm {catalogue.OTHERS[architecture]}")
+    if why := catalogue.another_function(architecture):
+        raise UserError(f"{path}: {architecture} of timm {why}")
     network = catalogue.for_timm(architecture, tag or own_tag) or ""
-    size = _size((list(images.get("input_size") or []) or [0])[-1])
+    shape = images.get("input_size")
+    size = _size(shape[-1] if isinstance(shape, list) and shape else shape)
+    if isinstance(shape, list) and len(shape) == 3 and shape[1] != shape[2]:
+        size = 0  # images here are square; the catalogue knows a size
     share = images.get("crop_pct")
     resize = math.floor(size / share) if isinstance(share, int | float) and share > 0 else 0
     pooling = _POOLING.get(str(settings.get("global_pool", images.get("global_pool", ""))), "")

@@ -117,6 +117,8 @@ def native_of(tensors: Tensors) -> Native:
     network, own = network_of(tensors), tensors.native
     usual = about.of_catalogue(network)
     size = own.image_size or identify.size_of(tensors, network) or usual.image_size
+    # Published sizes need not be whole patches: 384 pixels of a network with patches of 14 are 27 patches, 378 pixels.
+    size -= size % getattr(MODELS[network](), "patch", 1)
     resize = own.resize or (round(size * usual.resize / usual.image_size) if usual.image_size else size)
     mean, std = (own.mean, own.std) if own.mean else (usual.mean, usual.std)
     told_by = own.told_by or f"names and shapes of the tensors, and {usual.told_by or 'nothing else'}"
@@ -149,7 +151,15 @@ def fetch(source: str | Path, out: str | Path) -> str:
     projected = width and identify.shape_of(tensors, PROJECTION[1])[:1] == (width,)
     model = create_model(native.network, pooling="projection" if projected else "avg")
     like = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
-    variables, told = load(tensors, like, "trunk", network=native.network)
+    try:
+        variables, told = load(tensors, like, "trunk", network=native.network)
+    except UserError as error:
+        if any(value.ndim == 4 and value.shape[1] == 1 for value in tensors.values.values()):
+            raise UserError(
+                f"{source}: reads images of one channel, and fetch writes weights for colour; python -m "
+                "idml_jax.pretrained convert keeps them as they are"
+            ) from error
+        raise
     flat = {p: v for p, v in naming.flatten(variables).items() if not p.endswith(OWN_LEAVES)}
     named = {naming.torch_name(path): naming.to_torch(path, value) for path, value in flat.items()}
     files.write_safetensors(out, named, about.metadata_of(native, _origin(located)))

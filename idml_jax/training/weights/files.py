@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from idml_jax.data.stored.plain_pickle import PickleError
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, printable
 from idml_jax.runtime.files import first_line, write_bytes
 from idml_jax.training.weights import plain_torch
 from idml_jax.training.weights.tensors import CONTAINERS, Named
@@ -32,6 +32,7 @@ def read_files(files: tuple[Path, ...]) -> tuple[dict[str, Named], dict[str, str
     containers: dict[str, Named] = {}
     metadata: dict[str, str] = {}
     for file in files:
+        _refuse_stand_in(file)
         if file.suffix == ".safetensors":
             named, about = read_safetensors(file)
             metadata.update(about)
@@ -45,6 +46,21 @@ def read_files(files: tuple[Path, ...]) -> tuple[dict[str, Named], dict[str, str
                 raise UserError(f"{file}: holds {sorted(twice)[0]}, which another file of these weights holds too")
             known.update(named)
     return containers, metadata
+
+
+def _refuse_stand_in(path: Path) -> None:
+    """Refuses what often lies in the place of weights: a pointer of Git LFS, or a web page."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:
+        return  # the reader says what is wrong
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path}: is a pointer of Git LFS, not the weights; run git lfs pull, or download the file itself"
+        )
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{path}: is a web page, not weights; download the file itself, not the page about it")
 
 
 def read_safetensors(path: Path) -> tuple[Named, dict[str, str]]:
@@ -79,7 +95,9 @@ def read_torch(path: Path) -> dict[str, Named]:
     if not found and content == {}:
         return {"": {}}
     if not found:
-        raise UserError(f"{path}: holds no state_dict, alone or under {', '.join(CONTAINERS)}")
+        there = sorted(map(str, content))[:6] if isinstance(content, Mapping) else []
+        holds = f"a {type(content).__name__}" + (f" of {', '.join(map(printable, there))}" if there else "")
+        raise UserError(f"{path}: holds no state_dict, alone or under {', '.join(CONTAINERS)}; it holds {holds}")
     return found
 
 
@@ -94,10 +112,16 @@ def _content(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"{path}: is damaged, or holds more than tensors and is refused ({first_line(error)}); "
+            f"{path}: is damaged, or holds more than tensors and is refused ({printable(_told(error))}); "
             "save the state_dict alone"
         ) from error
     return content, torch.Tensor, lambda name, value: _dense(path, name, value)
+
+
+def _told(error: Exception) -> str:
+    """What PyTorch says is wrong, without its advice to unpickle whatever is there."""
+    line = first_line(error)
+    return line.split("Re-running", 1)[0].split("This file can still be loaded", 1)[0].strip(" .,") or "damaged"
 
 
 def _content_without_torch(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:

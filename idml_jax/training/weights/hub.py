@@ -16,7 +16,15 @@ from idml_jax.runtime.files import first_line
 
 logger = logging.getLogger("idml_jax")
 
-_NAME = re.compile(r"(?P<explicit>hf://)?(?P<repository>[\w.-]+/[\w.-]+)(?P<file>/[^@]+)?(?:@(?P<revision>[^\s@]+))?")
+_NAME = re.compile(
+    r"(?P<explicit>hf://)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<early>[^\s@/]+))?(?P<file>/[^@]+)?"
+    r"(?:@(?P<revision>[^\s@]+))?"
+)
+# Other spellings of hf://: timm's, and the address of a repository or of a file in a browser.
+_SCHEMES = re.compile(r"hf://|hf[-_]hub:(//)?|https?://(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
+_PAGE = re.compile(
+    r"(?P<repository>[\w.-]+/[\w.-]+)(/(tree|blob|resolve)/(?P<revision>[^/@]+)(?P<file>/[^@?]+)?)?/?(\?.*)?"
+)
 SCHEME = "hf://"
 
 
@@ -58,16 +66,31 @@ def parse(text: str, suffixes: Sequence[str] = ()) -> HubName | None:
     """The hub's name in a value of ``init_from``; ``None`` if it is none.
 
     Args:
-      text: ``owner/name``, ``hf://owner/name`` or ``hf://owner/name/file``, and perhaps ``@revision``.
+      text: ``owner/name``, ``hf://owner/name`` or ``hf://owner/name/file``, and perhaps ``@revision`` (behind the name
+        or the file); also timm's ``hf-hub:owner/name``, and addresses such as
+        ``https://huggingface.co/owner/name/blob/main/file``.
       suffixes: endings of files; without ``hf://``, a name that ends so is a file.
     """
+    scheme = _SCHEMES.match(text)
+    if scheme:
+        text = SCHEME + text[scheme.end() :]
+        page = _PAGE.fullmatch(text.removeprefix(SCHEME)) if scheme[0].lower().startswith("http") else None
+        if page:
+            file = (page["file"] or "").rstrip("/") if page["file"] else ""
+            text = f"{SCHEME}{page['repository']}{file}" + (f"@{page['revision']}" if page["revision"] else "")
     found = _NAME.fullmatch(text)
     if not found or (not found["explicit"] and (found["file"] or found["repository"].endswith(tuple(suffixes)))):
         return None
     owner, _, name = found["repository"].partition("/")
-    if {owner, name} & {".", ".."}:
+    if {owner, name} & {".", ".."} or (found["early"] and found["revision"]):
         return None
-    return HubName(found["repository"], found["revision"] or "", (found["file"] or "").strip("/"))
+    revision = found["early"] or found["revision"] or ""
+    return HubName(found["repository"], revision, (found["file"] or "").strip("/"))
+
+
+def is_meant(text: str) -> bool:
+    """Whether a value of ``init_from`` says itself that it is on the hub: ``hf://``, ``hf-hub:``, an address there."""
+    return bool(_SCHEMES.match(text))
 
 
 def download(name: HubName, choose: Choose) -> Snapshot:

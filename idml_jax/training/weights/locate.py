@@ -1,5 +1,6 @@
 """Finds the files that ``config.model.init_from`` names: a file, a folder, a run, or a repository on the hub."""
 
+import difflib
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ from idml_jax.errors import UserError
 from idml_jax.runtime import checkpoint
 from idml_jax.runtime.files import first_line, user_path
 from idml_jax.training import workdir as workdir_lib
-from idml_jax.training.packaged_weights import packaged
+from idml_jax.training.packaged_weights import PACKAGES, packaged
 from idml_jax.training.weights import hub
 
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
@@ -62,20 +63,42 @@ def locate(source: str | Path) -> Located:
     """
     text = str(source)
     path = user_path(text)
-    if not text.startswith(hub.SCHEME) and path.exists():
+    if not hub.is_meant(text) and path.exists():
         return _local(path)
     package = packaged(text)
     if package is not None:
         return _local(package)._replace(name=f"{text} ({package})", network=text)
     name = hub.parse(text, SUFFIXES)
     if name is None:
-        if text.startswith(hub.SCHEME):
+        if hub.is_meant(text):
             raise UserError(f"{text}: not a name on the hub; hf://owner/name, hf://owner/name/file, and @revision")
-        raise UserError(f"{path}: no such weights file (config.model.init_from)")
+        raise UserError(f"{path}: no such weights file (config.model.init_from){_hint(text)}")
+    if name.file and not name.file.endswith((*SUFFIXES, INDEX)):
+        raise UserError(
+            f"{text}: {name.file} is no file of weights; they come as .safetensors, as {', '.join(TORCH_SUFFIXES)}, or "
+            f"as an index of such files ({INDEX})"
+        )
     found = hub.download(name, lambda names: _wanted(str(name), names, name.file))
     weights = [file for file in found.names if file not in SETTINGS]
+    if weights[0].endswith(INDEX):  # its pieces, which it alone names
+        pieces = _pieces(found.folder / weights[0])
+        settings = [file for file in found.names if file in SETTINGS]
+        choose = lambda names: (weights[0], *(p for p in pieces if p in names), *settings)
+        found = hub.download(name._replace(revision=found.commit), choose)
     files = _files(str(name), found.folder, weights[0])
     return Located(f"{name} (commit {found.commit[:12]})", found.folder / weights[0], files, found.folder, found.commit)
+
+
+def _hint(text: str) -> str:
+    """What else the name of weights may have been meant as."""
+    word = text.lower().replace("-", "_")
+    if near := difflib.get_close_matches(word, PACKAGES, n=1, cutoff=0.8):
+        return f"; {near[0]} is the name of weights that are installed as a package"
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", text) and not text.startswith("."):
+        return f"; a file on the Hugging Face hub is named hf://{text}"
+    if re.fullmatch(r"\w+\.\w+", text) and not text.endswith(SUFFIXES):
+        return f"; weights of timm are named with their owner, timm/{text}"
+    return ""
 
 
 def _local(path: Path) -> Located:
@@ -86,12 +109,23 @@ def _local(path: Path) -> Located:
             raise UserError(
                 f"{path}: weights come as .safetensors, as {', '.join(TORCH_SUFFIXES)} or as a folder of this package"
             )
-        return Located(str(path), path, (path,))
+        return Located(str(path), path, (path,), _settings_of(path))
     names = [] if any((path / own).exists() for own in _OWN) else [p.name for p in path.iterdir() if p.is_file()]
     if not any(name.endswith(SUFFIXES) for name in names):
         return Located(str(path), path)
     weights = _weights(str(path), names)
     return Located(str(path), path / weights, _files(str(path), path, weights), path)
+
+
+def _settings_of(path: Path) -> Path | None:
+    """The folder of a file, if the settings in it are those of this file: the one that the folder itself stands for."""
+    names = [file.name for file in path.parent.iterdir() if file.is_file()]
+    if "config.json" not in names:
+        return None
+    try:
+        return path.parent if _weights(str(path.parent), names) == path.name else None
+    except UserError:  # several files
+        return None
 
 
 def run_of(path: Path) -> Path | None:
@@ -116,12 +150,7 @@ def _wanted(name: str, names: Sequence[str], file: str = "") -> tuple[str, ...]:
         near = ", ".join(sorted(n for n in names if n.endswith(SUFFIXES))[:6]) or "no weights"
         raise UserError(f"{name}: the repository has no such file; it has {near}")
     weights = file or _weights(name, names)
-    parts = ()
-    if weights.endswith(INDEX):  # the pieces, such as model-00001-of-00002.safetensors
-        stem, suffix = weights.removesuffix(INDEX).rsplit(".", 1)
-        piece = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.{re.escape(suffix)}")
-        parts = tuple(sorted(n for n in names if piece.fullmatch(n)))
-    return (weights, *parts, *(n for n in SETTINGS if n in names))
+    return (weights, *(n for n in SETTINGS if n in names))
 
 
 def _weights(name: str, names: Sequence[str]) -> str:
@@ -143,17 +172,22 @@ def _files(name: str, folder: Path, weights: str) -> tuple[Path, ...]:
     """The files of tensors: the file itself, or the pieces that an index names."""
     if not weights.endswith(INDEX):
         return (folder / weights,)
-    path = folder / weights
-    try:
-        pieces = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        if not pieces or not all(isinstance(p, str) and Path(p).name == p for p in pieces):
-            raise ValueError("its weight_map names no files beside it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as an index of weights ({first_line(error)})") from error
+    pieces = _pieces(folder / weights)
     for piece in pieces:
         if not (folder / piece).is_file():
             raise UserError(f"{name}: {piece} is missing, one of the {len(pieces)} files that {weights} names")
     return tuple(folder / piece for piece in pieces)
+
+
+def _pieces(index: Path) -> list[str]:
+    """The files that an index of weights names."""
+    try:
+        pieces = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not pieces or not all(isinstance(p, str) and Path(p).name == p for p in pieces):
+            raise ValueError("its weight_map names no files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: cannot be read as an index of weights ({first_line(error)})") from error
+    return pieces
 
 
 def sha256(located: Located) -> str:

@@ -57,7 +57,7 @@ class SubTree:
     @property
     def rank(self) -> tuple[int, int, int, int]:
         """Orders sub-trees that fit alike, the one to take first."""
-        words = set(re.split(r"[._]", self.place.replace("encoder_k", "encoderk")))
+        words = set(re.split(r"[._\s]", self.place.replace("encoder_k", "encoderk")))
         known = {word.replace("_", ""): rank for word, rank in _RANKS}
         rank = min((known[word] for word in words if word in known), default=2)
         order = CONTAINERS.index(self.container) if self.container in CONTAINERS else len(CONTAINERS)
