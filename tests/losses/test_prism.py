@@ -35,7 +35,7 @@ class Naive:
             if self.thresholds:
                 kept = values > np.mean(self.thresholds)
             if not self.thresholds or not kept.any():
-                kept = ~np.isin(np.arange(len(labels)), lowest)
+                kept = ~np.isin(np.arange(len(labels)), lowest) | (values >= 1)
         self.past = [*self.past, *((f, k) for f, k, keep in zip(features, labels, kept, strict=True) if keep)]
         self.past, self.batches = self.past[-self.size :], self.batches + 1
         return values, kept
