@@ -107,7 +107,7 @@ def select(
     Returns:
       ``[n]`` bool, and the threshold: the largest probability among the ``share`` of the images with the smallest; NaN
       during the warm-up, and if these images' classes are not in the memory. At least the images above the own
-      threshold are kept where the averaged one would leave none, and always those of classes that are not in the memory.
+      threshold are kept where the averaged one would leave none, and always images of classes that the memory lacks.
     """
     probability = clean_probability(state.memory, semantic, labels, num_classes)
     count = int(share * labels.shape[0])
