@@ -5,6 +5,7 @@ that all runs of that call had beside their own (``--set``), the version of jax,
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 Metrics = dict[str, float]
@@ -38,13 +39,11 @@ class Kept:
         """Appends a finished run, from its ``result.json``; a run that is there already is left as it is."""
         if not self.file or run in self or not result.exists():
             return
-        import jax  # for its version alone
-
         final = json.loads(result.read_text())["final"]
         # The metrics of risk scores, AUROC(uncertainty) and the like, are dozens; a table of these reads none of them.
         metrics = {k: round(v, 6) for k, v in final.items() if "(" not in k and isinstance(v, float)}
         self.metrics[run, self.settings] = metrics
-        line = {"run": run, "set": self.settings, "jax": jax.__version__, "metrics": metrics}
+        line = {"run": run, "set": self.settings, "jax": version("jax"), "metrics": metrics}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a") as lines:
             lines.write(json.dumps(line) + "\n")

@@ -72,7 +72,7 @@ def sample_classes(
         raise ValueError(f"{groups} groups do not divide {rows} rows")
     of_group = rows // groups
     own = min(labels.shape[0], of_group)
-    count = own + math.ceil(share * max(min(of_group, num_classes / groups) - own, 0))
+    count = own + math.ceil(share * max(num_classes / groups - own, 0))
     index = jnp.arange(rows)
     in_batch = jnp.zeros(rows, bool).at[labels].set(True)
     real = index < num_classes

@@ -128,9 +128,14 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: _put(x, wanted), tree) if jax.process_count() > 1 else jax.device_put(tree, wanted)
 
 
+def of_batch(mesh: Mesh) -> NamedSharding:
+    """The placement of a batch: its rows are split along ``data``."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Turns this host's part of a batch into global arrays, split along ``data``."""
-    place = NamedSharding(mesh, PartitionSpec("data"))
+    place = of_batch(mesh)
     return {k: jax.make_array_from_process_local_data(place, v) for k, v in batch.items()}
 
 

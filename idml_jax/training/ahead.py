@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from idml_jax.data.sources import sets_of
+from idml_jax.runtime import sharding
 from idml_jax.training import steps, watch
 from idml_jax.training.build import Run, image_shape
 from idml_jax.training.state import TrainState
@@ -18,7 +18,7 @@ def batch_shapes(run: Run) -> dict[str, Any]:
     """Shapes, types and placement of a training batch."""
     sets = sets_of(run.splits.train)
     labels = run.splits.train.labels if sets is None else sets
-    place = NamedSharding(run.mesh, PartitionSpec("data"))
+    place = sharding.of_batch(run.mesh)
     array = lambda shape, dtype: jax.ShapeDtypeStruct((run.config.batch_size, *shape), dtype, sharding=place)
     return {"image": array(image_shape(run.config), jnp.uint8), "label": array(labels.shape[1:], jnp.int32)}
 

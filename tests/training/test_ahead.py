@@ -28,7 +28,7 @@ def table_of_label_sets(folder):
 
 
 def compiled_by_main_thread(config, workdir, caplog):
-    """How often the run's own thread compiled the train step; jax tells of this thread alone."""
+    """Number of times that the calling thread compiled the train step; ``jax.log_compiles`` covers only that thread."""
     with caplog.at_level(logging.WARNING, "jax"), jax.log_compiles():
         train.train_and_evaluate(config, workdir)
     return sum("Finished XLA compilation of jit(train_step)" in r.getMessage() for r in caplog.records)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from idml_jax.errors import UserError, printable
 from idml_jax.losses.class_relation import ClassRelation, levels_of_names
 from idml_jax.runtime.files import user_path
+from idml_jax.training.tasks.terms import is_number
 
 _CELLS = {"1": 1, "0": 0, "": -1}
 
@@ -53,7 +54,7 @@ def relation_of(config: ConfigDict, class_names: Sequence[str]) -> ClassRelation
             f"config.loss.level_weights = {weights} must be one number for each of the {count} levels of the classes, "
             "from coarse to fine, or empty"
         )
-    if any(isinstance(x, bool) or not isinstance(x, int | float) or not 0 <= x < float("inf") for x in weights):
+    if any(not is_number(weight) or not 0 <= weight < float("inf") for weight in weights):
         raise UserError(f"config.loss.level_weights = {weights} must be finite numbers of at least 0")
     if not any(weights):
         raise UserError(f"config.loss.level_weights = {weights}: one of them must be above 0")

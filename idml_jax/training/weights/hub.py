@@ -76,7 +76,7 @@ def parse(text: str, suffixes: Sequence[str] = ()) -> HubName | None:
         text = SCHEME + text[scheme.end() :]
         page = _PAGE.fullmatch(text.removeprefix(SCHEME)) if scheme[0].lower().startswith("http") else None
         if page:
-            file = (page["file"] or "").rstrip("/") if page["file"] else ""
+            file = (page["file"] or "").rstrip("/")
             text = f"{SCHEME}{page['repository']}{file}" + (f"@{page['revision']}" if page["revision"] else "")
     found = _NAME.fullmatch(text)
     if not found or (not found["explicit"] and (found["file"] or found["repository"].endswith(tuple(suffixes)))):
