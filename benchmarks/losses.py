@@ -11,7 +11,8 @@ Times are minima over the rounds; a ratio above 1 means that this package is fas
 the matrix products alone that value and gradient need, in jax: two for a matrix of a batch with itself, three for one
 of a batch with proxies, twice that on the introspective metric where both sides are uncertain; "at most" is the time of
 pytorch-metric-learning over theirs. Memory is the peak resident set minus its size before the first evaluation: it
-includes compilation, but not libraries and inputs.
+includes compilation, but not libraries and inputs. As in training, both libraries have huge pages where the system
+offers them (docs/networks.md); ``GLIBC_TUNABLES= python benchmarks/losses.py`` measures without.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import resource
 import subprocess
 import sys
 import time
+
+from idml_jax.runtime import huge_pages
 
 DIMENSION, PER_CLASS = 512, 4
 LOSSES = (
@@ -75,10 +78,12 @@ def our_loss(name, size, introspective):
     @jax.jit
     @jax.value_and_grad
     def loss(params, key):
-        batch = ism.Embedding(ism.l2_normalize(params["semantic"]), params.get("uncertainty"))
+        # Both libraries are given rows of any length; similarities normalise them themselves.
+        unit = (lambda x: x) if spec.reads == "similarity" else ism.l2_normalize
+        batch = ism.Embedding(unit(params["semantic"]), params.get("uncertainty"))
         references = classes = None
         if "proxies" in params:
-            references = ism.Embedding(ism.l2_normalize(params["proxies"]))
+            references = ism.Embedding(unit(params["proxies"]))
             classes = jnp.repeat(jnp.arange(size // PER_CLASS), spec.centres)
         options = {"key": key} if spec.needs_key else {}
         compared = batch if spec.reads == "embeddings" else read(batch, references)
@@ -256,10 +261,11 @@ def compare(name, size, options):
     workers.append(Missing() if name in NO_MATRIX else Worker("products", name, size, options))
     for worker in workers:
         worker.evaluate(record=False)  # compiles, and fills caches on both sides
-    rounds = options.rounds or {256: 8, 1024: 5}.get(size, 2)
+    rounds = options.rounds or {256: 8, 1024: 5}.get(size, 4)
     for _ in range(rounds):
         for worker in workers:
-            worker.evaluate(times=10 if size <= 1024 else 1)
+            # Fewer where one evaluation takes seconds.
+            worker.evaluate(times=10 if size <= 1024 else 3 if min(worker.seconds, default=0.0) < 1 else 1)
     for worker in workers:
         worker.close()
     ours, theirs, products = workers
@@ -278,7 +284,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", nargs="+", default=LOSSES, choices=LOSSES)
     parser.add_argument("--sizes", nargs="+", type=int, default=(256, 1024, 4096), help="batch sizes, 4 per class")
-    parser.add_argument("--rounds", type=int, default=0, help="turns of each; 0: 8, 5 or 2 by size")
+    parser.add_argument("--rounds", type=int, default=0, help="turns of each; 0: 8, 5 or 4 by size")
     parser.add_argument("--limit-gib", type=float, default=16, help="address space of one process")
     parser.add_argument("--cores", type=int, default=0, help="cores of each process; 0: all. 1 is steady under load")
     parser.add_argument(
@@ -290,6 +296,7 @@ def main():
     if options.worker:
         work(options.worker, options.losses[0], options.sizes[0], options)
         return
+    huge_pages.start_again()
     if options.compiled:
         print("| loss | N | MiB |\n|---|---|---|")
         for name in options.losses:

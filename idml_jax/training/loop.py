@@ -23,6 +23,7 @@ from idml_jax.training import semantic_init, steps, watch
 from idml_jax.training.ahead import Ahead
 from idml_jax.training.build import Run
 from idml_jax.training.state import TrainState
+from idml_jax.training.tasks.task import Evaluation
 
 logger = logging.getLogger("idml_jax")
 
@@ -62,6 +63,7 @@ class Trainer:
         number of ``rows`` of the log, and ``unfinished`` if the run was stopped within an epoch.
       step: steps done so far.
       ahead: the next step, if it is being compiled.
+      evaluation: of the network after the last step, once it is measured.
     """
 
     run: Run
@@ -74,6 +76,7 @@ class Trainer:
     record: dict[str, Any] = field(default_factory=lambda: {"untrained": None, "history": [], "rows": 0})
     step: int = 0
     ahead: Ahead = field(default_factory=Ahead)
+    evaluation: Evaluation | None = None
 
     def __post_init__(self) -> None:
         self.step = int(self.state.step)

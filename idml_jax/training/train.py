@@ -30,6 +30,7 @@ from idml_jax.training.config import starts_whitened, tracking_of
 from idml_jax.training.loop import Speed, Trainer
 from idml_jax.training.settings import check_known
 from idml_jax.training.tasks import terms
+from idml_jax.training.tasks.task import Evaluation
 from idml_jax.training.workdir import finding_images, remember, remember_places
 
 logger = logging.getLogger("idml_jax")
@@ -48,16 +49,9 @@ def check_settings(config: Any, build: Build) -> None:
         check_known(config)
 
 
-def full_evaluation(run: Run, variables: Any, check: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Computes all metrics of a run's task; warnings go to the log.
-
-    Args:
-      run: parts of the run.
-      variables: variables of the model, on the mesh.
-      check: called before every batch; may raise to stop.
-    """
+def full_evaluation(run: Run, evaluation: Evaluation) -> dict[str, float]:
+    """Computes all metrics of a run's task for a network; warnings go to the log."""
     started = time.monotonic()
-    evaluation = run.evaluation(variables, check)
     report, warnings = run.task.evaluate(evaluation)
     for warning in warnings:
         logger.warning("warning: %s", warning)
@@ -249,8 +243,10 @@ def _start_whitened(trainer: Trainer, workdir: Path) -> None:
 
 
 def _measure(trainer: Trainer) -> dict[str, float]:
-    run = trainer.run
-    return run.task.measure(run.evaluation(trainer.state.variables, trainer.stop.check))
+    evaluation = trainer.run.evaluation(trainer.state.variables, trainer.stop.check)
+    if trainer.last:
+        trainer.evaluation = evaluation  # the full evaluation at the end uses its embeddings
+    return trainer.run.task.measure(evaluation)
 
 
 def _measure_untrained(trainer: Trainer) -> None:
@@ -280,7 +276,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
     """Evaluates the last and the best checkpoint in full; returns the content of ``result.json``."""
     run, record, checkpoints = trainer.run, trainer.record, trainer.checkpoints
     describe = lambda metrics: run.task.describe(metrics, run.config)
-    final = full_evaluation(run, trainer.state.variables, trainer.stop.check)
+    final = full_evaluation(run, trainer.evaluation or run.evaluation(trainer.state.variables, trainer.stop.check))
     best, best_step = dict(final), run.total_steps
     for step in checkpoints.by_metric:
         if step == run.total_steps:
@@ -290,7 +286,7 @@ def _finish(trainer: Trainer) -> dict[str, Any]:
         except DamagedError as error:
             logger.warning("warning: %s; taking the next best", error)
             continue
-        best, best_step = full_evaluation(run, restored.variables, trainer.stop.check), step
+        best, best_step = full_evaluation(run, run.evaluation(restored.variables, trainer.stop.check)), step
         break
     if record["untrained"]:
         logger.info("untrained  %s", describe(record["untrained"]))
@@ -373,7 +369,7 @@ def _evaluate_checkpoint(
     state, step = run.best_state(workdir)
     if changed:
         logger.info("evaluation differs from the run's: %s", "; ".join(changed))
-    metrics: dict[str, Any] = {"step": step, **full_evaluation(run, state.variables, stop.check)}
+    metrics: dict[str, Any] = {"step": step, **full_evaluation(run, run.evaluation(state.variables, stop.check))}
     if changed:
         metrics["settings"] = changed
     logger.info("step %d: %s", step, run.task.describe(metrics, run.config))

@@ -13,7 +13,7 @@ from runs_made import assert_same_run, rows, small_config
 
 from idml_jax.errors import UserError
 from idml_jax.runtime.files import write_json
-from idml_jax.training import loop, train, workdir
+from idml_jax.training import embedder, loop, train, workdir
 from idml_jax.training.build import data_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +52,31 @@ def test_training_helps(image_folder, tmp_path):
     config = small_config(image_folder, **{"epochs": 15, "eval.every_epochs": 15, "optim.warmup_epochs": 0}, **QUICK)
     result = train.train_and_evaluate(config, tmp_path)
     assert result["final"]["MAP@R"] > result["untrained"]["MAP@R"] + 0.1
+
+
+@pytest.mark.parametrize("task", ["retrieval", "classification"])
+def test_the_images_are_embedded_once_at_the_end(task, image_folder, tmp_path, monkeypatch):
+    real, times = embedder.pipeline.eval_batches, []
+
+    def counted(*args, **kwargs):
+        times.append(len(args[0]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(embedder.pipeline, "eval_batches", counted)
+    kind = {} if task == "retrieval" else {"task": task, "eval.best_metric": "top1", "mixup.enabled": False}
+    if task == "classification":
+        test = image_folder.with_name("same_classes")
+        shutil.copytree(image_folder / "train", test / "train")
+        shutil.copytree(image_folder / "train", test / "test")
+        image_folder = test
+    config = small_config(image_folder, **{"epochs": 2, "eval.untrained": False, **kind}, **QUICK)
+    result = train.train_and_evaluate(config, tmp_path / "run")
+    measured = {
+        name: result["history"][-1][name] for name in ("R@1", "MAP@R", "top1", "nll") if name in result["final"]
+    }
+    assert measured == {name: result["final"][name] for name in measured} and len(measured) == 2
+    best = result["best"]["step"] != result["history"][-1]["step"]
+    assert len(times) == 2 + best and len(set(times)) == 1
 
 
 def test_grain_is_imported_before_the_threads_of_the_writers_import_anything(image_folder, tmp_path, monkeypatch):

@@ -124,7 +124,12 @@ def predict(
 
 def measure(evaluation: Evaluation) -> dict[str, float]:
     """Accuracy and calibration after an epoch; see ``predict``."""
-    return predict(evaluation.embedder, evaluation.source)[0]
+    return dict(_predicted(evaluation)[0])
+
+
+def _predicted(evaluation: Evaluation) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """``predict`` of all images."""
+    return evaluation.once("predicted", lambda: predict(evaluation.embedder, evaluation.source))
 
 
 def evaluate(evaluation: Evaluation) -> dict[str, float]:
@@ -140,7 +145,8 @@ def evaluate(evaluation: Evaluation) -> dict[str, float]:
       ``spearman(u,kind)``.
     """
     embedder, source, config = evaluation.embedder, evaluation.source, evaluation.config
-    report, rows = predict(embedder, source)
+    accuracy, rows = _predicted(evaluation)
+    report = dict(accuracy)
     introspective = config.ism.enabled
     right = rows["right"] > 0
     for name in SCORES if introspective else SCORES[1:]:

@@ -49,8 +49,9 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, float], list[str]]:
 
 def _embedded(evaluation: Evaluation) -> tuple[Embedded, Embedded | None]:
     """Embeddings of the queries and of the gallery, if there is one."""
-    gallery = evaluation.gallery
-    return evaluation.embedder(evaluation.source), None if gallery is None else evaluation.embedder(gallery)
+    gallery, embedder = evaluation.gallery, evaluation.embedder
+    queries = evaluation.once("queries", lambda: embedder(evaluation.source))
+    return queries, None if gallery is None else evaluation.once("gallery", lambda: embedder(gallery))
 
 
 def ambiguity(

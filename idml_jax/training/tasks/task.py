@@ -1,9 +1,9 @@
 """The interface of a task: everything in which retrieval and classification runs differ."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -17,6 +17,7 @@ from idml_jax.training.criterion import Criterion
 from idml_jax.training.embedder import Embedder
 
 Arrays = Mapping[str, np.ndarray]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,20 @@ class Evaluation:
       config: settings of the run.
       embedder: network, weights, transform and devices.
       splits: images of the run.
+      results: what ``once`` has computed so far.
     """
 
     config: ConfigDict
     embedder: Embedder
     splits: Splits
+    results: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, name: str, compute: Callable[[], R]) -> R:
+        """The result of ``compute``, which is called once per name: measuring and evaluating in full share it."""
+        if name not in self.results:
+            self.results[name] = compute()
+        found: R = self.results[name]
+        return found
 
     @property
     def source(self) -> Source:
