@@ -199,6 +199,53 @@ def test_a_checkpoint_of_lightning(tiny, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.torch
+def test_networks_programs_and_quantised_weights_are_refused_by_name(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    layer = torch.nn.Linear(2, 2)
+    float8, whole = torch.zeros(2, 2).to(torch.float8_e4m3fn), torch.zeros(2, 2).to(torch.int8)
+    writers = {
+        "network.pth": (
+            lambda p: torch.save(layer, p),
+            r"it holds objects of torch\.nn.*torch\.save\(model\.state_dict",
+        ),
+        "program.pt": (
+            lambda p: torch.jit.save(torch.jit.script(layer), p),
+            "a program of TorchScript.*torch.jit.load",
+        ),
+        "f8.pth": (
+            lambda p: torch.save({"conv1.weight": float8}, p),
+            "conv1.weight holds numbers of type float8_e4m3fn",
+        ),
+        "i8.pth": (lambda p: torch.save({"conv1.weight": whole}, p), "conv1.weight holds numbers of type int8"),
+        "f8.safetensors": (
+            lambda p: save_file({"a": float8}, p),
+            "a holds numbers of type F8_E4M3.*give the weights in",
+        ),
+        "i8.safetensors": (lambda p: save_file({"fc1.weight": whole}, p), "fc1.weight holds numbers of type I8"),
+    }
+    for name, (save, message) in writers.items():
+        save(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: .*{message}") as caught:
+            pretrained.read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    # Counters and indices are whole numbers in all weights.
+    save_file({"a.weight": torch.ones(2, 2), "position_ids": torch.arange(3)}, tmp_path / "good.safetensors")
+    assert pretrained.read(tmp_path / "good.safetensors").values["position_ids"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fetch_keeps_the_channels_of_the_weights(channels, tmp_path):
+    _, variables = random_variables("convnet_tiny", channels=channels)
+    weights, out = write(tmp_path / "w.safetensors", variables), tmp_path / "out.safetensors"
+    assert "convnet_tiny written to" in pretrained.fetch(weights, out)
+    named, fetched = safetensors.load_file(weights), safetensors.load_file(out)
+    assert fetched.keys() == named.keys()
+    assert all((fetched[name] == value).all() for name, value in named.items())
+
+
 def test_names_of_transformers_below_a_wrapper(tmp_path):
     """As ``ViTForImageClassification`` in a wrapper: queries, keys and values apart, and a text tower beside it."""
     _, variables = random_variables("vit_tiny")

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,20 +151,24 @@ def fetch(source: str | Path, out: str | Path) -> str:
     width = getattr(MODELS[native.network](), "projection", 0)
     projected = width and identify.shape_of(tensors, PROJECTION[1])[:1] == (width,)
     model = create_model(native.network, pooling="projection" if projected else "avg")
-    like = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
-    try:
-        variables, told = load(tensors, like, "trunk", network=native.network)
-    except UserError as error:
-        if any(value.ndim == 4 and value.shape[1] == 1 for value in tensors.values.values()):
-            raise UserError(
-                f"{source}: reads images of one channel, and fetch writes weights for colour; python -m "
-                "idml_jax.pretrained convert keeps them as they are"
-            ) from error
-        raise
+    variables, told = _trunk(tensors, model, native.network, size)
     flat = {p: v for p, v in naming.flatten(variables).items() if not p.endswith(OWN_LEAVES)}
     named = {naming.torch_name(path): naming.to_torch(path, value) for path, value in flat.items()}
     files.write_safetensors(out, named, about.metadata_of(native, _origin(located)))
     return f"{told}; {native.network} written to {out}"
+
+
+def _trunk(tensors: Tensors, model: EmbeddingModel, network: str, size: int) -> tuple[dict[str, Any], str]:
+    """The trunk's variables, for as many channels as the weights see; and a line that says what was loaded."""
+    problem = None
+    for channels in (3, 1):
+        image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+        try:
+            return load(tensors, jax.eval_shape(model.init, jax.random.key(0), image), "trunk", network=network)
+        except UserError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def _checked_size(native: Native) -> int:

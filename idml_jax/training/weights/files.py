@@ -1,5 +1,7 @@
 """Reads the tensors of files: safetensors, and PyTorch's formats. The only importer of both packages for reading."""
 
+import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,12 +72,39 @@ def read_safetensors(path: Path) -> tuple[Named, dict[str, str]]:
     from safetensors import safe_open
 
     try:
-        named = safetensors.load_file(path)
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
+            for name in file.keys():  # noqa: SIM118  it is no dictionary
+                _check_type(path, name, file.get_slice(name).get_dtype())
+        named = safetensors.load_file(path)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{path}: cannot be read as safetensors ({first_line(error)})") from error
     return {name: value.astype(np.float32) for name, value in named.items()}, metadata
+
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")
+_WHOLE = re.compile(r"(u?int|bool|[iu]\d|bool$)\w*", re.IGNORECASE)
+
+
+def _check_type(path: Path, name: str, kind: str) -> None:
+    """Refuses quantised weights: without their scales, their numbers are others.
+
+    Args:
+      path: the file, for the message.
+      name: of the tensor; counters and indices may hold whole numbers, ``weight`` may not.
+      kind: type of its numbers, as numpy, PyTorch or safetensors call it.
+
+    Raises:
+      UserError: naming tensor and type.
+    """
+    whole = bool(_WHOLE.fullmatch(kind))
+    if kind not in _FLOATS and not (whole and not name.endswith("weight")):
+        raise UserError(
+            f"{path}: {name} holds numbers of type {kind}, as quantised weights do; give the weights in float32, "
+            "float16 or bfloat16"
+        )
 
 
 def write_safetensors(path: Path, named: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
@@ -103,6 +132,11 @@ def read_torch(path: Path) -> dict[str, Named]:
 
 def _content(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:
     """What a file of PyTorch holds, the type of a tensor in it, and the function that gives a tensor's numbers."""
+    if _is_program(path):
+        raise UserError(
+            f"{path}: is a program of TorchScript, which would be run to be read; save its state_dict alone: "
+            "torch.save(torch.jit.load(FILE).state_dict(), OTHER_FILE)"
+        )
     try:
         import torch
     except ImportError:
@@ -113,15 +147,26 @@ def _content(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:
     except Exception as error:
         raise UserError(
             f"{path}: is damaged, or holds more than tensors and is refused ({printable(_told(error))}); "
-            "save the state_dict alone"
+            "save the state_dict alone: torch.save(model.state_dict(), FILE)"
         ) from error
     return content, torch.Tensor, lambda name, value: _dense(path, name, value)
 
 
 def _told(error: Exception) -> str:
     """What PyTorch says is wrong, without its advice to unpickle whatever is there."""
+    if found := re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error)):
+        return f"it holds objects of {found[1]}"
     line = first_line(error)
     return line.split("Re-running", 1)[0].split("This file can still be loaded", 1)[0].strip(" .,") or "damaged"
+
+
+def _is_program(path: Path) -> bool:
+    """Whether a file is an archive of TorchScript."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _content_without_torch(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:
@@ -130,9 +175,15 @@ def _content_without_torch(path: Path) -> tuple[Any, type, Callable[[str, Any], 
     except (PickleError, OSError) as error:
         raise UserError(
             f"{path}: is damaged, or holds more than dense tensors ({first_line(error)}); the rest is read by PyTorch, "
-            "which is not installed; save the state_dict alone, or install it (pip install torch)"
+            "which is not installed; save the state_dict alone (torch.save(model.state_dict(), FILE)), or install it "
+            "(pip install torch)"
         ) from error
-    return content, plain_torch.PlainTensor, lambda name, value: array(value)
+
+    def dense(name: str, value: plain_torch.PlainTensor) -> np.ndarray:
+        _check_type(path, name, np.dtype(value.storage.dtype).name)
+        return array(value)
+
+    return content, plain_torch.PlainTensor, dense
 
 
 def _dictionaries(content: Any, tensor: type, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -153,6 +204,7 @@ def _dense(path: Path, name: str, value: Any) -> np.ndarray:
     try:
         value = value.detach()
         value = value.dequantize() if value.is_quantized else value
+        _check_type(path, name, str(value.dtype).removeprefix("torch."))
         value = value.to_dense() if value.layout != _strided() else value
         return value.float().numpy()
     except (RuntimeError, TypeError, NotImplementedError) as error:
