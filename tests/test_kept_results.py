@@ -51,14 +51,23 @@ def test_without_a_file_or_a_result_nothing_is_written(kept, tmp_path):
     assert not (tmp_path / "runs.jsonl").exists()
 
 
-@pytest.mark.parametrize("row", ["Omniglot | 20 %", "Omniglot | 60 %", "birds | 0 %", "birds | 40 %"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(f"Omniglot | {share} %" for share in (0, 20, 40, 60)),
+        "glyphs | 20 %",
+        "glyphs | 60 %",
+        "birds | 0 %",
+        "birds | 40 %",
+    ],
+)
 def test_the_table_of_wrong_labels_is_that_of_the_kept_runs(kept, row):
     runs = kept(EXPERIMENTS / "results" / "label_noise.jsonl", [])
     line = next(
         line for line in (ROOT / "docs" / "wrong_labels.md").read_text().splitlines() if line.startswith(f"| {row}")
     )
     name, noise, seeds, *cells = [cell.strip("* ") for cell in line.strip("| ").split("|")]
-    data = {"Omniglot": "omniglot", "birds": "birds_lite"}[name]
+    data = {"Omniglot": "omniglot", "glyphs": "glyphs", "birds": "birds_lite"}[name]
     plain, ism = (runs.of(f"noise/{data}/noise{noise.split()[0]}/{metric}+mixup") for metric in ("plain", "ism"))
     assert len(plain) == len(ism) == int(seeds)
 
