@@ -85,7 +85,7 @@ def read_safetensors(path: Path) -> tuple[Named, dict[str, str]]:
 
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16")
-_WHOLE = re.compile(r"(u?int|bool|[iu]\d|bool$)\w*", re.IGNORECASE)
+_WHOLE = re.compile(r"(u?int|bool|[iu]\d)\w*", re.IGNORECASE)
 
 
 def _check_type(path: Path, name: str, kind: str) -> None:
@@ -99,8 +99,8 @@ def _check_type(path: Path, name: str, kind: str) -> None:
     Raises:
       UserError: naming tensor and type.
     """
-    whole = bool(_WHOLE.fullmatch(kind))
-    if kind not in _FLOATS and not (whole and not name.endswith("weight")):
+    allowed = kind in _FLOATS or (_WHOLE.fullmatch(kind) and not name.endswith("weight"))
+    if not allowed:
         raise UserError(
             f"{path}: {name} holds numbers of type {kind}, as quantised weights do; give the weights in float32, "
             "float16 or bfloat16"
@@ -165,8 +165,8 @@ def _is_program(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False  # the reader says what is wrong
 
 
 def _content_without_torch(path: Path) -> tuple[Any, type, Callable[[str, Any], np.ndarray]]:
