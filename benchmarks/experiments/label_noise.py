@@ -60,6 +60,8 @@ KEPT = {"omniglot": 3, "glyphs": 2}
 BEST_OF = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of the usual learning rate
 USUAL_RATE = {"omniglot": 2e-3, "glyphs": 3e-3, "birds_whitened": 1e-4, "birds_lite": 1e-4}
 PLAIN, ISM = "plain+mixup", "ism+mixup"
+BOTH = {PLAIN: PLAIN, ISM: ISM}
+SHARED = {"more": BOTH, "controls": BOTH, "damage": {f"{name}, damaged 30 %": name for name in BOTH}}
 HELD_OUT: Overrides = {"data.validation_classes": 0.2, "eval.split": "validation"}
 CLASSIFIER = {
     "plain": {"ism.enabled": False, "model.uncertainty_head": "none"},
@@ -148,6 +150,14 @@ def place(given: argparse.Namespace, table: str, noise: float) -> Path:
     return given.out / table / given.data / f"noise{round(100 * noise)}{kind}"
 
 
+def row_folder(given: argparse.Namespace, name: str, noise: float) -> Path:
+    """Folder of a row's runs; rows of other tables that are rows of ``noise``, too, share theirs."""
+    shared = SHARED.get(given.table, {}).get(name)
+    if shared:
+        return place(given, "noise", noise) / folder_of(shared)
+    return place(given, given.table, noise) / folder_of(name)
+
+
 def settings(given: argparse.Namespace, overrides: Overrides, noise: float, seed: int) -> Overrides:
     """The settings of a run, besides those of its data set."""
     fields: Overrides = {**SHORT, **overrides}
@@ -205,7 +215,7 @@ def run_all(given: argparse.Namespace) -> list[str]:
     for seed in given.seeds.split(","):
         for noise in given.noise:
             for name, overrides in rows_of(given, noise).items():
-                workdir = place(given, given.table, noise) / folder_of(name) / f"seed{seed}"
+                workdir = row_folder(given, name, noise) / f"seed{seed}"
                 fields = settings(given, overrides, noise, int(seed))
                 run = command(given.data, name, fields, int(seed), given.root.resolve(), given.out, workdir)
                 short = str(workdir.relative_to(given.out))
@@ -243,7 +253,7 @@ def table(given: argparse.Namespace) -> list[str]:
     for noise in given.noise:
         found: dict[str, Found] = {}
         for name in rows_of(given, noise):
-            runs = results(given, place(given, given.table, noise) / folder_of(name))
+            runs = results(given, row_folder(given, name, noise))
             if runs:
                 found[name] = runs
         for name, runs in found.items():
