@@ -139,6 +139,7 @@ def command(action: Callable[[Any, str], object]) -> None:
         if _MODE.value == "train" and _CONFIG.value is None:
             raise UserError("--config is missing: a settings file, e.g. --config=configs/glyphs.py")
         _check_config(_CONFIG.value)
+        _check_processes()
         _connected(action)
     except (UserError, OSError) as error:
         if _COORDINATOR.value and not _TRACEBACK.value:
@@ -148,6 +149,12 @@ def command(action: Callable[[Any, str], object]) -> None:
         stop(error)
     except KeyboardInterrupt:
         end_now(130, "stopped by Ctrl-C; rerun the same command to resume from the last checkpoint")
+
+
+def _check_processes() -> None:
+    given = [name for name in ("processes", "process_index") if flags.FLAGS[name].present]
+    if given and _COORDINATOR.value in (None, "auto") and (_PROCESSES.value, _INDEX.value) != (1, 0):
+        raise UserError(f"--{given[0]} needs --coordinator=host:port of process 0 (auto finds all three by itself)")
 
 
 def _check_config(config: Any) -> None:
@@ -197,6 +204,8 @@ def _connected(action: Callable[[Any, str], object]) -> None:
     try:
         action(_CONFIG.value, workdir)
     except interrupt.Stopped as stopped:
+        if not _COORDINATOR.value:  # a step that is being compiled is not waited for
+            end_now(interrupt.EXIT_CODE, str(stopped))
         print(stopped, file=sys.stderr)
         sys.exit(interrupt.EXIT_CODE)
     except RuntimeError as error:  # jax's, when another process does not answer

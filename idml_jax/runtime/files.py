@@ -65,6 +65,31 @@ def without_dots(path: str) -> str:
     return os.path.join(os.path.realpath(os.sep.join(parts[:end])), *parts[end:])
 
 
+@contextlib.contextmanager
+def claimed(folder: Path, what: str) -> Iterator[None]:
+    """Holds a folder, so that no other process that asks may have it. Nothing is written into it.
+
+    Where the file system knows no locks, nothing is checked.
+
+    Args:
+      folder: an existing folder.
+      what: what another process does that has it, for the error.
+
+    Raises:
+      UserError: if another process has it.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another process {what}") from None
+        yield
+    finally:
+        os.close(opened)
+
+
 def check_target(path: Path) -> bool:
     """Checks that a file may be written, and returns whether it replaces one.
 

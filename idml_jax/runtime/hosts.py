@@ -1,9 +1,12 @@
 """Runs of several processes: connecting, agreeing on errors, and ending together."""
 
+import contextlib
+import faulthandler
 import os
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +16,8 @@ from idml_jax.errors import UserError
 from idml_jax.runtime.files import first_line
 
 Arrays = dict[str, np.ndarray]
+_Made = TypeVar("_Made")
+_GOODBYE_SECONDS = 5  # that a process waits for the others when all of them end
 
 
 def connect(coordinator: str, processes: int, index: int, timeout: int = 300) -> None:
@@ -30,7 +35,8 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
     if coordinator == "auto":
         arguments: dict[str, Any] = {}
     else:
-        if ":" not in coordinator or not coordinator.rsplit(":", 1)[1].encode().isdigit():
+        port = coordinator.rpartition(":")[2]
+        if ":" not in coordinator or not port.encode().isdigit() or not 0 < int(port) < 65536:
             raise UserError(f"--coordinator={coordinator}: host:port of process 0, or auto")
         if not 0 <= index < processes:
             raise UserError(f"--process_index={index} must be in [0, {processes}), of --processes={processes}")
@@ -39,9 +45,15 @@ def connect(coordinator: str, processes: int, index: int, timeout: int = 300) ->
         # A dead process is detected at the heartbeat limit; the others then exit instead of hanging.
         jax.distributed.initialize(**arguments, initialization_timeout=timeout, heartbeat_timeout_seconds=30)
     except Exception as error:
+        if "RPC server" in str(error):  # which process 0 runs
+            raise UserError(
+                f"--coordinator={coordinator}: process 0 cannot open this port; another program may use it"
+            ) from error
         raise UserError(
             f"--coordinator={coordinator}: the processes do not find each other ({first_line(error)})"
         ) from error
+    # If another process dies, jax aborts this one with a message; Python's list of all threads below says no more.
+    faulthandler.disable()
 
 
 def first_of(true: bool) -> int | None:
@@ -70,6 +82,34 @@ def agree(problem: Exception | None) -> None:
         raise problem
     if failed is not None:
         raise UserError(f"process {failed} of this run has stopped with an error; see its output")
+
+
+def together(make: Callable[[], _Made]) -> _Made:
+    """What ``make`` returns in each process, or an error in all of them. All processes must call it.
+
+    Raises:
+      UserError: if it raises one, or an ``OSError``, in one of them.
+    """
+    if jax.process_count() == 1:
+        return make()
+    made: list[_Made] = []
+    problem = None
+    try:
+        made.append(make())
+    except (UserError, OSError) as error:
+        problem = error
+    agree(problem)
+    return made[0]
+
+
+def text_of_first(text: str) -> str:
+    """The text that process 0 gives. All processes must call it."""
+    if jax.process_count() == 1:
+        return text
+    own = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(own.size)))
+    sent = np.resize(own, size)  # the others' content does not matter
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent))).decode()
 
 
 def from_first(make: Callable[[], Arrays], like: Arrays) -> Arrays:
@@ -103,8 +143,19 @@ def lost(error: Exception) -> NoReturn:
 
 
 def leave(message: str) -> NoReturn:
-    """Exits at once, so that processes waiting for this one in a collective operation notice."""
+    """Exits at once, so that processes waiting for this one in a collective operation notice.
+
+    Where all of them leave, for an error that they agree on, none takes another for dead.
+    """
     print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+
+    def say_goodbye() -> None:
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+
+    goodbye = threading.Thread(target=say_goodbye, daemon=True)
+    goodbye.start()
+    goodbye.join(_GOODBYE_SECONDS)
     os._exit(1)

@@ -7,7 +7,7 @@ when a process starts.
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 VARIABLE, VALUE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
@@ -21,15 +21,36 @@ def start_again() -> None:
     """Starts this command again in the same process with huge pages, where that is useful; otherwise returns.
 
     To be called first in a command that computes, before it loads jax: what the process has done is lost. It returns
-    if ``GLIBC_TUNABLES`` is set, to whatever value, or if the command line only asks for help or the version.
+    if the process is not that command from its start (a script, a notebook or another module runs it), if
+    ``GLIBC_TUNABLES`` is set, to whatever value, or if the command line only asks for help or the version.
     """
     asks = not {"--help", "-h", "--version"}.isdisjoint(sys.argv)
-    if useful(os.environ, _glibc()) and sys.executable and not asks and not _debugged():
+    own = is_command(sys.orig_argv) and not _debugged()
+    if own and useful(os.environ, _glibc()) and sys.executable and not asks:
         command = [sys.executable, *sys.orig_argv[1:]]
         try:
             os.execve(sys.executable, command, {**os.environ, VARIABLE: VALUE})
         except OSError:  # too long a command line, an executable that is gone: the command runs as it is
             return
+
+
+def is_command(words: Sequence[str]) -> bool:
+    """Whether a process runs a command of this package and nothing else.
+
+    Args:
+      words: its command line, as in ``sys.orig_argv``: ``python -m idml_jax.main``, or the installed ``idml-jax``.
+    """
+    rest = iter(words[1:])
+    for word in rest:
+        if not word.startswith("-") or word == "-":
+            return Path(word).name in ("idml-jax", "idml-jax-script.py")
+        for place, letter in enumerate(word[1:], 1):  # options of one letter may be written together
+            if letter in "cmWX" and not word.startswith("--"):
+                value = word[place + 1 :] or next(rest, "")
+                if letter in "cm":
+                    return letter == "m" and value.split(".")[0] == "idml_jax"
+                break
+    return False
 
 
 def useful(

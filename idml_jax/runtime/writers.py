@@ -155,8 +155,11 @@ class Progress:
         self._time += seconds
 
     def measure(self, step: int) -> tuple[float, float]:
-        """Steps per second since the last measurement, and the remaining seconds."""
+        """Steps per second since the last measurement, and the remaining seconds; NaN if there was no step since."""
         now = time.monotonic()
+        if step == self._step:
+            self._time = now
+            return math.nan, math.nan
         rate = (step - self._step) / max(now - self._time, 1e-9)
         self._step, self._time = step, now
         return rate, (self._total - step) / max(rate, 1e-9)

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from idml_jax.runtime import sharding
 from idml_jax.training import steps, watch
 from idml_jax.training.build import Run, image_shape
 from idml_jax.training.state import TrainState
+
+_CHECK_SECONDS = 0.2
 
 
 def batch_shapes(run: Run) -> dict[str, Any]:
@@ -52,8 +55,15 @@ class Ahead:
         self._thread = threading.Thread(target=compile_step, name="compile the first step")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Waits until it is compiled, which otherwise would begin a second time."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def wait(self, check: Callable[[], None]) -> None:
+        """Waits until it is compiled, which otherwise would begin a second time.
+
+        Args:
+          check: called several times a second; may raise to stop waiting.
+        """
+        while self._thread is not None:
+            self._thread.join(_CHECK_SECONDS)
+            if self._thread.is_alive():
+                check()
+            else:
+                self._thread = None

@@ -26,7 +26,7 @@ from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.trackers import check_installed
 from idml_jax.runtime.writers import MetricWriter
-from idml_jax.training import auto, data_record, train, weights
+from idml_jax.training import auto, data_record, together, train, weights
 from idml_jax.training import semantic_init as heads
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
@@ -109,7 +109,7 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
     # What the weights tell (model.name=auto) stays for a call that goes on, not for a run that is replaced.
     config = auto.resolved(settings_of(config), workdir / heads.FOLDER if overwrite else workdir)
     stored = None if overwrite else _stored(config, workdir)
-    run = build(config)
+    run = together.build_same(build, config)
     if stored is not None:
         _check_finished(run, workdir)
         logger.info("this run is finished: %s", workdir / "result.json")
@@ -130,21 +130,22 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
     fitted = _Fitted(run, views, heads.random_kernel(state))
     run, start = _with_width(run, state, fitted.width)
     state = heads.with_head(run, start, fitted.arrays(heads.random_kernel(start)))
-    _make_way(workdir, overwrite)
-    train.prepare(workdir, run)
-    result: dict[str, Any] = {}
+    with together.claimed(workdir):
+        _make_way(workdir, overwrite)
+        together.prepare(workdir, run)
+        result: dict[str, Any] = {}
 
-    def evaluate() -> dict[str, np.ndarray]:
-        result.update(_evaluated(run, state, start, known, stop))
-        result.update(fitted.record(run, known))
-        return {"metric": np.asarray(result["best"][config.eval.best_metric], np.float64)}
+        def evaluate() -> dict[str, np.ndarray]:
+            result.update(_evaluated(run, state, start, known, stop))
+            result.update(fitted.record(run, known))
+            return {"metric": np.asarray(result["best"][config.eval.best_metric], np.float64)}
 
-    metric = hosts.from_first(evaluate, {"metric": np.zeros((), np.float64)})["metric"]
-    _save(run, state, workdir, result, float(metric))
-    result |= {"seconds": time.monotonic() - started, "config": run.config.to_dict(), "versions": train.versions()}
-    result = without_nan(result)
-    if jax.process_index() == 0:
-        write_json(workdir / "result.json", result)
+        metric = hosts.from_first(evaluate, {"metric": np.zeros((), np.float64)})["metric"]
+        _save(run, state, workdir, result, float(metric))
+        result |= {"seconds": time.monotonic() - started, "config": run.config.to_dict(), "versions": train.versions()}
+        result = without_nan(result)
+        if jax.process_index() == 0:
+            write_json(workdir / "result.json", result)
     logger.info("all metrics      %s", workdir / "result.json")
     return result
 

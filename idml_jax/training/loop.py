@@ -132,7 +132,7 @@ class Trainer:
             shown.note("compiling")
             for batch in self._batches():
                 placed = sharding.shard_batch({k: batch[k] for k in ("image", "label")}, self.run.mesh)
-                self.ahead.wait()
+                self.ahead.wait(self.stop.check)
                 try:
                     with watch.debugging(checks):
                         self.state, metrics = train_step(
@@ -206,20 +206,21 @@ class Trainer:
         )
 
     def _log(self, means: dict[str, float], rate: float, remaining: float) -> None:
-        """Writes and logs the mean metrics of the last steps."""
-        images = rate * self.run.config.batch_size
-        if rate > 0 and math.isfinite(rate) and self.step > 1:
+        """Writes and logs the mean metrics of the last steps; the speed, if it is not NaN."""
+        metrics, told = {f"train/{k}": v for k, v in means.items()}, ""
+        if math.isfinite(rate):
+            metrics["train/images_per_second"] = images = rate * self.run.config.batch_size
+            told = f"  {images:.0f} images/s  {format_seconds(remaining)} to go"
             self.speed.rates.append(images)
-        self.writer.write(self.step, {**{f"train/{k}": v for k, v in means.items()}, "train/images_per_second": images})
+        self.writer.write(self.step, metrics)
         logger.info(
-            "epoch %d/%d  step %d/%d  loss %.4f  %.0f images/s  %s to go",
+            "epoch %d/%d  step %d/%d  loss %.4f%s",
             self.epoch,
             self.run.config.epochs,
             self.step,
             self.run.total_steps,
             means["loss"],
-            images,
-            format_seconds(remaining),
+            told,
         )
 
     def _broken(self, found: watch.Broken) -> None:

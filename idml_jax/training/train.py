@@ -16,14 +16,13 @@ import idml_jax
 from idml_jax.data import pipeline
 from idml_jax.errors import UserError, quiet_libraries
 from idml_jax.metrics.names import shown
-from idml_jax.runtime import hosts
 from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.runtime.files import user_path, without_nan, write_json
 from idml_jax.runtime.interrupt import Stopped, StopRequest
 from idml_jax.runtime.trackers import check_installed
 from idml_jax.runtime.writers import MetricWriter
-from idml_jax.training import auto, data_record, going_on, semantic_init
+from idml_jax.training import auto, going_on, semantic_init, together
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.config import starts_whitened, tracking_of
@@ -31,7 +30,7 @@ from idml_jax.training.loop import Speed, Trainer
 from idml_jax.training.settings import check_known
 from idml_jax.training.tasks import terms
 from idml_jax.training.tasks.task import Evaluation
-from idml_jax.training.workdir import finding_images, remember, remember_places
+from idml_jax.training.workdir import finding_images, remember
 
 logger = logging.getLogger("idml_jax")
 
@@ -99,7 +98,7 @@ def _train_and_evaluate(
         raise UserError(
             "config.fit.only is set by python -m idml_jax.fit, which makes such runs; leave it out to train"
         )
-    run = build(auto.resolved(config, workdir))
+    run = together.build_same(build, auto.resolved(config, workdir))
     check_installed(tracking_of(run.config).names)
     if stop.requested:
         raise Stopped(f"stopped by {stop.requested} before the first step; nothing was changed in {workdir}")
@@ -108,7 +107,16 @@ def _train_and_evaluate(
     pretrained = None
     if config.model.init_from and not finished.exists() and not has_checkpoints(workdir / "checkpoints"):
         pretrained = run.pretrained()
-    prepare(workdir, run, resume)
+    with together.claimed(workdir):
+        together.prepare(workdir, run, resume)
+        return _go_on(run, workdir, pretrained, stop, speed)
+
+
+def _go_on(
+    run: Run, workdir: Path, pretrained: tuple[dict[str, Any], str] | None, stop: StopRequest, speed: Speed
+) -> dict[str, Any]:
+    """Trains from where the run in the workdir is to its end; a finished one only gives its result."""
+    finished = workdir / "result.json"
     if finished.exists():
         logger.info(
             "this run is finished: %s; --mode=eval evaluates its best checkpoint again, --resume=longer with more "
@@ -136,39 +144,6 @@ def _train_and_evaluate(
         trainer.writer.close(complete)
         trainer.checkpoints.close()
     return result
-
-
-def prepare(workdir: Path, run: Run, resume: str = "auto") -> None:
-    """Creates the workdir and records settings and data, or compares them with those of an existing run.
-
-    With ``resume="longer"`` an existing run gets its new number of epochs. The first host does this; all hosts raise if
-    it fails.
-    """
-    problem = None
-    try:
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if resume == "longer":
-                going_on.lengthen(run.config, workdir)
-            remember(run.config, workdir)
-            _check_data(run, workdir)
-            data_record.remember(run.splits, workdir, run.relation)
-    except OSError as error:
-        problem = UserError(f"{workdir}: cannot be used as --workdir ({error.strerror})")
-        problem.__cause__ = error
-    except UserError as error:
-        problem = error
-    hosts.agree(problem)
-
-
-def _check_data(run: Run, workdir: Path) -> None:
-    """Compares the images with those that the run was started with; where the same have moved to is written down."""
-    changed = data_record.check(run.splits, workdir, relation=run.relation)
-    for line in changed:
-        logger.warning("warning: %s: %s", workdir, line)
-    if not changed and jax.process_index() == 0:
-        for line in remember_places(run.config, workdir):
-            logger.info("the images of the run have moved: %s", line)
 
 
 def _started(
@@ -364,8 +339,8 @@ def _evaluate_checkpoint(
         changed = remember(overrides, workdir, free=("eval.",))
     used = stored if overrides is None else overrides
     with finding_images(used, workdir):
-        run = build(used)
-    _check_data(run, workdir)
+        run = together.build_same(build, used)
+    together.check_data(run, workdir)
     state, step = run.best_state(workdir)
     if changed:
         logger.info("evaluation differs from the run's: %s", "; ".join(changed))

@@ -28,8 +28,11 @@ def environment_with(devices):
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
 
 
-def start(workdir, folder, processes, *more, devices=2, module="idml_jax.main"):
-    """Starts a run in the given number of processes with the given total number of devices."""
+def start(workdir, folder, processes, *more, devices=2, module="idml_jax.main", own=None):
+    """Starts a run in the given number of processes with the given total number of devices.
+
+    ``own`` has further arguments of single processes.
+    """
     port, started = free_port(), []
     for index in range(processes):
         arguments = [
@@ -45,6 +48,7 @@ def start(workdir, folder, processes, *more, devices=2, module="idml_jax.main"):
             "--config.eval.ambiguity_images=0",
             "--config.log.every_steps=1",
             *more,
+            *(own or {}).get(index, ()),
         ]
         if processes > 1:
             arguments += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process_index={index}"]
@@ -293,8 +297,45 @@ def test_addresses_that_cannot_be_are_refused():
 
     with pytest.raises(UserError, match="--coordinator=here: host:port of process 0, or auto"):
         hosts.connect("here", 2, 0)
+    with pytest.raises(UserError, match="--coordinator=here:65536: host:port of process 0, or auto"):
+        hosts.connect("here:65536", 2, 0)
     with pytest.raises(UserError, match=r"--process_index=2 must be in \[0, 2\), of --processes=2"):
         hosts.connect("here:1", 2, 2)
+
+
+def test_processes_without_an_address_are_refused(tmp_path):
+    """Each would train by itself, all in the same folder."""
+    words = ["--config=glyphs:quick", f"--workdir={tmp_path / 'run'}", "--processes=2", "--process_index=1"]
+    for more in ((), ("--coordinator=auto",)):
+        command = [sys.executable, "-m", "idml_jax.main", *words, *more]
+        done = subprocess.run(command, env=environment_with(1), capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "error: --processes needs --coordinator=host:port of process 0" in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "index, more, told",
+    [
+        (1, "--config.optim.learning_rate=0.5", "config.optim.learning_rate = 0.002 there, 0.5 here"),
+        (0, "--config.data.root=nowhere", "nowhere"),
+        (1, "--config.data.root=nowhere", "nowhere"),
+        (1, "--config.data.root=fewer", "other train images (96 there, 95 here)"),
+    ],
+)
+def test_processes_that_would_train_something_else_all_end(image_folder, tmp_path, index, more, told):
+    """With one line each, exit code 1 and nothing written."""
+    shutil.copytree(image_folder, tmp_path / "fewer")
+    next(path for path in sorted((tmp_path / "fewer" / "train").rglob("*")) if path.is_file()).unlink()
+    more = more.replace("root=", f"root={tmp_path}/")
+    ends = finish(start(tmp_path / "run", image_folder, 2, own={index: (more,)}))
+    assert [code for *_, code in ends] == [1, 1], ends
+    for process, (_, err, _) in enumerate(ends):
+        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        expected = told if process == index else f"process {index} of this run has stopped with an error"
+        assert expected in line and "Fatal Python error" not in err, ends
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -50,12 +50,36 @@ def test_an_accelerator_computes_unless_the_user_says_cpu(kernel: Path, devices:
     assert huge_pages.useful({"JAX_PLATFORMS": "cpu"}, NEW, kernel, devices)
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("python -m idml_jax.main --workdir=x", True),
+        ("python -m idml_jax train", True),
+        ("python -W error -Xdev -OO -um idml_jax.fit --config=folder", True),
+        ("python -midml_jax.embed", True),
+        ("python /usr/bin/idml-jax train --workdir=x", True),
+        ("python -u .venv/bin/idml-jax embed", True),
+        ("python -", False),
+        ("python", False),
+        ("python script.py -m idml_jax.main", False),
+        ("python -c print() -m idml_jax.main", False),
+        ("python -m cProfile -m idml_jax.main", False),
+        ("python -m IPython", False),
+        ("python -m idml_jax_more.main", False),
+    ],
+)
+def test_only_a_command_of_its_own_starts_again(words: str, expected: bool) -> None:
+    """A script or a shell that runs one would lose what it has done."""
+    assert huge_pages.is_command(words.split()) is expected
+
+
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
 from idml_jax.runtime import huge_pages
 huge_pages.useful.__defaults__ = (Path(sys.argv[1]), Path(sys.argv[2]))
 huge_pages._glibc = lambda: (2, 36)
+huge_pages.is_command = lambda words: True
 print("started", flush=True)
 huge_pages.start_again()
 print(json.dumps([os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), sys.flags.optimize, sys.prefix]))
@@ -85,12 +109,16 @@ def test_help_and_debuggers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(os, "execve", lambda *given: ran.append(given))
     monkeypatch.setattr(huge_pages, "useful", lambda *given: True)
     monkeypatch.setattr(sys, "gettrace", lambda: None)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "idml_jax.main"])
     monkeypatch.setattr(sys, "argv", ["main.py", "--workdir=-h"])
     huge_pages.start_again()
     assert len(ran) == 1
     monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
     huge_pages.start_again()
     monkeypatch.setattr(sys, "argv", ["main.py"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-"])
+    huge_pages.start_again()
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "idml_jax.main"])
     monkeypatch.setitem(sys.modules, "debugpy", sys)
     huge_pages.start_again()
     assert len(ran) == 1

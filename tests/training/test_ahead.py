@@ -3,13 +3,14 @@
 import csv
 import logging
 import threading
+from types import SimpleNamespace
 
 import jax
 import pytest
 from runs_made import small_config
 
-from idml_jax.runtime import sharding
-from idml_jax.training import train
+from idml_jax.runtime import interrupt, sharding
+from idml_jax.training import steps, train
 from idml_jax.training.ahead import Ahead, batch_shapes
 from idml_jax.training.loop import Trainer
 
@@ -49,7 +50,9 @@ def test_the_first_step_finds_the_program_compiled_ahead(image_folder, tmp_path,
     config = small_config(image_folder, **{"epochs": 1, "max_steps": 2, "optim.warmup_epochs": 0, **changes})
     order, measure, wait = [], train._measure_untrained, Ahead.wait
     monkeypatch.setattr(train, "_measure_untrained", lambda trainer: (order.append("measured"), measure(trainer)))
-    monkeypatch.setattr(Ahead, "wait", lambda ahead: (order.append(ahead._thread is not None), wait(ahead)))
+    monkeypatch.setattr(
+        Ahead, "wait", lambda ahead, check: (order.append(ahead._thread is not None), wait(ahead, check))
+    )
     assert compiled_by_main_thread(config, tmp_path / "run", caplog) == 0
     assert order == ["measured", True, False]  # the second step has nothing to wait for
 
@@ -81,7 +84,7 @@ def test_what_cannot_be_compiled_ahead_is_left_to_the_step(image_folder, monkeyp
     ahead = Ahead()
     ahead.start(run, state.replace(params={}), train_trunk=True)
     assert ahead._thread is not None
-    ahead.wait()
+    ahead.wait(lambda: None)
     assert not raised
 
 
@@ -90,3 +93,21 @@ def test_no_step_is_compiled_ahead_with_debug_checks(image_folder):
     ahead = Ahead()
     ahead.start(run, run.initial_state(), train_trunk=True)
     assert ahead._thread is None
+
+
+def test_a_stop_does_not_wait_for_the_compiler(image_folder, monkeypatch):
+    """As when a machine is taken away within half a minute: the check raises, and the wait ends."""
+    run = train.build(small_config(image_folder))
+    compiling = threading.Event()
+    monkeypatch.setattr(steps, "jit_train_step", SimpleNamespace(lower=lambda *_, **__: compiling.wait(60)))
+    ahead = Ahead()
+    ahead.start(run, run.initial_state(), train_trunk=True)
+
+    def check():
+        raise interrupt.Stopped("SIGTERM")
+
+    with pytest.raises(interrupt.Stopped):
+        ahead.wait(check)
+    assert ahead._thread.is_alive()
+    compiling.set()
+    ahead.wait(check)
