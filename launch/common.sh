@@ -55,14 +55,17 @@ install_into_venv() {
 }
 
 make_venv() {
-  local python
+  local python why
   python="$(find_python)" || exit 1
   VENV_PYTHON="$VENV/bin/python"
-  if ! "$VENV_PYTHON" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1; then
+  # One without pip was interrupted while it was made.
+  if ! "$VENV_PYTHON" -c "import pip, sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1; then
     echo "making $VENV with $("$python" --version)"
     rm -rf "$VENV"
-    "$python" -m venv "$VENV" >/dev/null 2>"${TMPDIR:-/tmp}/idml_venv.log" ||
-      fail "$python cannot make a virtual environment: $(tail -n 1 "${TMPDIR:-/tmp}/idml_venv.log") (on Debian and Ubuntu: apt install python3-venv)"
+    if ! why="$("$python" -m venv "$VENV" 2>&1)"; then
+      rm -rf "$VENV"
+      fail "$python cannot make a virtual environment: $(tail -n 1 <<<"$why") (on Debian and Ubuntu: apt install python3-venv)"
+    fi
   fi
   WANTED="$ROOT $(cat "$REQUIREMENTS" "$ROOT/pyproject.toml" | cksum)"
   if [ ! -f "$VENV/.installed-base" ] || [ "$(cat "$VENV/.installed-base")" != "$WANTED" ]; then
@@ -70,8 +73,6 @@ make_venv() {
   fi
   install_into_venv base -r "$REQUIREMENTS"
   install_into_venv package --no-deps -e "$ROOT"
-  # Compiled programs are kept, so that a second start is fast.
-  export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
   export PYTHONUNBUFFERED=1
 }
 

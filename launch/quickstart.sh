@@ -12,6 +12,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 PHOTOS=""
 case "${1:-}" in
+  --photos | --photos=)
+    fail "write --photos=FOLDER, with a folder per class"
+    ;;
   --photos=*)
     PHOTOS="${1#--photos=}"
     PHOTOS="${PHOTOS/#\~\//$HOME/}"
@@ -20,6 +23,7 @@ case "${1:-}" in
     shift
     ;;
 esac
+find_accelerator >/dev/null # refuses a wrong one before anything is installed
 make_venv
 install_accelerator
 
@@ -34,7 +38,7 @@ if [ -n "$PHOTOS" ]; then
   "$VENV_PYTHON" -m idml_jax.fit --config="$ROOT/configs/folder.py" --config.data.root="$PHOTOS" --workdir="$WORKDIR" \
     --config.model.init_from=efficientnet_lite0 "$@"
   "$VENV_PYTHON" -m idml_jax.embed --workdir="$WORKDIR" --images="$PHOTOS" --out="$WORKDIR/photos.npz"
-  echo "search: .venv/bin/python -m idml_jax.search --index=$WORKDIR/photos.npz --query=PHOTO -k 10 --out=answers.html"
+  printf 'search: %q -m idml_jax.search --index=%q --query=PHOTO -k 10 --out=answers.html\n' "$VENV_PYTHON" "$WORKDIR/photos.npz"
 else
   "$VENV_PYTHON" -m idml_jax.main --config="$ROOT/configs/glyphs.py:quick" --workdir="$WORKDIR" "$@"
 fi

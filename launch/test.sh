@@ -22,6 +22,8 @@ install_into_venv "$EXTRAS" -e "$ROOT[$EXTRAS]" -c "$REQUIREMENTS"
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m ruff format --check .
 [ "$TYPES" = no ] || "$VENV_PYTHON" -m mypy
+# Compiled programs are kept, so that a second start is fast.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
 # One process per core: threads of numpy's and PyTorch's linear algebra would only get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 # The commands in the tests are over before huge pages pay (idml_jax/runtime/huge_pages.py).

@@ -43,21 +43,36 @@ create() {
   [ "$SPOT" = 1 ] && spot=(--spot)
   do_it gcloud compute tpus tpu-vm create "$NAME" --zone "$ZONE" --accelerator-type "$TYPE" --version "$IMAGE" "${spot[@]}"
 }
+# A worker whose Python is older than 3.11 gets one by uv.
 install() {
-  do_it git archive --format=tar.gz --output=/tmp/idml_jax.tgz HEAD
-  do_it gcloud compute tpus tpu-vm scp /tmp/idml_jax.tgz "$NAME:idml_jax.tgz" --zone "$ZONE" --worker=all
-  on_workers 'mkdir -p idml_jax && tar -xzf idml_jax.tgz -C idml_jax && cd idml_jax && python3 -m venv .venv && .venv/bin/pip install -q ".[tpu,clu]"'
+  do_it git archive --format=tar.gz --output=/tmp/idml_jax.tgz HEAD &&
+    do_it gcloud compute tpus tpu-vm scp /tmp/idml_jax.tgz "$NAME:idml_jax.tgz" --zone "$ZONE" --worker=all &&
+    on_workers 'set -e; mkdir -p idml_jax; tar -xzf idml_jax.tgz -C idml_jax; cd idml_jax; if [ ! -x .venv/bin/pip ]; then if python3 -c "import sys; sys.exit(sys.version_info < (3, 11))"; then python3 -m venv .venv; else python3 -m pip install -q --user uv; python3 -m uv venv -q --seed --python 3.12 .venv; fi; fi; .venv/bin/pip install -q ".[tpu,clu]" -c requirements.txt'
 }
+# Waits for the end of the run, or of the slice. The log ends with the exit code.
 run() {
   local words
   words="$(printf ' %q' "--workdir=$WORKDIR" "${settings[@]}")"
-  on_workers "cd idml_jax && nohup .venv/bin/python -m idml_jax.main --coordinator=auto$words > ~/idml.log 2>&1; echo exit code \$? >> ~/idml.log"
+  on_workers "cd idml_jax && { nohup .venv/bin/python -m idml_jax.main --coordinator=auto$words > ~/idml.log 2>&1; code=\$?; echo exit code \$code >> ~/idml.log; exit \$code; }"
 }
 logs() { do_it gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=0 --command 'tail -n 50 -f idml.log'; }
 delete() { do_it gcloud compute tpus tpu-vm delete "$NAME" --zone "$ZONE" --quiet; }
 state() { gcloud compute tpus tpu-vm describe "$NAME" --zone "$ZONE" --format 'value(state)' 2>/dev/null || echo GONE; }
 
-# Starts the slice again after each preemption; the run resumes from its last checkpoint.
+on_first() { gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=0 --command "$1" 2>/dev/null; }
+
+failed=0 # times in a row
+install_and_run() {
+  if install; then
+    failed=0
+    run || true # the loop below looks how it ended
+  else
+    failed=$((failed + 1))
+    [ "$failed" -lt 3 ] || fail "installing on the workers has failed three times"
+  fi
+}
+
+# Starts the slice again after each preemption; the run resumes from its last checkpoint. Ends with the run.
 resume() {
   if [ "$dry" = 1 ]; then
     echo "# every $SECONDS_BETWEEN s: while $WORKDIR/result.json is missing and the slice is PREEMPTED or GONE:"
@@ -67,13 +82,18 @@ resume() {
   while true; do
     case "$(state)" in
       READY)
-        if gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=0 --command "test -e '$WORKDIR/result.json'"; then
+        if on_first "test -e '$WORKDIR/result.json'"; then
           echo "finished: $WORKDIR/result.json"
           return
-        fi ;;
-      # run waits for the end of the run, or of the slice.
-      PREEMPTED | TERMINATED) { delete && create && install && run; } || true ;;
-      GONE) { create && install && run; } || true ;;
+        fi
+        ended="$(on_first 'if [ -e idml.log ]; then tail -n 1 idml.log; else echo no log; fi' || echo "not reached")"
+        case "$ended" in
+          "exit code 75" | "exit code 134") run || true ;; # saved and stopped, or another worker was lost
+          "exit code "*) fail "the run ended with $ended and no $WORKDIR/result.json; $0 logs shows why" ;;
+          "no log") install_and_run ;;
+        esac ;;
+      PREEMPTED | TERMINATED) if delete && create; then install_and_run; fi ;;
+      GONE) if create; then install_and_run; fi ;;
     esac
     sleep "$SECONDS_BETWEEN"
   done

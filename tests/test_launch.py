@@ -194,6 +194,84 @@ def test_the_image_has_what_it_copies_and_gets_the_signals():
     assert 'ENTRYPOINT ["python", "-m", "idml_jax.main"]' in text and "USER idml" in text
 
 
+GCLOUD = """#!/bin/bash
+echo "$*" >>"$CALLS"
+case "$*" in
+  *describe*) echo "$(cat "$STATE")" ;;
+  *scp*) [ "${SCP:-0}" = 0 ] || exit "$SCP" ;;
+  *"test -e"*) [ -e "$RESULT" ] ;;
+  *"tail -n 1"*) cat "$LOG" ;;
+  *idml_jax.main*) touch "$RESULT" ;;
+  *create*) echo READY >"$STATE" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "state, log, scp, code, told, calls",
+    [
+        ("PREEMPTED", "", 0, 0, "finished: /mnt/idml/run/result.json", ["delete", "create", "scp", "idml_jax.main"]),
+        ("GONE", "no log", 1, 1, "error: installing on the workers has failed three times", ["create", *["scp"] * 3]),
+        ("READY", "no log", 0, 0, "finished: /mnt/idml/run/result.json", ["scp", "idml_jax.main"]),
+        ("READY", "exit code 75", 0, 0, "finished: /mnt/idml/run/result.json", ["idml_jax.main"]),
+        ("READY", "exit code 1", 0, 1, "error: the run ended with exit code 1", []),
+    ],
+)
+def test_a_run_on_a_tpu_goes_on_or_ends_with_the_reason(tmp_path, state, log, scp, code, told, calls):
+    """With a stand-in for gcloud."""
+    tools = Path(without_tools(tmp_path))
+    for tool in ("touch", "tail", "git", "sleep"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (tools / "gcloud").write_text(GCLOUD)
+    (tools / "gcloud").chmod(0o755)
+    paths = {name: str(tmp_path / name) for name in ("STATE", "LOG", "RESULT", "CALLS")}
+    for name, text in (("STATE", state), ("LOG", log), ("CALLS", "")):
+        Path(paths[name]).write_text(text)
+    words = ["resume", "--", "--config=configs/cub200.py"]
+    done = call("tpu_vm.sh", *words, path=str(tools), SECONDS_BETWEEN="0", SCP=str(scp), **paths)
+    assert done.returncode == code and told in (done.stderr if code else done.stdout), (done.stdout, done.stderr)
+    known = ("delete", "create", "scp", "idml_jax.main")
+    made = [next(name for name in known if name in line) for line in Path(paths["CALLS"]).read_text().splitlines()
+            if any(name in line for name in known) and "python3 -m venv" not in line]  # fmt: skip
+    assert made == calls
+
+
+def test_a_virtual_environment_without_pip_is_made_anew(tmp_path):
+    """As it is left by Ctrl-C, or where ensurepip is missing, which is then said on every start."""
+    root, tools = checkout(tmp_path / "checkout"), tmp_path / "bin"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    tools.mkdir()
+    for tool in ("bash", "cat", "cksum", "dirname", "rm", "tail", "grep"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (root / ".venv" / "bin" / "python").write_text('#!/bin/sh\ncase "$*" in *pip*) exit 1 ;; esac\n')
+    (tools / "python3").write_text('#!/bin/sh\ncase "$*" in *venv*) echo ensurepip is not available; exit 1 ;; esac\n')
+    for path in (root / ".venv" / "bin" / "python", tools / "python3"):
+        path.chmod(0o755)
+    for _ in range(2):
+        line = ["bash", "-c", "source launch/common.sh; make_venv"]
+        done = subprocess.run(line, env={"PATH": str(tools)}, capture_output=True, text=True, cwd=root)
+        assert done.returncode == 1 and not (root / ".venv").exists()
+        assert "ensurepip is not available (on Debian and Ubuntu: apt install python3-venv)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, accelerator, told",
+    [
+        (["--photos", "FOLDER"], "", "error: write --photos=FOLDER, with a folder per class\n"),
+        (["--photos="], "", "error: write --photos=FOLDER, with a folder per class\n"),
+        ([], "gpu", "error: ACCELERATOR=gpu is unknown; it is cuda, tpu or cpu, and unset it is found out\n"),
+    ],
+)
+def test_wrong_words_are_refused_before_anything_is_installed(tmp_path, words, accelerator, told):
+    root = checkout(tmp_path / "checkout")
+    done = subprocess.run(
+        ["bash", str(root / "launch" / "quickstart.sh"), *words],
+        env={**os.environ, "ACCELERATOR": accelerator}, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, told)
+    assert not (root / ".venv").exists()
+
+
 def test_a_missing_folder_of_photographs_is_reported_before_anything_is_installed(tmp_path):
     root = checkout(tmp_path / "checkout")
     done = subprocess.run(
