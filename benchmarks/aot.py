@@ -46,12 +46,14 @@ ENVIRONMENT = {
 def settings_of(options):
     """The settings of the run whose step is compiled."""
     from idml_jax import default_config
+    from idml_jax.errors import UserError
+    from idml_jax.training import recipes
+    from idml_jax.training.settings import check_known
 
-    config = default_config()
-    if options.config:
-        scope: dict = {}
-        exec(compile(Path(options.config).read_text(), options.config, "exec"), scope)
-        config = scope["get_config"]()
+    try:
+        config = recipes.get_config(options.config) if options.config else default_config()
+    except UserError as error:
+        raise SystemExit(f"--config {error}") from None
     plain = {
         "model.name": options.trunk,
         "loss.name": options.loss,
@@ -74,10 +76,11 @@ def settings_of(options):
             plain[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             plain[name] = value
-    config.lock()
     try:
-        config.update_from_flattened_dict({k: v for k, v in plain.items() if v is not None})
-    except (KeyError, TypeError) as error:
+        with config.unlocked():
+            config.update_from_flattened_dict({k: v for k, v in plain.items() if v is not None})
+        check_known(config)
+    except (KeyError, TypeError, UserError) as error:
         raise SystemExit(f"no such setting, or not of this type: {error}") from None
     return config
 
@@ -288,26 +291,31 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
 
 
 def arguments(words=None):
+    def count(text: str) -> int:
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        return int(text)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="chip and arrangement: v5e:2x4, h100:8")
     parser.add_argument("--step", nargs="+", choices=STEPS, default=["train"])
     parser.add_argument("--config", default="", help="settings of a run; the defaults otherwise")
-    parser.add_argument("--per_chip", type=int, default=128, help="images of a batch on one chip")
+    parser.add_argument("--per_chip", type=count, default=128, help="images of a batch on one chip")
     parser.add_argument("--largest", action="store_true", help="find the largest batch that fits")
     parser.add_argument("--trunk", help="config.model.name")
     parser.add_argument("--loss", help="config.loss.name")
     parser.add_argument("--plain", action="store_true", help="the loss on the plain metric")
     parser.add_argument("--task", choices=("retrieval", "classification"))
-    parser.add_argument("--pixels", type=int, help="config.data.image_size")
-    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--pixels", type=count, help="config.data.image_size")
+    parser.add_argument("--classes", type=count, default=100)
     parser.add_argument("--dtype", default="bfloat16", help="of the trunk")
-    parser.add_argument("--accumulate", type=int, help="parts of a batch")
+    parser.add_argument("--accumulate", type=count, help="parts of a batch")
     parser.add_argument("--remat", action="store_true", help="activations recomputed")
     parser.add_argument("--ema", type=float, help="moving averages of the weights")
     parser.add_argument("--memory", type=int, help="size of a cross-batch memory")
     parser.add_argument("--proxies", choices=("auto", "split", "whole"))
     parser.add_argument("--partners", choices=("any", "near"))
-    parser.add_argument("--gallery", type=int, default=60_502, help="images of the retrieval step")
+    parser.add_argument("--gallery", type=count, default=60_502, help="images of the retrieval step")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings")
     parser.add_argument("--keep", default="", help="file for the compiled text")
     parser.add_argument("--json", default="", help="file to which a line per step is added")
@@ -321,10 +329,13 @@ def main(options) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     from idml_jax.errors import UserError
     from idml_jax.runtime import sharding
+    from idml_jax.runtime.files import first_line
 
     config = settings_of(options)
     chip, devices = chips.devices_of(options.target)
     mesh, count, name = sharding.data_mesh(devices), len(devices), options.target.split(":")[0]
+    if "train" in options.step and options.per_chip % config.optim.accumulate:
+        raise SystemExit(f"--per_chip {options.per_chip} must be a multiple of --accumulate {config.optim.accumulate}")
     for step in options.step:
 
         def attempt(batch: int, step: str = step) -> compiled.Program:
@@ -345,8 +356,8 @@ def main(options) -> None:
                 f"the {step} step with {batch} images ({options.per_chip} a chip) does not fit into a {chip.name}: "
                 f"{error}; --largest finds the largest batch that does; --remat or --accumulate N need less memory"
             ) from None
-        except UserError as error:
-            raise SystemExit(str(error)) from None
+        except (UserError, TypeError, ValueError) as error:  # of networks and losses that do not fit the images
+            raise SystemExit(f"the {step} step cannot be traced: {first_line(error)}") from None
         if step == "retrieval":  # whose loop the compiler counts once
             often = turns(options.gallery, count)
             program = program._replace(operations=program.operations * often, read=program.read * often)

@@ -3,6 +3,7 @@
 Used by benchmarks/aot.py.
 """
 
+import importlib.util
 import re
 from typing import NamedTuple
 
@@ -121,5 +122,7 @@ def devices_of(target: str):
     except Exception as error:  # jax raises several kinds
         needed = "jax-cuda13-plugin and jax-cuda13-pjrt" if name in GPUS else "libtpu (pip install -e '.[tpu]')"
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if name not in GPUS and importlib.util.find_spec("libtpu"):
+            raise SystemExit(f"{target} is no arrangement of a {CHIPS[name].name} that libtpu knows: {text}") from None
         raise SystemExit(f"no compiler for {target}: {text}; it needs {needed}") from None
     return CHIPS[name], list(described.devices)

@@ -131,8 +131,20 @@ def test_options_become_settings():
     config = aot.settings_of(aot.arguments(words))
     assert config.loss.name == "fast_ap" and not config.ism.enabled and config.model.remat
     assert config.optim.accumulate == 2 and config.model.pooling == "max" and config.model.dtype == "bfloat16"
-    with pytest.raises(SystemExit, match="no such setting"):
-        aot.settings_of(aot.arguments(["v5e:2x4", "--set", "model.nmae=1"]))
+    by_name = aot.settings_of(aot.arguments(["v5e:2x4", "--config", "glyphs:quick"]))
+    assert by_name.model.name == "convnet4"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--set", "model.nmae=1"], "no such setting.*did you mean config.model.name"),
+        (["--config", "nowhere.py"], "--config nowhere.py: no such settings; known: cars196"),
+    ],
+)
+def test_wrong_settings_are_refused_in_a_line(words, message):
+    with pytest.raises(SystemExit, match=message):
+        aot.settings_of(aot.arguments(["v5e:2x4", *words]))
 
 
 @pytest.mark.parametrize(
