@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,34 @@ def test_runs_with_other_settings_are_other_runs(kept, tmp_path):
     kept(file, ["b=2", "a=1"]).add("row/seed0", result_of(tmp_path, **{"R@1": 0.5}))
     assert kept(file, ["a=1", "b=2"]).of("row") == {"0": {"R@1": 0.5}}
     assert kept(file, []).of("row") == {}
+
+
+@pytest.fixture(scope="module")
+def label_noise():
+    sys.path.insert(0, str(EXPERIMENTS))
+    spec = importlib.util.spec_from_file_location("label_noise", EXPERIMENTS / "label_noise.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_counts_only_for_the_settings_that_it_had(label_noise, tmp_path):
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({"config": {"optim": {"learning_rate": 0.002}, "eval": {"ks": [1, 2]}, "task": "x"}}))
+    for wanted in ([], ["optim.learning_rate=0.002", "task=x"], ["eval.ks=(1, 2)"], ["optim.learning_rate=2e-3"]):
+        assert label_noise.made_with(result, wanted)
+    for wanted in (["optim.learning_rate=0.004"], ["task=x", "eval.ks=(1,)"]):
+        assert not label_noise.made_with(result, wanted)
+
+
+@pytest.mark.parametrize(
+    "words", [("damage", "omniglot"), ("rates", "birds_imagenet"), ("controls", "omniglot_classes")]
+)
+def test_tables_that_cannot_be_are_refused(label_noise, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["label_noise.py", f"--table={words[0]}", f"--data={words[1]}", "--list"])
+    with pytest.raises(SystemExit):
+        label_noise.main()
+    assert f"--table={words[0]} is for --data=" in capsys.readouterr().err
 
 
 def test_without_a_file_or_a_result_nothing_is_written(kept, tmp_path):

@@ -29,6 +29,7 @@ the rounding (row ``loss x SCALE`` shows that); a slower pace is a smaller learn
 """
 
 import argparse
+import ast
 import json
 import resource
 import shlex
@@ -205,8 +206,25 @@ def results(given: argparse.Namespace, folder: Path) -> Found:
     here = {
         path.parent.name.removeprefix("seed"): json.loads(path.read_text())["final"]
         for path in sorted(folder.glob("seed*/result.json"))
+        if made_with(path, given.set)
     }
     return {**found, **here}
+
+
+def made_with(result: Path, wanted: list[str]) -> bool:
+    """Whether a finished run has the settings of ``--set``."""
+    config = json.loads(result.read_text())["config"]
+    for name, value in (text.split("=", 1) for text in wanted):
+        found = config
+        for part in name.split("."):
+            found = found[part]
+        try:
+            expected = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            expected = value
+        if found != (list(expected) if isinstance(expected, tuple) else expected):
+            return False
+    return True
 
 
 def run_all(given: argparse.Namespace) -> list[str]:
@@ -219,13 +237,17 @@ def run_all(given: argparse.Namespace) -> list[str]:
                 fields = settings(given, overrides, noise, int(seed))
                 run = command(given.data, name, fields, int(seed), given.root.resolve(), given.out, workdir)
                 short = str(workdir.relative_to(given.out))
+                result = workdir / "result.json"
                 if given.list:
                     print(shlex.join(run))
-                elif short in given.kept:
                     continue
-                elif not (workdir / "result.json").exists() and not finish(run, workdir, given.data):
+                if short in given.kept:
+                    continue
+                if result.exists() and not made_with(result, given.set):
+                    sys.exit(f"{workdir} holds a run without {' '.join(given.set)}; give another --out")
+                if not result.exists() and not finish(run, workdir, given.data):
                     failed.append(str(workdir))
-                given.kept.add(short, workdir / "result.json")
+                given.kept.add(short, result)
     return failed
 
 
@@ -342,6 +364,11 @@ def main() -> None:
     given.noise = [float(text) for text in (given.noise or default or "0,0.2,0.4,0.6").split(",")]
     if given.own_rate and given.table != "noise":
         parser.error("--own-rate is for --table=noise")
+    able = {"damage": ["glyphs"], "rates": sorted(USUAL_RATE)}.get(given.table, sorted(DATA))
+    if given.table in ("controls", "alive"):  # for retrieval
+        able.remove("omniglot_classes")
+    if given.data not in able:
+        parser.error(f"--table={given.table} is for --data={', '.join(able)}")
     if given.data == "omniglot_classes" and not given.list:
         classes_folder(given.root)
     failed = [] if given.show else run_all(given)

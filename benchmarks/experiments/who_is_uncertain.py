@@ -197,7 +197,8 @@ def main() -> None:
                     continue
                 values = of_run(workdir)
                 stored.write_text(json.dumps(values, indent=1))
-            name = str(workdir.parent.relative_to(folder)) if workdir.parent != folder else folder.name
+            below = workdir.parent.is_relative_to(folder) and workdir.parent != folder
+            name = str(workdir.parent.relative_to(folder)) if below else folder.name
             rows.setdefault(name, []).append(json.loads(stored.read_text()))
     print("\n".join(table(rows)))
 

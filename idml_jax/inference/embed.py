@@ -10,6 +10,7 @@ import numpy as np
 
 from idml_jax.data.lists import LISTS, list_images
 from idml_jax.data.sources import Source
+from idml_jax.data.wrong_labels import wrong_labels_of
 from idml_jax.errors import UserError, printable
 from idml_jax.inference import store
 from idml_jax.inference.choices import SPLITS
@@ -121,6 +122,8 @@ def embed_to_file(
             raise UserError(f"none of {len(source)} images can be read; the first: {skipped[0][0]}: {skipped[0][1]}")
         store.join(out, job.columns, source.class_names if labelled else None, job.about)
         job.parts.remove()
+    if wrong := job.about.get("wrong_labels"):
+        say(f"{wrong:,} of the labels are wrong on purpose (config.data.label_noise), as in training")
     say(f"{len(source) - len(skipped):,} images embedded in {out}")
     return out
 
@@ -145,7 +148,7 @@ class _Job:
     ):
         self._model, self._source, self._labelled, self._per_part, self._say = model, source, labelled, per_part, say
         self._names = [source.name(record) for record in range(len(source))]
-        self.about = about_of(model, origin)
+        self.about = about_of(model, origin, source if labelled else None)
         identity = {
             **self.about,
             "names": store.digest(self._names),
@@ -273,12 +276,20 @@ def split_source(model: Trained, split: str) -> Source:
     return source
 
 
-def about_of(model: Trained, origin: str) -> dict[str, Any]:
-    """The origin of embeddings, as an index and its file hold it."""
+def about_of(model: Trained, origin: str, labelled: Source | None = None) -> dict[str, Any]:
+    """The origin of embeddings, as an index and its file hold it.
+
+    Args:
+      model: the run.
+      origin: where the images are from.
+      labelled: images whose labels are stored too; ``wrong_labels`` says how many are wrong on purpose.
+    """
     weights = model.embedder.digest
     where = {"workdir": str(model.workdir), "step": model.step, "weights": weights, "images": origin}
     risk = {} if model.embedder.risk is None else {"risk": digest(model.embedder.risk)}
-    return {**where, **risk, **model.metric.about()}
+    wrong = None if labelled is None else wrong_labels_of(labelled)
+    noise = {} if wrong is None else {"wrong_labels": int(wrong.sum())}
+    return {**where, **risk, **noise, **model.metric.about()}
 
 
 def index_columns(source: Source, records: np.ndarray) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from idml_jax.inference.index import (
     checked_numbers,
     read,
     texts,
+    warn_of_wrong_labels,
 )
 from idml_jax.inference.told import OF_TABLES, told_by_table
 from idml_jax.ism import Metric
@@ -354,15 +355,16 @@ def read_gallery(path: str | Path, option: str = "--index", sources: Sequence[Ma
     columns = dict(next(iter(kinds)))
     if "semantic" not in columns or "files" not in columns:
         raise UserError(f"{parts[0].path}: needs the columns semantic and files; it holds {', '.join(columns)}")
+    for made in sources:
+        warn_of_wrong_labels(folder, made.about)
     classes: Sequence[str] | None = sources[-1].class_names
     return Gallery(folder, sources[0].about, None if classes is None else list(classes), parts, columns)
 
 
 def all_skipped(folder: Path, made: Made, number: int) -> bool:
     """Whether no image of a part could be read, so that it has no file."""
-    listed = skipped_images(folder, made, number)
     size = len(made.records[number * made.per_part : (number + 1) * made.per_part])
-    return len(listed) == size
+    return len(skipped_images(folder, made, number)) == size
 
 
 def skipped_images(folder: Path, made: Made, number: int) -> list[tuple[str, str]]:

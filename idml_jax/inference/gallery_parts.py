@@ -243,7 +243,9 @@ def open_work(
     shown = [source.class_names[label] for label in source.labels.tolist()] if labelled else []
     told = of_table(source, labelled)
     more = [f"{name} {value.tolist()}" for name, value in told.items()]
-    asked = _Asked(names, classes, about_of(model, origin), digest([*names, "", *shown, *more]), told)
+    asked = _Asked(
+        names, classes, about_of(model, origin, source if labelled else None), digest([*names, "", *shown, *more]), told
+    )
     while True:
         sources = sources_of(folder)
         same = next((made for made in sources if made.requested == asked.digest), None)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, warn
 from idml_jax.inference import arrays as stored_arrays
 from idml_jax.inference.told import OF_TABLES, check_shape, told_by_table
 from idml_jax.ism import Metric
@@ -204,6 +204,7 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
         risk=numbers.get("risk"),
     )
     about = checked_about(path, arrays["about"]) if "about" in arrays else {}
+    warn_of_wrong_labels(path, about)
     return Index(
         embedded,
         np.asarray(files),
@@ -280,13 +281,23 @@ def checked_about(path: Path, value: np.ndarray) -> dict[str, Any]:
     return about
 
 
+def warn_of_wrong_labels(path: Path, about: Mapping[str, Any]) -> None:
+    """Says which labels of a stored set are wrong on purpose, as ``about`` tells; metrics and answers use them."""
+    if about.get("wrong_labels"):
+        warn(f"{path}: {about['wrong_labels']:,} labels are wrong on purpose (config.data.label_noise of its run)")
+
+
 def check_temperature(value: float) -> bool:
     """Whether a number is a valid temperature of the metric."""
     return 0 < value < math.inf
 
 
 def check_comparable(
-    queries: Index, index: Index, named: str, other: str, settings: Collection[str] = ("temperature", "relative")
+    queries: Index,
+    index: Index,
+    named: str,
+    other: str,
+    settings: Collection[str] = ("temperature", "relative", "form", "risk"),
 ) -> None:
     """Checks that the vectors of two sets can be compared.
 
@@ -295,7 +306,7 @@ def check_comparable(
       index: second set.
       named: name of the first set in messages.
       other: name of the second set in messages.
-      settings: settings of the metric in which the sets must agree, if both have them.
+      settings: settings of the metric, and the risk head, in which the sets must agree, if both have them.
 
     Raises:
       UserError: if their widths differ, or their weights or settings are known to differ.
@@ -315,7 +326,10 @@ def check_comparable(
     for name in settings:
         mine, theirs = queries.about.get(name), index.about.get(name)
         if mine is not None and theirs is not None and mine != theirs:
-            raise UserError(f"{named} was made with {name} = {mine} and {other} with {theirs}; they cannot be compared")
+            cure = "; embed one of them again" if name == "risk" else ""  # python -m idml_jax.risk may have fitted anew
+            raise UserError(
+                f"{named} was made with {name} = {mine} and {other} with {theirs}; they cannot be compared{cure}"
+            )
 
 
 def named(file: str, box: Sequence[int] | None) -> str:

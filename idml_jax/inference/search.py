@@ -25,6 +25,7 @@ from idml_jax.metrics.summary import Embedded, scores_of
 from idml_jax.metrics.uncertainty import Threshold
 from idml_jax.metrics.vote import Ballot, Vote
 from idml_jax.runtime.files import user_path
+from idml_jax.training.risk import digest
 
 
 class Answers(NamedTuple):
@@ -185,6 +186,12 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
             raise UserError(
                 f"the index was made with {told}, and {model.workdir} has step {model.step} with the weights {found} "
                 f"now: {cure}"
+            )
+        fitted = None if model.embedder.risk is None else digest(model.embedder.risk)
+        if None not in (fitted, index.about.get("risk")) and fitted != index.about["risk"]:
+            raise UserError(
+                f"the index was made with the risk head {index.about['risk']}, and {model.workdir} has {fitted} now: "
+                "risks of two heads cannot be compared; embed the index again"
             )
     elif step is not None and (str(model.workdir), model.step) != (made_in, step):
         raise UserError(

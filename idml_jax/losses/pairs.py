@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 __all__ = [
-    "AxisName", "Pairs", "concatenate_pairs", "gather", "pairs_from_label_sets", "pairs_from_labels",
+    "AxisName", "Pairs", "concatenate_pairs", "gather", "mask_rows", "pairs_from_label_sets", "pairs_from_labels",
     "pairs_from_relation",
 ]  # fmt: skip
 
@@ -240,6 +240,16 @@ def _numbered(labels: Any, reference_labels: Any) -> tuple[Any, Any]:
     numbers = np.unique(np.concatenate([some.reshape(-1) for some in given]), return_inverse=True)[1]
     rows = numbers[: given[0].size].reshape(given[0].shape).astype(np.int32)
     return rows, None if reference_labels is None else numbers[given[0].size :].reshape(given[1].shape).astype(np.int32)
+
+
+def mask_rows(pairs: Pairs, mask: Bool[Array, "n"] | None) -> Pairs:
+    """The pairs without those of rows whose mask is false; ``None``: all.
+
+    >>> pairs = pairs_from_labels(jnp.arange(2), jnp.arange(2))
+    >>> mask_rows(pairs, jnp.array([True, False])).negative.tolist()
+    [[False, True], [False, False]]
+    """
+    return pairs if mask is None else Pairs(*(relation & mask[:, None] for relation in pairs))
 
 
 def concatenate_pairs(*pairs: Pairs) -> Pairs:

@@ -17,7 +17,7 @@ from idml_jax.models.heads import UNCERTAINTY_HEADS
 from idml_jax.runtime.files import user_path
 from idml_jax.runtime.trackers import TRACKERS, names_of
 from idml_jax.training import learning, watch
-from idml_jax.training.config import learns_uncertainty, starts_whitened
+from idml_jax.training.config import default_config, learns_uncertainty, starts_whitened
 from idml_jax.training.fields import at_least, choice, value_of
 from idml_jax.training.tasks import TASKS, task_of, terms
 from idml_jax.training.tasks.terms import check_loss
@@ -179,7 +179,15 @@ def _check_remedies(config: ConfigDict) -> None:
     if not 0 <= prism.share < 1:
         raise UserError(f"config.prism.share = {prism.share} must be a share, at least 0 and below 1")
     if not prism.share:
+        off = default_config().prism
+        if changed := [field for field in ("window", "features", "warmup_epochs") if prism[field] != off[field]]:
+            raise UserError(f"config.prism.{changed[0]} = {prism[changed[0]]} needs config.prism.share above 0")
         return
+    if prism.warmup_epochs >= config.epochs:
+        raise UserError(
+            f"config.prism.warmup_epochs = {prism.warmup_epochs} keeps all images in all of the {config.epochs} epochs "
+            "(config.epochs)"
+        )
     if config.task != "retrieval":
         raise UserError(f"config.prism.share = {prism.share} needs config.task = 'retrieval'")
     if int(prism.share * config.batch_size) < 1:

@@ -86,8 +86,8 @@ def check(
       Warnings about images that were added, removed or renamed, one line each.
 
     Raises:
-      UserError: if the training classes have changed, so that labels would mean other classes, or their relation; if
-        the record cannot be read.
+      UserError: if the training classes have changed, so that labels would mean other classes, or their relation, or
+        the wrong labels of ``data.label_noise``; if the record cannot be read.
     """
     path = workdir / FILE
     if not path.exists():
@@ -107,6 +107,12 @@ def check(
         before = known.get(name)
         if before is None or name not in parts or before == now:
             continue
+        if "labels" in now and before.get("labels", now["labels"]) != now["labels"]:
+            raise UserError(
+                f"{workdir}: the {name} images have changed since the run started, and with them the wrong labels of "
+                f"config.data.label_noise ({before.get('images')} images then, {now['images']} now); restore the "
+                "images, or use another --workdir"
+            )
         if before.get("class_digest") != now["class_digest"]:
             line = f"the classes of the {name} images are not those that the run started with ({_change(before, now)})"
             if name == "train":

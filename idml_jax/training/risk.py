@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from idml_jax.data.images.transforms import SometimesChanged
+from idml_jax.data.sources import sets_of
 from idml_jax.errors import UserError, quiet_libraries
 from idml_jax.losses.auxiliary import order_loss
 from idml_jax.metrics import relevance
@@ -281,6 +282,8 @@ def restored(workdir: Path) -> tuple[Run, Any, int]:
         run = build(config)
     if run.config.task != "retrieval":
         raise UserError(f"{workdir} is a classifier; a risk head is for task retrieval, a classifier has its softmax")
+    if sets_of(run.splits.train) is not None:
+        raise UserError(f"{workdir}: its images have several labels each; a risk head is fitted on folds of classes")
     for line in data_record.check(run.splits, workdir):
         logger.warning("warning: %s: %s", workdir, line)
     state, step = run.best_state(workdir)

@@ -1,5 +1,8 @@
 """Wrong labels on purpose: how many, which, and that their truth is kept."""
 
+import json
+import shutil
+
 import cv2
 import numpy as np
 import pytest
@@ -8,9 +11,13 @@ from runs_made import small_config
 from idml_jax.data.glyphs import builder, examples
 from idml_jax.data.wrong_labels import class_means, with_wrong_labels, wrong_labels_of
 from idml_jax.errors import UserError
+from idml_jax.inference import model as trained
+from idml_jax.inference.embed import embed_to_file, split_source
+from idml_jax.inference.gallery import read_stored
+from idml_jax.inference.gallery_parts import embed_to_gallery
 from idml_jax.training.build import data_of
 from idml_jax.training.config_checks import validate
-from idml_jax.training.data_record import record_of
+from idml_jax.training.data_record import check, record_of, remember
 
 
 class Pictures:
@@ -99,6 +106,36 @@ def test_only_training_labels_become_wrong(image_folder):
     )
     config.data.label_noise.seed = 1
     assert record_of(data_of(config))["train"]["labels"] != after["train"]["labels"]
+
+
+def test_a_run_does_not_go_on_with_other_wrong_labels(image_folder, tmp_path):
+    """An image more changes which of the others have a wrong label, although their names and classes stay."""
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    config = small_config(images, **{"data.label_noise.share": 0.25})
+    remember(data_of(config), tmp_path)
+    assert check(data_of(config), tmp_path) == []
+    file = next(path for path in sorted((images / "train").rglob("*")) if path.is_file())
+    shutil.copyfile(file, file.with_name(f"again{file.suffix}"))
+    with pytest.raises(UserError, match=r"wrong labels of config.data.label_noise \(96 images then, 97 now\)"):
+        check(data_of(config), tmp_path)
+
+
+def test_stored_training_images_say_that_their_labels_are_wrong(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["label_noise"]["share"] = 0.25
+    (run / "config.json").write_text(json.dumps(config))
+    model, said = trained.load(run), []
+    for split, wrong in (("train", 24), ("test", None)):
+        for out, store in ((f"{split}.npz", embed_to_file), (split, embed_to_gallery)):
+            store(model, split_source(model, split), tmp_path / out, labelled=True, origin="x", say=said.append)
+            capsys.readouterr()
+            assert read_stored(tmp_path / out).about.get("wrong_labels") == wrong
+            told = "warning: " in (err := capsys.readouterr().err) and "24 labels are wrong on purpose" in err
+            assert told is (split == "train")
+    assert "24 of the labels are wrong on purpose (config.data.label_noise), as in training" in said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +131,11 @@ def test_a_scalar_head_has_one_direction_and_a_positive_length():
         ({"ism.attenuation": 0.1, "ism.variant": "released"}, "released' does not teach u"),
         ({"ism.attenuation": 0.1, "loss.name": "mc_info_nce"}, "mc_info_nce does not read the metric"),
         ({"prism.share": 1.0}, "prism.share = 1.0 must be a share"),
+        ({"prism.window": 5}, "prism.window = 5 needs config.prism.share above 0"),
+        (
+            {"prism.share": 0.2, "epochs": 2, "prism.warmup_epochs": 2},
+            "prism.warmup_epochs = 2 keeps all images in all of the 2 epochs",
+        ),
         ({"prism.share": 0.01}, "prism.share = 0.01 of config.batch_size = 32 is less than one image"),
         ({"prism.share": 0.2, "prism.features": 8}, r"prism.features = 8 must be at least config.batch_size \(32\)"),
     ],
@@ -137,3 +143,20 @@ def test_a_scalar_head_has_one_direction_and_a_positive_length():
 def test_settings_that_cannot_work(image_folder, changes, message):
     with pytest.raises(UserError, match=message):
         validate(small_config(image_folder, **changes))
+
+
+@pytest.mark.parametrize("loss", ["proxy_anchor", "contrastive"])
+def test_an_image_that_is_left_out_teaches_no_u_by_its_label(loss):
+    """PRISM leaves out an image whose label is probably wrong, so the confusion does not read that label either."""
+    images, criterion = embedding(), objective(loss, prior=0.5, prior_by="confusion")
+    params = criterion.init(jax.random.key(0))
+    mask, other = jnp.arange(len(LABELS)) != 1, LABELS.at[1].set((LABELS[1] + 1) % 3)
+
+    @jax.jit
+    def found(labels):
+        value = jax.value_and_grad(lambda images: criterion(params, images, labels, mask=mask))
+        return criterion.confusion(params, images, labels, mask), value(images)
+
+    (confusions, one), (_, two) = found(LABELS), found(other)
+    assert jnp.isnan(confusions[1]) and jnp.isfinite(confusions).sum() >= 2
+    chex.assert_trees_all_equal(one, two)

@@ -14,7 +14,8 @@ from idml_jax.errors import UserError
 from idml_jax.inference import model as trained
 from idml_jax.inference import store
 from idml_jax.inference.embed import embed_to_file, split_source
-from idml_jax.inference.index import read
+from idml_jax.inference.index import check_comparable, read
+from idml_jax.inference.search import load_model
 from idml_jax.losses.auxiliary import order_loss
 from idml_jax.metrics.embedded import Embedded, joined, rows_of, scores_of
 from idml_jax.metrics.uncertainty import r_auroc
@@ -92,6 +93,32 @@ def test_a_run_with_a_risk_head_gives_every_image_a_risk(with_risk, tmp_path):
     assert 0 <= correct <= 1 and found["evaluation"]["queries"] == len(source)
     again = read(store.save(index, tmp_path / "again.npz"))
     np.testing.assert_array_equal(again.embedded.risk, index.embedded.risk)
+
+
+def test_risks_of_two_heads_are_not_compared(with_risk, tmp_path):
+    """As after ``python -m idml_jax.risk --overwrite``."""
+    model, paths = trained.load(with_risk[0]), []
+    for name, head in (("first", model.embedder.risk), ("second", None)):
+        if head is None:
+            head = jax.tree.map(lambda x: x + 1, model.embedder.risk)
+        other = model._replace(embedder=dataclasses.replace(model.embedder, risk=head))
+        paths.append(tmp_path / f"{name}.npz")
+        embed_to_file(other, split_source(model, "test"), paths[-1], labelled=True, origin="x", say=lambda _: None)
+    one, two = map(read, paths)
+    check_comparable(one, one, "one", "two")
+    with pytest.raises(UserError, match="one was made with risk = .* and two with .*; embed one of them again"):
+        check_comparable(one, two, "one", "two")
+    assert load_model(one, str(with_risk[0]), print).step == model.step
+    with pytest.raises(UserError, match="risks of two heads cannot be compared; embed the index again"):
+        load_model(two, str(with_risk[0]), print)
+
+
+def test_images_with_several_labels_are_refused(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    monkeypatch.setattr(risk, "sets_of", lambda source: np.zeros((len(source), 2), np.int32))
+    with pytest.raises(UserError, match="its images have several labels each; a risk head is fitted on folds"):
+        risk.fit_risk(run)
 
 
 def test_sets_with_and_without_a_risk():

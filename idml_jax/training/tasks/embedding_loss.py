@@ -38,7 +38,9 @@ class OnEmbeddings(Protocol):
 
     def chosen(self, store: Any, embedding: Embedding, labels: Int[Array, "n"]) -> Bool[Array, "n"] | None: ...
 
-    def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]: ...
+    def confusion(
+        self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"], **mask: Any
+    ) -> Float[Array, "n"]: ...
 
 
 def embedding_loss(
@@ -68,8 +70,9 @@ def embedding_loss(
             loss += objective.embedding_norm * jnp.mean(jnp.square(out["semantic_norm"]))
         return loss
 
-    def confusion(out: dict[str, Array], labels: Array) -> Array:
-        return objective.confusion(params, embedding_of(out), labels)
+    def confusion(out: dict[str, Array], labels: Array, kept: Array | None) -> Array:
+        mask = {} if kept is None else {"mask": kept}
+        return objective.confusion(params, embedding_of(out), labels, **mask)
 
     def order(features: Array, confusions: Array) -> Array:
         # Only the uncertainty head learns the order; the trunk gets no gradient from it.
@@ -82,7 +85,7 @@ def embedding_loss(
         loss = criterion(out, labels, draws[0], kept)
         metrics = {"loss": loss, "uncertainty": mean_length(out), **_share(kept)}
         if objective.ranking:
-            metrics["loss_ranking"] = order(features[:, 0], confusion(out, labels))
+            metrics["loss_ranking"] = order(features[:, 0], confusion(out, labels, kept))
             loss += objective.ranking * metrics["loss_ranking"]
         return loss, (batch_stats, out, metrics | {"loss": loss})
 
@@ -119,7 +122,8 @@ def embedding_loss(
     if objective.ranking:
         # A mixed image counts as right if the class of its larger part is nearest.
         larger = jnp.where(mixed.lam >= 0.5, labels, other)
-        confusions = [confusion(out, labels), confusion(out_mixed, larger)]
+        larger_kept = None if kept is None else jnp.where(mixed.lam >= 0.5, kept, jnp.take(kept, partner))
+        confusions = [confusion(out, labels, kept), confusion(out_mixed, larger, larger_kept)]
         metrics["loss_ranking"] = order(jnp.concatenate([features, features_mixed]), jnp.concatenate(confusions))
         loss += objective.ranking * metrics["loss_ranking"]
     return loss, (batch_stats, out, metrics | {"loss": loss})

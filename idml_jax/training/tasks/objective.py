@@ -218,7 +218,7 @@ class Objective(Criterion):
             loss += self.attenuation * sum(cost for i, cost in values.items() if i < 0)
         if self.prior:
             assert embedding.uncertainty is not None  # see config.validate
-            by = None if self.prior_by == "constant" else self.confusion(params, embedding, labels)
+            by = None if self.prior_by == "constant" else self.confusion(params, embedding, labels, mask)
             loss += self.prior * auxiliary.length_prior(embedding.uncertainty, by)
         return loss
 
@@ -351,8 +351,7 @@ class Objective(Criterion):
         proxies, embedding, pairs = self._against_proxies(params, embedding, labels, sample, count)
         # Proxies are certain and, except in the released form, compared by direction like the embeddings.
         references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
-        if mask is not None:
-            pairs = losses.Pairs(*(relation & mask[:, None] for relation in pairs))
+        pairs = losses.mask_rows(pairs, mask)
         classes = lambda: jnp.repeat(jnp.arange(self.proxy_rows) % self.num_classes, count)  # padding is in no pair
         levels = self._levels(pairs, labels, classes)
         levels = tuple(losses.Pairs(*map(self._split, level)) for level in levels)
@@ -383,16 +382,19 @@ class Objective(Criterion):
             table = sharding.constrain(table, mesh, "data")
         return table, embedding, self._split(losses.pairs_from_label_sets(labels, classes, reference_mask=real))
 
-    def confusion(self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"]) -> Float[Array, "n"]:
-        """How close each image is to a wrong answer, by the plain similarity; see ``auxiliary.confusion``."""
+    def confusion(
+        self, params: dict[str, Any], embedding: Embedding, labels: Int[Array, "n"], mask: Any = None
+    ) -> Float[Array, "n"]:
+        """How close each image is to a wrong answer, see ``auxiliary.confusion``; NaN for those that are masked."""
         if self._has("proxies"):
             proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
-            return auxiliary.confusion(self._split(ism.cosine_similarity(embedding.semantic, proxies)), pairs)
+            similarity = self._split(ism.cosine_similarity(embedding.semantic, proxies))
+            return auxiliary.confusion(similarity, losses.mask_rows(pairs, mask))
 
-        def of_rows(rows: tuple[Array, Array], _: tuple[()], axis_name: str | None) -> Array:
-            semantic, own = rows
+        def of_rows(rows: tuple[Array, Array, Any], _: tuple[()], axis_name: str | None) -> Array:
+            semantic, own, kept = rows
             everyone = None if axis_name is None else losses.gather(semantic, axis_name)
             similarity = ism.cosine_similarity(semantic, everyone)
-            return auxiliary.confusion(similarity, losses.pairs_from_label_sets(own, axis_name=axis_name))
+            return auxiliary.confusion(similarity, losses.pairs_from_label_sets(own, mask=kept, axis_name=axis_name))
 
-        return cast(Array, sharding.over_rows(of_rows, self.rows, (embedding.semantic, labels), (), "data"))
+        return cast(Array, sharding.over_rows(of_rows, self.rows, (embedding.semantic, labels, mask), (), "data"))
