@@ -53,9 +53,11 @@ def head(seen: Seen, images: Thumbnails) -> Markup:
         values.append(notes.card("spearman(u,ambiguity)", "|u| with true ambiguity", best["spearman(u,ambiguity)"]))
     kind = "introspective" if seen.model.introspective else "plain"
     name = config.data.name if config.data.name != "folder" else Path(config.data.root or config.data.variant).name
+    noise = config.data.label_noise.share
+    wrong = f" Of the training labels {100 * noise:g} % are wrong on purpose." if noise else ""
     searched = "each other" if seen.gallery is seen.queries else f"{len(seen.gallery):,} others"
     return pages.html("<h1>{}: {} {}</h1>", name, kind, seen.task.loss_text(config)) + pages.html(
-        '<p class="muted">{}, {} pixels; step {} of <code>{}</code>; {:,} images of {:,} classes search {}.</p>{}{}',
+        '<p class="muted">{}, {} pixels; step {} of <code>{}</code>; {:,} images of {:,} classes search {}.{}</p>{}{}',
         config.model.name,
         config.data.image_size,
         seen.model.step,
@@ -63,6 +65,7 @@ def head(seen: Seen, images: Thumbnails) -> Markup:
         len(seen.queries),
         len(seen.queries.class_names),
         searched,
+        wrong,
         pages.cards(values),
         pages.join(map(pages.warning, notes.warnings(seen))),
     )

@@ -30,6 +30,7 @@ from idml_jax.metrics.class_folds import fold_classes
 from idml_jax.metrics.closed_form import ClosedForm, Moments, moments, statistics
 from idml_jax.metrics.embedded import scores_of
 from idml_jax.metrics.uncertainty import nearest_twenty, r_auroc
+from idml_jax.metrics.vote import Vote
 from idml_jax.models import risk_head
 from idml_jax.models.risk_head import RiskHead
 from idml_jax.runtime.files import atomic, first_line, user_path, without_nan, write_json
@@ -257,7 +258,10 @@ def pictures_of(run: Run, variables: Any, workdir: Path, settings: Settings) -> 
 
 
 def measured(run: Run, variables: Any, workdir: Path, head: RiskHead) -> dict[str, float]:
-    """R@1 of the evaluation images, and the AUROC for wrong answers of every score and of the feature's norm."""
+    """R@1 of the evaluation images, and the AUROC for wrong answers of every score and of the feature's norm.
+
+    Without scores by votes, if the run has held-out classes.
+    """
     evaluation, config = run.evaluation(variables), run.config
     known = evaluated_features(evaluation, workdir, held_out=False)
     embedder = FeatureEmbedder.over(dataclasses.replace(evaluation.embedder, risk=head), tuple(known))
@@ -267,7 +271,9 @@ def measured(run: Run, variables: Any, workdir: Path, head: RiskHead) -> dict[st
     own = relevance.own_rows(queries, gallery)
     found = nearest_twenty(queries.semantic, None if gallery is None else gallery.semantic, own=own)
     correct = relevance.relevant(queries, searched, found.index[:, 0])
-    scores = scores_of(queries, gallery, metric_of(config), own, found)
+    # Scores by votes depend on held-out classes, on which the evaluation chooses the vote.
+    vote = Vote() if run.splits.validation is None else None
+    scores = scores_of(queries, gallery, metric_of(config), own, found, setting=vote)
     scores["feature_norm"] = np.linalg.norm(known[0][1].rows(np.arange(len(queries.labels))), axis=1)
     report = {f"R-AUROC({name})": r_auroc(score, correct) for name, score in scores.items()}
     # A short feature is uncertain.
