@@ -65,6 +65,27 @@ def test_a_run_counts_only_for_the_settings_that_it_had(label_noise, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("plain+mixup", None),
+        ("ism+mixup", "plain+mixup"),
+        ("plain", "plain+mixup"),  # without Mixup
+        ("ism", "plain"),
+        ("contrastive/plain+mixup", None),
+        ("contrastive/ism+mixup", "contrastive/plain+mixup"),
+        ("contrastive/ism+mixup, negatives stopped", "contrastive/plain+mixup"),
+        ("plain, prism", "plain+mixup"),
+        ("ism, prism", "plain, prism"),
+        ("plain, rate x 0.5", "plain+mixup"),
+        ("released", "plain+mixup"),
+    ],
+)
+def test_which_row_a_row_is_compared_with(label_noise, name, expected):
+    rows = ("plain+mixup", "ism+mixup", "plain", "ism", "contrastive/plain+mixup", "plain, prism", "plain, rate x 0.5")
+    assert label_noise.peer(name, dict.fromkeys(rows, {})) == expected
+
+
+@pytest.mark.parametrize(
     "words", [("damage", "omniglot"), ("rates", "birds_imagenet"), ("controls", "omniglot_classes")]
 )
 def test_tables_that_cannot_be_are_refused(label_noise, words, monkeypatch, capsys):

@@ -31,6 +31,7 @@ the rounding (row ``loss x SCALE`` shows that); a slower pace is a smaller learn
 import argparse
 import ast
 import json
+import re
 import resource
 import shlex
 import shutil
@@ -280,7 +281,7 @@ def table(given: argparse.Namespace) -> list[str]:
                 found[name] = runs
         for name, runs in found.items():
             plain = peer(name, found)
-            told = difference(found[plain], runs, measure) if plain and plain != name else ""
+            told = difference(found[plain], runs, measure) if plain else ""
             length = [run[k] for run in runs.values() for k in ("uncertainty_mean", "mean_u") if run.get(k) is not None]
             cells = [f"{100 * noise:.0f} %", name, str(len(runs)), *(cell(runs, column) for column in columns)]
             lines.append(f"| {' | '.join([*cells, told, f'{statistics.mean(length):.3f}' if length else ''])} |")
@@ -289,11 +290,13 @@ def table(given: argparse.Namespace) -> list[str]:
 
 def peer(name: str, found: dict[str, Found]) -> str | None:
     """The plain row that a row is compared with: the same in all but the metric, or else the table's plain row."""
-    same = name.replace("ism", "plain", 1)
+    if name.split("/")[-1].startswith(PLAIN):
+        return None
+    same = re.sub(r"\bism\b", "plain", name, count=1)
     loss = name.split("/")[0] + "/" if "/" in name else ""
     end = ", own rate" if name.endswith(", own rate") else ""
     candidates = (same, f"{loss}{PLAIN}{end}", f"{PLAIN}{end}", "plain")
-    return next((one for one in candidates if one in found), None)
+    return next((one for one in candidates if one in found and one != name), None)
 
 
 def draw_rates(given: argparse.Namespace) -> None:
