@@ -82,7 +82,7 @@ def test_a_run_counts_only_for_the_settings_that_it_had(label_noise, tmp_path):
 )
 def test_which_row_a_row_is_compared_with(label_noise, name, expected):
     rows = ("plain+mixup", "ism+mixup", "plain", "ism", "contrastive/plain+mixup", "plain, prism", "plain, rate x 0.5")
-    assert label_noise.peer(name, dict.fromkeys(rows, {})) == expected
+    assert label_noise.peer(name, {row: {} for row in rows}) == expected
 
 
 @pytest.mark.parametrize(
