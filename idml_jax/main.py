@@ -166,12 +166,14 @@ def _check_config(config: Any) -> None:
 
 def _run(config: Any, workdir: str) -> None:
     with loading():
+        from idml_jax.runtime import hosts
         from idml_jax.training import train  # imported late, so that wrong flags fail fast
 
     if _MODE.value == "eval":
         train.evaluate_checkpoint(workdir, config)
     else:
-        train.train_and_evaluate(resolved(config, workdir), workdir, resume=_RESUME.value)
+        settings = hosts.together(lambda: resolved(config, workdir))
+        train.train_and_evaluate(settings, workdir, resume=_RESUME.value)
         say_next(workdir)
 
 

@@ -107,7 +107,8 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
     started = time.monotonic()
     train.check_settings(config, build)
     # What the weights tell (model.name=auto) stays for a call that goes on, not for a run that is replaced.
-    config = auto.resolved(settings_of(config), workdir / heads.FOLDER if overwrite else workdir)
+    place = workdir / heads.FOLDER if overwrite else workdir
+    config = hosts.together(lambda: auto.resolved(settings_of(config), place))
     stored = None if overwrite else _stored(config, workdir)
     run = together.build_same(build, config)
     if stored is not None:
@@ -119,7 +120,7 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
     logger.info("%s: %d training images of %d classes", config.data.name, len(train_source), classes)
     state = run.initial_state()
     if config.model.init_from:
-        variables, source = run.pretrained()
+        variables, source = hosts.together(run.pretrained)
         if not overwrite and (workdir / "config.json").exists():
             workdir_lib.remember(run.config, workdir)  # other weights are refused before their features are computed
         state = run.with_variables(state, variables)

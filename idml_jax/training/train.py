@@ -16,6 +16,7 @@ import idml_jax
 from idml_jax.data import pipeline
 from idml_jax.errors import UserError, quiet_libraries
 from idml_jax.metrics.names import shown
+from idml_jax.runtime import hosts
 from idml_jax.runtime.callable_module import make_callable
 from idml_jax.runtime.checkpoint import Checkpoints, DamagedError, has_checkpoints
 from idml_jax.runtime.files import user_path, without_nan, write_json
@@ -106,7 +107,7 @@ def _train_and_evaluate(
     # Read before anything is written, and only while the run has no checkpoint.
     pretrained = None
     if config.model.init_from and not finished.exists() and not has_checkpoints(workdir / "checkpoints"):
-        pretrained = run.pretrained()
+        pretrained = hosts.together(run.pretrained)
     with together.claimed(workdir):
         together.prepare(workdir, run, resume)
         return _go_on(run, workdir, pretrained, stop, speed)

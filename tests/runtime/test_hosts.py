@@ -322,6 +322,7 @@ def test_processes_without_an_address_are_refused(tmp_path):
         (0, "--config.data.root=nowhere", "nowhere"),
         (1, "--config.data.root=nowhere", "nowhere"),
         (1, "--config.data.root=fewer", "other train images (96 there, 95 here)"),
+        (1, "--config.model.init_from=/nowhere.safetensors", "nowhere.safetensors"),
     ],
 )
 def test_processes_that_would_train_something_else_all_end(image_folder, tmp_path, index, more, told):
