@@ -106,8 +106,9 @@ def control_rows(given: argparse.Namespace) -> Rows:
     rows[f"plain, loss x {given.scale:g}"] = {**plain, "loss.weights": (given.scale,)}
     for factor in dict.fromkeys((given.scale, 0.5)):
         rows[f"plain, rate x {factor:g}"] = {**plain, "optim.learning_rate": factor * rate}
-    prism = {"prism.share": "{noise}"}
-    return rows | {"plain, prism": {**plain, **prism}, "ism, prism": {**METRICS[ISM], **prism}}
+    prism, later = {"prism.share": "{noise}"}, {"prism.share": "{noise}", "prism.warmup_epochs": 4}
+    rows |= {"plain, prism": {**plain, **prism}, "ism, prism": {**METRICS[ISM], **prism}}
+    return rows | {f"{name}, prism after 4 epochs": {**METRICS[f"{name}+mixup"], **later} for name in ("plain", "ism")}
 
 
 def alive_rows(given: argparse.Namespace) -> Rows:
@@ -170,7 +171,7 @@ def settings(given: argparse.Namespace, overrides: Overrides, noise: float, seed
         fields |= {"checkpoint.every_epochs": KEPT[given.data], "checkpoint.keep_latest": 20}
     fields = {k: noise if v == "{noise}" else v for k, v in fields.items()}
     if not noise:
-        fields.pop("prism.share", None)
+        fields = {name: value for name, value in fields.items() if not name.startswith("prism.")}
     return {**fields, **dict(text.split("=", 1) for text in given.set)}
 
 
