@@ -2,6 +2,7 @@
 
 import io
 import logging
+import pickle
 from dataclasses import replace
 
 import cv2
@@ -349,5 +350,7 @@ def test_tfds_records_become_a_source(tmp_path):
     assert decode(splits.test.read(3), channels=1).ndim == 3
     both = datasets.load_dataset("tfds", data_dir=str(tmp_path), variant="glyphs/tiny")
     assert len(both.train) + len(both.test) == len(splits.train) + len(splits.test)
+    for source in (splits.test, both.test):  # as a worker process of the reader gets it
+        assert pickle.loads(pickle.dumps(source)).read(3) == source.read(3)
     with pytest.raises(UserError, match="not prepared as array_record"):
         datasets.load_dataset("tfds", data_dir=str(tmp_path), variant="no_such_set_anywhere")

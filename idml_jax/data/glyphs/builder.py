@@ -237,7 +237,9 @@ def prepare(data_dir: str | Path, config: str | GlyphsConfig = "default") -> Gly
             raise ValueError(f"No glyphs config {config!r}; known: {', '.join(known)}.")
         config = known[config]
     data_dir = expand(data_dir)
-    builder = Glyphs(data_dir=data_dir, config=config)
+    # By its name where it has one: a worker process of the reader makes the builder again from what is given here.
+    given = config.name if known.get(config.name) is config else config
+    builder = Glyphs(data_dir=data_dir, config=given)
     if not _is_there(builder):
         classes = config.train_classes + config.test_classes
         logging.info("Drawing %d glyphs into %s", classes * config.images_per_class, builder.data_dir)
@@ -248,7 +250,7 @@ def prepare(data_dir: str | Path, config: str | GlyphsConfig = "default") -> Gly
                 builder.download_and_prepare(download_dir=folder, download_config=download, file_format="array_record")
         except OSError:
             # Another process may have finished the same set in the meantime: then the rename fails.
-            builder = Glyphs(data_dir=data_dir, config=config)
+            builder = Glyphs(data_dir=data_dir, config=given)
             if not _is_there(builder):
                 raise
     drawn = dict(builder.info.metadata or {}).get("parameters")
