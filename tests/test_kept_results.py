@@ -174,3 +174,19 @@ def test_the_table_of_controls_is_that_of_the_kept_runs(published, row):
     plain = published.of("noise/omniglot/noise60/plain+mixup")
     found = published.of(f"controls/omniglot/noise60/{row.replace(' ', '_').replace(',', '')}")
     assert page_row(row)[1:] == [str(len(found)), cell(found, "R@1"), gain(plain, found), cell(found, "MAP@R")]
+
+
+def damage_row(published, percent):
+    """The cells of a share of damaged training images: pairs of runs, their means, their mean difference."""
+    names = [f"damage/glyphs/noise0/{metric}+mixup_damaged_{percent}_%" for metric in ("plain", "ism")]
+    plain, ism = both(published, "glyphs", 0) if percent == 30 else map(published.of, names)
+    seeds = sorted(plain.keys() & ism.keys())
+    means = [f"{100 * statistics.mean(found[seed]['R@1'] for seed in seeds):.1f}" for found in (plain, ism)]
+    values = gains(plain, ism)
+    told = f" ({error(values):.1f})" if len(values) > 1 else ""
+    return [str(len(seeds)), *means, f"{statistics.mean(values):+.1f}{told}"]
+
+
+@pytest.mark.parametrize("percent", [0, 30, 60, 90])
+def test_the_table_of_damage_is_that_of_the_kept_runs(published, percent):
+    assert page_row(f"damaged: {percent} %")[1:] == damage_row(published, percent)
