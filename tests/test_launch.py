@@ -208,7 +208,7 @@ esac
 
 
 @pytest.mark.parametrize(
-    "state, log, scp, code, told, calls",
+    "state, log, scp, code, message, calls",
     [
         ("PREEMPTED", "", 0, 0, "finished: /mnt/idml/run/result.json", ["delete", "create", "scp", "idml_jax.main"]),
         ("GONE", "no log", 1, 1, "error: installing on the workers has failed three times", ["create", *["scp"] * 3]),
@@ -217,7 +217,7 @@ esac
         ("READY", "exit code 1", 0, 1, "error: the run ended with exit code 1", []),
     ],
 )
-def test_a_run_on_a_tpu_goes_on_or_ends_with_the_reason(tmp_path, state, log, scp, code, told, calls):
+def test_a_run_on_a_tpu_goes_on_or_ends_with_the_reason(tmp_path, state, log, scp, code, message, calls):
     """With a stand-in for gcloud."""
     tools = Path(without_tools(tmp_path))
     for tool in ("touch", "tail", "git", "sleep"):
@@ -229,7 +229,9 @@ def test_a_run_on_a_tpu_goes_on_or_ends_with_the_reason(tmp_path, state, log, sc
         Path(paths[name]).write_text(text)
     words = ["resume", "--", "--config=configs/cub200.py"]
     done = call("tpu_vm.sh", *words, path=str(tools), SECONDS_BETWEEN="0", SCP=str(scp), **paths)
-    assert done.returncode == code and told in (done.stderr if code else done.stdout), (done.stdout, done.stderr)
+    assert done.returncode == code, done.stderr
+    output = done.stderr if code else done.stdout
+    assert message in output
     known = ("delete", "create", "scp", "idml_jax.main")
     made = [next(name for name in known if name in line) for line in Path(paths["CALLS"]).read_text().splitlines()
             if any(name in line for name in known) and "python3 -m venv" not in line]  # fmt: skip
