@@ -7,6 +7,8 @@ import importlib.util
 import re
 from typing import NamedTuple
 
+from idml_jax.runtime.files import first_line
+
 
 class Chip(NamedTuple):
     """Numbers of a chip from its data sheet.
@@ -121,7 +123,7 @@ def devices_of(target: str):
             described = topologies.get_topology_desc(platform="tpu", topology_name=target)
     except Exception as error:  # jax raises several kinds
         needed = "jax-cuda13-plugin and jax-cuda13-pjrt" if name in GPUS else "libtpu (pip install -e '.[tpu]')"
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = first_line(error)
         if name not in GPUS and importlib.util.find_spec("libtpu"):
             raise SystemExit(f"{target} is no arrangement of a {CHIPS[name].name} that libtpu knows: {text}") from None
         raise SystemExit(f"no compiler for {target}: {text}; it needs {needed}") from None

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from idml_jax.ism import Embedding
 from idml_jax.losses import memory as memory_lib
 
-__all__ = ["Prism", "clean_probability", "create", "select", "update"]
+__all__ = ["Prism", "clean_probability", "create", "number_below", "select", "update"]
 
 
 class Prism(NamedTuple):
@@ -52,6 +52,15 @@ def create(size: int, dimension: int, window: int) -> Prism:
     if window < 1:
         raise ValueError(f"a threshold is of at least 1 batch; got a window of {window}")
     return Prism(memory_lib.create(size, dimension), jnp.full((window,), jnp.nan), jnp.zeros((), jnp.int32))
+
+
+def number_below(share: float, batch_size: int) -> int:
+    """How many images of a batch lie below its own threshold: ``share`` of them, rounded down.
+
+    >>> number_below(0.29, 100), number_below(0.6, 128)
+    (29, 76)
+    """
+    return int(share * batch_size + 1e-6)  # 0.29 * 100 is a little less than 29
 
 
 def clean_probability(
@@ -110,7 +119,7 @@ def select(
       threshold are kept where the averaged one would leave none, and always images of classes that the memory lacks.
     """
     probability = clean_probability(state.memory, semantic, labels, num_classes)
-    count = int(share * labels.shape[0])
+    count = number_below(share, labels.shape[0])
     if count < 1:
         return jnp.ones(labels.shape, bool), jnp.asarray(jnp.nan)
     active = state.batches >= warmup

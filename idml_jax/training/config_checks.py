@@ -11,6 +11,7 @@ from idml_jax.data.images.transforms import CHANGES, TRANSFORMS
 from idml_jax.data.wrong_labels import KINDS
 from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES
+from idml_jax.losses.prism import number_below
 from idml_jax.metrics.closed_form import METHODS as CLOSED_FORMS
 from idml_jax.mixing import PARTNERS
 from idml_jax.models.heads import UNCERTAINTY_HEADS
@@ -190,7 +191,7 @@ def _check_remedies(config: ConfigDict) -> None:
         )
     if config.task != "retrieval":
         raise UserError(f"config.prism.share = {prism.share} needs config.task = 'retrieval'")
-    if int(prism.share * config.batch_size) < 1:
+    if number_below(prism.share, config.batch_size) < 1:
         raise UserError(
             f"config.prism.share = {prism.share} of config.batch_size = {config.batch_size} is less than one image"
         )
