@@ -62,8 +62,15 @@ KEPT = {"omniglot": 3, "glyphs": 2}
 BEST_OF = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of the usual learning rate
 USUAL_RATE = {"omniglot": 2e-3, "glyphs": 3e-3, "birds_whitened": 1e-4, "birds_lite": 1e-4}
 PLAIN, ISM = "plain+mixup", "ism+mixup"
-BOTH = {PLAIN: PLAIN, ISM: ISM}
-SHARED = {"more": BOTH, "controls": BOTH, "damage": {f"{name}, damaged 30 %": name for name in BOTH}}
+BOTH = {name: ("noise", name) for name in (PLAIN, ISM)}
+# Rows of a table whose runs are those of another table: that table and its row.
+SHARED = {
+    "more": BOTH,
+    "controls": BOTH,
+    "damage": {f"{name}, damaged 30 %": found for name, found in BOTH.items()},
+    "alive": {f"proxy_anchor/{name}": found for name, found in BOTH.items()}
+    | {f"{loss}/{name}": ("more", f"{loss}/{name}") for loss in COLLAPSING for name in BOTH},
+}
 HELD_OUT: Overrides = {"data.validation_classes": 0.2, "eval.split": "validation"}
 CLASSIFIER = {
     "plain": {"ism.enabled": False, "model.uncertainty_head": "none"},
@@ -154,11 +161,9 @@ def place(given: argparse.Namespace, table: str, noise: float) -> Path:
 
 
 def row_folder(given: argparse.Namespace, name: str, noise: float) -> Path:
-    """Folder of a row's runs; rows of other tables that are rows of ``noise``, too, share theirs."""
-    shared = SHARED.get(given.table, {}).get(name)
-    if shared:
-        return place(given, "noise", noise) / folder_of(shared)
-    return place(given, given.table, noise) / folder_of(name)
+    """Folder of a row's runs, perhaps shared with another table."""
+    table, row = SHARED.get(given.table, {}).get(name, (given.table, name))
+    return place(given, table, noise) / folder_of(row)
 
 
 def settings(given: argparse.Namespace, overrides: Overrides, noise: float, seed: int) -> Overrides:
