@@ -25,7 +25,9 @@ runs that stand there, and makes the table from them, too. The published runs, s
 
 About the controls: AdamW divides the gradient by its own size, so a constant factor on the loss changes nothing but
 the rounding (row ``loss x SCALE`` shows that); a slower pace is a smaller learning rate (row ``rate x SCALE``).
-``SCALE`` should be the mean of ISM's factor H over the training pairs, as measured by who_is_uncertain.py.
+``SCALE`` should be the mean of ISM's factor H over the training pairs, as measured by who_is_uncertain.py. Uncertainty
+also makes all similarities larger, as another margin does: rows ``margin`` (the default is 0.1). The row ``u without
+effect`` has the introspective network, so its initial weights and random numbers, but the plain metric's values.
 """
 
 import argparse
@@ -113,6 +115,9 @@ def control_rows(given: argparse.Namespace) -> Rows:
     rows[f"plain, loss x {given.scale:g}"] = {**plain, "loss.weights": (given.scale,)}
     for factor in dict.fromkeys((given.scale, 0.5)):
         rows[f"plain, rate x {factor:g}"] = {**plain, "optim.learning_rate": factor * rate}
+    for margin in (0.0, 0.2):
+        rows[f"plain, margin {margin:g}"] = {**plain, "loss.proxy_anchor.margin": margin}
+    rows["ism, u without effect"] = {**METRICS[ISM], "ism.temperature": 1e6}
     prism, later = {"prism.share": "{noise}"}, {"prism.share": "{noise}", "prism.warmup_epochs": 4}
     rows |= {"plain, prism": {**plain, **prism}, "ism, prism": {**METRICS[ISM], **prism}}
     return rows | {f"{name}, prism after 4 epochs": {**METRICS[f"{name}+mixup"], **later} for name in ("plain", "ism")}
