@@ -22,7 +22,7 @@ from idml_jax.errors import UserError, run_command
 from idml_jax.inference.choices import MOST, NEAR, SCORES
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
-from idml_jax.runtime.files import replace_folder, user_path
+from idml_jax.runtime.files import check_result, replace_folder, user_path
 from idml_jax.runtime.options import Help
 from idml_jax.runtime.progress import say_next, tell
 
@@ -57,6 +57,8 @@ def _audit(given: dict[str, Any]) -> None:
     for name in ("near", "unusual", "most"):
         if not given[name] >= 0:  # NaN is not, either
             raise UserError(f"--{name}={given[name]} must not be below 0")
+    if given["apply"] and not out.is_dir():
+        check_result(out, (given["apply"], given["index"]))
     if not given["apply"] and out.exists():
         raise UserError(f"{out} already exists; give a new folder (--out)")
     with loading():

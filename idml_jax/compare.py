@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from idml_jax.errors import UserError, printable, run_command
 from idml_jax.runtime.callable_module import late
 from idml_jax.runtime.compiled import loading
-from idml_jax.runtime.files import check_target, user_path, write_bytes
+from idml_jax.runtime.files import check_result, user_path, write_bytes
 from idml_jax.runtime.options import Help
 
 if TYPE_CHECKING:
@@ -53,10 +53,8 @@ def _compare(given: dict[str, Any]) -> None:
         from idml_jax.inference.compare import TABLES, as_text, compare, decide, read_table
         from idml_jax.inference.model import load
 
-    if out is not None and out.suffix not in TABLES:
-        raise UserError(f"--out={out}: the name must end in {' or '.join(TABLES)}")
     if out is not None:
-        check_target(out)  # fails before the work starts
+        check_result(out, (given["pairs"], given["held_out"]), tuple(TABLES))
     table = read_table(given["pairs"]) if given["pairs"] else None
     paths = [(str(user_path(images[0])), str(user_path(images[1])))] if table is None else table.paths
     model = load(given["workdir"])

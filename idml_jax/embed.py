@@ -25,7 +25,7 @@ from idml_jax.inference.choices import SPLITS
 from idml_jax.runtime import huge_pages
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
-from idml_jax.runtime.files import check_target, user_path
+from idml_jax.runtime.files import check_result, user_path
 from idml_jax.runtime.options import Help
 from idml_jax.runtime.progress import say_next, tell
 
@@ -76,7 +76,7 @@ def _embed(given: dict[str, Any]) -> None:
             raise UserError("--overwrite replaces a file; a gallery keeps its parts: delete the folder to start anew")
     else:
         embeddings.check_suffix(out, "--out")
-        check_target(out)  # fails before the work starts
+        check_result(out, (given["images"],))
     for name in ("batch_size", "threads"):
         if given[name] < (name == "threads"):
             raise UserError(f"--{name}={given[name]} must be at least {int(name == 'threads')}")

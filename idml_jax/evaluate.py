@@ -26,7 +26,7 @@ from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.choices import EXAMPLES
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
-from idml_jax.runtime.files import check_target, user_path, without_nan, write_json
+from idml_jax.runtime.files import check_result, user_path, without_nan, write_json
 from idml_jax.runtime.options import Help
 from idml_jax.runtime.progress import say_next, tell
 
@@ -82,7 +82,7 @@ def _evaluate_files(given: dict[str, Any]) -> None:
     start = time.monotonic()
     out = user_path(given["out"]) if given["out"] else None
     if out is not None:
-        check_target(out)  # fails before the work starts
+        check_result(out, (given[name] for name in ("embeddings", "gallery", "held_out", "distractors")), (".json",))
     if given["worst"] < 0:
         raise UserError(f"--worst={given['worst']}: a number of classes, at least 0")
     ks = _ks(given["ks"])

@@ -46,7 +46,7 @@ def _export(given: dict[str, Any]) -> None:
         from idml_jax.inference import store as embeddings
 
         index = embeddings.read(given["index"])
-        path = faiss_index.write(index.embedded.semantic, given["faiss"], given["faiss_kind"])
+        path = faiss_index.write(index.embedded.semantic, given["faiss"], given["faiss_kind"], (given["index"],))
         print(f"{len(index.files):,} rows of {index.embedded.semantic.shape[1]} dimensions in {path}")
         return
     if given["format"] != "stablehlo" and given["platforms"] is not None:

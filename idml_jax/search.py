@@ -23,13 +23,14 @@ import argparse
 import functools
 import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idml_jax.errors import UserError, printable, run_command, warn
 from idml_jax.inference.choices import EXAMPLES, MEMORY
 from idml_jax.runtime.callable_module import late, make_callable
 from idml_jax.runtime.compiled import loading
-from idml_jax.runtime.files import check_target, user_path, write_bytes
+from idml_jax.runtime.files import check_result, user_path, write_bytes
 from idml_jax.runtime.options import Help
 from idml_jax.runtime.progress import tell
 
@@ -49,8 +50,8 @@ FORMATS = (".jsonl", ".html", ".png")
 
 def _search(given: dict[str, Any]) -> None:
     out = user_path(given["out"]) if given["out"] else None
-    if out is not None and out.suffix not in FORMATS:
-        raise UserError(f"--out={out}: the name must end in {', '.join(FORMATS)}")
+    if out is not None:
+        check_result(out, (given[name] for name in ("index", "query", "held_out", "distractors")), FORMATS)
     if given["k"] < 1:
         raise UserError(f"-k {given['k']} must be at least 1")
     for name, what in (("abstain", "of right answers"), ("strangers", "of answered strangers")):
@@ -74,8 +75,6 @@ def _search(given: dict[str, Any]) -> None:
         )
     if given["distractors"] and not given["held_out"]:
         raise UserError("--distractors are for the images of --held_out, which is not given")
-    if out is not None:
-        check_target(out)  # fails before the work starts
     say = tell
     rules = tuple(exclude.parse(given["exclude"]))
     searched = open_searched(given["index"], rules, memory=given["memory"], ann=given["ann"], say=say)
@@ -88,6 +87,8 @@ def _search(given: dict[str, Any]) -> None:
     model = functools.cache(lambda: load_model(searched.head, given["workdir"], warn))
     queries = open_index(given["query"], "--query", model)
     check_comparable(queries, searched.head, given["query"], given["index"])
+    if out is not None:
+        check_result(out, (name for name in queries.files.tolist() if Path(name).name == out.name))
     if searched.head.embedded.sets is not None:
         warn(f"{given['index']}: in votes, images with several labels count as the class of their first")
     if searched.head.embedded.groups is not None:

@@ -222,6 +222,8 @@ def list_images(
         listing = read_listing(path, root, option, warn)
         if listing.weights is not None:
             warn(f"{shown}: weights are for training; they are not used here")
+        if listing.splits is not None:
+            warn(f"{shown}: its column of splits is for training; here all of its images are read")
         return source_of(listing), bool(listing.labels[0])
     if root:
         raise UserError(

@@ -307,4 +307,5 @@ def index_of(model: Trained, source: Source, labelled: bool, origin: str) -> Ind
     embedded, records = embed_all(model, source)
     files = np.asarray([source.name(int(record)) for record in records])
     classes = list(source.class_names) if labelled else None
-    return Index(embedded, files, classes, {"images": origin}, **index_columns(source, records))
+    about = about_of(model, origin, source if labelled else None)
+    return Index(embedded, files, classes, about, **index_columns(source, records))

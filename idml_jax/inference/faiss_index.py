@@ -1,6 +1,7 @@
 """Writes embeddings as a faiss search index; faiss-cpu is optional."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from idml_jax.errors import UserError
-from idml_jax.runtime.files import atomic, check_target, user_path
+from idml_jax.runtime.files import atomic, check_result, user_path
 
 _ROWS = 65536  # rows added at a time
 _MOST_LINKS = 512  # links of a row in a graph
@@ -34,7 +35,9 @@ def _check_kind(kind: str) -> None:
         )
 
 
-def write(semantic: Float[np.ndarray, "n d"], path: str | Path, kind: str = "Flat") -> Path:
+def write(
+    semantic: Float[np.ndarray, "n d"], path: str | Path, kind: str = "Flat", reads: Iterable[str | Path] = ()
+) -> Path:
     """Writes an index for the squared Euclidean distance, completely or not at all.
 
     Args:
@@ -42,6 +45,7 @@ def write(semantic: Float[np.ndarray, "n d"], path: str | Path, kind: str = "Fla
       path: file to write, readable by ``faiss.read_index``.
       kind: argument of faiss's ``index_factory``: ``Flat`` is exact; ``HNSW32`` and ``IVF1024,Flat`` are faster and
         find most neighbours. Indices that need training are trained on these rows.
+      reads: files that the rows are from, which are not overwritten.
 
     Returns:
       The file.
@@ -49,10 +53,10 @@ def write(semantic: Float[np.ndarray, "n d"], path: str | Path, kind: str = "Fla
     Raises:
       UserError: if faiss is missing, the kind is unknown, rows are not finite, or the file cannot be written.
     """
+    path = user_path(path)
+    check_result(path, reads)
     faiss = library()
     _check_kind(kind)
-    path = user_path(path)
-    check_target(path)  # fails before the work starts
     rows = np.ascontiguousarray(semantic, np.float32)
     if not np.isfinite(rows).all():
         raise UserError("the embeddings hold NaN or infinite values; faiss cannot compare them")

@@ -15,7 +15,7 @@ from idml_jax.inference.held_out import held_out_beside
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, sets_in_common
 from idml_jax.inference.own import own_rows
 from idml_jax.inference.reranking import Step
-from idml_jax.inference.trained_on import warn_of_training_images
+from idml_jax.inference.trained_on import warn_of_measured_training_images, warn_of_training_images
 from idml_jax.ism import Metric
 from idml_jax.metrics import full_ranking, relevance
 from idml_jax.metrics.embedded import Embedded
@@ -112,6 +112,7 @@ def measure(
     distractors = beside(options.distractors, "--distractors")
     if others is not None:
         warn_of_training_images(others, held_out)
+    warn_of_measured_training_images(index, embeddings)
     index, searched = _without_own(*_by_marks(index, searched, warn), warn)
     if options.exclude:
         index, searched = _without_groups(index), None if searched is None else _without_groups(searched)
@@ -126,6 +127,11 @@ def measure(
             queries, rows = queries._replace(sets=sets), rows._replace(sets=others_sets)
         if not named:
             warn(f"{embeddings} or {gallery} does not name its classes; their numbers are compared")
+        if own_labels is not None and not np.isin(own_labels, labels).any():
+            warn(
+                f"no class of {embeddings} is in {gallery}: all answers are wrong. Their first classes are "
+                f"{_first_class(index)!a} and {_first_class(searched)!a}"
+            )
     try:
         calibrating = None
         if others is not None:
@@ -149,6 +155,10 @@ def measure(
     except ValueError as error:  # sets too small for a metric, and options out of range
         raise UserError(str(error)) from error
     return Measured(report | more, warnings, len(queries.labels), worst)
+
+
+def _first_class(index: Index) -> str:
+    return index.class_of(0) or "unknown"
 
 
 def _by_marks(index: Index, searched: Index | None, warn: Callable[[str], None]) -> tuple[Index, Index | None]:

@@ -1,11 +1,13 @@
 """Finds the images of an index that the run behind it was trained on."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from idml_jax.errors import UserError, warn
 from idml_jax.inference.index import Index
+from idml_jax.runtime.files import first_line
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import data_of
 
@@ -13,8 +15,11 @@ from idml_jax.training.build import data_of
 def training_images_in(index: Index) -> int:
     """The number of images of an index that are training images of the run that embedded it.
 
-    They are the split ``train`` of that run, or its training images by their paths. 0 where nothing tells: the run or
-    its images are elsewhere now, or are no files.
+    They are the split ``train`` of that run, or its training images by their paths. 0 where the index does not say
+    which files of which run its images are, and where the run's own images are no files.
+
+    Raises:
+      UserError: if the run, its images or those of the index are not at their places any more.
     """
     origin, run = str(index.about.get("images", "")), index.about.get("workdir")
     if origin.startswith("split:"):
@@ -22,15 +27,15 @@ def training_images_in(index: Index) -> int:
     paths = [name for name in index.files.tolist() if os.path.isabs(name)] if index.named else []
     if not (paths and run):
         return 0
-    try:
-        config = workdir_lib.read(Path(run))
-        if not config.data.root:
-            return 0
-        train = data_of(config, warn=lambda line: None).train
-    except (UserError, OSError):
+    config = workdir_lib.read(Path(run))
+    if not config.data.root:
         return 0
+    train = data_of(config, warn=lambda line: None).train
     known = set(_without_links(train.name(record) for record in range(len(train))))
-    return sum(path in known for path in _without_links(paths))
+    found = sum(path in known for path in _without_links(paths))
+    if not found and not os.path.exists(paths[0]) and not os.path.exists(paths[-1]):
+        raise UserError(f"{paths[0]}: no such file")
+    return found
 
 
 def _without_links(paths: Iterable[str]) -> Iterator[str]:
@@ -46,14 +51,32 @@ def _without_links(paths: Iterable[str]) -> Iterator[str]:
         yield os.path.join(folders[folder], name)
 
 
+def warn_of_measured_training_images(index: Index, named: str) -> None:
+    """Warns if images whose metrics are computed are training images beside others; arguments as below."""
+    with contextlib.suppress(UserError, OSError):
+        count = training_images_in(index)
+        if 0 < count < len(index):
+            warn(
+                f"{named}: {count:,} of {len(index):,} images are training images of the run, so metrics of all are "
+                "not those of new classes; the test images alone: embed --split=test"
+            )
+
+
 def warn_of_training_images(index: Index, named: str) -> None:
-    """Warns if a confidence is fitted on images that the network was trained on.
+    """Warns if a confidence is fitted on images that the network was trained on, or if that cannot be checked.
 
     Args:
       index: the images that it is fitted on.
       named: their name in the message.
     """
-    count = training_images_in(index)
+    try:
+        count = training_images_in(index)
+    except (UserError, OSError) as error:
+        warn(
+            f"{named}: whether it holds training images of the run cannot be checked ({first_line(error)}); with such "
+            "images answers look surer than they are"
+        )
+        return
     if count:
         warn(
             f"{named}: {count:,} of {len(index):,} images are training images of the run, where the network errs less "

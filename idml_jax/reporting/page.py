@@ -20,7 +20,7 @@ from idml_jax.reporting.record import read_record
 from idml_jax.reporting.sections import SECTIONS
 from idml_jax.reporting.seen import Seen, Thumbnails
 from idml_jax.runtime import trackers
-from idml_jax.runtime.files import check_target, user_path, write_text
+from idml_jax.runtime.files import check_result, user_path, write_text
 from idml_jax.training import data_record
 from idml_jax.training.build import data_of
 from idml_jax.training.tasks import Evaluation
@@ -109,7 +109,7 @@ def make(workdir: str | Path, out: str | Path = "", compare: str = "", threads: 
       UserError: see ``look``.
     """
     out = user_path(out) if out else user_path(workdir) / "report.html"
-    check_target(out)  # fails before the work starts
+    check_result(out, suffixes=(".html",))
     seen = look(workdir, threads)
     beside = comparison(seen, user_path(compare)) if compare else Markup()
     images = Thumbnails(seen)

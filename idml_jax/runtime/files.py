@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,6 +104,27 @@ def check_target(path: Path) -> bool:
         return True
     found = next((name for is_kind, name in _KINDS if is_kind(mode)), "not a file")
     raise UserError(f"{path}: is {found}; only a file is replaced")
+
+
+def check_result(path: Path, reads: Iterable[str | Path] = (), suffixes: Collection[str] = ()) -> None:
+    """Checks that a file may be written as a result: before the work starts, and so that no input is lost.
+
+    Args:
+      path: the file.
+      reads: files and folders that the command reads; empty ones do not count.
+      suffixes: how the name must end; without any, it may end in anything.
+
+    Raises:
+      UserError: if the name ends otherwise, the path is no plain file, or the file is one of those that are read.
+    """
+    if suffixes and path.suffix not in suffixes:
+        raise UserError(f"--out={path}: the name must end in {', '.join(suffixes)}")
+    if not check_target(path):
+        return
+    for read in filter(None, reads):
+        with contextlib.suppress(OSError):
+            if os.path.samefile(user_path(read), path):
+                raise UserError(f"{path}: is read by this command and would be overwritten; give another name")
 
 
 def _make_parents(folder: Path) -> list[Path]:

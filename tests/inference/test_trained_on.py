@@ -1,13 +1,16 @@
 """A confidence that is fitted on training images says so, at every door."""
 
 import os
+import unicodedata
 
+import numpy as np
 import pytest
 from runs_made import small_config
 
 import idml_jax
 from idml_jax import compare, embed, embeddings, evaluate, search
-from idml_jax.inference.trained_on import training_images_in
+from idml_jax.errors import UserError
+from idml_jax.inference.trained_on import training_images_in, warn_of_training_images
 from idml_jax.training import train
 
 
@@ -51,10 +54,43 @@ def test_images_by_another_way_are_the_same(workdir, image_folder, tmp_path, ind
     assert training_images_in(embeddings.read(tmp_path / "y.npz")) == trained
 
 
-def test_without_the_run_nothing_is_known(indices):
+def test_what_cannot_be_checked_is_said(workdir, image_folder, indices, tmp_path, capsys):
     index = embeddings.read(indices["train"])
     index.about["workdir"] = "/nowhere"
-    assert training_images_in(index) == 0
+    with pytest.raises(UserError, match="/nowhere holds no run"):
+        training_images_in(index)
+    warn_of_training_images(index, "the index")
+    assert "the index: whether it holds training images of the run cannot be checked" in capsys.readouterr().err
+    moved = embeddings.read(indices["train"])
+    moved.files[:] = [name.replace(str(image_folder), "/moved") for name in moved.files.tolist()]
+    with pytest.raises(UserError, match="/moved/.*: no such file"):
+        training_images_in(moved)
+    foreign = embeddings.read(indices["train"])
+    del foreign.about["workdir"]
+    assert training_images_in(foreign) == 0
+
+
+def test_a_table_with_splits_is_measured_whole_and_says_so(workdir, image_folder, tmp_path, capsys):
+    rows = [f"{file},{file.parent.name},{split}" for split in ("train", "test")
+            for file in sorted((image_folder / split).rglob("*.png"))]  # fmt: skip
+    (tmp_path / "photos.csv").write_text("\n".join(["path,label,split", *rows]))
+    embed.main([f"--workdir={workdir}", f"--images={tmp_path / 'photos.csv'}", f"--out={tmp_path / 'photos.npz'}"])
+    assert "its column of splits is for training; here all of its images are read" in capsys.readouterr().err
+    evaluate.main([f"--embeddings={tmp_path / 'photos.npz'}", "--no_clustering"])
+    assert f"of {len(rows)} images are training images of the run, so metrics of all" in capsys.readouterr().err
+
+
+def test_a_gallery_of_other_names_of_the_same_classes(indices, tmp_path, capsys):
+    two = {form: tmp_path / f"{form}.npz" for form in ("NFC", "NFD")}
+    with np.load(indices["test"]) as file:
+        stored = dict(file)
+    for form, path in two.items():
+        names = [unicodedata.normalize(form, f"caf\u00e9 {name}") for name in stored["class_names"]]
+        files = [f"/{form}/{file}" for file in stored["files"]]
+        np.savez(path, **{**stored, "class_names": np.asarray(names), "files": np.asarray(files)})
+    evaluate.main([f"--embeddings={two['NFC']}", f"--gallery={two['NFD']}", "--no_clustering"])
+    said = capsys.readouterr().err
+    assert "NFD.npz: all answers are wrong" in said and r"caf\xe9" in said and r"cafe\u0301" in said
 
 
 class TestDoors:
@@ -65,11 +101,12 @@ class TestDoors:
         door.main([str(word) for word in words])
         return "training images of the run" in capsys.readouterr().err
 
-    def test_search(self, indices, capsys):
+    def test_search(self, image_folder, indices, capsys):
         train_, test = indices["train"], indices["test"]
         assert self.asked(capsys, search, f"--index={train_}", f"--query={test}")
         assert not self.asked(capsys, search, f"--index={test}", f"--query={train_}")
         assert self.asked(capsys, search, f"--index={test}", f"--query={test}", f"--held_out={train_}")
+        assert self.asked(capsys, search, f"--index={test}", f"--query={test}", f"--held_out={image_folder / 'train'}")
         held_out = f"--held_out={indices['split_validation']}"
         assert not self.asked(capsys, search, f"--index={train_}", f"--query={test}", held_out)
 
@@ -84,6 +121,8 @@ class TestDoors:
         words = f"--embeddings={indices['test']}", "--no_clustering"
         assert self.asked(capsys, evaluate, *words, f"--held_out={indices['train']}")
         assert not self.asked(capsys, evaluate, *words, f"--held_out={indices['split_validation']}")
+        assert self.asked(capsys, evaluate, f"--embeddings={indices['train']}", "--no_clustering")
+        assert not self.asked(capsys, evaluate, f"--embeddings={indices['split_train']}", "--no_clustering")
 
     def test_compare(self, workdir, image_folder, indices, capsys):
         one, two = sorted((image_folder / "test").rglob("*.png"))[:2]
