@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,24 @@ def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
     known = {key: row for row, key in enumerate(theirs) if key is not None}
     mine = keys_of(queries.files.tolist(), queries.boxes, place)
     own = np.asarray([-1 if key is None else known.get(key, -1) for key in mine])
+    _note_listed_twice(theirs, known, mine)
     moved = _Moved(queries, own, same_split(queries.about, index.about))
     moved.note(index.files.tolist(), index.boxes, theirs)
     own = moved.found([(0, {"semantic": index.semantic})])
     return own if (own >= 0).any() else None
+
+
+def _note_listed_twice(theirs: Sequence[Key | None], known: Mapping[Key, int], mine: Iterable[Key | None]) -> None:
+    """Warns of queries that stand in the index more than once: only the last of their rows is left out."""
+    if sum(key is not None for key in theirs) == len(known):
+        return
+    count = Counter(key for key in theirs if key is not None)
+    twice = [key for key in mine if key is not None and count[key] > 1]
+    if twice:
+        warn(
+            f"{len(twice):,} queries stand in the index more than once, the first {twice[0][0]}; such a query finds "
+            "itself in its other row: embed each image once"
+        )
 
 
 class _Moved:

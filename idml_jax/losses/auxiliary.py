@@ -73,7 +73,11 @@ def ranking_loss(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]
     return ratio(jnp.sum(harder * losses), jnp.sum(harder))
 
 
-def length_prior(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"] | None = None) -> Float[Array, ""]:
+def length_prior(
+    uncertainty: Float[Array, "n k"],
+    confusions: Float[Array, "n"] | None = None,
+    mask: Bool[Array, "n"] | None = None,
+) -> Float[Array, ""]:
     """Distance of the lengths of the uncertainty embeddings from 1 on a log scale: the mean of ``log(|u|)^2``.
 
     With some losses on pairs (multi-similarity, margin, FastAP) ``u`` was observed to shrink to 0, which makes the
@@ -83,9 +87,10 @@ def length_prior(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]
       uncertainty: ``[n, k]``; a length below 1e-6 counts as 1e-6.
       confusions: ``[n]``, see ``confusion``; not differentiated. If given, the length that is aimed at doubles with
         every standard deviation of the confusion above the batch's mean, and halves below it; images with NaN aim at 1.
+      mask: ``[n]``, false for images to leave out.
 
     Returns:
-      The mean, a scalar.
+      The mean, a scalar; 0 if all are left out.
 
     >>> round(float(length_prior(jnp.array([[1.0, 0.0], [0.0, 2.0]]))), 3)  # (log(1)^2 + log(2)^2) / 2
     0.24
@@ -94,12 +99,19 @@ def length_prior(uncertainty: Float[Array, "n k"], confusions: Float[Array, "n"]
     """
     length = _log_length(uncertainty)
     if confusions is None:
-        return jnp.mean(jnp.square(length))
+        return mean_of(jnp.square(length), mask)
     known = jnp.isfinite(confusions)
     values = jax.lax.stop_gradient(jnp.where(known, confusions, 0.0))
     centred = jnp.where(known, values - ratio(jnp.sum(values), jnp.sum(known)), 0.0)
     deviation = jnp.sqrt(ratio(jnp.sum(jnp.square(centred)), jnp.sum(known)))
-    return jnp.mean(jnp.square(length - jnp.log(2.0) * ratio(centred, deviation)))
+    return mean_of(jnp.square(length - jnp.log(2.0) * ratio(centred, deviation)), mask)
+
+
+def mean_of(values: Float[Array, "n"], mask: Bool[Array, "n"] | None) -> Float[Array, ""]:
+    """The mean of the values whose mask is true, 0 without any; of all without a mask."""
+    if mask is None:
+        return jnp.mean(values)
+    return ratio(jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask))
 
 
 def order_loss(risks: Float[Array, "n"], losses: Float[Array, "n"], gap: float = 0.1) -> Float[Array, ""]:

@@ -163,7 +163,7 @@ def _check_learning(config: ConfigDict) -> None:
 
 
 def _check_remedies(config: ConfigDict) -> None:
-    """Checks the settings that keep u alive, and those of PRISM."""
+    """Checks the settings that keep u alive, the memory, and those of PRISM."""
     ism, prism = config.ism, config.prism
     if ism.prior_by != "constant" and not ism.prior:
         raise UserError(f"config.ism.prior_by = {ism.prior_by!r} needs config.ism.prior above 0")
@@ -177,11 +177,19 @@ def _check_remedies(config: ConfigDict) -> None:
             raise UserError(f"{set_to}: config.ism.variant = 'released' does not teach u")
         if reads := [name for name in terms.names_of(config.loss.name) if LOSSES[name].reads == "embeddings"]:
             raise UserError(f"{set_to}: the loss {reads[0]} does not read the metric")
+    memory, off = config.memory, default_config()
+    if not memory.size and memory.warmup_epochs != off.memory.warmup_epochs:
+        raise UserError(f"config.memory.warmup_epochs = {memory.warmup_epochs} needs config.memory.size above 0")
+    if memory.size and memory.warmup_epochs >= config.epochs:
+        raise UserError(
+            f"config.memory.warmup_epochs = {memory.warmup_epochs}: the memory is not used in any of the "
+            f"{config.epochs} epochs (config.epochs)"
+        )
     if not 0 <= prism.share < 1:
         raise UserError(f"config.prism.share = {prism.share} must be a share, at least 0 and below 1")
     if not prism.share:
-        off = default_config().prism
-        if changed := [field for field in ("window", "features", "warmup_epochs") if prism[field] != off[field]]:
+        fields = "window", "features", "warmup_epochs"
+        if changed := [field for field in fields if prism[field] != off.prism[field]]:
             raise UserError(f"config.prism.{changed[0]} = {prism[changed[0]]} needs config.prism.share above 0")
         return
     if prism.warmup_epochs >= config.epochs:

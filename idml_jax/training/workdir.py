@@ -41,7 +41,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differences(config: ConfigDict, workdir: Path) -> dict[str, str]:
     """The settings in which a run in a workdir differs, each with a phrase; without ``FREE_FIELDS``."""
-    old, new = flatten(read(workdir).to_dict()), flatten(config.to_dict())
+    old, new = (flatten(one | {"loss": _absolute(one["loss"])}) for one in (read(workdir).to_dict(), config.to_dict()))
     missing = "(not set)"
     return {
         field: f"config.{field} = {old.get(field, missing)!r} there, {new.get(field, missing)!r} here"
@@ -82,8 +82,13 @@ def remember(config: ConfigDict, workdir: Path, free: tuple[str, ...] = ()) -> l
         refuse([line for field, line in differing.items() if field not in own], workdir)
         return list(own.values())
     values = config.to_dict()
-    write_json(path, values | {"data": values["data"] | _places(config)})
+    write_json(path, values | {"data": values["data"] | _places(config), "loss": _absolute(values["loss"])})
     return []
+
+
+def _absolute(loss: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the loss with the absolute path of the file of relations, so that a run finds it from any folder."""
+    return loss | {"relation": str(user_path(loss["relation"]))} if loss.get("relation") else loss
 
 
 def _places(config: ConfigDict) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,10 @@ from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
 from idml_jax.losses.class_relation import ClassRelation, levels_of_names
 from idml_jax.runtime import sharding
-from idml_jax.training import data_record, train
+from idml_jax.training import data_record, train, workdir
+from idml_jax.training.config import default_config
 from idml_jax.training.tasks.class_relations import matrix_from, relation_of
+from idml_jax.training.tasks.matrices import related
 from idml_jax.training.tasks.terms import Term
 
 NAMES = ["cat/lion", "cat/lynx", "dog/fox", "owl"]
@@ -73,6 +76,49 @@ def write(path, rows):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
     return path
+
+
+def test_related_classes_are_one_class_for_what_teaches_u():
+    """Negatives that are stopped, the log term and the confusion read the relation, as the loss does."""
+    matrix = np.eye(4, dtype=np.int8)
+    matrix[0, 1] = matrix[1, 0] = 1
+    labels, merged = jnp.array([0, 1, 2, 3, 2, 3, 2, 3]), jnp.array([0, 0, 2, 3, 2, 3, 2, 3])
+    remedies = {"negatives": "stop", "attenuation": 0.5, "prior": 0.1, "prior_by": "confusion"}
+    plain = objective(loss="sup_con", num_classes=4, **remedies)
+    whole = dataclasses.replace(plain, relation=ClassRelation(matrix=matrix))
+
+    @jax.jit
+    def found(embedding):
+        value = lambda rule, labels: jax.value_and_grad(lambda e: rule({}, e, labels))(embedding)
+        confusions = whole.confusion({}, embedding, labels), plain.confusion({}, embedding, merged)
+        return value(whole, labels), value(plain, merged), confusions
+
+    one, two, confusions = found(embeddings())
+    chex.assert_trees_all_close(one, two, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(*confusions, rtol=1e-5)
+    assert np.linalg.norm(one[1].uncertainty, axis=1)[:2].min() > 1e-4
+
+
+def test_related_at_some_level():
+    pairs = lambda positive: losses.Pairs(jnp.array([positive]) > 0, jnp.array([positive]) == 0)
+    levels = pairs([1, 1, 0]), pairs([1, 0, 0])
+    found = related(pairs([1, 0, 0]), levels)
+    assert found.positive.tolist() == [[True, True, False]]
+    assert found.negative.tolist() == [[False, False, True]]
+    assert related(levels[0], ()) is levels[0]
+
+
+def test_a_run_finds_its_relation_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = default_config()
+    config.loss.relation = "rel.csv"
+    workdir.remember(config, tmp_path / "run")
+    workdir.remember(config, tmp_path / "run")  # the same settings
+    assert workdir.read(tmp_path / "run").loss.relation == str(tmp_path / "here" / "rel.csv")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="holds a run with other settings: config.loss.relation"):
+        workdir.remember(config, tmp_path / "run")
 
 
 def test_a_matrix_of_classes_says_positive_negative_or_neither(tmp_path):

@@ -196,6 +196,8 @@ def test_a_plain_run_has_no_uncertainty_and_learns(folder, tmp_path):
         ({"optim.ema": 1.0}, "optim.ema = 1.0"),
         ({"optim.step_at": (0,)}, "step_at"),
         ({"model.init_parts": "semantic"}, "known: trunk, all"),
+        ({"loss.embedding_norm": 0.5}, "embedding_norm = 0.5 is for config.task = 'retrieval'"),
+        ({"loss.learned": "shared"}, "learned = 'shared' is for config.task = 'retrieval'"),
     ],
 )
 def test_impossible_settings_are_refused(folder, changes, words):

@@ -111,6 +111,18 @@ def test_the_prior_by_confusion_aims_at_lengths_in_the_order_of_the_confusion():
     np.testing.assert_allclose(prior(u, jnp.zeros(4))[0], auxiliary.length_prior(u), rtol=1e-6)
 
 
+def test_an_image_that_is_left_out_has_no_part_in_the_means():
+    images, mask = embedding(), jnp.arange(9) < 7
+    far = images._replace(uncertainty=images.uncertainty.at[7:].mul(1e6))
+    params, with_prior, plain = {}, objective("sup_con", prior=1.0), objective("sup_con")
+    value = jax.jit(lambda rule_of, e: rule_of(params, e, LABELS, mask=mask), static_argnums=0)
+    adds = [value(with_prior, e) - value(plain, e) for e in (images, far)]
+    np.testing.assert_allclose(adds[1], adds[0], rtol=1e-5)
+    np.testing.assert_allclose(adds[0], auxiliary.length_prior(images.uncertainty[:7]), rtol=1e-4)
+    assert auxiliary.mean_of(jnp.arange(4.0), jnp.zeros(4, bool)) == 0
+    assert auxiliary.mean_of(jnp.arange(4.0), None) == 1.5
+
+
 def test_a_scalar_head_has_one_direction_and_a_positive_length():
     heads = Heads(8, 4, "scalar", uncertainty_hidden=8)
     features = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
@@ -137,6 +149,11 @@ def test_a_scalar_head_has_one_direction_and_a_positive_length():
             "prism.warmup_epochs = 2 keeps all images in all of the 2 epochs",
         ),
         ({"prism.share": 0.01}, "prism.share = 0.01 of config.batch_size = 32 is less than one image"),
+        ({"memory.warmup_epochs": 3}, "memory.warmup_epochs = 3 needs config.memory.size above 0"),
+        (
+            {"loss.name": "contrastive", "memory.size": 64, "epochs": 2, "memory.warmup_epochs": 2},
+            "memory.warmup_epochs = 2: the memory is not used in any of the 2 epochs",
+        ),
         ({"prism.share": 0.2, "prism.features": 8}, r"prism.features = 8 must be at least config.batch_size \(32\)"),
     ],
 )

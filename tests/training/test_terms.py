@@ -88,6 +88,22 @@ def test_a_sum_with_a_memory():
     np.testing.assert_allclose(found, first + 0.5 * second, rtol=1e-6)
 
 
+def test_a_term_that_takes_no_memory_sees_the_batch_alone():
+    labels, key = jnp.array([0, 0, 1, 1, 2, 3, 4, 5]), jax.random.key(4)
+    of = lambda name: objective(
+        loss=name, num_classes=6, memory_size=16 * ("contrastive" in name), terms=tuple(map(Term, name.split("+")))
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    images, older = (
+        Embedding(ism.l2_normalize(jax.random.normal(k, (8, 8))), jax.random.normal(k, (8, 4))) for k in keys[:2]
+    )
+    both, with_memory, alone = of("contrastive+n_pair"), of("contrastive"), of("n_pair")
+    store = both.remember(both.init_memory(), older, labels[::-1])
+    value = lambda rule, **more: rule({}, images, labels, key=key, step=9, **more)
+    found = jax.jit(lambda: (value(both, store=store), value(with_memory, store=store), value(alone)))()
+    np.testing.assert_allclose(found[0], found[1] + found[2], rtol=1e-5)
+
+
 @pytest.mark.parametrize("share", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_several_proxies_per_class_whole_and_split(share):
     """The table has a row per class, so padding and devices are as for one proxy; every proxy learns."""
@@ -217,6 +233,12 @@ def test_a_share_of_the_classes_is_a_smaller_matrix():
         ({"loss.name": "elk", "model.embedding_dim": 1}, "embedding_dim = 1: elk needs at least 2 dimensions"),
         ({"loss.name": "mc_info_nce", "model.embedding_dim": 1}, "embedding_dim = 1: mc_info_nce needs"),
         ({"loss.name": "n_pair", "memory.size": 64}, "has no use for a memory"),
+        ({"loss.name": "triplet_semihard", "loss.triplet_semihard.margin": 0.0}, "margin = 0.0 must be above 0"),
+        ({"loss.name": "contrastive", "loss.contrastive.negative_margin": -0.5}, "negative_margin = -0.5 must be"),
+        (
+            {"loss.name": "margin_distance_weighted", "loss.margin_distance_weighted.cutoff": 1.5},
+            "margin_distance_weighted.cutoff = 1.5 and nonzero_cutoff = 1.4: 0 < cutoff < nonzero_cutoff <= 2",
+        ),
         ({"loss.class_share": 0.0}, "must be above 0 and at most 1"),
         ({"loss.class_share": 0.5}, "for softmax losses over proxies .*, not for proxy_anchor"),
         ({"loss.name": "sup_con", "loss.class_share": 0.5}, "not for sup_con"),

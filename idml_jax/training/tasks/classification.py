@@ -59,6 +59,17 @@ class Classification:
             raise UserError(f"config.classification.label_smoothing = {options.label_smoothing} must be in [0, 1)")
         if config.memory.size:
             raise UserError(f"config.memory.size = {config.memory.size}: classification has no memory; use 0")
+        for field, unused in (
+            ("class_share", 1.0),
+            ("embedding_norm", 0.0),
+            ("centre_spread", 0.0),
+            ("learned", "none"),
+        ):
+            if config.loss[field] != unused:
+                raise UserError(
+                    f"config.loss.{field} = {config.loss[field]!r} is for config.task = 'retrieval'; classification "
+                    "has a loss of its own"
+                )
         for field in ("ranking", "prior"):
             if config.ism[field]:
                 raise UserError(f"config.ism.{field} needs config.task = 'retrieval' and an uncertainty head")

@@ -67,7 +67,7 @@ def embedding_loss(
         mask = {} if kept is None else {"mask": kept}  # an objective of the user's may not know it
         loss = objective(params, embedding_of(out), labels, key=key, store=state.memory, step=state.step, **mask)
         if objective.embedding_norm:
-            loss += objective.embedding_norm * jnp.mean(jnp.square(out["semantic_norm"]))
+            loss += objective.embedding_norm * auxiliary.mean_of(jnp.square(out["semantic_norm"]), kept)
         return loss
 
     def confusion(out: dict[str, Array], labels: Array, kept: Array | None) -> Array:

@@ -1,5 +1,6 @@
 """The matrices that losses read: of images with references, by the metric."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,19 @@ class Compared(NamedTuple):
     stands_for: Float[Array, "m"] | None = None
     levels: tuple[losses.Pairs, ...] = ()
 
+    @property
+    def related(self) -> losses.Pairs:
+        """Which pairs are positives at some level, and which are negatives at all."""
+        return related(self.pairs, self.levels)
+
+
+def related(pairs: losses.Pairs, levels: tuple[losses.Pairs, ...]) -> losses.Pairs:
+    """A relation of classes at several levels as one: positive at some level; negative at some and positive at none."""
+    if not levels:
+        return pairs
+    positive, negative = (functools.reduce(jnp.logical_or, sides) for sides in zip(*levels, strict=True))
+    return losses.Pairs(positive, negative & ~positive)
+
 
 def matrix_of(metric: Metric, reads: str, found: Compared, negatives: str = "learn") -> Any:
     """The matrix of all pairs that a loss reads.
@@ -47,7 +61,7 @@ def matrix_of(metric: Metric, reads: str, found: Compared, negatives: str = "lea
     if negatives != "stop" or not metric.introspective:
         return values
     references = None if found.references is None else _still(found.references)
-    return jnp.where(found.pairs.negative, compare(_still(found.embedding), references), values)
+    return jnp.where(found.related.negative, compare(_still(found.embedding), references), values)
 
 
 def _still(embedding: Embedding) -> Embedding:
@@ -81,5 +95,5 @@ def log_term(metric: Metric, found: Compared, axis_name: str | None = None) -> F
     else:
         beta = ism.pair_uncertainty(a.uncertainty, b.uncertainty)
     cost = -jnp.log(jnp.maximum(metric.weakening(alpha, jnp.broadcast_to(beta, alpha.shape)), _LEAST))
-    positive = found.pairs.positive
+    positive = found.related.positive
     return ratio(total(jnp.where(positive, cost, 0.0), axis_name), total(positive.astype(cost.dtype), axis_name))

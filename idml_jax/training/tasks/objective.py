@@ -19,8 +19,8 @@ from idml_jax.models import init_proxies
 from idml_jax.runtime import sharding
 from idml_jax.training.criterion import Criterion
 from idml_jax.training.tasks.embedding_loss import embedding_loss
-from idml_jax.training.tasks.matrices import Compared, log_term, matrix_of
-from idml_jax.training.tasks.terms import Term, proxy_sets
+from idml_jax.training.tasks.matrices import Compared, log_term, matrix_of, related
+from idml_jax.training.tasks.terms import Term, check_memory, proxy_sets, with_memory
 
 LEARNED = ("none", "shared", "per_class")
 CLASS_DRAW = 2**31 - 1  # folded into the key of drawn classes: neither the number of a term nor of a row
@@ -90,14 +90,8 @@ class Objective(Criterion):
         if self.learned != "none" and not any(term.spec.parameters for term in self.parts):
             able = ", ".join(name for name, spec in LOSSES.items() if spec.parameters)
             raise UserError(f"config.loss.learned: {self.loss} has nothing to learn; these do: {able}")
-        if self.memory_size and not self._has("batch"):
-            raise UserError(f"config.memory.size: {self.loss} compares with proxies; a memory is for losses on pairs")
-        on_batch = [term.spec for term in self.parts if term.spec.references == "batch"]
-        if self.memory_size and not any(spec.takes_memory for spec in on_batch):
-            raise UserError(
-                f"config.memory.size: {self.loss} reads one positive of each image, which is in the batch; it has no "
-                "use for a memory"
-            )
+        if self.memory_size:
+            check_memory(self.loss, self.parts)
 
     @property
     def parts(self) -> tuple[Term, ...]:
@@ -190,8 +184,7 @@ class Objective(Criterion):
         Returns:
           The loss, a scalar.
         """
-        learned, values = params.get("loss", {}), {}
-        numbered = list(enumerate(self.parts))
+        learned, values, numbered = params.get("loss", {}), {}, list(enumerate(self.parts))
         for count in proxy_sets(self.parts):
             on_proxies = [(i, t) for i, t in numbered if t.spec.references == "proxies" and t.centres == count]
             compared = self._with_proxies(params, embedding, labels, key, mask, count)
@@ -202,8 +195,11 @@ class Objective(Criterion):
                 rows: tuple[Embedding, Array, Any], whole: tuple[Any, ...], axis_name: str | None
             ) -> dict[int, Array]:
                 (own, of_own, masked), (learned, key, store, step) = rows, whole
-                compared = self._with_batch(own, of_own, masked, store, step, axis_name)
-                return self._values(on_pairs, compared, learned, of_own, key, axis_name)
+                found: dict[int, Array] = {}
+                for terms, kept in with_memory(on_pairs, store):
+                    compared = self._with_batch(own, of_own, masked, kept, step, axis_name)
+                    found.update(self._values(terms, compared, learned, of_own, key, axis_name))
+                return found
 
             # A loss of the user's may not know the axis.
             able = all("axis_name" in inspect.signature(term.spec.function).parameters for _, term in on_pairs)
@@ -219,7 +215,7 @@ class Objective(Criterion):
         if self.prior:
             assert embedding.uncertainty is not None  # see config.validate
             by = None if self.prior_by == "constant" else self.confusion(params, embedding, labels, mask)
-            loss += self.prior * auxiliary.length_prior(embedding.uncertainty, by)
+            loss += self.prior * auxiliary.length_prior(embedding.uncertainty, by, mask)
         return loss
 
     def _values(
@@ -310,7 +306,7 @@ class Objective(Criterion):
         axis_name: str | None,
     ) -> Compared:
         """Images with the whole batch (which they are, or are rows of) and, if there is one, with the memory."""
-        if not self.memory_size:
+        if not store:
             references = None if axis_name is None else losses.gather(embedding, axis_name)
             found = losses.pairs_from_label_sets(labels, mask=mask, axis_name=axis_name)
             levels = self._levels(found, labels, lambda: losses.gather(labels, axis_name))
@@ -389,12 +385,16 @@ class Objective(Criterion):
         if self._has("proxies"):
             proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
             similarity = self._split(ism.cosine_similarity(embedding.semantic, proxies))
-            return auxiliary.confusion(similarity, losses.mask_rows(pairs, mask))
+            columns = lambda: jnp.repeat(jnp.arange(self.proxy_rows) % self.num_classes, self.centres)
+            pairs = losses.mask_rows(pairs, mask)
+            return auxiliary.confusion(similarity, related(pairs, self._levels(pairs, labels, columns)))
 
         def of_rows(rows: tuple[Array, Array, Any], _: tuple[()], axis_name: str | None) -> Array:
             semantic, own, kept = rows
             everyone = None if axis_name is None else losses.gather(semantic, axis_name)
             similarity = ism.cosine_similarity(semantic, everyone)
-            return auxiliary.confusion(similarity, losses.pairs_from_label_sets(own, mask=kept, axis_name=axis_name))
+            pairs = losses.pairs_from_label_sets(own, mask=kept, axis_name=axis_name)
+            levels = self._levels(pairs, own, lambda: losses.gather(own, axis_name))
+            return auxiliary.confusion(similarity, related(pairs, levels))
 
         return cast(Array, sharding.over_rows(of_rows, self.rows, (embedding.semantic, labels, mask), (), "data"))

@@ -14,6 +14,11 @@ __all__ = ["Term", "check_loss", "names_of", "proxy_sets", "reads_batch", "reads
 
 # Options that divide, or that scale a similarity.
 POSITIVE = ("temperature", "rank_temperature", "scale", "gamma", "kappa", "spread", "alpha", "slope", "largest_square")
+# Distances below which a pair has a loss.
+DISTANCES = (
+    ("triplet_semihard", "margin"), ("contrastive", "negative_margin"), ("lifted_structure", "negative_margin"),
+    ("margin_distance_weighted", "beta"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,31 @@ def check_loss(config: ConfigDict) -> None:
         )
 
 
+def check_memory(name: str, terms: tuple[Term, ...]) -> None:
+    """Checks that a loss has a use for a cross-batch memory.
+
+    Raises:
+      UserError: if none of its terms has.
+    """
+    on_batch = [term.spec for term in terms if term.spec.references == "batch"]
+    if not on_batch:
+        raise UserError(f"config.memory.size: {name} compares with proxies; a memory is for losses on pairs")
+    if not any(spec.takes_memory for spec in on_batch):
+        raise UserError(
+            f"config.memory.size: {name} reads one positive of each image, which is in the batch; it has no use for a "
+            "memory"
+        )
+
+
+def with_memory(terms: list[tuple[int, Term]], store: Any) -> list[tuple[list[tuple[int, Term]], Any]]:
+    """Numbered terms on the batch in groups, each with its memory: ``store``, or ``()`` for terms that take none."""
+    if not store:
+        return [(terms, ())]
+    taking = [(number, term) for number, term in terms if term.spec.takes_memory]
+    others = [(number, term) for number, term in terms if not term.spec.takes_memory]
+    return [(group, kept) for group, kept in ((taking, store), (others, ())) if group]
+
+
 def _check_options(terms: tuple[Term, ...]) -> None:
     """Checks the options of the losses."""
     for term in terms:
@@ -167,6 +197,16 @@ def _check_options(terms: tuple[Term, ...]) -> None:
         for option in (*POSITIVE, *(["beta"] if term.loss == "multi_similarity" else [])):
             if option in options and not options[option] > 0:
                 raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be above 0 and finite")
+        for loss, option in DISTANCES:
+            if term.loss == loss and not options[option] > 0:
+                raise UserError(
+                    f"config.loss.{loss}.{option} = {options[option]} must be above 0: no pair has a loss otherwise"
+                )
+        if "cutoff" in options and not 0 < options["cutoff"] < options["nonzero_cutoff"] <= 2:
+            raise UserError(
+                f"config.loss.{term.loss}.cutoff = {options['cutoff']} and nonzero_cutoff = "
+                f"{options['nonzero_cutoff']}: 0 < cutoff < nonzero_cutoff <= 2, as distances on the sphere"
+            )
         if options.get("prior", 0.0) < 0:
             raise UserError(f"config.loss.{term.loss}.prior = {options['prior']} must be at least 0")
         if "arcface" in term.loss and not 0 <= options["margin"] <= 180:
