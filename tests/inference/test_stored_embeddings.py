@@ -355,6 +355,14 @@ class TestOwn:
         found = own_rows(queries, self.index([image("a/1.jpg"), image("a/2.jpg")]))
         assert found.tolist() == [1, -1, 0]
 
+    def test_an_image_that_stands_twice_is_told(self, image, capsys):
+        index = self.index([image("a/1.jpg"), image("b/1.jpg"), image("a/1.jpg")])
+        assert own_rows(self.index([image("b/1.jpg")]), index).tolist() == [1]
+        assert capsys.readouterr().err == ""
+        assert own_rows(self.index([image("a/1.jpg"), image("b/1.jpg")]), index).tolist() == [2, 1]
+        said = capsys.readouterr().err
+        assert "1 queries stand in the index more than once" in said and image("a/1.jpg") in said
+
     def test_an_image_that_has_moved_matches_by_name_and_vector(self, image, tmp_path, capsys):
         index = self.index(["/gone/2.jpg", "/gone/1.jpg", image("b/1.jpg")])
         queries = self.index([image("a/1.jpg"), image("a/2.jpg")])
