@@ -121,7 +121,7 @@ def check_result(path: Path, reads: Iterable[str | Path] = (), suffixes: Collect
         raise UserError(f"--out={path}: the name must end in {', '.join(suffixes)}")
     if not check_target(path):
         return
-    for read in filter(None, reads):
+    for read in (read for read in reads if read):
         with contextlib.suppress(OSError):
             if os.path.samefile(user_path(read), path):
                 raise UserError(f"{path}: is read by this command and would be overwritten; give another name")

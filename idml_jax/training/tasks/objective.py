@@ -311,10 +311,9 @@ class Objective(Criterion):
             found = losses.pairs_from_label_sets(labels, mask=mask, axis_name=axis_name)
             levels = self._levels(found, labels, lambda: losses.gather(labels, axis_name))
             return Compared(embedding, references, found, levels=levels)
-        kept = cast(memory.Memory, store)
-        pairs = memory.pairs_with_batch(kept, labels, mask, active=step >= self.memory_warmup, axis_name=axis_name)
-        levels = self._levels(pairs, labels, lambda: jnp.concatenate([losses.gather(labels, axis_name), kept.labels]))
-        return Compared(embedding, memory.with_batch(kept, embedding, axis_name), pairs, levels=levels)
+        pairs = memory.pairs_with_batch(store, labels, mask, active=step >= self.memory_warmup, axis_name=axis_name)
+        levels = self._levels(pairs, labels, lambda: jnp.concatenate([losses.gather(labels, axis_name), store.labels]))
+        return Compared(embedding, memory.with_batch(store, embedding, axis_name), pairs, levels=levels)
 
     def _levels(
         self, pairs: losses.Pairs, rows: Int[Array, "n"], columns: Callable[[], Int[Array, "m"]]
