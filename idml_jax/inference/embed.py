@@ -20,6 +20,7 @@ from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import user_path, write_text
 from idml_jax.runtime.progress import Progress, Ticker, erase
 from idml_jax.training.build import data_of
+from idml_jax.training.digests import images_digest
 from idml_jax.training.embedder import Rows, embedded_rows, progress_of
 from idml_jax.training.risk import digest
 from idml_jax.training.workdir import finding_images
@@ -152,6 +153,7 @@ class _Job:
         identity = {
             **self.about,
             "names": store.digest(self._names),
+            "files": images_digest(source),  # other pictures may have the same names
             "per_part": per_part,
             "labelled": labelled,
             "labels": store.digest([str(label) for label in source.labels]),

@@ -5,11 +5,12 @@ so any number of processes, on any machines that share the folder, can write par
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,13 +18,14 @@ from idml_jax.data.sources import Source
 from idml_jax.data.tables import arrow
 from idml_jax.errors import UserError, printable
 from idml_jax.inference import gallery as reading
+from idml_jax.inference import gallery_changes as changes
 from idml_jax.inference.embed import about_of, embed_records, of_table
 from idml_jax.inference.gallery import Made, part_path, skipped_path, source_path, sources_of
-from idml_jax.inference.index import SUFFIXES, Index, texts
+from idml_jax.inference.gallery_checks import Asked, check_alike, check_told, checked_folder
+from idml_jax.inference.index import Index, texts
 from idml_jax.inference.model import Trained
-from idml_jax.inference.own import keys_of
+from idml_jax.inference.own import Key, keys_of
 from idml_jax.inference.store import columns_of, digest, is_text, table_of
-from idml_jax.inference.told import OF_TABLES
 from idml_jax.runtime.files import atomic, user_path, without_dots, write_json, write_text
 from idml_jax.runtime.progress import Progress, Ticker
 
@@ -70,6 +72,8 @@ def embed_to_gallery(
 ) -> Path:
     """Embeds a process's share of a source into the folder of a gallery; finished parts are skipped.
 
+    Of these, images that could not be read are tried again if their files have changed since.
+
     Args:
       model: trained embedding; ``model.using`` sets threads and batch size.
       source: images.
@@ -91,12 +95,13 @@ def embed_to_gallery(
     if work is None:
         return user_path(out)
     mine = range(shard.number - 1, work.made.parts, shard.of)
-    open_parts = [number for number in mine if not work.has(number)]
-    if len(open_parts) < len(mine):
-        say(f"resuming: {len(mine) - len(open_parts):,} of {len(mine):,} parts are done")
-    total = max(1, sum(len(work.records(number)) for number in open_parts))
-    with contextlib.closing(Progress(total, 0, Ticker(say))) as progress:
-        for number in open_parts:
+    missing = {number: count for number in mine if (count := len(work.open_records(number)))}
+    if len(missing) < len(mine):
+        say(f"resuming: {len(mine) - len(missing):,} of {len(mine):,} parts are done")
+    if again := sum(count for number, count in missing.items() if count < len(work.records(number))):
+        say(f"{again:,} images of finished parts are embedded again, since their files have changed")
+    with contextlib.closing(Progress(max(1, sum(missing.values())), 0, Ticker(say))) as progress:
+        for number in missing:
             work.write(number, progress.add)
     work.finish(say)
     return work.folder
@@ -116,7 +121,7 @@ def save(index: Index, out: str | Path, per_part: int = PART_IMAGES) -> Path:
     Raises:
       UserError: if the folder exists and is not empty, or cannot be written.
     """
-    folder = _checked_folder(out, append=False)
+    folder = checked_folder(out, append=False)
     if sources_of(folder):
         raise UserError(f"{folder}: is a gallery already; give a new folder")
     classes = None if index.class_names is None else list(index.class_names)
@@ -138,14 +143,15 @@ class Work:
       source: images.
       folder: the gallery.
       made: what the parts are made of.
+      append: whether images are added to those of the gallery.
 
     Attributes:
       folder: the gallery.
       made: what the parts are made of.
     """
 
-    def __init__(self, model: Trained, source: Source, folder: Path, made: Made):
-        self._model, self._source, self.folder, self.made = model, source, folder, made
+    def __init__(self, model: Trained, source: Source, folder: Path, made: Made, append: bool = False):
+        self._model, self._source, self.folder, self.made, self._append = model, source, folder, made, append
         # A source's labels are numbers of its own; the parts have those of the gallery.
         known = {name: label for label, name in enumerate(made.class_names or ())}
         self._labels = np.asarray([known.get(name, 0) for name in source.class_names], np.int32)
@@ -160,52 +166,83 @@ class Work:
         return self._all[number * self.made.per_part : (number + 1) * self.made.per_part]
 
     def has(self, number: int) -> bool:
-        """Whether a part is finished.
+        """Whether nothing of a part is left to do; errors as for ``open_records``."""
+        return not len(self.open_records(number))
+
+    def open_records(self, number: int) -> np.ndarray:
+        """The records of a part to embed: all of an unfinished one; of another, see ``changes.to_try_again``.
 
         Raises:
           UserError: if the file is a part of another configuration.
         """
-        path = part_path(self.folder, self.made.number, number)
-        if path.exists():
-            try:
-                arrow().parquet.read_metadata(path)
-            except Exception:  # damaged: it is made again
-                return False
-            reading.check_part(path, self.made, number)
-            return True
-        return reading.all_skipped(self.folder, self.made, number)
+        found = self._written(number)
+        return self.records(number) if found is None else self._to_try_again(number, found)
+
+    def _written(self, number: int) -> changes.Written | None:
+        return changes.written(self.folder, self.made, number, self._source, self.records(number))
+
+    def _to_try_again(self, number: int, found: changes.Written) -> np.ndarray:
+        if not found.skipped:
+            return np.zeros(0, np.int64)
+        return changes.to_try_again(self.folder, self.made, number, self._source, found, self._elsewhere)
+
+    @functools.cached_property
+    def _elsewhere(self) -> set[Key | None]:
+        return changes.keys_elsewhere(self.folder, sources_of(self.folder), self.made.number)
 
     def write(self, number: int, done: Callable[[int], None] = lambda count: None) -> None:
-        """Embeds the images of a part and writes it, completely or not at all.
+        """Embeds the images of a part that are to be embedded and writes it, completely or not at all.
 
         Args:
           number: number of the part.
           done: receives the number of images of every finished batch.
         """
-        records = self.records(number)
+        found = self._written(number)
+        records = self.records(number) if found is None else self._to_try_again(number, found)
+        if not len(records):
+            return
+        # Before the images are read: what changes while this process embeds is tried again by the next.
+        states = {record: changes.state_of(self._source, record, self.made) for record in records.tolist()}
         columns = embed_records(self._model, self._source, records, done)
-        kept, skipped, reasons = (columns.pop(name) for name in ("records", "skipped", "reasons"))
+        kept, unread, reasons = (columns.pop(name).tolist() for name in ("records", "skipped", "reasons"))
+        skipped = {
+            record: changes.Skipped(printable(self._source.name(record)), printable(reason), states[record])
+            for record, reason in zip(unread, reasons, strict=True)
+        }
+        columns = self._with_names(columns, np.asarray(kept, np.int64)) if kept else {}
+        path = part_path(self.folder, self.made.number, number)
+        if found is not None:
+            skipped |= {record: one for record, one in found.skipped.items() if record not in states}
+            columns = changes.merged(path, found, records, np.asarray(kept, np.int64), columns)
+        skipped = dict(sorted(skipped.items()))
         listing = skipped_path(self.folder, self.made.number, number)
-        if len(skipped):  # before the part, whose existence says that all is done
-            names = [self._source.name(int(record)) for record in skipped]
-            write_json(listing, [list(map(printable, pair)) for pair in zip(names, reasons.tolist(), strict=True)])
+        tried = changes.tried_path(self.folder, self.made.number, number)
+        tried.unlink(missing_ok=True)
+        if skipped:  # before the part, whose existence says that all is done
+            write_json(listing, [[one.name, one.reason] for one in skipped.values()])
         else:
             listing.unlink(missing_ok=True)
-        if not len(kept):
-            return
+        if columns:
+            _write_table(path, columns, self.made, number)
+        else:
+            path.unlink(missing_ok=True)
+        if skipped:
+            changes.note_tried(tried, skipped)
+
+    def _with_names(self, columns: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns of embedded images with all that a part tells about them."""
         columns["files"] = np.asarray([self._source.name(int(record)) for record in kept])
         if self.made.class_names is not None:
             columns["labels"] = self._labels[self._source.labels[kept]]
         columns |= {name: value[kept] for name, value in self._told.items()}
         if "uncertainty" in columns:
             columns["uncertainty_norm"] = np.linalg.norm(columns["uncertainty"], axis=1)
-        _write_table(part_path(self.folder, self.made.number, number), columns, self.made, number)
+        return columns
 
     def finish(self, say: Callable[[str], None]) -> None:
         """Says how much of the gallery exists, and lists unreadable images once all parts do."""
-        missing = [number for number in range(self.made.parts) if not self.has(number)]
-        if missing:
-            done = self.made.parts - len(missing)
+        done = sum(self._written(number) is not None for number in range(self.made.parts))
+        if done < self.made.parts:
             say(f"{done:,} of {self.made.parts:,} parts of these images are in {self.folder}")
             return
         sources = sources_of(self.folder)
@@ -213,6 +250,8 @@ class Work:
             pair for made in sources for n in range(made.parts) for pair in reading.skipped_images(self.folder, made, n)
         ]
         listing = self.folder / SKIPPED
+        if skipped and len(sources) > 1:  # another command may have read one since, and added it
+            skipped = _not_among(skipped, reading.read_gallery(self.folder))
         if skipped:
             write_text(listing, "".join(f"{name}\t{reason}\n" for name, reason in skipped))
             name, reason = skipped[0]
@@ -220,7 +259,19 @@ class Work:
             say(f"all of them are listed in {listing}")
         else:
             listing.unlink(missing_ok=True)
-        say(f"complete: {len(reading.read_gallery(self.folder)):,} images in {self.folder}")
+        gallery = reading.read_gallery(self.folder)
+        say(f"complete: {len(gallery):,} images in {self.folder}")
+        if self._append and (line := changes.line_about_changes(gallery, sources)):
+            say(line)
+
+
+def _not_among(skipped: list[tuple[str, str]], gallery: reading.Gallery) -> list[tuple[str, str]]:
+    """The unreadable images that a gallery does not hold; all of them if boxes make several images of a picture."""
+    if "box" in gallery.columns:
+        return skipped
+    wanted = {name for name, _ in skipped}
+    held = {name for _, names in gallery.names() for name in map(printable, names) if name in wanted}
+    return [(name, reason) for name, reason in skipped if name not in held]
 
 
 def open_work(
@@ -237,48 +288,30 @@ def open_work(
 
     Arguments and errors as for ``embed_to_gallery``.
     """
-    folder = _checked_folder(out, append)
+    folder = checked_folder(out, append)
     names = [source.name(record) for record in range(len(source))]
     classes = list(source.class_names) if labelled else None
     shown = [source.class_names[label] for label in source.labels.tolist()] if labelled else []
     told = of_table(source, labelled)
     more = [f"{name} {value.tolist()}" for name, value in told.items()]
-    asked = _Asked(
+    asked = Asked(
         names, classes, about_of(model, origin, source if labelled else None), digest([*names, "", *shown, *more]), told
     )
     while True:
         sources = sources_of(folder)
         same = next((made for made in sources if made.requested == asked.digest), None)
         if sources:
-            _check_alike(folder, same or sources[0], asked)
+            check_alike(folder, same or sources[0], asked)
         made = same or _added(folder, sources, asked, append, say)
         if made is None:
             return None
         if same is not None or _create(source_path(folder, made.number), made):
-            return Work(model, source, folder, made)
+            return Work(model, source, folder, made, append)
         # Another process was faster; its description is read.
 
 
-class _Asked(NamedTuple):
-    """What a command wants to have in the gallery.
-
-    Attributes:
-      names: names of the images.
-      class_names: names of their classes by label; ``None`` if unknown.
-      about: their origin.
-      digest: of all that is asked.
-      told: what a table says about them.
-    """
-
-    names: list[str]
-    class_names: list[str] | None
-    about: dict[str, Any]
-    digest: str
-    told: dict[str, np.ndarray]
-
-
 def _added(
-    folder: Path, sources: Sequence[Made], asked: _Asked, append: bool, say: Callable[[str], None]
+    folder: Path, sources: Sequence[Made], asked: Asked, append: bool, say: Callable[[str], None]
 ) -> Made | None:
     """The description of a new source; ``None`` if the gallery has all its images."""
     left_out: tuple[int, ...] = ()
@@ -287,7 +320,7 @@ def _added(
             raise UserError(f"{folder}: holds other images; --append adds those that it lacks, or give another --out")
         # Of these sources alone: another process may just have started the one that this command wants, too.
         before = reading.read_gallery(folder, "--out", sources)
-        _check_told(folder, before.columns, asked.told)
+        check_told(folder, before.columns, asked.told)
         present = {
             key
             for _, part in before.batches(("files", "box"))
@@ -297,54 +330,13 @@ def _added(
         left_out = tuple(record for record, key in enumerate(mine) if key in present)
         say(f"{len(left_out):,} of {len(asked.names):,} images are in the gallery already")
         if len(left_out) == len(asked.names):
+            if line := changes.line_about_changes(before, sources):
+                say(line)
             return None
     united = asked.class_names
     if sources and united is not None:
         united = list(dict.fromkeys([*(sources[-1].class_names or ()), *united]))
     return Made(len(sources), asked.about, united, asked.digest, len(asked.names), left_out, PART_IMAGES)
-
-
-def _check_alike(folder: Path, made: Made, asked: _Asked) -> None:
-    """Refuses images that cannot be searched together with those of a gallery."""
-    for name in ("weights", "temperature", "relative", "form", "risk"):
-        if asked.about.get(name) != made.about.get(name):
-            raise UserError(
-                f"{folder}: was made with {name} = {made.about.get(name)}, and this run has {asked.about.get(name)}; "
-                "their vectors cannot be compared; give another --out"
-            )
-    if (made.class_names is None) != (asked.class_names is None):
-        has, these = ("no classes", "have some (--no_labels)") if made.class_names is None else ("classes", "have none")
-        raise UserError(f"{folder}: its images have {has}, and these {these}")
-
-
-def _check_told(folder: Path, columns: dict[str, int], told: dict[str, np.ndarray]) -> None:
-    """Refuses images about which a table says other things than about those of a gallery."""
-    for name in OF_TABLES:
-        has, new = columns.get(name), told[name].shape[1:] if name in told else None
-        cure = "give another --out, or a table with the same columns"
-        if (has is None) != (new is None):
-            one, two = ("no", "some") if has is None else ("a", "none")
-            raise UserError(f"{folder}: its images have {one} {name} from a table, and these {two}; {cure}")
-        if has and new and has != new[0]:  # of label_sets
-            raise UserError(f"{folder}: its images have up to {has} labels ({name}), and these {new[0]}; {cure}")
-
-
-def _checked_folder(out: str | Path, append: bool) -> Path:
-    folder = user_path(out)
-    if folder.suffix in SUFFIXES:
-        raise UserError(f"--out={folder}: parts are written into a folder; give a name without {folder.suffix}")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder (--out)")
-    known = folder.exists() and source_path(folder, 0).exists()
-    if folder.exists() and not known and any(not path.name.startswith(".idml_jax-") for path in folder.iterdir()):
-        raise UserError(f"{folder}: is not a gallery and not empty; give a new folder (--out)")
-    if append and not known:
-        raise UserError(f"{folder}: is no gallery, so nothing can be added to it; leave out --append to start one")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    return folder
 
 
 def _create(path: Path, made: Made) -> bool:

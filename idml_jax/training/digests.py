@@ -26,6 +26,22 @@ def weights_digest(variables: Mapping[str, Any]) -> str:
     return found.hexdigest()[:16]
 
 
+FileState = tuple[int, int]  # size in bytes and time of change in ns
+
+
+def file_state(path: str | os.PathLike) -> FileState | None:
+    """Size and time of change of a file, by which a changed one is noticed without reading it.
+
+    Returns:
+      ``None`` if there is no file, or one that cannot be read, as reading it will say.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def images_digest(source: Source) -> str:
     """Digest of the images of a source: their names in order and, of files, size and time of change.
 
@@ -36,9 +52,7 @@ def images_digest(source: Source) -> str:
     found = hashlib.sha256()
     for key, name in zip(keys, movable_names(keys), strict=True):
         found.update(name.encode("utf-8", "surrogateescape") + b"\0")
-        try:
-            status = os.stat(key)
-        except OSError:  # no file, or one that cannot be read, as reading it will say
-            continue
-        found.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        state = file_state(key)
+        if state is not None:
+            found.update(f"{state[0]} {state[1]}\n".encode())
     return found.hexdigest()[:16]

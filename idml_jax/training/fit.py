@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from idml_jax.data.datasets import Splits
 from idml_jax.data.sources import Source
 from idml_jax.errors import UserError, quiet_libraries
 from idml_jax.metrics import clustering
@@ -31,6 +32,7 @@ from idml_jax.training import semantic_init as heads
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import Run, build
 from idml_jax.training.config import tracking_of
+from idml_jax.training.digests import images_digest
 from idml_jax.training.features import FeatureEmbedder, Features, Views
 from idml_jax.training.state import TrainState
 from idml_jax.training.tasks import Evaluation
@@ -112,10 +114,11 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
     stored = None if overwrite else _stored(config, workdir)
     run = together.build_same(build, config)
     if stored is not None:
-        _check_finished(run, workdir)
+        _check_finished(run, workdir, stored)
         logger.info("this run is finished: %s", workdir / "result.json")
         return stored
     check_installed(tracking_of(config).names)
+    digests = {name: images_digest(source) for name, source in _images(run).items()}  # before they are read
     train_source, classes = run.splits.train, len(run.splits.train.class_names)
     logger.info("%s: %d training images of %d classes", config.data.name, len(train_source), classes)
     state = run.initial_state()
@@ -139,6 +142,7 @@ def _fit(config: ConfigDict, workdir: Path, overwrite: bool, stop: StopRequest, 
         def evaluate() -> dict[str, np.ndarray]:
             result.update(_evaluated(run, state, start, known, stop))
             result.update(fitted.record(run, known))
+            result["closed_form"]["image_digests"] = digests
             return {"metric": np.asarray(result["best"][config.eval.best_metric], np.float64)}
 
         metric = hosts.from_first(evaluate, {"metric": np.zeros((), np.float64)})["metric"]
@@ -176,12 +180,31 @@ def _stored(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     return result
 
 
-def _check_finished(run: Run, workdir: Path) -> None:
+def _images(run: Run) -> dict[str, Source]:
+    """The images that a run is made from and evaluated on, by the names of the folders of their features."""
+    names = Splits._fields if run.config.eval.split == "test" else ("train", "validation")
+    return {name: source for name, source in run.splits._asdict().items() if name in names and source is not None}
+
+
+def _stored_digest(result: dict[str, Any], workdir: Path, name: str) -> str | None:
+    """Digest of the images of a finished run; ``None`` if it is not known."""
+    with contextlib.suppress(KeyError, TypeError):
+        return str(result["closed_form"]["image_digests"][name])
+    # Results of earlier versions do not have it; the features do, unless their folder was deleted.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((workdir / heads.FOLDER / name / "about.json").read_text())["images"]).split()[-1]
+    return None
+
+
+def _check_finished(run: Run, workdir: Path, result: dict[str, Any]) -> None:
     """Refuses a finished run whose images or weights are not those that it was made from.
 
     Weights that are no longer here are not compared.
     """
     changed = data_record.check(run.splits, workdir)
+    for name, source in _images(run).items():
+        if _stored_digest(result, workdir, name) not in (None, images_digest(source)):
+            changed.append(f"the {name} images have changed (sizes or times of their files)")
     stored = workdir_lib.read(workdir)
     located = None
     if stored.model.init_from:

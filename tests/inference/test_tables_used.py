@@ -9,7 +9,7 @@ from runs_made import small_config
 from idml_jax import embed, export, search
 from idml_jax.data.listed import table_splits
 from idml_jax.errors import UserError
-from idml_jax.inference import corrections, gallery_parts, measure, store
+from idml_jax.inference import corrections, gallery_checks, gallery_parts, measure, store
 from idml_jax.inference import index as indices
 from idml_jax.inference import model as trained
 from idml_jax.inference.exclude import kept
@@ -112,7 +112,7 @@ def test_a_query_is_found_in_a_gallery_by_picture_and_box(tmp_path):
     less, own = kept(stored, np.arange(12) < 3, own_rows(queries, stored))
     assert own.tolist() == [-1, 0, 4] and own_rows(stored, less).tolist() == [-1] * 3 + list(range(9))
     with pytest.raises(UserError, match="have a box from a table, and these none"):
-        gallery_parts._check_told(tmp_path, {"box": 4}, {})
+        gallery_checks.check_told(tmp_path, {"box": 4}, {})
 
 
 def test_a_corrected_list_keeps_the_table_and_is_read_by_training(tmp_path):

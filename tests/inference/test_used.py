@@ -126,6 +126,37 @@ class TestEmbed:
         with pytest.raises(UserError, match="already exists"):
             run()
 
+    def test_a_stopped_command_starts_over_if_images_have_changed(self, workdir, image_folder, tmp_path, monkeypatch):
+        folder, out, said = tmp_path / "mine", tmp_path / "x.npz", []
+        shutil.copytree(image_folder / "test" / "class_04", folder)
+        model, real = trained.load(workdir).using(batch_size=4), Embedder.images
+
+        def run(calls):
+            left = iter(range(calls))
+
+            def stopping(*arguments):
+                if next(left, None) is None:
+                    raise Stopped
+                return real(*arguments)
+
+            monkeypatch.setattr(Embedder, "images", stopping)
+            how = {"labelled": False, "origin": "x", "part_batches": 1, "say": said.append}
+            embed.embed_to_file(model, embed.list_images(folder)[0], out, **how)
+
+        with pytest.raises(Stopped):
+            run(1)
+        # Other pictures of the same names, one of them in the part that is done.
+        for name in ("00.png", "11.png"):
+            shutil.copyfile(image_folder / "test" / "class_09" / name, folder / name)
+        run(3)
+        assert "images, run or settings are not those of the stopped command; starting over" in said
+        assert not any("resuming" in line for line in said)
+        monkeypatch.setattr(Embedder, "images", real)
+        whole = embed.embed_to_file(
+            model, embed.list_images(folder)[0], tmp_path / "y.npz", labelled=False, origin="x", say=said.append
+        )
+        np.testing.assert_array_equal(embeddings.read(out).embedded.semantic, embeddings.read(whole).embedded.semantic)
+
     def test_names_that_are_not_utf_8_are_kept_and_shown_escaped(self, workdir, image_folder, tmp_path, capsys):
         folder = os.fsencode(tmp_path / "mine")
         os.mkdir(folder)

@@ -77,6 +77,32 @@ class TestFit:
         again = fit_lib.fit(config, tmp_path / "run", overwrite=True)
         assert again["peers"] and (tmp_path / "run" / "replaced" / "0" / "result.json").exists()
 
+    @pytest.mark.parametrize("part", ["train", "test"])
+    def test_a_finished_run_notices_other_pictures_of_the_same_names(
+        self, fitted, settings, image_folder, tmp_path, part
+    ):
+        own, workdir = tmp_path / "images", tmp_path / "run"
+        shutil.copytree(image_folder, own)  # with the times of the files
+        shutil.copytree(fitted[0], workdir)
+        config = settings(**{"eval.cluster": True, "data.root": str(own)})
+        stored = json.loads((workdir / "config.json").read_text())
+        stored["data"]["root"] = str(own)
+        (workdir / "config.json").write_text(json.dumps(stored))
+        assert fit_lib.fit(config, workdir) == fitted[1]
+        first, other = sorted((own / part).glob("*/*"))[:2]
+        shutil.copyfile(other, first)
+        line = f"this run is finished, and the {part} images have changed .*; use another --workdir, or --overwrite"
+        with pytest.raises(UserError, match=line):
+            fit_lib.fit(config, workdir)
+        # Results of earlier versions hold no digests: the features tell, as long as they are there.
+        old = json.loads((workdir / "result.json").read_text())
+        del old["closed_form"]["image_digests"]
+        (workdir / "result.json").write_text(json.dumps(old))
+        with pytest.raises(UserError, match=line):
+            fit_lib.fit(config, workdir)
+        shutil.rmtree(workdir / "features")
+        assert fit_lib.fit(config, workdir) == old
+
     def test_head_is_the_closed_form(self, fitted):
         workdir, result = fitted
         parts = [np.load(path) for path in sorted((workdir / "features" / "train").glob("*.npy"))]
