@@ -13,7 +13,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from idml_jax.data.stored.names import NAMES
-from idml_jax.errors import run_command
+from idml_jax.errors import UserError, run_command
 from idml_jax.runtime.callable_module import late
 from idml_jax.runtime.compiled import loading
 from idml_jax.runtime.options import Help
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LAYOUTS", "main", "prepare"]
 
+# Settings of the package that have another name than their data set.
+_CONFIGS = {"cub": "cub200", "cars": "cars196"}
+_WEIGHTS = "efficientnet_lite0"  # of the extra "weights", as README recommends for own images
+
 
 __getattr__ = late(__name__, dict.fromkeys(("LAYOUTS", "prepare"), "data.stored.prepare"))
 
@@ -32,11 +36,24 @@ def _prepare(given: dict[str, Any]) -> None:
     with loading():
         from idml_jax.data.stored.prepare import prepare
 
-    folder, name = prepare(**given, say=tell), given["dataset"]
-    if name == "folder":
-        name = f"folder --config.data.variant={folder.parent.name}"
-    home = f" --config.data.data_dir={shlex.quote(given['data_dir'])}" if given["data_dir"] else ""
-    say_next(f"python -m idml_jax.main --config={name}{home} --workdir=runs/{given['dataset']}")
+    folder = prepare(**given, say=tell)
+    say_next(_training(given["dataset"], folder.parent.name, given["data_dir"]))
+
+
+def _training(dataset: str, name: str, data_dir: str) -> str:
+    """The command that trains on a prepared set; ``name`` is that of an image folder."""
+    from idml_jax.training.packaged_weights import packaged
+
+    config, more, run = _CONFIGS.get(dataset, dataset), "", dataset
+    if dataset == "folder":
+        run, more = name, f" --config.data.variant={name}"
+        try:
+            packaged(_WEIGHTS)
+            more += f" --config.model.init_from={_WEIGHTS}"
+        except UserError:  # not installed
+            config = "folder:scratch"
+    home = f" --config.data.data_dir={shlex.quote(data_dir)}" if data_dir else ""
+    return f"python -m idml_jax.main --config={config}{more}{home} --workdir=runs/{run}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from idml_jax.runtime.files import without_dots
 # The columns of a table: what a column means, and the names that it may have.
 ROLES: dict[str, tuple[str, ...]] = {
     "path": ("path", "paths", "file", "files", "filename", "file_name", "filepath", "file_path", "image", "images",
-             "image_path", "img"),
+             "image_path", "image_file", "img", "img_path", "img_file"),
     "label": ("label", "class", "class_name", "target", "category"),
     "labels": ("labels", "classes", "tags"),
     "split": ("split", "subset", "partition"),
@@ -50,12 +50,13 @@ def column_of(table: Table, role: str, option: str) -> list[Any] | None:
 
 
 def text_of(value: Any) -> str:
-    """A value as text; empty for what is missing."""
+    """A value as text, with the spaces that are part of it; empty for what is missing or blank."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():  # a column of whole numbers with an empty cell
         return str(int(value))
-    return str(value).strip()
+    text = str(value)
+    return text if text.strip() else ""
 
 
 def paths_of(table: Table, cells: list[Any], root: Path | None, option: str) -> list[str]:
@@ -114,7 +115,7 @@ def _names(table: Table, row: int, value: Any, known: list[str] | None, several:
 
 def split_of(table: Table, row: int, value: Any) -> str:
     """The split that a value names."""
-    name = folders.SPLIT_NAMES.get(text_of(value).lower())
+    name = folders.SPLIT_NAMES.get(text_of(value).strip().lower())
     if name is None:
         raise UserError(f"{table.place(row)}: split {text_of(value)!r}; known: {', '.join(folders.SPLIT_NAMES)}")
     return name
@@ -126,7 +127,7 @@ def flags_of(table: Table, name: str, cells: list[Any] | None) -> Bool[np.ndarra
         return None
     found = np.zeros(len(cells), bool)
     for row, value in enumerate(cells):
-        text = text_of(value).lower()
+        text = text_of(value).strip().lower()
         if text not in _TRUE and text not in _FALSE | _EMPTY:
             raise UserError(f"{table.place(row)}: {name} = {text_of(value)!r}; it must be true or false")
         found[row] = text in _TRUE
@@ -150,9 +151,9 @@ def boxes_of(table: Table, cells: dict[str, list[Any] | None]) -> Int[np.ndarray
     boxes = np.zeros((len(column), 4), np.int32)
     for row, value in enumerate(column):
         parts = (
-            list(value) if isinstance(value, list | tuple) else text_of(value).strip("[]()").replace(",", " ").split()
+            list(value) if isinstance(value, list | tuple) else text_of(value).strip(" []()").replace(",", " ").split()
         )
-        if all(text_of(part).lower() in _EMPTY for part in parts):
+        if all(text_of(part).strip().lower() in _EMPTY for part in parts):
             continue  # the whole image
         try:
             numbers = [round(float(part)) for part in parts]

@@ -211,7 +211,10 @@ def _to_pixels(items: list[Any]) -> None:
 
 
 def _with_labels(given: Given, labels: Any) -> Given:
-    values = np.asarray(labels)
+    try:
+        values = np.asarray(labels)
+    except ValueError as error:
+        raise UserError("labels differ in their number or shape; each image has one label here") from error
     if values.shape != (len(given.source),):
         raise UserError(f"labels have the shape {values.shape}, but there are {len(given.source):,} images")
     if values.dtype.kind not in "iuUS":

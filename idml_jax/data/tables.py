@@ -4,7 +4,7 @@
 import json
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -61,13 +61,13 @@ def is_saved_set(path: Path) -> bool:
     return (path / _SETS).is_file() or ((path / _SET).is_file() and (path / _STATE).is_file())
 
 
-def read(path: Path, wanted: Collection[str], path_names: Collection[str], option: str) -> Table:
+def read(path: Path, wanted: Set[str], path_names: Collection[str], option: str) -> Table:
     """Reads a table.
 
     Args:
       path: its file, or the folder of a saved data set.
       wanted: names of the columns to read, in lower case.
-      path_names: those of them that hold paths; a text file without such a header has the columns path and label.
+      path_names: those of them that hold paths; a text file without a header has the columns path and label.
       option: name of the option, for messages.
 
     Raises:
@@ -94,7 +94,7 @@ def read(path: Path, wanted: Collection[str], path_names: Collection[str], optio
     return table
 
 
-def _text(where: Path, wanted: Collection[str], path_names: Collection[str], option: str) -> Table:
+def _text(where: Path, wanted: Set[str], path_names: Collection[str], option: str) -> Table:
     shown = files.shown(where)
     problem = f"{shown}: cannot be read as a list of paths; it is not UTF-8 text ({option})"
     lines = files.read_text(where, MAX_BYTES, problem).replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -105,12 +105,12 @@ def _text(where: Path, wanted: Collection[str], path_names: Collection[str], opt
         numbered = numbered[1:]
     if not numbered:
         raise UserError(f"{shown}: lists no images ({option})")
-    separator = separator or _separator(where, [line for _, line in numbered[:100]], path_names)
+    separator = separator or _separator(where, [line for _, line in numbered[:100]], wanted, path_names)
     rows = [_cells(line, separator, f"{shown}, line {number}") for number, line in numbered]
     numbers = [number for number, _ in numbered]
-    header = [cell.lower() for cell in rows[0]]
-    if any(cell in path_names for cell in header) and not any(folders.is_image(cell) for cell in header):
-        _check_header(header, where)
+    header = [cell.strip().lower() for cell in rows[0]]
+    if _is_header(header, rows[1:101], wanted, path_names):
+        _check_header(header, wanted, path_names, f"{shown}, line {numbers[0]}", option)
         rows, numbers = rows[1:], numbers[1:]
         for number, row in zip(numbers, rows, strict=True):
             if len(row) > len(header) and any(row[len(header) :]):
@@ -120,6 +120,13 @@ def _text(where: Path, wanted: Collection[str], path_names: Collection[str], opt
                 )
     else:
         header = ["path", "label"]
+        for number, row in zip(numbers, rows, strict=True):
+            if len(row) > len(header) and any(row[len(header) :]):
+                raise UserError(
+                    f"{shown}, line {number}: {len(row)} values, while a table without a header has a path and a class "
+                    f"in each line; further columns need a first line that names all of them: path, label, split, ... "
+                    f"({option})"
+                )
     columns = {
         name: [row[place] if place < len(row) else "" for row in rows]
         for place, name in enumerate(header)
@@ -149,15 +156,34 @@ def separated_rows(text: str, usual: str) -> tuple[str, str]:
     return text, max((usual, *",;\t"), key=first.count)
 
 
-def _check_header(header: Sequence[str], where: Path) -> None:
+def _is_header(first: Sequence[str], others: list[list[str]], wanted: Set[str], paths: Collection[str]) -> bool:
+    """Whether the cells of a first line, in lower case, name columns; that of the paths may have an unknown name."""
+    if any(folders.is_image(cell) for cell in first):
+        return False
+    if any(cell in paths for cell in first):
+        return True
+    known = 0 if any("/" in cell for cell in first) else sum(cell in wanted for cell in first)
+    # A file without an extension may be of a class that is called as a column is, such as "camera".
+    return known > 1 or (known == 1 and any(folders.is_image(cell) for row in others for cell in row))
+
+
+def _check_header(
+    header: Sequence[str], wanted: Set[str], path_names: Collection[str], place: str, option: str
+) -> None:
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{files.shown(where)}: has two columns {twice!r}")
+        raise UserError(f"{place}: has two columns {twice!r}")
+    if not any(name in path_names for name in header):
+        named = ", ".join(name for name in header if name in wanted)
+        raise UserError(
+            f"{place}: names columns ({named}), but none with the paths of the images, which is called one of "
+            f"{', '.join(path_names)} ({option})"
+        )
 
 
-def _separator(where: Path, lines: list[str], path_names: Collection[str]) -> str:
+def _separator(where: Path, lines: list[str], wanted: Set[str], path_names: Collection[str]) -> str:
     """The column separator: in a ``.csv`` file the one of most lines; otherwise a tab if there is one, or the comma or
-    semicolon that follows a path with an image extension in every line."""
+    semicolon that follows a path with an image extension in every line, except the names of columns in the first."""
     if where.suffix.lower() == ".csv":
         counts = {separator: sum(separator in line for line in lines) for separator in ",;\t"}
         return max(counts, key=lambda separator: counts[separator])
@@ -166,13 +192,14 @@ def _separator(where: Path, lines: list[str], path_names: Collection[str]) -> st
     for separator in ",;":
         first = [line.split(separator)[0].strip().strip('"') for line in lines if separator in line]
         fits = [folders.is_image(cell) or cell.lower() in path_names for cell in first]
-        if len(fits) == len(lines) and all(fits):
+        header = [cell.strip().strip('"').lower() for cell in lines[0].split(separator)]
+        if len(fits) == len(lines) and all(fits[1:]) and (fits[0] or not wanted.isdisjoint(header)):
             return separator
     return "\t"
 
 
 def _cells(line: str, separator: str, where: str) -> list[str]:
-    """The values of a line, without quotes and surrounding spaces."""
+    """The values of a line, without quotes and the spaces around them; inside quotes, spaces belong to the value."""
     if '"' not in line:
         return [cell.strip() for cell in line.split(separator)]
     cell = re.compile(rf' *"((?:[^"]|"")*)" *(?={separator}|$)|([^{separator}]*)')
@@ -188,7 +215,7 @@ def _cells(line: str, separator: str, where: str) -> list[str]:
     return cells
 
 
-def _json_lines(where: Path, wanted: Collection[str], option: str) -> Table:
+def _json_lines(where: Path, wanted: Set[str], option: str) -> Table:
     shown = files.shown(where)
     text = files.read_text(where, MAX_BYTES, f"{shown}: is not UTF-8 text ({option})")
     rows, numbers = [], []
@@ -223,7 +250,7 @@ def arrow() -> ModuleType:
     return pyarrow
 
 
-def _parquet(where: Path, wanted: Collection[str]) -> Table:
+def _parquet(where: Path, wanted: Set[str]) -> Table:
     pa = arrow()
     files.check_size(where.stat().st_size, files.shown(where), MAX_PARQUET_BYTES)
     with pa.parquet.ParquetFile(where) as file:
@@ -237,7 +264,7 @@ def _parquet(where: Path, wanted: Collection[str]) -> Table:
     return _of_arrow(where, [(table, "")], about, others, None)
 
 
-def _saved_set(where: Path, wanted: Collection[str]) -> Table:
+def _saved_set(where: Path, wanted: Set[str]) -> Table:
     """A data set, or several by the name of their split, as ``save_to_disk`` writes them."""
     parts = {"": where}
     if (where / _SETS).is_file():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from idml_jax.data import folders
 from idml_jax.data.columns import SEVERAL
 from idml_jax.data.tables import TABLES, TEXT, separated_rows
 from idml_jax.errors import UserError, printable
@@ -178,7 +179,8 @@ def write(corrected: Corrected, out: str | Path) -> Path:
       out: file that ends as a list, or else a new folder.
 
     Raises:
-      UserError: for images that are no files, names that a list or folder cannot hold, or if it cannot be written.
+      UserError: for images that are no files, names that a list or folder cannot hold or that are read otherwise than
+        they are written, or if it cannot be written.
     """
     out = user_path(out)
     absent = next((path for path in corrected.paths if not os.path.isabs(path)), None)
@@ -187,8 +189,9 @@ def write(corrected: Corrected, out: str | Path) -> Path:
     told = ("label_sets",) * corrected.several + tuple(corrected.more)
     if out.suffix.lower() in TEXT:
         for name in (*corrected.paths, *corrected.classes, *corrected.more.get("group", ())):
-            if any(mark in name for mark in "\r\n\t"):
-                raise UserError(f"{printable(name)}: a list cannot hold a name with a tab or line break")
+            if any(mark in name for mark in "\r\n\t\0"):
+                raise UserError(f"{printable(name)}: a list cannot hold a name with a tab, line break or zero byte")
+        _check_listed(corrected)
         text = io.StringIO()
         separator = "," if out.suffix.lower() == ".csv" else "\t"
         table = csv.writer(text, delimiter=separator, lineterminator="\n", quoting=csv.QUOTE_ALL)
@@ -201,11 +204,44 @@ def write(corrected: Corrected, out: str | Path) -> Path:
         raise UserError(f"--out={out}: a list ends in {', '.join(TEXT)}")
     if told:
         raise UserError(f"{out}: a folder cannot hold {told[0]} of the images; give a list, e.g. corrected.csv")
-    for name in set(corrected.classes):
-        if not name or name.startswith(".") or "/" in name or "\0" in name:
-            raise UserError(f"the class {printable(name)!r} cannot be the name of a folder; give a list, e.g. out.csv")
+    _check_foldered(corrected)
     with replace_folder(out) as folder:
         for row, (path, name) in enumerate(zip(corrected.paths, corrected.classes, strict=True)):
             (folder / name).mkdir(exist_ok=True)
             (folder / name / f"{row:06d}_{Path(path).name}").symlink_to(path)
     return out
+
+
+def _check_listed(corrected: Corrected) -> None:
+    """Refuses names that a list is not read with: blank ones, and of several labels those that spaces surround."""
+    for name in dict.fromkeys(corrected.classes):
+        if corrected.several and (odd := next((part for part in name.split(SEVERAL) if part != part.strip()), None)):
+            raise UserError(
+                f"the class {printable(odd)!r} begins or ends with a space, which a list of several labels cannot hold"
+            )
+        if name and not name.strip():
+            raise UserError(f"the class {printable(name)!r} is blank, which a list cannot hold; give a new folder")
+
+
+def _check_foldered(corrected: Corrected) -> None:
+    """Refuses what a folder cannot hold, or what would not be read from it as it is, by the rules of the reader."""
+    names = sorted(set(corrected.classes))
+    instead = "give a list, e.g. out.csv"
+    for name in names:
+        if not name or "/" in name or "\0" in name:
+            raise UserError(f"the class {printable(name)!r} cannot be the name of a folder; {instead}")
+        if folders.is_litter(name):
+            raise UserError(
+                f"the class {printable(name)!r} cannot be the name of a folder, as hidden and system folders of such "
+                f"names are not read; {instead}"
+            )
+    if splits := sorted(name for name in names if name.lower() in folders.SPLIT_NAMES):
+        try:
+            arranged = bool(folders.arrange([f"{name}/0" for name in names], "").depth)
+        except UserError:
+            arranged = True
+        if arranged:
+            raise UserError(f"folders of the classes {', '.join(splits)} would be read as those of splits; {instead}")
+    odd = next((path for path in corrected.paths if not folders.is_image(path)), None)
+    if odd is not None:
+        raise UserError(f"{printable(odd)}: without the extension of an image it is not read in a folder; {instead}")

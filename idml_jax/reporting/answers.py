@@ -1,6 +1,7 @@
 """Formats the answers of a search as a table, records, a page or a contact sheet."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ Near = TypedDict(
 )
 Share = TypedDict("Share", {"class": str | None, "share": float})
 VOTES = 5  # classes listed
+_FARTHEST = 2.001  # distance of normalised embeddings, with room for rounding
 Row = TypedDict(
     "Row",
     {
@@ -161,7 +163,8 @@ def _facts(row: Row) -> list[str]:
 def picture_reader(index: Index, workdir: str) -> Reader:
     """A function from the name of a row, and its box, to its thumbnail.
 
-    A run's own images are read from its data, and images that are stored in a table from that.
+    A run's own images are read from its data, wherever its settings say that they are now, and images that are stored
+    in a table from that.
     """
     origin = str(index.about.get("images", ""))
     split = origin.partition("split:")[2]
@@ -178,14 +181,42 @@ def picture_reader(index: Index, workdir: str) -> Reader:
         key = source.name(record), box_of(source, record)
         records[key] = None if key in records else record
 
+    @functools.cache
+    def moved() -> dict[str, str]:
+        names = [] if source is None else [source.name(record) for record in range(len(source))]
+        return _now([str(file) for file in index.files], names)
+
     def read(file: str, box: Box | None = None) -> UInt8[np.ndarray, "h w 3"] | None:
         record = records.get((file, box))
+        if record is None and (file, box) not in records and not os.path.isfile(file):
+            record = records.get((moved().get(file, file), box))
         if source is not None and record is not None:
             return thumbnail(source.read(record), within=box)
         # A file from elsewhere may hold any name.
         return thumbnail(Path(file).read_bytes(), within=box) if os.path.isfile(file) else None
 
     return read
+
+
+def _now(files: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Where the files of an index are now, if the images of its run were moved together; by the old name.
+
+    Args:
+      files: absolute names in the index.
+      names: names of the run's images, where its settings say that they are.
+    """
+    if not names or not all(map(os.path.isabs, names)):
+        return {}
+    common = os.path.commonpath([os.path.dirname(name) for name in names])
+    inner = {os.path.relpath(name, common): name for name in names}
+    # Every folder that the images may have been in, with the files that are found from there.
+    found: dict[str, dict[str, str]] = {}
+    for file in files:
+        parts = file.split("/")
+        for place in range(1, len(parts)) if os.path.isabs(file) else ():
+            if (name := inner.get("/".join(parts[place:]))) is not None:
+                found.setdefault("/".join(parts[:place]), {})[file] = name
+    return max(found.values(), key=len, default={})
 
 
 def noting(read: Reader, missing: list[str]) -> Reader:
@@ -265,8 +296,14 @@ def _legend(rows: list[Row]) -> Markup:
     if any(row["uncertainty"] is not None for row in rows):
         parts.append("<b>|u|</b>: length of the query's uncertainty; larger is more ambiguous.")
     if any(row["margin"] is not None for row in rows):
-        parts.append("<b>margin</b>: how much more similar the nearest image is than the tenth.")
-    parts.append("<b>distance</b>: from 0 (the same direction) to 2 (opposite).")
+        parts.append(
+            "<b>margin</b>: how much more similar the nearest image is than the tenth, or than the second where fewer "
+            "than ten are searched."
+        )
+    if any(near["distance"] > _FARTHEST for row in rows for near in row["neighbours"]):
+        parts.append("<b>distance</b>: of embeddings that are not normalised; from 0 (the same), without a limit.")
+    else:
+        parts.append("<b>distance</b>: from 0 (the same direction) to 2 (opposite) for normalised embeddings.")
     if first and first["neighbours"][0]["introspective_distance"] is not None:
         parts.append("<b>D</b>: the introspective distance, which is smaller for uncertain images.")
     parts.append("A click enlarges an image.")

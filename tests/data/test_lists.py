@@ -41,7 +41,48 @@ class TestLists:
         ],
     )
     def test_forms(self, tmp_path, name, content):
-        assert self.listed(tmp_path, content, name) == (["a/1.jpg", "b/2.jpg"], ["x", "y"], [])
+        found, named, said = self.listed(tmp_path, content, name)
+        assert (found, named) == (["a/1.jpg", "b/2.jpg"], ["x", "y"])
+        assert [line.split(": ")[1][:23] for line in said] == ["its column of splits is"] * ("split" in content)
+
+    @pytest.mark.parametrize("name,separator", [("x.csv", ","), ("x.csv", ";"), ("x.tsv", "\t"), ("x.txt", ";")])
+    @pytest.mark.parametrize("path", ["img_path", "IMAGE_FILE", "img_file"])
+    def test_names_of_the_path_column(self, tmp_path, name, separator, path):
+        content = f"{path},label,split\na/1.jpg,x,train\nb/2.jpg,y,test\n".replace(",", separator)
+        assert self.listed(tmp_path, content, name)[:2] == (["a/1.jpg", "b/2.jpg"], ["x", "y"])
+        assert lists.read_listing(tmp_path / name).splits == ["train", "test"]
+
+    @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.txt", "x.lst"])
+    @pytest.mark.parametrize(
+        "content,message",
+        [
+            (
+                "photo,label,split\na/1.jpg,x,train\n",
+                r"line 1: names columns \(label, split\), but none .* path, paths,",
+            ),
+            ("photo,class\na/1.jpg,x\n", r"line 1: names columns \(class\), but none .*one of path, .*img_path"),
+            ("photo,label,split\na/1,x,train\n", r"line 1: names columns \(label, split\), but none"),
+            ("a/1.jpg,x,\nb/2.jpg,y,test\n", r"line 2: 3 values, while a table without a header .*path, label, split"),
+            ("photo,breed,part\na/1.jpg,x,train\n", r"line 1: 3 values, while a table without a header"),
+        ],
+    )
+    def test_a_column_is_not_dropped_for_want_of_a_header(self, tmp_path, name, content, message):
+        separator = "," if name == "x.csv" else "\t"
+        with pytest.raises(UserError, match=rf"{name}, {message}"):
+            self.listed(tmp_path, content.replace(",", separator), name)
+
+    def test_a_class_may_have_the_name_of_a_column(self, tmp_path):
+        assert self.listed(tmp_path, "a/1.jpg\tcamera\nb/2.jpg\tbox\n")[:2] == (
+            ["a/1.jpg", "b/2.jpg"],
+            ["camera", "box"],
+        )
+        made.write_files(tmp_path, {"a/1": IMAGE})
+        assert self.listed(tmp_path, "a/1\tcamera\nb/2.jpg\tbox\n")[1] == ["camera", "box"]
+
+    def test_spaces_in_quotes_are_part_of_a_name(self, tmp_path):
+        content = '"path","class","split"\n"a/1.jpg"," x y"," train"\na/1.jpg,"x y ",train\nb/2.jpg, x y ,test \n'
+        assert self.listed(tmp_path, content, "x.csv")[1] == [" x y", "x y ", "x y"]
+        assert lists.read_listing(tmp_path / "x.csv").splits == ["train", "train", "test"]
 
     def test_paths_alone(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))

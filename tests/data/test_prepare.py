@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -429,6 +430,28 @@ class TestFolder:
         assert splits.train.class_names == ["c0", "c1", "c2", "c3"] and splits.test.class_names == ["c4", "c5"]
         with pytest.raises(UserError, match="no prepared folder under .*idml_folder/yours"):
             load("folder", tmp_path, root="", variant="yours")
+
+    def test_the_next_command_has_settings_and_weights(self, tmp_path, monkeypatch, capsys):
+        from idml_jax.training import packaged_weights, recipes
+
+        files = {f"c{k}/{i}.jpg": made.jpeg(k, i) for k in range(4) for i in range(2)}
+        source = made.write_files(tmp_path / "x", files)
+        home = tmp_path / "my sets"
+        words = ["--dataset=folder", f"--source={source}", "--name=oth", f"--data_dir={home}"]
+        absent = lambda name: (_ for _ in ()).throw(UserError("not installed"))
+        for packaged, config, weights in (
+            (lambda name: tmp_path, "folder", " --config.model.init_from=efficientnet_lite0"),
+            (absent, "folder:scratch", ""),
+        ):
+            monkeypatch.setattr(packaged_weights, "packaged", packaged)
+            prepare_lib.main(words)
+            assert capsys.readouterr().out.splitlines()[-1] == (
+                f"next: python -m idml_jax.main --config={config} --config.data.variant=oth{weights} "
+                f"--config.data.data_dir='{home}' --workdir=runs/oth"
+            )
+        for name in prepare_lib.LAYOUTS:
+            command = prepare_lib._training(name, "x", "")
+            assert recipes.get_config(re.search("--config=([^ ]*)", command)[1]).data.name == name
 
     def test_given_splits(self, tmp_path):
         files = {f"{s}/{s}{k}/{i}.png": made.jpeg(k, i) for s in ("train", "val") for k in range(3) for i in range(2)}

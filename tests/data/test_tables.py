@@ -233,4 +233,4 @@ def test_an_image_that_is_listed_twice_is_named(tmp_path):
     assert said[0].endswith("a.png (lines 2 and 4)")
     (tmp_path / "x.csv").write_text("path,label,split\na.png,x,query\na.png,x,gallery\n")
     lists.list_images(tmp_path / "x.csv", warn=said.append)
-    assert len(said) == 1
+    assert len(said) == 2 and "its column of splits is for training" in said[1]

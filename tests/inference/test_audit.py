@@ -5,6 +5,7 @@ import dataclasses
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -237,6 +238,39 @@ def test_sets_that_a_list_cannot_name_are_refused(tmp_path):
     with pytest.raises(UserError, match="two classes are accepted"):
         index = make()
         corrections.apply(index, [corrections.Change(str(index.files[0]), "relabel", name) for name in "ab"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["x.csv", "x.tsv", "x.txt", "folder"])
+def test_every_class_keeps_its_name(tmp_path, out):
+    names = [" a b", "a b ", "a b", 'a;"b', "a, b", "Path", "é|x", "split"]
+    paths = [str(tmp_path / f"{row} .png") for row in range(len(names))]
+    for path in paths:
+        (tmp_path / path).write_bytes(b"x")
+    more = {} if out == "folder" else {"group": [" g" if row % 2 else "g" for row in range(len(names))]}
+    source, known = list_images(
+        corrections.write(corrections.Corrected(paths, names, 0, [], more=more), tmp_path / "new" / out)
+    )
+    found = {
+        os.path.basename(file)[-6:]: source.class_names[k] for file, k in zip(source.paths, source.labels, strict=True)
+    }
+    assert known and found == {os.path.basename(path): name for path, name in zip(paths, names, strict=True)}
+    assert not more or source.fields["group"].tolist() == more["group"]
+
+
+def test_names_that_would_be_read_otherwise_are_refused(tmp_path):
+    made = lambda *names, **options: corrections.Corrected(["/x.png"] * len(names), list(names), 0, [], **options)
+    for name in ("@tmp", "Thumbs.db", "lost+found", ".a", "__MACOSX"):
+        with pytest.raises(UserError, match=f"the class '{re.escape(name)}' cannot .* hidden and system folders"):
+            corrections.write(made("a", name), tmp_path / "folder")
+    with pytest.raises(UserError, match="folders of the classes Test, train would be read as those of splits"):
+        corrections.write(made("train", "Test", "b"), tmp_path / "folder")
+    with pytest.raises(UserError, match="/x: without the extension of an image it is not read in a folder"):
+        corrections.write(corrections.Corrected(["/x"], ["a"], 0, []), tmp_path / "folder")
+    with pytest.raises(UserError, match="the class ' a' begins or ends with a space"):
+        corrections.write(made("b| a", several=True), tmp_path / "x.csv")
+    with pytest.raises(UserError, match="the class ' ' is blank"):
+        corrections.write(made("b", " "), tmp_path / "x.csv")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,12 +1,17 @@
 """A loaded run in Python: what counts as images, that arrays are read like files, and the answers of a search."""
 
+import dataclasses
 import io
+import json
+import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from runs_made import small_config
 
 import idml_jax
 from idml_jax import embed, embeddings, evaluate, search
@@ -14,6 +19,8 @@ from idml_jax.data.given import images_of
 from idml_jax.data.images.decode import decode
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding, introspective_distance
+from idml_jax.reporting import answers
+from idml_jax.training import workdir
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (9, 12, 4), np.uint8)
@@ -136,6 +143,8 @@ def test_embeddings_are_an_index(model, photos, image_folder, tmp_path):
         embeddings.save(again, saved)
     with pytest.raises(UserError, match="labels have the shape"):
         model.embed(arrays, labels=["a"])
+    with pytest.raises(UserError, match="labels differ in their number or shape; each image has one label here"):
+        model.embed(arrays, labels=[("a", "b"), ("c",), ("a", "b")])
 
 
 def test_search_and_comparison(model, photos, image_folder, finished):
@@ -202,3 +211,27 @@ def test_labels_of_pairs_may_be_names():
         pairs(np.array([0.0, np.nan]))
     with pytest.raises(ValueError, match="needs Pairs, as pairs_from_labels.* got ndarray"):
         idml_jax.losses.contrastive(np.eye(2), np.array([0, 1]))
+
+
+def test_sheets_show_the_images_of_a_run_that_have_moved(photos, image_folder, finished, tmp_path):
+    run, old, new = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "old", tmp_path / "now" / "here"
+    shutil.copytree(image_folder, new)
+    files = [str(old / os.path.relpath(file, image_folder)) for file in photos.files]
+    index = dataclasses.replace(photos, files=np.asarray(files), about={**photos.about, "images": "split:test"})
+    values = json.loads((run / "config.json").read_text())
+    values["data"]["root"] = str(old)
+    (run / "config.json").write_text(json.dumps(values))
+    assert workdir.remember_places(small_config(new), run)
+    read, stays = answers.picture_reader(index, str(run)), answers.picture_reader(photos, str(finished[0]))
+    for file, own in zip(files[::9], photos.files[::9].tolist(), strict=True):
+        np.testing.assert_array_equal(read(file), stays(own))
+    (new / "test" / "class_04" / "00.png").unlink()
+    assert answers.picture_reader(index, str(run))(files[0]) is None and read(str(old / "none.png")) is None
+
+
+def test_moved_files_are_found_by_the_folder_that_most_of_them_were_in():
+    names = ["/new/a/1.png", "/new/a/2.png", "/new/b/a/1.png", "/new/b/a/2.png"]
+    old = [name.replace("/new", "/x/b") for name in names]
+    assert answers._now(old, names) == dict(zip(old, names, strict=True))
+    assert answers._now(["cub/test/1"], names) == answers._now(old, ["cub/test/1"]) == answers._now(old, []) == {}
+    assert answers._now(["/old/a/1.png"], ["/new/a/1.png"]) == {"/old/a/1.png": "/new/a/1.png"}

@@ -206,6 +206,19 @@ def test_right_and_wrong_are_told_by_a_sign_and_a_frame(seen):
     assert made.count("✗") == made.count('<figure class="wrong"') + 1
 
 
+def test_the_legend_of_a_search_is_true_of_any_embeddings():
+    vectors, classes = np.eye(8, 4, dtype=np.float32) + np.ones(4, np.float32), np.zeros(8, int)
+    for scale, said in (
+        (1.0, "to 2 (opposite) for normalised embeddings"),
+        (20.0, "not normalised; from 0 (the same)"),
+    ):
+        embedded = Embedded(scale * vectors, classes)
+        index = Index(embedded, np.asarray([f"/{row}.png" for row in range(8)]), ["a"], {})
+        rows = answers.records(index, index, search.search(embedded, embedded, 3, own=np.arange(8)))
+        made = check(answers.as_html(rows, lambda name: None, lambda name: None, ""))
+        assert said in made and "than the second where fewer than ten" in made
+
+
 def test_thumbnails_load_with_the_page_and_open_on_a_click():
     made = pages.tile(b"\x89PNG", ["x"])
     assert "loading" not in made and "<details><summary><img" in made
