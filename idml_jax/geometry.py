@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 __all__ = ["cosine_similarity", "l2_normalize", "pair_uncertainty", "relative_weakening", "semantic_distance"]
@@ -28,15 +29,27 @@ def embedding_pair(a: Any, b: Any) -> tuple[Any, Any]:
     """Two sets of embeddings to compare; ``b`` is ``a`` where it is ``None``.
 
     Raises:
-      ValueError: for an array, of which it is unknown what it holds.
+      ValueError: for an array, of which it is unknown what it holds, and as ``check_rows``.
     """
     for value in (a, b):
-        if value is not None and not hasattr(value, "semantic"):
+        if value is None:
+            continue
+        if not hasattr(value, "semantic"):
             raise ValueError(
                 f"the metric compares embeddings and got {type(value).__name__}; Embedding(semantic, uncertainty) "
                 "makes one of arrays [n, d] and [n, k]"
             )
+        check_rows(value)
     return a, a if b is None else b
+
+
+def check_rows(embedding: Any) -> None:
+    """Raises ValueError for an uncertainty with other rows than its semantic embeddings: one row would be broadcast."""
+    if embedding.uncertainty is None:
+        return
+    semantic, uncertainty = np.shape(embedding.semantic), np.shape(embedding.uncertainty)
+    if semantic[:1] != uncertainty[:1]:
+        raise ValueError(f"an embedding needs the shapes [n, d] and [n, k]; got {semantic} and {uncertainty}")
 
 
 def _check_matrices(a: Array, b: Array, name: str) -> None:

@@ -391,10 +391,10 @@ def released_similarity(a: Embedding, proxies: Float[Array, "m d"]) -> Float[Arr
     >>> released_similarity(a, jnp.array([[2.0, 0.0], [0.0, 0.5]])).round(3).tolist()
     [[1.0, 0.551], [0.181, 1.0]]
     """
+    embedding_pair(a, None)
     if a.uncertainty is None:
         raise ValueError("released_similarity needs embeddings with an uncertainty")
     cosine = cosine_similarity(a.semantic, proxies)
-    semantic, proxies = promote(a.semantic, proxies)
-    square = semantic_distance(semantic, proxies) ** 2
+    square = semantic_distance(*promote(a.semantic, proxies)) ** 2
     length = jnp.sum(l2_normalize(a.uncertainty) ** 2, axis=1, keepdims=True)
     return cosine + (1.0 - cosine) * (1.0 - released_weakening(square, length))

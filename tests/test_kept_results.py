@@ -163,11 +163,58 @@ def test_the_gains_over_all_sets_are_those_of_the_kept_runs(published, share):
     assert page_row(f"all three | {share} %")[2:] == [above, f"{mean:+.1f} ({deviation:.1f})"]
 
 
+def of_row(published, table, row):
+    """The runs of a row of Omniglot with 60 % wrong labels."""
+    row = row.replace(" ", "_").replace(",", "").replace("/", "-")
+    return published.of(f"{table}/omniglot/noise60/{row}")
+
+
+def loss_row(published, loss):
+    """The cells of a loss with the plain and the introspective metric, of the seeds that both have."""
+    if loss.startswith("proxy_anchor"):
+        table, ends = ("more", ("plain", "ism")) if "without" in loss else ("noise", ("plain+mixup", "ism+mixup"))
+        found = [of_row(published, table, end) for end in ends]
+    else:
+        found = [of_row(published, "more", f"{loss}/{metric}+mixup") for metric in ("plain", "ism")]
+    seeds = sorted(found[0].keys() & found[1].keys())
+    plain, ism = ({seed: runs[seed] for seed in seeds} for runs in found)
+    length = statistics.mean(run["uncertainty_mean"] for run in ism.values())
+    return [str(len(seeds)), cell(plain, "R@1"), cell(ism, "R@1"), gain(plain, ism), f"{length:.2f}"]
+
+
+def form_row(published, form):
+    """The cells of a form of the metric, its differences to the plain metric over the seeds that both have."""
+    default = form == "relative, tau 5, the default"
+    found = of_row(published, "noise", "ism+mixup") if default else of_row(published, "more", form)
+    gained = gain(of_row(published, "noise", "plain+mixup"), found)
+    length = statistics.mean(run["uncertainty_mean"] for run in found.values())
+    return [str(len(found)), cell(found, "R@1"), gained, cell(found, "MAP@R"), f"{length:.2f}"]
+
+
+FORMS = ("relative, tau 5, the default", "tau 1", "tau 2", "tau 20", "absolute, tau 2", "released")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_table_of_forms_with_wrong_labels_is_that_of_the_kept_runs(published, form):
+    assert page_row(f"form: {form}")[1:] == form_row(published, form)
+
+
+LOSSES_WITH_WRONG_LABELS = (
+    "proxy_anchor", "proxy_anchor, without Mixup", "proxy_nca", "contrastive", "triplet_semihard",
+    "margin_distance_weighted", "multi_similarity", "fast_ap",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES_WITH_WRONG_LABELS)
+def test_the_table_of_losses_with_wrong_labels_is_that_of_the_kept_runs(published, loss):
+    assert page_row(f"60 %, {loss}")[1:] == loss_row(published, loss)
+
+
 @pytest.mark.parametrize(
     "row",
     [
         "plain, rate x 0.7", "plain, rate x 0.5", "plain, loss x 0.7", "plain, prism", "plain, prism after 4 epochs",
-        "ism, prism after 4 epochs",
+        "ism, prism after 4 epochs", "ism, u without effect", "plain, margin 0", "plain, margin 0.2",
     ],
 )  # fmt: skip
 def test_the_table_of_controls_is_that_of_the_kept_runs(published, row):

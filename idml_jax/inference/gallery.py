@@ -2,8 +2,8 @@
 
 ``inference.gallery_parts`` writes it. The folder holds ``part-SSSS-NNNNNN.parquet`` (part N of source S: the images of
 one ``embed`` command), ``_source-SSSS.json`` (what the source's parts are made of) and ``_skipped-SSSS-NNNNNN.json``
-(images of a part that could not be read; ``_tried-SSSS-NNNNNN.json``: the state of their files then). Names that begin with an underscore are no data for DuckDB, pandas and
-pyarrow, so that the folder opens in them as one table.
+(images of a part that could not be read; ``_tried-SSSS-NNNNNN.json``: the state of their files then). Names that begin
+with an underscore are no data for DuckDB, pandas and pyarrow, so that the folder opens in them as one table.
 """
 
 import contextlib

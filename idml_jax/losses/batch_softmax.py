@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from idml_jax.losses.pairs import AxisName, Pairs
 from idml_jax.losses.reductions import (
     Reduction,
+    check_positive,
     log_sum_exp,
     mean_of_rows,
     prepare,
@@ -45,13 +46,14 @@ def info_nce(
       The loss, a scalar, 0 without a positive; or ``[n, m]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or the temperature is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
     >>> round(float(losses.info_nce(similarity, pairs, temperature=0.5)), 3)
     0.618
     """
+    check_positive(temperature=temperature)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     logits = similarity / temperature
     # Without a negative the softmax has one term, and its logarithm is 0.
@@ -89,13 +91,14 @@ def sup_con(
       The loss, a scalar, 0 without a positive; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or the temperature is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
     >>> round(float(losses.sup_con(similarity, pairs, temperature=0.5)), 3)
     0.618
     """
+    check_positive(temperature=temperature)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     return softmax_of_positives(similarity / temperature, pairs, weights, reduction, axis_name)
 
@@ -129,13 +132,14 @@ def circle(
       The loss, a scalar, 0 if no anchor counts; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or gamma is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
     >>> round(float(losses.circle(similarity, pairs, gamma=2.0)), 3)
     0.825
     """
+    check_positive(gamma=gamma)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     fixed = jax.lax.stop_gradient(similarity)
     pull = -gamma * jax.nn.relu(1.0 + margin - fixed) * (similarity - (1.0 - margin))
@@ -177,13 +181,14 @@ def n_pair(
       The loss, a scalar, 0 without a positive; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or the scale is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
     >>> round(float(losses.n_pair(similarity, pairs)), 3)
     0.649
     """
+    check_positive(scale=scale)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     column = jnp.arange(similarity.shape[1])[None, :]
     first = pairs.positive & (

@@ -1,8 +1,11 @@
 """Hierarchies of classes: a loss at every level, with weights; import from ``idml_jax.losses``."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from idml_jax.losses.pairs import AxisName, Pairs, pairs_from_labels
@@ -32,14 +35,14 @@ def pairs_from_levels(
       One ``Pairs`` of shape ``[n, m]`` per level.
 
     Raises:
-      ValueError: if the labels are not matrices or a mask does not fit.
+      ValueError: if the labels are not matrices, or for what ``pairs_from_labels`` refuses.
 
     >>> species = jnp.array([[0, 0], [0, 1], [1, 0]])  # two species of one genus, one of another
     >>> [int(pairs.positive.sum()) for pairs in pairs_from_levels(species)]  # at the level of the genus: 0 and 1
     [2, 0]
     """
-    columns = None if reference_labels is None else jnp.asarray(reference_labels)
-    labels = jnp.asarray(labels)
+    columns = None if reference_labels is None else _matrix(reference_labels)
+    labels = _matrix(labels)
     if labels.ndim != 2 or (columns is not None and (columns.ndim != 2 or columns.shape[1] != labels.shape[1])):
         raise ValueError(f"labels of levels need the shape [n, levels]; got {labels.shape}")
     found: list[Pairs] = []
@@ -56,6 +59,11 @@ def pairs_from_levels(
             pairs = Pairs(pairs.positive & above, pairs.negative | (pairs.positive & ~above))
         found.append(pairs)
     return tuple(found)
+
+
+def _matrix(labels: Any) -> Any:
+    """Labels as an array; those of numpy stay there, where large numbers keep their digits."""
+    return labels if isinstance(labels, jax.Array) else np.asarray(labels)
 
 
 def over_levels(

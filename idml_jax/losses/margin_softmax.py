@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from idml_jax.losses.pairs import AxisName, Pairs
-from idml_jax.losses.reductions import Reduction, max_over_last, prepare, softmax_mean, softmax_of_positives
+from idml_jax.losses.reductions import (
+    Reduction,
+    check_positive,
+    check_whole,
+    max_over_last,
+    prepare,
+    softmax_mean,
+    softmax_of_positives,
+)
 
 __all__ = ["arcface", "cosface", "normalized_softmax", "soft_triple", "subcenter_arcface"]
 
@@ -43,13 +51,15 @@ def normalized_softmax(
       The loss, a scalar, 0 for an empty relation; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or the temperature or an entry of ``stands_for``
+        is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.8, 0.1], [0.3, 0.6]])
     >>> round(float(losses.normalized_softmax(similarity, pairs, temperature=1.0)), 3)
     0.479
     """
+    check_positive(temperature=temperature)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     return softmax_of_positives(similarity / temperature, pairs, weights, reduction, axis_name, stands_for)
 
@@ -83,13 +93,15 @@ def cosface(
       The loss, a scalar, 0 for an empty relation; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or the scale or an entry of ``stands_for`` is not
+        a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.8, 0.1], [0.3, 0.6]])
     >>> round(float(losses.cosface(similarity, pairs, margin=0.2, scale=1.0)), 3)
     0.559
     """
+    check_positive(scale=scale)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     logits = scale * jnp.where(pairs.positive, similarity - margin, similarity)
     return softmax_of_positives(logits, pairs, weights, reduction, axis_name, stands_for)
@@ -129,13 +141,15 @@ def arcface(
       The loss, a scalar, 0 for an empty relation; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or the scale or an entry of ``stands_for`` is not
+        a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.8, 0.1], [0.3, 0.6]])
     >>> round(float(losses.arcface(similarity, pairs, scale=1.0)), 3)
     0.661
     """
+    check_positive(scale=scale)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     logits = scale * jnp.where(pairs.positive, _with_angle(similarity, margin), similarity)
     return softmax_of_positives(logits, pairs, weights, reduction, axis_name, stands_for)
@@ -175,13 +189,15 @@ def subcenter_arcface(
       The loss, a scalar, 0 for an empty relation; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, ``centres`` does not divide the columns, or the
+        scale or an entry of ``stands_for`` is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.array([0]), jnp.array([0, 0, 1, 1]))  # two proxies of each class
     >>> similarity = jnp.array([[0.8, 0.1, 0.3, 0.6]])
     >>> round(float(losses.subcenter_arcface(similarity, pairs, centres=2, scale=1.0)), 3)
     0.79
     """
+    check_positive(scale=scale)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     grouped, known, classes = _of_classes(similarity, pairs, centres)
     nearest = max_over_last(jnp.where(known, grouped, -jnp.inf))
@@ -228,13 +244,15 @@ def soft_triple(
       The loss, a scalar, 0 for an empty relation; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, ``centres`` does not divide the columns, or scale,
+        gamma or an entry of ``stands_for`` is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.array([0]), jnp.array([0, 0, 1, 1]))  # two proxies of each class
     >>> similarity = jnp.array([[0.8, 0.1, 0.3, 0.6]])
     >>> round(float(losses.soft_triple(similarity, pairs, centres=2, scale=1.0)), 3)
     0.597
     """
+    check_positive(scale=scale, gamma=gamma)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     grouped, known, classes = _of_classes(similarity, pairs, centres)
     of_class = gamma * softmax_mean(grouped / gamma, known)
@@ -259,7 +277,8 @@ def _of_classes(
 ) -> tuple[Float[Array, "n classes k"], Bool[Array, "n classes k"], Pairs]:
     """Similarities by class and proxy, which of them are known, and the relation of images and classes."""
     n, m = similarity.shape
-    if centres < 1 or m % centres:
+    check_whole(centres=centres)
+    if m % centres:
         raise ValueError(f"{m} columns are not {centres} proxies for each class")
     by_class = lambda x: x.reshape(n, m // centres, centres)
     positive, negative = by_class(pairs.positive), by_class(pairs.negative)

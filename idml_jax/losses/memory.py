@@ -12,10 +12,11 @@ The batch is enqueued after its loss, so that no image is compared with itself. 
 device keeps the whole memory: enqueue what ``losses.gather`` returns, and see ``pairs_with_batch`` for the relation.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from idml_jax.ism import Embedding
@@ -83,7 +84,8 @@ def enqueue(
       The new memory.
 
     Raises:
-      ValueError: if the batch is larger than the memory, lacks a required uncertainty, or has other shapes.
+      ValueError: if the batch is larger than the memory, lacks a required uncertainty, has other shapes, or has a label
+        that is not an integer in the range of int32 (traced labels are not checked).
     """
     size, n = memory.labels.shape[0], embedding.semantic.shape[0]
     if n > size:
@@ -96,6 +98,7 @@ def enqueue(
         if new.shape != (n, kept.shape[1]):
             raise ValueError(f"the memory keeps rows of length {kept.shape[1]}; got the shape {new.shape}")
     mask = jnp.ones((n,), bool) if mask is None else jnp.asarray(mask, bool)
+    labels = _stored(labels, memory.labels.dtype)
     if labels.shape != (n,) or mask.shape != (n,):
         raise ValueError(f"labels and mask need the shape {(n,)}; got {labels.shape} and {mask.shape}")
     order = jnp.cumsum(mask, dtype=jnp.int32)
@@ -111,6 +114,20 @@ def enqueue(
         store(memory.valid, mask),
         (memory.position + jnp.sum(mask, dtype=jnp.int32)) % size,
     )
+
+
+def _stored(labels: Any, dtype: jnp.dtype) -> Array:
+    """The labels as the memory holds them: exactly, because later batches are compared with them."""
+    if isinstance(labels, jax.core.Tracer) or (isinstance(labels, jax.Array) and labels.dtype == dtype):
+        return labels
+    given = np.asarray(labels)
+    if given.dtype.kind not in "iufb":
+        raise ValueError(f"a memory holds labels that are numbers; got {given.dtype}")
+    with np.errstate(invalid="ignore"):
+        kept = given.astype(dtype)
+    if bad := given[kept != given].tolist():
+        raise ValueError(f"a memory holds labels as {np.dtype(dtype)}, which does not hold {bad[0]}")
+    return jnp.asarray(kept)
 
 
 def pairs(

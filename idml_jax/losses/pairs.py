@@ -4,6 +4,7 @@ A loss sees labels only through ``Pairs``. Padding, several labels per image, hi
 past embeddings and the shards of a batch are all expressed by building ``Pairs``.
 """
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -131,7 +132,8 @@ def pairs_from_labels(
     """The relation of same and different labels.
 
     Args:
-      labels: ``[n]`` integer labels of the rows; outside of ``jit`` also names, as numpy arrays or lists of text.
+      labels: ``[n]`` integer labels of the rows, any integers; outside of ``jit`` also names, as numpy arrays or lists
+        of text. Numpy arrays and lists may also hold integers that do not fit into the integers of JAX (int32).
       reference_labels: ``[m]`` labels of the columns; ``None`` compares the rows with themselves, and then no row is
         paired with itself.
       mask: ``[n]``, false for rows (and, without ``reference_labels``, columns) that are padding.
@@ -143,22 +145,17 @@ def pairs_from_labels(
       ``Pairs`` of shape ``[n, m]``.
 
     Raises:
-      ValueError: if the labels are not vectors or a mask does not fit.
+      ValueError: if the labels are not vectors, one is missing (``None`` or NaN), they mix names and numbers, or a mask
+        does not fit; or if they do not fit into int32 while those of the other side are traced.
 
     >>> pairs_from_labels(jnp.array([0, 0, 1])).positive.tolist()
     [[False, True, False], [True, False, False], [False, False, False]]
     """
-    if any(_are_names(some) for some in (labels, reference_labels)):
-        labels, reference_labels = _numbered(labels, reference_labels)
-    for some in (labels, reference_labels):
-        if isinstance(some, np.ndarray) and some.dtype.kind == "f" and np.isnan(some).any():
-            raise ValueError("labels: NaN is no label")
-    labels = jnp.asarray(labels)
-    columns = labels if reference_labels is None else jnp.asarray(reference_labels)
+    labels, reference_labels = as_arrays(labels, reference_labels)
+    columns = labels if reference_labels is None else reference_labels
     if labels.ndim != 1 or columns.ndim != 1:
         raise ValueError(f"labels need the shape [n]; got {labels.shape} and {columns.shape}")
-    columns = None if reference_labels is None else columns
-    return pairs_from_label_sets(labels, columns, mask, reference_mask=reference_mask, axis_name=axis_name)
+    return _related(labels, reference_labels, mask, reference_mask, axis_name, _equal)
 
 
 def pairs_from_label_sets(
@@ -172,7 +169,8 @@ def pairs_from_label_sets(
     """The relation of images that share a label and images that share none.
 
     Args:
-      labels: ``[n, l]`` labels of each row, at least 0, filled up with -1; or ``[n]``, one label of each.
+      labels: ``[n, l]`` labels of each row, at least 0, filled up with -1; or ``[n]``, one label of each, -1 for none.
+        A row without a label is a negative of every other one.
       reference_labels: the same of the columns; ``None`` compares the rows with themselves, and then no row is paired
         with itself.
       mask: as for ``pairs_from_labels``, like the others.
@@ -183,15 +181,28 @@ def pairs_from_label_sets(
       ``Pairs`` of shape ``[n, m]``.
 
     Raises:
-      ValueError: if the labels are neither vectors nor matrices, or a mask does not fit.
+      ValueError: if the labels are neither vectors nor matrices, or for what ``pairs_from_labels`` refuses.
 
     >>> pairs_from_label_sets(jnp.array([[0, 1], [1, -1], [2, -1]]), jnp.array([0, 1])).positive.tolist()
     [[True, True], [False, True], [False, False]]
     """
-    labels = jnp.asarray(labels)
-    columns = labels if reference_labels is None else jnp.asarray(reference_labels)
+    labels, reference_labels = as_arrays(labels, reference_labels, fill=True)
+    columns = labels if reference_labels is None else reference_labels
     if labels.ndim not in (1, 2) or columns.ndim not in (1, 2):
         raise ValueError(f"labels need the shape [n] or [n, l]; got {labels.shape} and {columns.shape}")
+    return _related(labels, reference_labels, mask, reference_mask, axis_name, _same)
+
+
+def _related(
+    labels: Array,
+    reference_labels: Array | None,
+    mask: Bool[Array, "n"] | None,
+    reference_mask: Bool[Array, "m"] | None,
+    axis_name: AxisName | None,
+    same: Callable[[Array, Array], Bool[Array, "n m"]],
+) -> Pairs:
+    """The relation of checked labels, of which ``same`` says whether they are the same."""
+    columns = labels if reference_labels is None else reference_labels
     if mask is not None:
         mask = jnp.asarray(mask, bool)
         if mask.shape != labels.shape[:1]:
@@ -201,7 +212,7 @@ def pairs_from_label_sets(
             raise ValueError("reference_mask needs reference_labels: without them the mask covers the columns too")
         columns, reference_mask = gather((columns, mask), axis_name)
     return pairs_from_relation(
-        _same(labels, columns),
+        same(labels, columns),
         mask,
         reference_mask=reference_mask,
         exclude_self=reference_labels is None,
@@ -209,47 +220,120 @@ def pairs_from_label_sets(
     )
 
 
+def _equal(labels: Array, columns: Array) -> Bool[Array, "n m"]:
+    """Which rows and columns have the same label."""
+    return labels[:, None] == columns[None, :]
+
+
 def _same(labels: Array, columns: Array) -> Bool[Array, "n m"]:
-    """Which rows and columns share a label."""
+    """Which rows and columns share a label; those below 0 are none."""
     if labels.ndim == columns.ndim == 1:
-        return labels[:, None] == columns[None, :]
+        return _equal(labels, columns) & (labels >= 0)[:, None]
     labels, columns = (x[:, None] if x.ndim == 1 else x for x in (labels, columns))
     equal = labels[:, None, :, None] == columns[None, :, None, :]
     return jnp.any(equal & (labels >= 0)[:, None, :, None], axis=(2, 3))
 
 
-def _are_names(labels: Any) -> bool:
-    return not isinstance(labels, jax.Array) and labels is not None and np.asarray(labels).dtype.kind in "USO"
+def as_arrays(labels: Any, reference_labels: Any, fill: bool = False) -> tuple[Array, Array | None]:
+    """Labels of rows and columns as arrays of JAX in which different labels stay different.
+
+    Names are numbered, and so are numbers that the types of JAX would merge (2**32 is 0 in int32, 16777217.0 is
+    16777216.0 in float32).
+
+    Args:
+      labels: labels of the rows.
+      reference_labels: labels of the columns, or ``None``.
+      fill: labels below 0 are none, and become -1 if they are numbered.
+
+    Raises:
+      ValueError: as ``pairs_from_labels``.
+    """
+    given = [labels] if reference_labels is None else [labels, reference_labels]
+    given = [some if isinstance(some, jax.Array) else _checked(np.asarray(some)) for some in given]
+    if not _fit(given):
+        if any(isinstance(some, jax.core.Tracer) for some in given):
+            raise ValueError(
+                "labels that are names, or beyond int32, need concrete labels on the other side, not traced ones"
+            )
+        given = _numbered([np.asarray(some) for some in given], fill)
+    arrays = [jnp.asarray(some) for some in given]
+    return arrays[0], None if reference_labels is None else arrays[1]
 
 
-def _as_text(labels: np.ndarray) -> np.ndarray:
-    """Names as text, where they are objects or bytes; other labels as they are."""
-    if labels.dtype.kind not in "SO" or not all(isinstance(label, str | bytes) for label in labels.flat):
-        return labels
-    texts = [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in labels.flat]
-    return np.asarray(texts).reshape(labels.shape)
+def _checked(labels: np.ndarray) -> np.ndarray:
+    """Labels as text or as numbers; tables hold names as objects, some files as bytes."""
+    if labels.dtype.kind in "SO":
+        every = list(labels.flat)
+        if any(_is_missing(label) for label in every):
+            raise ValueError(
+                "labels: None or NaN is no label; leave such rows out, or mask them and give them any label"
+            )
+        if all(isinstance(label, str | bytes) for label in every):
+            texts = [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in every]
+            return np.asarray(texts, str).reshape(labels.shape)
+        kinds = sorted({type(label).__name__ for label in every})
+        if any(isinstance(label, str | bytes) for label in every):
+            raise ValueError(f"labels are names or numbers, not both; got {' and '.join(kinds)}")
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        raise ValueError("labels: NaN is no label")
+    return labels
 
 
-def _numbered(labels: Any, reference_labels: Any) -> tuple[Any, Any]:
-    """Numbers in place of names, the same in both."""
-    given = [np.asarray(some) for some in (labels, reference_labels) if some is not None]
-    # Tables hold names as objects, some files as bytes.
-    given = [_as_text(some) for some in given]
-    if len({some.dtype.kind for some in given}) > 1:
+def _is_missing(label: Any) -> bool:
+    """None, NaN, and what tables hold in their place."""
+    try:
+        return label is None or bool(label != label)
+    except (TypeError, ValueError):  # pandas.NA is neither true nor false
+        return True
+
+
+def _fit(given: list[Any]) -> bool:
+    """Whether JAX compares the labels as they are: numbers that its type of all of them holds exactly."""
+    if all(isinstance(some, jax.Array) for some in given):
+        return True
+    if any(some.dtype.kind in "USOMm" for some in given):
+        return False
+    narrow = jax.dtypes.canonicalize_dtype
+    common = narrow(jnp.result_type(*(narrow(some.dtype) for some in given)))
+    others = [some for some in given if some.dtype != common and not isinstance(some, jax.core.Tracer)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all((some.astype(common) == some).all() for some in map(np.asarray, others))
+
+
+def _numbered(given: list[np.ndarray], fill: bool) -> list[np.ndarray]:
+    """Numbers from 0 in place of labels, the same in all."""
+    if len({some.dtype.kind in "US" for some in given}) > 1:
         raise ValueError(f"labels are names or numbers, not both; got {' and '.join(str(x.dtype) for x in given)}")
-    numbers = np.unique(np.concatenate([some.reshape(-1) for some in given]), return_inverse=True)[1]
-    rows = numbers[: given[0].size].reshape(given[0].shape).astype(np.int32)
-    return rows, None if reference_labels is None else numbers[given[0].size :].reshape(given[1].shape).astype(np.int32)
+    if len({some.dtype.kind for some in given}) > 1:
+        given = [some.astype(object) for some in given]  # as Python's numbers, which compare exactly
+    every = np.concatenate([some.reshape(-1) for some in given])
+    try:
+        numbers = np.unique(every, return_inverse=True)[1].astype(np.int32)
+    except TypeError:
+        kinds = sorted({type(label).__name__ for label in every.tolist()})
+        raise ValueError(f"labels must all be names or all be numbers; got {', '.join(kinds)}") from None
+    if fill and every.dtype.kind in "iufO":
+        numbers = np.where(every < 0, -1, numbers).astype(np.int32)
+    parts = np.split(numbers, np.cumsum([some.size for some in given])[:-1])
+    return [part.reshape(some.shape) for part, some in zip(parts, given, strict=True)]
 
 
 def mask_rows(pairs: Pairs, mask: Bool[Array, "n"] | None) -> Pairs:
     """The pairs without those of rows whose mask is false; ``None``: all.
 
+    Raises:
+      ValueError: if the mask does not have the rows' shape.
+
     >>> pairs = pairs_from_labels(jnp.arange(2), jnp.arange(2))
     >>> mask_rows(pairs, jnp.array([True, False])).negative.tolist()
     [[False, True], [False, False]]
     """
-    return pairs if mask is None else Pairs(*(relation & mask[:, None] for relation in pairs))
+    if mask is None:
+        return pairs
+    mask = jnp.asarray(mask, bool)
+    if mask.shape != pairs.positive.shape[:1]:
+        raise ValueError(f"the mask needs the rows' shape {pairs.positive.shape[:1]}; got {mask.shape}")
+    return Pairs(*(relation & mask[:, None] for relation in pairs))
 
 
 def concatenate_pairs(*pairs: Pairs) -> Pairs:

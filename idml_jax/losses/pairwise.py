@@ -8,7 +8,16 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from idml_jax.losses import miners
 from idml_jax.losses.pairs import AxisName, Pairs, row_offset
-from idml_jax.losses.reductions import Reduction, log_one_plus_sum_exp, prepare, ratio, sums_and_counts, total
+from idml_jax.losses.reductions import (
+    Reduction,
+    check_positive,
+    check_whole,
+    log_one_plus_sum_exp,
+    prepare,
+    ratio,
+    sums_and_counts,
+    total,
+)
 
 __all__ = ["contrastive", "fast_ap", "margin_distance_weighted", "multi_similarity", "triplet_semihard"]
 
@@ -230,13 +239,14 @@ def multi_similarity(
       The loss, a scalar, 0 for an empty relation; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or alpha or beta is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
     >>> round(float(losses.multi_similarity(similarity, pairs)), 3)  # the second image has no informative pair
     0.223
     """
+    check_positive(alpha=alpha, beta=beta)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     mined = pairs if epsilon is None else miners.multi_similarity_pairs(similarity, pairs, epsilon)
     positive = log_one_plus_sum_exp(-alpha * (similarity - base), mined.positive, axis=1) / alpha
@@ -279,15 +289,16 @@ def fast_ap(
       The loss, a scalar, 0 without a positive; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit, the reduction is unknown or there is no bin.
+      ValueError: if the shapes do not fit, the reduction is unknown, ``bins`` is not a whole number of at least 1, or
+        ``largest_square`` is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> distance = jnp.array([[1.0, 0.4], [0.9, 0.3]])
     >>> round(float(losses.fast_ap(distance, pairs)), 3)
     0.292
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1; got {bins}")
+    check_whole(bins=bins)
+    check_positive(largest_square=largest_square)
     distance, weights = prepare(distance, pairs, weights, reduction)
     positions = jnp.minimum(distance * distance * (bins / largest_square), bins)
     positive = _soft_histogram(positions, pairs.positive, bins)

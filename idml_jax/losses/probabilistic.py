@@ -15,10 +15,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from idml_jax.ism import Embedding, l2_normalize, semantic_distance
+from idml_jax.ism import Embedding, embedding_pair, l2_normalize, semantic_distance
 from idml_jax.losses.batch_softmax import info_nce
 from idml_jax.losses.pairs import AxisName, Pairs, row_offset
-from idml_jax.losses.reductions import Reduction, log_sum_exp, prepare, ratio, total
+from idml_jax.losses.reductions import (
+    Reduction,
+    check_positive,
+    check_whole,
+    log_sum_exp,
+    prepare,
+    ratio,
+    total,
+)
 from idml_jax.losses.vmf import sample_vmf
 from idml_jax.losses.vmf_kernel import log_kernel
 
@@ -67,7 +75,8 @@ def mc_info_nce(
       The loss, a scalar, 0 without a positive; or ``[n, m]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, there are fewer than 2 dimensions, the reduction is unknown, ``samples`` is
+        not a whole number of at least 1, or kappa is not a finite number above 0.
 
     >>> batch = Embedding(jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), jnp.zeros((3, 2)))
     >>> pairs = losses.pairs_from_labels(jnp.array([0, 0, 1]))
@@ -75,6 +84,8 @@ def mc_info_nce(
     >>> round(float(loss(batch)), 3)  # u = 0: (log(1 + exp(-1.6)) + log(1 + exp(-0.4))) / 2
     0.349
     """
+    check_positive(kappa=kappa)
+    _check(embeddings, references, 2)
     anchors, others = _drawn(embeddings, references, key, samples, axis_name, _on_sphere)
     product = jax.lax.dot_general(anchors, others, (((2,), (2,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST)
     _, weights = prepare(product[0], pairs, weights, reduction)
@@ -131,7 +142,8 @@ def hedged_instance(
       The loss, a scalar, 0 for an empty relation; or ``[n, m]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or ``samples`` is not a whole number of at least
+        1.
 
     >>> batch = Embedding(jnp.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]), jnp.zeros((3, 2)))
     >>> pairs = losses.pairs_from_labels(jnp.array([0, 0, 1]))
@@ -139,6 +151,7 @@ def hedged_instance(
     >>> round(float(loss(batch)), 3)
     0.488
     """
+    _check(embeddings, references, 1)
     anchors, others = _drawn(embeddings, references, key, samples, axis_name, _in_space)
     between = jax.vmap(jax.vmap(semantic_distance, (None, 0)), (0, None))(anchors, others)
     between = between.reshape(samples * samples, *between.shape[2:])
@@ -201,7 +214,8 @@ def elk(
       The loss, a scalar, 0 without a positive; or ``[n, m]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, there are fewer than 2 dimensions, the reduction is unknown, the temperature
+        is not a finite number above 0, or the spread is below 0, infinite or NaN.
 
     >>> batch = Embedding(jnp.array([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 1.0, 0.0]]), jnp.zeros((3, 2)))
     >>> pairs = losses.pairs_from_labels(jnp.array([0, 0, 1]))
@@ -209,6 +223,9 @@ def elk(
     >>> round(float(loss(batch)), 3)
     0.514
     """
+    _check(embeddings, references, 2)
+    if not isinstance(spread, jax.core.Tracer) and spread != 0:
+        check_positive(spread=spread)
     (mean, kappa), d = _direction(embeddings, spread), embeddings.semantic.shape[1]
     others, their_kappa = (mean, kappa) if references is None else _direction(references, spread)
     cosine = jax.lax.dot_general(mean, others, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
@@ -218,12 +235,31 @@ def elk(
     )
 
 
+def _check(embeddings: Embedding, references: Embedding | None, least: int) -> None:
+    """Checks the shapes of anchors and references, of at least so many dimensions.
+
+    Raises:
+      ValueError: if one is not an ``Embedding``, or the shapes do not fit.
+    """
+    for each in embedding_pair(embeddings, references):
+        for part in (each.semantic, each.uncertainty):
+            if part is not None and part.ndim != 2:
+                raise ValueError(f"an embedding needs the shapes [n, d] and [n, k]; got {part.shape}")
+    d = embeddings.semantic.shape[1]
+    if d < least:
+        raise ValueError(f"the loss needs embeddings of at least {least} dimensions; got {d}")
+    if references is not None and references.semantic.shape[1] != d:
+        raise ValueError(f"anchors and references need the same width; got {d} and {references.semantic.shape[1]}")
+
+
 def _direction(embedding: Embedding, spread: float) -> tuple[Float[Array, "n d"], Float[Array, "n"]]:
     """Mean directions and concentrations of the von Mises-Fisher distributions."""
     mean = l2_normalize(embedding.semantic)
     n, d = mean.shape
     square = jnp.zeros(n, mean.dtype) if embedding.uncertainty is None else _square_length(embedding).astype(mean.dtype)
-    return mean, (d - 1.0) / (square + max(spread, _CERTAIN) ** 2)
+    # A number is squared in Python's precision, a traced one in its own.
+    spread = jnp.maximum(spread, _CERTAIN) if isinstance(spread, jax.core.Tracer) else max(spread, _CERTAIN)
+    return mean, (d - 1.0) / (square + spread**2)
 
 
 def _drawn(
@@ -235,8 +271,7 @@ def _drawn(
     draw: Draw,
 ) -> tuple[Float[Array, "k n d"], Float[Array, "k m d"]]:
     """Samples of anchors and references; an image that is both has the same ones."""
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1; got {samples}")
+    check_whole(samples=samples)
     n = embeddings.semantic.shape[0]
     anchors = draw(embeddings, key, row_offset(n, axis_name) + jnp.arange(n), samples)
     if references is None:

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from idml_jax.losses.pairs import AxisName, Pairs
-from idml_jax.losses.reductions import Reduction, log_one_plus_sum_exp, prepare, ratio, total
+from idml_jax.losses.reductions import (
+    Reduction,
+    check_positive,
+    check_whole,
+    log_one_plus_sum_exp,
+    log_stands_for,
+    prepare,
+    ratio,
+    total,
+)
 
 __all__ = ["proxy_anchor", "proxy_nca"]
 
@@ -46,14 +55,21 @@ def proxy_anchor(
       The loss, a scalar, 0 for an empty relation; or ``[m]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, ``num_proxies`` is not from 1 to the number of
+        columns, or alpha is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.8, 0.1], [0.3, 0.6]])
     >>> round(float(losses.proxy_anchor(similarity, pairs, alpha=2.0)), 3)
     1.309
     """
+    check_positive(alpha=alpha)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
+    columns = similarity.shape[1]
+    num_proxies = columns if num_proxies is None else num_proxies
+    check_whole(min(columns, 1), num_proxies=num_proxies)
+    if num_proxies > columns:
+        raise ValueError(f"num_proxies must be at most the number of columns, {columns}; got {num_proxies}")
     chosen = weights[:, None] > 0
     is_positive, is_negative = pairs.positive & chosen, pairs.negative & chosen
     positive = log_one_plus_sum_exp(-alpha * (similarity - margin), is_positive, 0, weights, axis_name)
@@ -61,7 +77,6 @@ def proxy_anchor(
     if reduction == "none":
         return positive + negative
     with_positive = jnp.sum(total(is_positive.astype(similarity.dtype), axis_name, axis=0) > 0)
-    num_proxies = similarity.shape[1] if num_proxies is None else num_proxies
     return jnp.sum(positive) / jnp.maximum(with_positive, 1) + jnp.sum(negative) / max(num_proxies, 1)
 
 
@@ -101,13 +116,15 @@ def proxy_nca(
       The loss, a scalar, 0 for an empty relation; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or the scale or an entry of ``stands_for`` is not
+        a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> distance = jnp.array([[0.2, 0.4], [0.9, 0.3]])
     >>> round(float(losses.proxy_nca(distance, pairs, scale=1.0)), 3)
     0.516
     """
+    check_positive(scale=scale)
     distance, weights = prepare(distance, pairs, weights, reduction)
     # Squares, and sums of so many of them, stay in the float range.
     largest = jnp.sqrt(float(jnp.finfo(distance.dtype).max) / jnp.maximum(scale, 1.0)) * 2.0**-16
@@ -117,7 +134,7 @@ def proxy_nca(
 
     everything = logits
     if stands_for is not None:
-        everything = logits + jnp.where(pairs.negative, jnp.log(stands_for.astype(logits.dtype))[None, :], 0.0)
+        everything = logits + log_stands_for(stands_for, pairs, logits.dtype)
 
     def log_sum_exp(logits: Array, where: Array) -> Array:
         # An empty sum is replaced before the logarithm, which keeps the gradient finite.

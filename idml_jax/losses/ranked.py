@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from idml_jax.losses.pairs import AxisName, Pairs
-from idml_jax.losses.reductions import Reduction, mean_of_rows, prepare, ratio
+from idml_jax.losses.reductions import Reduction, check_positive, check_whole, mean_of_rows, prepare, ratio
 
 __all__ = ["recall_at_k", "smooth_ap"]
 
@@ -46,13 +46,14 @@ def smooth_ap(
       The loss, a scalar, 0 without a positive; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit or the reduction is unknown.
+      ValueError: if the shapes do not fit, the reduction is unknown, or the temperature is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
     >>> round(float(losses.smooth_ap(similarity, pairs)), 3)  # the first image's positive is second
     0.25
     """
+    check_positive(temperature=temperature)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     ahead, negatives_ahead = _ahead(similarity / temperature, pairs.positive, pairs.negative)
     precision = jnp.where(pairs.positive, (1.0 + ahead) / (1.0 + ahead + negatives_ahead), 0.0)
@@ -94,15 +95,19 @@ def recall_at_k(
       The loss, a scalar, 0 without a positive; or ``[n]`` unreduced.
 
     Raises:
-      ValueError: if the shapes do not fit, the reduction is unknown, or ``ks`` is empty or holds a k below 1.
+      ValueError: if the shapes do not fit, the reduction is unknown, ``ks`` is empty or holds anything but whole
+        numbers of at least 1, or a temperature is not a finite number above 0.
 
     >>> pairs = losses.pairs_from_labels(jnp.arange(2), jnp.arange(2))  # two images, a reference of each class
     >>> similarity = jnp.array([[0.5, 0.6], [0.3, 0.6]])
     >>> round(float(losses.recall_at_k(similarity, pairs, ks=(1, 2))), 3)  # ranks 2 and 1
     0.527
     """
-    if not ks or min(ks) < 1:
-        raise ValueError(f"ks must be some whole numbers of at least 1; got {tuple(ks)}")
+    if not ks:
+        raise ValueError("ks must be some whole numbers of at least 1; got ()")
+    for k in ks:
+        check_whole(ks=k)
+    check_positive(temperature=temperature, rank_temperature=rank_temperature)
     similarity, weights = prepare(similarity, pairs, weights, reduction)
     ranks = 1.0 + sum(_ahead(similarity / temperature, pairs.positive, pairs.negative))
     positives = jnp.sum(pairs.positive, axis=1).astype(similarity.dtype)

@@ -1,6 +1,7 @@
 """Shared parts of the losses: input checks, sums of exponentials, weighted means, over one or all devices."""
 
-from typing import Literal
+import operator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ from idml_jax.losses.pairs import AxisName, Pairs
 
 __all__ = [
     "Reduction",
+    "check_positive",
+    "check_whole",
     "log_one_plus_sum_exp",
+    "log_stands_for",
     "log_sum_exp",
     "max_over_last",
     "mean_of_rows",
@@ -24,6 +28,40 @@ __all__ = [
 ]
 
 Reduction = Literal["mean", "none"]
+# Beyond these a number is 0 or infinite in float32.
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def check_positive(**options: Any) -> None:
+    """Checks options that divide or that scale, by name: numbers, or arrays of them; traced ones are not checked.
+
+    Raises:
+      ValueError: naming the option, unless it is a finite number above 0 in the normal range of float32.
+    """
+    for name, value in options.items():
+        if isinstance(value, jax.core.Tracer):
+            continue
+        try:
+            number = np.asarray(np.nan if isinstance(value, str | bool) else value, np.float64)
+        except (TypeError, ValueError):
+            number = np.asarray(np.nan)
+        if not ((number >= _LEAST) & (number <= _MOST)).all():
+            raise ValueError(f"{name} must be a finite number above 0, from 1.2e-38 to 3.4e38; got {value!r}")
+
+
+def check_whole(least: int = 1, **options: Any) -> None:
+    """Checks options that count something, by name.
+
+    Raises:
+      ValueError: naming the option, unless it is a whole number of at least ``least``.
+    """
+    for name, value in options.items():
+        try:
+            fits = operator.index(value) >= least and not isinstance(value, bool)
+        except TypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} must be at least {least}, a whole number; got {value!r}")
 
 
 def prepare(
@@ -34,8 +72,8 @@ def prepare(
     Ignored entries may hold anything, NaN included: they reach neither the value nor the gradient.
 
     Raises:
-      ValueError: if the shapes do not fit, the reduction is unknown, or a weight is negative (traced weights are not
-        checked).
+      ValueError: if the shapes do not fit, the reduction is unknown, or a weight is negative, infinite or NaN (traced
+        weights are not checked).
     """
     if not isinstance(pairs, Pairs):
         raise ValueError(f"a loss needs Pairs, as pairs_from_labels(labels) gives them; got {type(pairs).__name__}")
@@ -54,9 +92,30 @@ def prepare(
     weights = jnp.asarray(weights).astype(matrix.dtype)
     if weights.shape != matrix.shape[:1]:
         raise ValueError(f"weights need the rows' shape {matrix.shape[:1]}; got {weights.shape}")
-    if not isinstance(weights, jax.core.Tracer) and (np.asarray(weights) < 0).any():
-        raise ValueError(f"weights must not be negative; the least is {np.asarray(weights).min():g}")
+    if not isinstance(weights, jax.core.Tracer):
+        given = np.asarray(weights)
+        if bad := given[~np.isfinite(given)].tolist():
+            raise ValueError(f"weights must be finite; one is {bad[0]}")
+        if (given < 0).any():
+            raise ValueError(f"weights must not be negative; the least is {given.min():g}")
     return matrix, weights
+
+
+def log_stands_for(stands_for: Float[Array, "m"], pairs: Pairs, dtype: jnp.dtype) -> Float[Array, "n m"]:
+    """The logarithm of the number of classes that each negative stands for, 0 for the other entries.
+
+    Raises:
+      ValueError: if there is not one number per column, or one is not a finite number above 0 (traced ones are not
+        checked).
+    """
+    stands_for = jnp.asarray(stands_for).astype(dtype)
+    if stands_for.shape != pairs.negative.shape[1:]:
+        raise ValueError(f"stands_for needs the columns' shape {pairs.negative.shape[1:]}; got {stands_for.shape}")
+    if not isinstance(stands_for, jax.core.Tracer):
+        given = np.asarray(stands_for)
+        if bad := given[~((given > 0) & np.isfinite(given))].tolist():
+            raise ValueError(f"stands_for must hold finite numbers above 0; one is {bad[0]:g}")
+    return jnp.where(pairs.negative, jnp.log(stands_for)[None, :], 0.0)
 
 
 def total(x: Num[Array, "..."], axis_name: AxisName | None = None, axis: int | None = None) -> Num[Array, "..."]:
@@ -212,7 +271,7 @@ def softmax_of_positives(
     """
     everything = logits
     if stands_for is not None:
-        everything = logits + jnp.where(pairs.negative, jnp.log(stands_for.astype(logits.dtype))[None, :], 0.0)
+        everything = logits + log_stands_for(stands_for, pairs, logits.dtype)
     positives = jnp.sum(pairs.positive, axis=1).astype(logits.dtype)
     of_positives = ratio(jnp.sum(jnp.where(pairs.positive, logits, 0.0), axis=1), positives)
     values = log_sum_exp(everything, pairs.positive | pairs.negative) - of_positives
