@@ -52,6 +52,14 @@ def check_rows(embedding: Any) -> None:
         raise ValueError(f"an embedding needs the shapes [n, d] and [n, k]; got {semantic} and {uncertainty}")
 
 
+def numbers_of(value: Any) -> np.ndarray:
+    """A concrete option as numbers in float64; NaN for what is not a number."""
+    try:
+        return np.asarray(np.nan if isinstance(value, str | bool) else value, np.float64)
+    except (TypeError, ValueError):
+        return np.asarray(np.nan)
+
+
 def _check_matrices(a: Array, b: Array, name: str) -> None:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"{name} need the shapes [n, d] and [m, d]; got {a.shape} and {b.shape}")

@@ -30,6 +30,7 @@ from idml_jax.geometry import (
     cosine_similarity,
     embedding_pair,
     l2_normalize,
+    numbers_of,
     pair_uncertainty,
     promote,
     relative_weakening,
@@ -206,10 +207,7 @@ class Metric:
             raise ValueError(f"the metric's form is {self.form!r}; known: {', '.join(FORMS)}")
         if isinstance(self.temperature, jax.core.Tracer):
             return
-        try:
-            value = np.asarray(np.nan if isinstance(self.temperature, str | bool) else self.temperature, np.float64)
-        except (TypeError, ValueError):
-            value = np.asarray(np.nan)
+        value = numbers_of(self.temperature)
         if not ((value > 0) & np.isfinite(value)).all():
             raise ValueError(f"the metric's temperature is {self.temperature!r}; it must be a finite number above 0")
 

@@ -219,7 +219,7 @@ def test_the_table_of_losses_with_wrong_labels_is_that_of_the_kept_runs(publishe
 )  # fmt: skip
 def test_the_table_of_controls_is_that_of_the_kept_runs(published, row):
     plain = published.of("noise/omniglot/noise60/plain+mixup")
-    found = published.of(f"controls/omniglot/noise60/{row.replace(' ', '_').replace(',', '')}")
+    found = of_row(published, "controls", row)
     assert page_row(row)[1:] == [str(len(found)), cell(found, "R@1"), gain(plain, found), cell(found, "MAP@R")]
 
 

@@ -118,9 +118,10 @@ def control_rows(given: argparse.Namespace) -> Rows:
     for margin in (0.0, 0.2):
         rows[f"plain, margin {margin:g}"] = {**plain, "loss.proxy_anchor.margin": margin}
     rows["ism, u without effect"] = {**METRICS[ISM], "ism.temperature": 1e6}
-    prism, later = {"prism.share": "{noise}"}, {"prism.share": "{noise}", "prism.warmup_epochs": 4}
-    rows |= {"plain, prism": {**plain, **prism}, "ism, prism": {**METRICS[ISM], **prism}}
-    return rows | {f"{name}, prism after 4 epochs": {**METRICS[f"{name}+mixup"], **later} for name in ("plain", "ism")}
+    prism: Overrides = {"prism.share": "{noise}"}
+    for kind, more in (("prism", prism), ("prism after 4 epochs", {**prism, "prism.warmup_epochs": 4})):
+        rows |= {f"{name}, {kind}": {**METRICS[f"{name}+mixup"], **more} for name in ("plain", "ism")}
+    return rows
 
 
 def alive_rows(given: argparse.Namespace) -> Rows:

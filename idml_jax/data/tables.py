@@ -112,21 +112,19 @@ def _text(where: Path, wanted: Set[str], path_names: Collection[str], option: st
     if _is_header(header, rows[1:101], wanted, path_names):
         _check_header(header, wanted, path_names, f"{shown}, line {numbers[0]}", option)
         rows, numbers = rows[1:], numbers[1:]
-        for number, row in zip(numbers, rows, strict=True):
-            if len(row) > len(header) and any(row[len(header) :]):
-                raise UserError(
-                    f"{shown}, line {number}: {len(row)} values for the {len(header)} columns of the header; a value "
-                    f"that holds the separator {separator!r} must be in double quotes ({option})"
-                )
+        surplus = (
+            f" for the {len(header)} columns of the header; a value that holds the separator {separator!r} must be in "
+            "double quotes"
+        )
     else:
         header = ["path", "label"]
-        for number, row in zip(numbers, rows, strict=True):
-            if len(row) > len(header) and any(row[len(header) :]):
-                raise UserError(
-                    f"{shown}, line {number}: {len(row)} values, while a table without a header has a path and a class "
-                    f"in each line; further columns need a first line that names all of them: path, label, split, ... "
-                    f"({option})"
-                )
+        surplus = (
+            ", while a table without a header has a path and a class in each line; further columns need a first line "
+            "that names all of them: path, label, split, ..."
+        )
+    for number, row in zip(numbers, rows, strict=True):
+        if any(row[len(header) :]):
+            raise UserError(f"{shown}, line {number}: {len(row)} values{surplus} ({option})")
     columns = {
         name: [row[place] if place < len(row) else "" for row in rows]
         for place, name in enumerate(header)

@@ -1,7 +1,8 @@
 """What has changed since a gallery was written: files that could not be read then, and files of its images.
 
 Beside a part with unreadable images lies ``_tried-SSSS-NNNNNN.json``: their records, each with the state of its file
-when it was read. It is written after the part and removed before the part changes, so that it never tells of another.
+when it was read. It is written after its part and removed before that part is rewritten, so it always describes the
+part beside it.
 """
 
 import json

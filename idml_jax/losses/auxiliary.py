@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from idml_jax.ism import l2_normalize
 from idml_jax.losses.pairs import Pairs
-from idml_jax.losses.reductions import ratio
+from idml_jax.losses.reductions import mean_of_rows, ratio
 
 __all__ = ["centre_spread", "confusion", "length_prior", "order_loss", "ranking_loss"]
 
@@ -111,7 +111,7 @@ def mean_of(values: Float[Array, "n"], mask: Bool[Array, "n"] | None) -> Float[A
     """The mean of the values whose mask is true, 0 without any; of all without a mask."""
     if mask is None:
         return jnp.mean(values)
-    return ratio(jnp.sum(jnp.where(mask, values, 0.0)), jnp.sum(mask))
+    return mean_of_rows(values, mask, jnp.ones_like(values), "mean", None)
 
 
 def order_loss(risks: Float[Array, "n"], losses: Float[Array, "n"], gap: float = 0.1) -> Float[Array, ""]:

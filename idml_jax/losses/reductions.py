@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Num
 
+from idml_jax.ism import numbers_of
 from idml_jax.losses.pairs import AxisName, Pairs
 
 __all__ = [
@@ -41,10 +42,7 @@ def check_positive(**options: Any) -> None:
     for name, value in options.items():
         if isinstance(value, jax.core.Tracer):
             continue
-        try:
-            number = np.asarray(np.nan if isinstance(value, str | bool) else value, np.float64)
-        except (TypeError, ValueError):
-            number = np.asarray(np.nan)
+        number = numbers_of(value)
         if not ((number >= _LEAST) & (number <= _MOST)).all():
             raise ValueError(f"{name} must be a finite number above 0, from 1.2e-38 to 3.4e38; got {value!r}")
 

@@ -103,7 +103,7 @@ def test_galleries_of_earlier_versions_try_their_unreadable_images_again(command
 
 
 def test_a_part_that_a_stopped_process_left_is_made_again(command, images, tmp_path, monkeypatch):
-    """Stopped between the list of unreadable images and the part: the list no longer tells of the part."""
+    """A process stopped after it had updated the list of unreadable images, but before it rewrote the part."""
     command("--shard=1/1")
     restore(images, "class_04/03.png")
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from idml_jax import ism, losses
 from idml_jax.ism import Embedding, Metric
@@ -44,6 +44,11 @@ def related(pairs: losses.Pairs, levels: tuple[losses.Pairs, ...]) -> losses.Pai
         return pairs
     positive, negative = (functools.reduce(jnp.logical_or, sides) for sides in zip(*levels, strict=True))
     return losses.Pairs(positive, negative & ~positive)
+
+
+def classes_of_proxies(rows: int, num_classes: int, centres: int) -> Int[Array, "m"]:
+    """Class of each proxy of a table with ``rows`` rows; those beyond the classes are padding, which is in no pair."""
+    return jnp.repeat(jnp.arange(rows) % num_classes, centres)
 
 
 def matrix_of(metric: Metric, reads: str, found: Compared, negatives: str = "learn") -> Any:

@@ -19,7 +19,7 @@ from idml_jax.models import init_proxies
 from idml_jax.runtime import sharding
 from idml_jax.training.criterion import Criterion
 from idml_jax.training.tasks.embedding_loss import embedding_loss
-from idml_jax.training.tasks.matrices import Compared, log_term, matrix_of, related
+from idml_jax.training.tasks.matrices import Compared, classes_of_proxies, log_term, matrix_of, related
 from idml_jax.training.tasks.terms import Term, check_memory, proxy_sets, with_memory
 
 LEARNED = ("none", "shared", "per_class")
@@ -347,7 +347,7 @@ class Objective(Criterion):
         # Proxies are certain and, except in the released form, compared by direction like the embeddings.
         references = Embedding(proxies if self.metric.raw_proxies else ism.l2_normalize(proxies), None)
         pairs = losses.mask_rows(pairs, mask)
-        classes = lambda: jnp.repeat(jnp.arange(self.proxy_rows) % self.num_classes, count)  # padding is in no pair
+        classes = lambda: classes_of_proxies(self.proxy_rows, self.num_classes, count)
         levels = self._levels(pairs, labels, classes)
         levels = tuple(losses.Pairs(*map(self._split, level)) for level in levels)
         return Compared(embedding, references, pairs, None if sample is None else sample.stands_for, levels)
@@ -384,7 +384,7 @@ class Objective(Criterion):
         if self._has("proxies"):
             proxies, embedding, pairs = self._against_proxies(params, embedding, labels)
             similarity = self._split(ism.cosine_similarity(embedding.semantic, proxies))
-            columns = lambda: jnp.repeat(jnp.arange(self.proxy_rows) % self.num_classes, self.centres)
+            columns = lambda: classes_of_proxies(self.proxy_rows, self.num_classes, self.centres)
             pairs = losses.mask_rows(pairs, mask)
             return auxiliary.confusion(similarity, related(pairs, self._levels(pairs, labels, columns)))
 

@@ -14,11 +14,14 @@ __all__ = ["Term", "check_loss", "names_of", "proxy_sets", "reads_batch", "reads
 
 # Options that divide, or that scale a similarity.
 POSITIVE = ("temperature", "rank_temperature", "scale", "gamma", "kappa", "spread", "alpha", "slope", "largest_square")
-# Distances below which a pair has a loss.
-DISTANCES = (
-    ("triplet_semihard", "margin"), ("contrastive", "negative_margin"), ("lifted_structure", "negative_margin"),
-    ("margin_distance_weighted", "beta"),
-)  # fmt: skip
+# The same of one loss, and distances below which its pairs have a loss.
+POSITIVE_OF = {
+    "multi_similarity": "beta",
+    "triplet_semihard": "margin",
+    "contrastive": "negative_margin",
+    "lifted_structure": "negative_margin",
+    "margin_distance_weighted": "beta",
+}
 
 
 @dataclass(frozen=True)
@@ -194,14 +197,9 @@ def _check_options(terms: tuple[Term, ...]) -> None:
         for option, value in options.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"config.loss.{term.loss}.{option} = {value} must be a finite number")
-        for option in (*POSITIVE, *(["beta"] if term.loss == "multi_similarity" else [])):
+        for option in (*POSITIVE, POSITIVE_OF.get(term.loss)):
             if option in options and not options[option] > 0:
                 raise UserError(f"config.loss.{term.loss}.{option} = {options[option]} must be above 0 and finite")
-        for loss, option in DISTANCES:
-            if term.loss == loss and not options[option] > 0:
-                raise UserError(
-                    f"config.loss.{loss}.{option} = {options[option]} must be above 0: no pair has a loss otherwise"
-                )
         if "cutoff" in options and not 0 < options["cutoff"] < options["nonzero_cutoff"] <= 2:
             raise UserError(
                 f"config.loss.{term.loss}.cutoff = {options['cutoff']} and nonzero_cutoff = "
