@@ -3,12 +3,16 @@
 import collections
 import concurrent.futures
 import contextlib
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
+from absl import flags
 from jaxtyping import Int, UInt8
 
 from idml_jax.data.files import FileError, shown
@@ -94,6 +98,10 @@ class _Batches:
         self._seed, self._start, self._steps = seed, start, max(stop - start, 0)
         self._part = reading.part(sampler.batch_size, "config.batch_size")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _end_with_parent()  # a copy is unpickled in worker processes only
+
     def __len__(self) -> int:
         return self._steps
 
@@ -115,6 +123,22 @@ class _Batches:
         }
 
 
+def _end_with_parent() -> None:
+    """Ends this worker process when the one that started it is gone, even if that was killed.
+
+    Grain's workers wait for work without end, and so would keep their memory.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
+
+
 def load_reader() -> ModuleType:
     """Imports Grain, which takes a while and only training needs.
 
@@ -131,6 +155,8 @@ def _iterate(batches: _Batches, reading: Reading) -> Iterator[Batch]:
     options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
     chain = grain.MapDataset.source(batches).to_iter_dataset(options)
     if reading.workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; notebooks and own programs parse none
+            flags.FLAGS.mark_as_parsed()
         chain = chain.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=2))
     iterator = iter(chain)
     try:

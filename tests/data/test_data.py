@@ -2,8 +2,14 @@
 
 import io
 import logging
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -228,6 +234,40 @@ class TestPipeline:
             for a, b in zip(expected, other, strict=True):
                 for key in ("image", "label", "index"):
                     np.testing.assert_array_equal(a[key], b[key])
+
+    def test_worker_processes_end_with_a_killed_parent(self, image_folder):
+        program = (
+            "import multiprocessing, sys, time\n"
+            "from pathlib import Path\n"
+            "from idml_jax.data import pipeline, samplers, sources\n"
+            "from idml_jax.data.images.transforms import RandomResizedCrop\n"
+            "if __name__ == '__main__':\n"
+            "    source = sources.scan_folder(Path(sys.argv[1]))\n"
+            "    sampler = samplers.ShuffledSampler(len(source), 16, 0)\n"
+            "    reading = pipeline.Reading(RandomResizedCrop(16), channels=1, workers=1)\n"
+            "    batches = pipeline.train_batches(source, sampler, reading, seed=0, start=0, stop=1000)\n"
+            "    next(batches)\n"
+            "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+            "    time.sleep(600)\n"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(image_folder / "train")], stdout=subprocess.PIPE, text=True
+        ) as parent:
+            try:
+                worker = int(parent.stdout.readline())
+                os.kill(worker, 0)  # it lives
+            finally:
+                parent.kill()
+        for _ in range(300):
+            try:
+                os.kill(worker, 0)
+            except ProcessLookupError:
+                return
+            if Path(f"/proc/{worker}/stat").exists() and " Z " in Path(f"/proc/{worker}/stat").read_text():
+                return  # ended; nobody waits for it in a container without init
+            time.sleep(0.1)
+        os.kill(worker, signal.SIGKILL)
+        pytest.fail("the worker process lives on")
 
     def test_evaluation_shows_every_image_once_tail_included(self, image_folder):
         source = sources.scan_folder(image_folder / "test")
