@@ -184,6 +184,9 @@ def _started(
         logger.info("%.1f M of the trunk's %.1f M parameters learn%s", some, whole, start)
     if advice := terms.advice(config):
         logger.warning("warning: %s (docs/losses.md)", advice)
+    if unused := terms.without_effect(config):
+        other = f"the loss is {config.loss.name}" if config.task == "retrieval" else f"the task is {config.task}"
+        logger.warning("warning: %s: without effect, %s", ", ".join(unused), other)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         config.eval.best_metric,

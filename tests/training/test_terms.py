@@ -19,7 +19,7 @@ from idml_jax.training.config_checks import validate
 from idml_jax.training.semantic_init import proxy_rows
 from idml_jax.training.tasks import TASKS
 from idml_jax.training.tasks.embedding_loss import embedding_loss
-from idml_jax.training.tasks.terms import Term, advice
+from idml_jax.training.tasks.terms import Term, advice, without_effect
 
 LABELS = np.repeat(np.arange(4), 2).astype(np.int32)
 MESH = sharding.data_mesh(jax.devices()[:1])
@@ -59,6 +59,16 @@ def test_losses_that_fail_with_the_introspective_metric_are_named_with_what_help
     assert told(**{"loss.name": "arcface", "ism.prior": 10.0}) == ""
     assert "triplet_semihard" in told(**{"loss.name": "triplet_hard", "ism.prior": 10.0})
     assert told(**{"loss.name": "triplet_hard", "ism.enabled": False}) == ""
+
+
+def test_options_of_other_losses_are_named():
+    config = small_config("x", **{"loss.name": "proxy_anchor+sup_con", "loss.proxy_anchor.margin": 0.2})
+    config.loss.recall_at_k.ks = [1, 2, 4, 8, 16]  # the default, as read from a file
+    assert without_effect(config) == []
+    config.loss.arcface.margin, config.loss.recall_at_k.ks = 0.3, (1, 2)
+    assert without_effect(config) == ["config.loss.arcface.margin = 0.3", "config.loss.recall_at_k.ks = (1, 2)"]
+    config.task = "classification"
+    assert "config.loss.proxy_anchor.margin = 0.2" in without_effect(config)
 
 
 def test_a_sum_is_the_sum_on_one_matrix():

@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES, LossSpec
+from idml_jax.training.config import loss_options
 
-__all__ = ["Term", "check_loss", "names_of", "proxy_sets", "reads_batch", "reads_proxies", "terms_of"]
+__all__ = ["Term", "check_loss", "names_of", "proxy_sets", "reads_batch", "reads_proxies", "terms_of", "without_effect"]
 
 
 # Options that divide, or that scale a similarity.
@@ -91,6 +92,18 @@ def advice(config: ConfigDict) -> str:
     return ""
 
 
+def without_effect(config: ConfigDict) -> list[str]:
+    """Options that were set for losses that the run does not use, as ``config.loss.arcface.margin = 0.3``."""
+    used = names_of(config.loss.name) if config.task == "retrieval" else ()
+    return [
+        f"config.loss.{name}.{option} = {config.loss[name][option]!r}"
+        for name in LOSSES
+        if name not in used and name in config.loss
+        for option, default in loss_options(name).items()
+        if option in config.loss[name] and _fixed(config.loss[name][option]) != default
+    ]
+
+
 def proxy_sets(terms: tuple[Term, ...]) -> dict[int, int]:
     """The sets of proxies of a sum: losses that need the same number of proxies per class share one set.
 
@@ -106,8 +119,12 @@ def proxy_sets(terms: tuple[Term, ...]) -> dict[int, int]:
 
 def options_of(config: ConfigDict, name: str) -> tuple[tuple[str, Any], ...]:
     """The options of a loss as sorted, hashable pairs; settings read from JSON have lists instead of tuples."""
-    fixed = lambda value: tuple(value) if isinstance(value, list | tuple) else value
-    return tuple(sorted((key, fixed(value)) for key, value in config.loss[name].items()))
+    return tuple(sorted((key, _fixed(value)) for key, value in config.loss[name].items()))
+
+
+def _fixed(value: Any) -> Any:
+    """A setting with a tuple for a list: settings that were read from a file have lists."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def terms_of(config: ConfigDict) -> tuple[Term, ...]:
