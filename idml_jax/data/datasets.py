@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from idml_jax.data.copies import copies_line
 from idml_jax.data.files import expand, shown
 from idml_jax.data.listed import table_splits
 from idml_jax.data.sources import Joined, Source, Subset, TfdsSource, drop_unreadable, scan_splits, sets_of
@@ -261,6 +262,7 @@ def load_dataset(
         )
     tell, warn = warn, lambda line: tell(shown(line))
     splits = DATASETS[name](warn=warn, seed=seed, **options)
+    _check_copies(splits, warn)
     if splits.validation is not None and (validation_classes or validation_images):
         field = "validation_classes" if validation_classes else "validation_images"
         raise UserError(f"config.data.{field}: the data has validation images of its own; leave it at 0")
@@ -284,6 +286,18 @@ def load_dataset(
         )
     train, validation = hold_out_classes(train, validation_classes, seed)
     return splits._replace(train=train, validation=validation)
+
+
+def _check_copies(splits: Splits, warn: Callable[[str], None]) -> None:
+    """Warns of parts that were made by copying another one."""
+    pairs = (
+        (splits.test, splits.train, "test images", "training images"),
+        (splits.validation, splits.train, "validation images", "training images"),
+        (splits.test if splits.gallery else None, splits.gallery, "queries", "gallery images"),
+    )
+    for new, known, what, other in pairs:
+        if new is not None and known is not None and (line := copies_line(new, known, what, other)):
+            warn(line)
 
 
 def _check_gallery(query: Source, gallery: Source, warn: Callable[[str], None]) -> None:

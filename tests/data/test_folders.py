@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import zipfile
 from pathlib import Path
@@ -334,3 +335,35 @@ def test_paths_as_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"config\.data\.root = photos, below the current folder"):
         datasets.load_dataset("folder", root="photos")
+
+
+class TestCopies:
+    """Parts that hold the images of another part."""
+
+    def said(self, root, **options):
+        lines = []
+        datasets.load_dataset("folder", root=str(root), warn=lines.append, **options)
+        return [line for line in lines if "copies" in line]
+
+    def test_a_copied_part_is_named(self, image_folder, tmp_path):
+        assert self.said(image_folder) == []
+        for part in ("train", "test"):
+            shutil.copytree(image_folder / "train", tmp_path / part)
+        (tmp_path / "test/class_00/00.png").write_bytes(b"another")  # not all of them, and one of its own
+        (line,) = self.said(tmp_path, on_corrupt="skip")
+        assert line.startswith("test images are copies of training images (50 found")
+        assert str(tmp_path / "test/class_00/01.png") in line and "recall comes out too high" in line
+
+    def test_queries_in_the_gallery(self, image_folder, tmp_path):
+        shutil.copytree(image_folder / "train", tmp_path / "train")
+        for part in ("query", "gallery"):
+            shutil.copytree(image_folder / "test", tmp_path / part)
+        (line,) = self.said(tmp_path)
+        assert line.startswith("queries are copies of gallery images")
+
+    def test_the_same_names_and_sizes_are_no_copies(self, image_folder, tmp_path):
+        for part in ("train", "test"):
+            shutil.copytree(image_folder / "train", tmp_path / part)
+        for path in (tmp_path / "test").rglob("*.png"):
+            path.write_bytes(path.read_bytes()[:-1] + b"x")  # behind the end of the picture
+        assert self.said(tmp_path, on_corrupt="skip") == []
