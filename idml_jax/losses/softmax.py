@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from idml_jax.ism import relative_weakening
+from idml_jax.losses.reductions import check_positive
 
 __all__ = ["Logits", "cross_entropy", "introspective_logits", "mixed_targets"]
 
@@ -54,12 +55,13 @@ def introspective_logits(
       Both logits, in at least float32.
 
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or if the temperature is not above 0 and finite.
 
     >>> x, u = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[1.0], [2.0]])
     >>> introspective_logits(x, u, jnp.eye(2)).weakened.round(3).tolist()
     [[1.0, 0.095], [0.148, 1.449]]
     """
+    check_positive(temperature=temperature)
     if features.ndim != 2 or weights.ndim != 2 or features.shape[1] != weights.shape[1]:
         raise ValueError(f"features [n, f] and weights [classes, f] do not fit: {features.shape}, {weights.shape}")
     if uncertainty is not None and (uncertainty.ndim != 2 or uncertainty.shape[0] != features.shape[0]):

@@ -98,6 +98,9 @@ def test_shapes_that_do_not_fit_are_refused():
     for bad in ((x[:, :3], u, weights, bias), (x, u[:2], weights, bias), (x, u, weights, bias[:2])):
         with pytest.raises(ValueError, match="shape|fit"):
             classifier.introspective_logits(*bad)
+    for temperature in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="temperature must be a finite number above 0"):
+            classifier.introspective_logits(x, u, weights, temperature=temperature)
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "none"])
