@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.errors import UserError
 from idml_jax.inference.held_out import Files, held_out_beside
 from idml_jax.inference.index import Index, check_comparable, labels_in_common, sets_in_common
+from idml_jax.inference.kept_calibration import kept
 from idml_jax.inference.model import Trained
 from idml_jax.inference.search import open_index
 from idml_jax.inference.trained_on import warn_of_training_images
@@ -112,9 +113,13 @@ def fit(
 
     Arguments and errors as for ``confidence_for`` and ``held_out_beside``.
     """
-    found = held_out_beside(held_out, index, distractors)
-    known = calibration.answer(found, index.metric, labelled=index.class_names is not None, balanced=wanted.balanced)
-    return calibration.fit(known, names)
+    found, labelled = held_out_beside(held_out, index, distractors), index.class_names is not None
+
+    def fitted() -> Calibration:
+        known = calibration.answer(found, index.metric, labelled=labelled, balanced=wanted.balanced)
+        return calibration.fit(known, names)
+
+    return kept(found, index.metric, names, (labelled, wanted.balanced), fitted)
 
 
 class Scored(NamedTuple):

@@ -25,6 +25,11 @@ MOST_BYTES = 2 * 2**30  # what is kept; the programs longest unused go first
 _ours = False  # whether a command, and not a program of the user's own, loads jax in this process
 
 
+def keeps_results() -> bool:
+    """Whether this process is a command of this package, which may keep what it computed for the next one."""
+    return _ours and os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "1").lower() not in ("0", "false", "no", "off")
+
+
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
     """Imports of a command: what compiles later is kept, and Python does not look for cycles of garbage meanwhile.
@@ -61,7 +66,7 @@ def keep_compiled() -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             return
-        _trim(folder, MOST_BYTES)
+        trim(folder, MOST_BYTES)
     except (OSError, RuntimeError):  # no home, or a folder that cannot be used
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
@@ -80,8 +85,8 @@ def _processor() -> str:
     return hashlib.sha256(about.encode()).hexdigest()[:12]
 
 
-def _trim(folder: Path, most: int) -> None:
-    """Removes the programs longest unused, until at most ``most`` bytes are left."""
+def trim(folder: Path, most: int) -> None:
+    """Removes the files longest unused, until at most ``most`` bytes are left."""
     files = []
     for entry in os.scandir(folder):
         with contextlib.suppress(OSError):
@@ -111,7 +116,7 @@ def _drop_damaged(folder: Path) -> None:
         if "persistent compilation cache entry" not in str(message):
             shown(message, category, filename, lineno, file, line)
         elif str(message).startswith("Error reading"):
-            _trim(folder, 0)
+            trim(folder, 0)
 
     warnings.showwarning = show
 

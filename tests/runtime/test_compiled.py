@@ -92,7 +92,7 @@ class TestKept:
         for age, name in enumerate(("new", "old", "oldest")):
             (tmp_path / name).write_bytes(b"x" * 10)
             os.utime(tmp_path / name, (time.time() - 100 * age,) * 2)
-        compiled._trim(tmp_path, 15)
+        compiled.trim(tmp_path, 15)
         assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
