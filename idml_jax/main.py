@@ -16,6 +16,7 @@ if __name__ == "__main__":
     huge_pages.start_again()
     interrupt.end_when_asked()  # before the imports below, which take a while
 
+import itertools
 import shlex
 import sys
 from collections.abc import Callable
@@ -107,9 +108,9 @@ def _with_path(argv: list[str]) -> list[str]:
 def _with_stored(argv: list[str]) -> list[str]:
     """The arguments, with the settings of the run in the workdir, where single ones are changed or it goes on."""
     words = dict(word.lstrip("-").partition("=")[::2] for word in argv[1:])
-    for i, word in enumerate(argv[:-1]):
-        if word in ("--workdir", "-workdir"):
-            words["workdir"] = argv[i + 1]
+    for word, value in itertools.pairwise(argv):
+        if word.startswith("-") and word.lstrip("-") in ("workdir", "mode"):
+            words[word.lstrip("-")] = value
     folder = words.get("workdir", "")
     if not folder or not (user_path(folder) / "config.json").is_file():
         return argv
@@ -210,8 +211,8 @@ def _connected(action: Callable[[Any, str], object]) -> None:
             end_now(interrupt.EXIT_CODE, str(stopped))
         print(stopped, file=sys.stderr)
         sys.exit(interrupt.EXIT_CODE)
-    except RuntimeError as error:  # jax's, when another process does not answer
-        if not _COORDINATOR.value:
+    except (RuntimeError, ValueError) as error:
+        if not _COORDINATOR.value or not hosts.is_of_others(error):
             raise
         hosts.lost(error)
 

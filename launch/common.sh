@@ -3,6 +3,8 @@
 # install_accelerator adds jax for a GPU or TPU; $ACCELERATOR (cuda, tpu, cpu) decides, otherwise what the machine has.
 
 set -euo pipefail
+unset CDPATH # with it, cd prints where it went, and may go elsewhere
+CALLED_FROM="$PWD"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 VENV="$ROOT/.venv"
@@ -21,12 +23,25 @@ fail() {
   exit 1
 }
 
+# Whether a command is a Python that the packages work on. One that exists may be a stub that fails, so it is run.
+is_python() {
+  "$1" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1
+}
+
 find_python() {
   local candidate
-  for candidate in "${PYTHON:-}" python3 python3.12 python3.13 python3.11 python; do
-    [ -n "$candidate" ] || continue
-    # A command that exists may be a stub that fails, so it is run.
-    if "$candidate" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1; then
+  if [ -n "${PYTHON:-}" ]; then
+    case "$PYTHON" in
+      /*) candidate="$PYTHON" ;;
+      */*) candidate="$CALLED_FROM/$PYTHON" ;;
+      *) candidate="$PYTHON" ;;
+    esac
+    is_python "$candidate" || fail "PYTHON=$PYTHON is no Python 3.$OLDEST to 3.13; unset it to have one found"
+    echo "$candidate"
+    return
+  fi
+  for candidate in python3 python3.12 python3.13 python3.11 python; do
+    if is_python "$candidate"; then
       echo "$candidate"
       return
     fi
@@ -55,16 +70,23 @@ install_into_venv() {
 }
 
 make_venv() {
-  local python why
+  local python why hint version have
   python="$(find_python)" || exit 1
   VENV_PYTHON="$VENV/bin/python"
+  version="import sys; print(*sys.version_info[:2], sep='.')"
+  have="$("$VENV_PYTHON" -c "$version" 2>/dev/null)" || have=""
+  if [ -n "${PYTHON:-}" ] && [ -n "$have" ] && [ "$have" != "$("$python" -c "$version")" ]; then
+    fail "$VENV is of Python $have, not of PYTHON=$PYTHON; remove that folder to have it made anew"
+  fi
   # One without pip was interrupted while it was made.
   if ! "$VENV_PYTHON" -c "import pip, sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1; then
     echo "making $VENV with $("$python" --version)"
     rm -rf "$VENV"
     if ! why="$("$python" -m venv "$VENV" 2>&1)"; then
       rm -rf "$VENV"
-      fail "$python cannot make a virtual environment: $(tail -n 1 <<<"$why") (on Debian and Ubuntu: apt install python3-venv)"
+      hint=""
+      if grep -qiE "ensurepip|No module named venv" <<<"$why"; then hint=" (on Debian and Ubuntu: apt install python3-venv)"; fi
+      fail "$python cannot make a virtual environment: $(tail -n 1 <<<"$why")$hint"
     fi
   fi
   WANTED="$ROOT $(cat "$REQUIREMENTS" "$ROOT/pyproject.toml" | cksum)"

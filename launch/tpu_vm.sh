@@ -7,6 +7,8 @@
 #
 # WORKDIR must be visible to all workers and outlive the slice, e.g. a bucket mounted on every worker.
 set -euo pipefail
+unset CDPATH
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 NAME="${NAME:-idml}"
 ZONE="${ZONE:-us-central2-b}"
@@ -45,7 +47,7 @@ create() {
 }
 # A worker whose Python is older than 3.11 gets one by uv.
 install() {
-  do_it git archive --format=tar.gz --output=/tmp/idml_jax.tgz HEAD &&
+  do_it git -C "$ROOT" archive --format=tar.gz --output=/tmp/idml_jax.tgz HEAD &&
     do_it gcloud compute tpus tpu-vm scp /tmp/idml_jax.tgz "$NAME:idml_jax.tgz" --zone "$ZONE" --worker=all &&
     on_workers 'set -e; mkdir -p idml_jax; tar -xzf idml_jax.tgz -C idml_jax; cd idml_jax; if [ ! -x .venv/bin/pip ]; then if python3 -c "import sys; sys.exit(sys.version_info < (3, 11))"; then python3 -m venv .venv; else python3 -m pip install -q --user uv; python3 -m uv venv -q --seed --python 3.12 .venv; fi; fi; .venv/bin/pip install -q ".[tpu,clu]" -c requirements.txt'
 }

@@ -63,6 +63,21 @@ def test_help_of_training_shows_flags_and_settings(capsys):
     assert "--workdir " in text and "--config.data.image_size=224\n" in text and "avg_max | gem" in text
 
 
+@pytest.mark.parametrize(
+    "words", [["--mode=train"], ["--mode", "train"], ["-mode", "train"], ["--mode=eval", "--config.x=1"]]
+)
+def test_a_run_brings_its_own_settings(tmp_path, words):
+    (tmp_path / "config.json").write_text("{}")
+    for folder in ([f"--workdir={tmp_path}"], ["--workdir", str(tmp_path)]):
+        changed = main_lib._with_path(["main", *words, *folder])
+        assert changed[1].endswith(f"of_run.py:{tmp_path}") and changed[2:] == [*words, *folder]
+    assert main_lib._with_path(["main", "--mode", "eval", f"--workdir={tmp_path}"])[1:] == [
+        "--mode",
+        "eval",
+        f"--workdir={tmp_path}",
+    ]
+
+
 def test_settings_may_come_before_the_file_that_they_change():
     changed = main_lib._with_path(["main", "--workdir=w", "--config.seed=3", "--config", "glyphs:quick", "--mode=eval"])
     assert changed[0] == "main" and changed[1].endswith("glyphs.py:quick") and changed[1].startswith("--config=")

@@ -121,7 +121,7 @@ def call(script, *words, path=os.environ["PATH"], **environment):
 def without_tools(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("bash", "sed", "cat"):
+    for tool in ("bash", "sed", "cat", "dirname"):
         (tools / tool).symlink_to(shutil.which(tool))
     return str(tools)
 
@@ -130,7 +130,7 @@ def without_tools(tmp_path):
     "command,expected",
     [
         ("create", ["tpu-vm create n --zone z --accelerator-type v4-32 --version", "--spot"]),
-        ("install", ["git archive", "tpu-vm scp", "--worker=all", "pip"]),
+        ("install", [f"git -C {ROOT} archive", "tpu-vm scp", "--worker=all", "pip"]),
         ("run", ["--worker=all", "--coordinator=auto", "--workdir=/mnt/idml/run", "--config=configs/cub200.py"]),
         ("logs", ["--worker=0", "tail"]),
         ("resume", ["PREEMPTED", "tpu-vm delete n", "tpu-vm create n", "tpu-vm scp", "--coordinator=auto"]),
@@ -261,6 +261,9 @@ def test_a_virtual_environment_without_pip_is_made_anew(tmp_path):
     [
         (["--photos", "FOLDER"], "", "error: write --photos=FOLDER, with a folder per class\n"),
         (["--photos="], "", "error: write --photos=FOLDER, with a folder per class\n"),
+        (["--config.epochs=2", "--photos"], "", "error: write --photos=FOLDER, with a folder per class\n"),
+        (["--workdir", "x"], "", "error: write --workdir=FOLDER, the folder of the run\n"),
+        (["photos"], "", "error: unexpected argument photos; settings are given as --config.name=value\n"),
         ([], "gpu", "error: ACCELERATOR=gpu is unknown; it is cuda, tpu or cpu, and unset it is found out\n"),
     ],
 )
@@ -284,3 +287,108 @@ def test_a_missing_folder_of_photographs_is_reported_before_anything_is_installe
     )
     assert (done.returncode, done.stderr) == (1, "error: --photos=nowhere: no such folder\n")
     assert not (root / ".venv").exists()
+
+
+def quickstart_with_stubs(tmp_path, *words, command="exit 0", **environment):
+    """Runs quickstart.sh with a stand-in for the Python of .venv, which notes its arguments and runs `command`."""
+    root = tmp_path / "checkout"
+    if not root.exists():
+        checkout(root)
+        (root / ".venv" / "bin").mkdir(parents=True)
+    stub = root / ".venv" / "bin" / "python"
+    stub.write_text(f'#!/bin/bash\ncase "$2" in idml_jax*) echo "$@" >>"$CALLS"; {command} ;; esac\nexit 0\n')
+    stub.chmod(0o755)
+    calls = tmp_path / "calls"
+    calls.write_text("")
+    done = subprocess.run(
+        ["bash", str(root / "launch" / "quickstart.sh"), *words],
+        env={**os.environ, "ACCELERATOR": "cpu", "CALLS": str(calls), **environment},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    return done, calls.read_text().splitlines()
+
+
+# The training command as a stub: its --workdir gets what a run writes.
+WRITES = 'for word in "$@"; do case "$word" in --workdir=*) D="${word#*=}" ;; esac; done; '
+
+
+class TestQuickstart:
+    """With a stand-in for Python."""
+
+    def finished(self, tmp_path, name="quickstart"):
+        checkout(tmp_path / "checkout")
+        (tmp_path / "checkout" / ".venv" / "bin").mkdir(parents=True)
+        run = tmp_path / "checkout" / "runs" / name
+        run.mkdir(parents=True)
+        for file in ("config.json", "result.json", "photos.npz"):
+            (run / file).write_text("of the earlier run")
+        return run
+
+    @pytest.mark.parametrize("words", [["--config.epoch=3"], ["--photos=PHOTOS", "--typo"]])
+    def test_a_finished_run_stays_where_the_new_one_does_not_start(self, tmp_path, words):
+        run = self.finished(tmp_path, "photos" if len(words) > 1 else "quickstart")
+        (tmp_path / "PHOTOS").mkdir()
+        done, calls = quickstart_with_stubs(tmp_path, *words, command="echo error: no such setting >&2; exit 1")
+        assert done.returncode == 1 and len(calls) == 1 and done.stderr == "error: no such setting\n"
+        assert sorted(path.name for path in run.iterdir()) == ["config.json", "photos.npz", "result.json"]
+        assert (run / "result.json").read_text() == "of the earlier run"
+        assert [path.name for path in run.parent.iterdir()] == [run.name]
+
+    def test_it_makes_room_when_the_new_one_is_finished(self, tmp_path):
+        run = self.finished(tmp_path)
+        begins = f'{WRITES} [ -e "$D" ] || {{ mkdir -p "$D"; echo new >"$D/config.json"; exit 130; }}; '
+        done, _ = quickstart_with_stubs(tmp_path, command=begins)
+        earlier = run.with_name("quickstart.earlier")
+        assert done.returncode == 130 and (earlier / "result.json").exists()
+        assert [path.name for path in run.iterdir()] == ["config.json"]
+        done, calls = quickstart_with_stubs(tmp_path, command=f'{WRITES} echo new >"$D/result.json"')
+        assert done.returncode == 0 and not earlier.exists() and (run / "result.json").read_text() == "new\n"
+        assert calls[-1] == f"-m idml_jax.report --workdir={run}"
+
+    def test_another_workdir_is_used_throughout(self, tmp_path):
+        run = self.finished(tmp_path)
+        (tmp_path / "my photos").mkdir()
+        for more in ([], ["--photos=my photos"]):
+            done, calls = quickstart_with_stubs(tmp_path, "--workdir=my run", "--config.seed=1", *more)
+            assert done.returncode == 0, done.stderr
+            assert len(calls) == (3 if more else 2)
+            assert all(f"--workdir={tmp_path}/my run" in call for call in calls)
+            assert "--config.seed=1" in calls[0] and "my run" not in str(list((run.parent).iterdir()))
+        assert (run / "result.json").exists()
+
+    def test_help_says_how_it_is_used_and_does_nothing(self, tmp_path):
+        self.finished(tmp_path)
+        done, calls = quickstart_with_stubs(tmp_path, "--config.epochs=1", "--help")
+        assert done.returncode == 0 and not calls and "--photos=FOLDER" in done.stdout
+        assert "#" not in done.stdout and "STARTED_IN" not in done.stdout
+
+    def test_cdpath_does_not_lead_elsewhere(self, tmp_path):
+        checkout(tmp_path / "checkout")
+        (tmp_path / "checkout" / ".venv" / "bin").mkdir(parents=True)
+        done, calls = quickstart_with_stubs(tmp_path, CDPATH=f"{ROOT}:.")
+        assert done.returncode == 0, done.stderr
+        assert calls[-1] == f"-m idml_jax.report --workdir={tmp_path}/checkout/runs/quickstart"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("/nowhere/python", "PYTHON=/nowhere/python is no Python 3.11 to 3.13"),
+        ("./nothing", "PYTHON=./nothing is no Python 3.11 to 3.13"),
+        ("here/python", ""),
+    ],
+)
+def test_a_named_python_is_used_or_refused(tmp_path, given, message):
+    root = checkout(tmp_path / "checkout")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "python").write_text('#!/bin/sh\ncase "$*" in *venv*) echo made with me; exit 1 ;; esac\n')
+    (tmp_path / "here" / "python").chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(root / "launch" / "test.sh")],
+        env={**os.environ, "PYTHON": given}, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    if message:
+        assert done.stderr.startswith(f"error: {message}; unset it to have one found")
+    else:  # found from the folder of the caller; no hint at a package that is not missing
+        assert done.stderr == f"error: {tmp_path}/here/python cannot make a virtual environment: made with me\n"

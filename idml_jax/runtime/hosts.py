@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from idml_jax.runtime.files import first_line
 Arrays = dict[str, np.ndarray]
 _Made = TypeVar("_Made")
 _GOODBYE_SECONDS = 5  # that a process waits for the others when all of them end
+LOST = 134  # exit code where another process is gone; jax itself ends a process with it
+# Status codes of XLA with which a process fails by itself, whatever the others do.
+_OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "OUT_OF_RANGE", "PERMISSION_DENIED")
 
 
 def connect(coordinator: str, processes: int, index: int, timeout: int = 300) -> None:
@@ -134,15 +138,27 @@ def from_first(make: Callable[[], Arrays], like: Arrays) -> Arrays:
     return {name: np.asarray(value) for name, value in multihost_utils.broadcast_one_to_all(made).items()}
 
 
+def is_of_others(error: Exception) -> bool:
+    """Whether an error is jax's when another process does not answer: one with a status that is not its own fault.
+
+    Some arrive as ``ValueError``, depending on where the result is read.
+    """
+    status = first_line(error).partition(":")[0]
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return status not in _OWN
+    return isinstance(error, ValueError) and re.fullmatch("[A-Z]+(_[A-Z]+)*", status) is not None and status not in _OWN
+
+
 def lost(error: Exception) -> NoReturn:
-    """Exits because another process is gone, without waiting for it as a normal exit would."""
+    """Exits with ``LOST`` because another process is gone, without waiting for it as a normal exit would."""
     leave(
         f"another process of this run has died or cannot be reached ({first_line(error)[:200]}); "
-        "rerun the same command on all hosts to resume from the last checkpoint"
+        "rerun the same command on all hosts to resume from the last checkpoint",
+        LOST,
     )
 
 
-def leave(message: str) -> NoReturn:
+def leave(message: str, code: int = 1) -> NoReturn:
     """Exits at once, so that processes waiting for this one in a collective operation notice.
 
     Where all of them leave, for an error that they agree on, none takes another for dead.
@@ -158,4 +174,4 @@ def leave(message: str) -> NoReturn:
     goodbye = threading.Thread(target=say_goodbye, daemon=True)
     goodbye.start()
     goodbye.join(_GOODBYE_SECONDS)
-    os._exit(1)
+    os._exit(code)

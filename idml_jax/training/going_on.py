@@ -1,5 +1,6 @@
 """Going on with a run: which settings may differ from those it was started with, and training for more epochs."""
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,27 @@ def lengthen(config: ConfigDict, workdir: Path) -> None:
     workdir_lib.refuse([line for field, line in differing.items() if field not in LENGTH], workdir)
     finished = workdir / "result.json"
     if finished.exists():
-        kept = workdir / f"result_{stored.epochs}_epochs.json"
+        kept = _unused(workdir, _length(stored).replace(" ", "_"))
         finished.replace(kept)
-        logger.info("the result of %d epochs is kept in %s", stored.epochs, kept)
+        logger.info("the result of %s is kept in %s", _length(stored), kept)
     values: dict[str, Any] = {**stored.to_dict(), **{field: config[field] for field in LENGTH}}
     write_json(workdir / "config.json", values)
-    logger.info("going on with %d epochs in place of %d: %s", config.epochs, stored.epochs, _schedule(config))
+    logger.info("going on with %s in place of %s: %s", _length(config), _length(stored), _schedule(config))
+
+
+def _length(config: ConfigDict) -> str:
+    """The length of a run in words: its steps where their number is limited."""
+    return f"{config.max_steps} steps" if config.max_steps else f"{config.epochs} epochs"
+
+
+def _unused(workdir: Path, length: str) -> Path:
+    """A name for an earlier result that no other one has."""
+    path = workdir / f"result_{length}.json"
+    for number in itertools.count(2):
+        if not path.exists():
+            break
+        path = workdir / f"result_{length}_{number}.json"
+    return path
 
 
 def _schedule(config: ConfigDict) -> str:

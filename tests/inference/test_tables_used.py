@@ -171,6 +171,13 @@ def test_a_run_gets_more_epochs(finished, image_folder, tmp_path):
     going_on.lengthen(longer, tmp_path)
     assert workdir.remember(longer, tmp_path) == []
     assert not (tmp_path / "result.json").exists() and (tmp_path / "result_3_epochs.json").exists()
+    for steps in (2, 4, 4):  # each earlier result is kept, under its length
+        (tmp_path / "result.json").write_text(str(steps))
+        (tmp_path / "config.json").write_text(small_config(image_folder, max_steps=steps).to_json())
+        going_on.lengthen(small_config(image_folder, max_steps=6), tmp_path)
+    kept = {path.name: path.read_text() for path in tmp_path.glob("result*_steps*.json")}
+    assert kept == {"result_2_steps.json": "2", "result_4_steps.json": "4", "result_4_steps_2.json": "4"}
+    (tmp_path / "config.json").write_text(longer.to_json())
     other = small_config(image_folder, **{"epochs": 5, "eval.ks": (1, 3)})
     (changed,) = workdir.remember(other, tmp_path, free=("eval.",))
     assert changed.startswith("config.eval.ks = [1, 2, 4, 8] there")
