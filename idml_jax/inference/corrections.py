@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -118,6 +119,8 @@ class Corrected(NamedTuple):
 def apply(index: Index, changes: Sequence[Change]) -> Corrected:
     """The set with the changes; an image that is to be removed is removed, whatever else is decided about it.
 
+    Of an image that the index has several times, as many are removed as removals were accepted, the last ones first.
+
     Raises:
       UserError: for an image that the index lacks, two different classes for one image, or if nothing is left.
     """
@@ -125,7 +128,7 @@ def apply(index: Index, changes: Sequence[Change]) -> Corrected:
         raise UserError("the index has no classes, so no list with classes can be made of it")
     names = [str(name) for name in index.files]
     keys = [(name, box_of(index, row)) for row, name in enumerate(names)]
-    known, gone = set(keys), set()
+    known, gone = set(keys), Counter[tuple[str, str]]()
     new: dict[tuple[str, str], str] = {}
     for change in changes:
         key = change.path, change.box
@@ -134,18 +137,25 @@ def apply(index: Index, changes: Sequence[Change]) -> Corrected:
                 f"{change.path}: is not an image of the index; apply decisions to the index they were made for"
             )
         if change.action == "remove":
-            gone.add(key)
+            gone[key] += 1
         elif index.embedded.sets is not None:
             raise UserError(f"{change.path}: images of the index have several labels, of which none can be replaced")
         elif new.setdefault(key, change.proposed) != change.proposed:
             raise UserError(f"{change.path}: two classes are accepted, {new[key]} and {change.proposed}")
-    kept = [row for row, key in enumerate(keys) if key not in gone]
+    kept, removed = [], []
+    for row in reversed(range(len(keys))):
+        if gone[keys[row]]:
+            gone[keys[row]] -= 1
+            removed.append(names[row])
+        else:
+            kept.append(row)
+    kept.reverse()
+    removed.reverse()
     if not kept:
         raise UserError("all images are removed; nothing is left")
     before = [_class_of(index, row) for row in kept]
     classes = [new.get(keys[row], old) for row, old in zip(kept, before, strict=True)]
     changed = sum(one != two for one, two in zip(before, classes, strict=True))
-    removed = [name for name, key in zip(names, keys, strict=True) if key in gone]
     several = index.embedded.sets is not None
     return Corrected([names[row] for row in kept], classes, changed, removed, several, _more(index, kept))
 

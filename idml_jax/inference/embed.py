@@ -19,6 +19,7 @@ from idml_jax.inference.store import Index, check_finite
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.runtime.files import user_path, write_text
 from idml_jax.runtime.progress import Progress, Ticker, erase
+from idml_jax.training import data_record
 from idml_jax.training.build import data_of
 from idml_jax.training.digests import images_digest
 from idml_jax.training.embedder import Rows, embedded_rows, progress_of
@@ -265,16 +266,35 @@ def _check_finite(model: Trained, source: Source, rows: Rows) -> None:
     check_finite(rows.values, [source.name(record) for record in rows.records.tolist()], str(model.workdir))
 
 
-def split_source(model: Trained, split: str) -> Source:
+def split_source(
+    model: Trained,
+    split: str,
+    *,
+    warn: Callable[[str], None] = lambda line: print(f"warning: {printable(line)}", file=sys.stderr),
+) -> Source:
     """Images of the run's own data.
 
+    Args:
+      model: the run.
+      split: name of the part.
+      warn: receives a line if these are not the images that the run was started with.
+
     Raises:
-      UserError: if the run has no such split, or its data is missing.
+      UserError: if the run has no such split, or its data is missing, or if wrong labels on purpose
+        (``data.label_noise``) are no longer those of the run.
     """
     with finding_images(model.config, model.workdir):
-        source = getattr(data_of(model.config), split)
+        splits = data_of(model.config)
+    source: Source | None = getattr(splits, split)
     if source is None:
         raise UserError(f"--split={split}: the run's data has none")
+    try:
+        for line in data_record.check(splits, model.workdir, (split,)):
+            warn(line)
+    except UserError as error:
+        if wrong_labels_of(source) is not None:
+            raise
+        warn(str(error).partition(", so its labels")[0])
     return source
 
 

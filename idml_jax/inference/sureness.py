@@ -84,7 +84,10 @@ def confidence_for(
             )
         return Confidence(None, "how sure answers are is unknown: neither --held_out nor an index with classes")
     if len(np.unique(others.embedded.labels)) < 2:
-        raise UserError("the held-out images are of one class; at least 2 are needed to tell right from wrong")
+        one = "one class; at least 2 are needed to tell right from wrong"
+        if wanted.some or held_out:
+            raise UserError(f"{held_out or named}: its images are of {one}" + ("" if held_out else "; give --held_out"))
+        return Confidence(None, f"how sure answers are is unknown: the images are of {one}")
     warn_of_training_images(others, held_out or named)
     fitted = fit(others, index, names, wanted, distractors_of(files, index, named, model))
     return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {what}{told_of(files)}")

@@ -42,7 +42,7 @@ def failure_signs(
 
     Collapsed: 95% of all images have |u| < small (with semantic distances about 1 and temperature 5 it then weakens
     no distance by more than half a percent). Outgrown: under the metric half of all pairs keep less than a tenth of
-    their semantic distance, so the loss sees hardly any of it. Constant: |u| varies by less than a thousandth of its
+    their semantic distance. Constant: |u| varies by less than a thousandth of its
     mean. Copy: |`similarity_correlation`| above `correlated`.
     """
     norms = np.sqrt(embedding_rows(uncertainty, "uncertainty")[1].astype(np.float64))
@@ -55,7 +55,8 @@ def failure_signs(
     if (kept := _kept_distance(semantic, uncertainty, metric)) < 0.1:
         signs.append(
             f"uncertainty has outgrown the metric: half of all pairs keep less than {100 * kept:.2g}% of their "
-            "distance, so the loss hardly sees it (under arcface config.ism.prior=10 holds it)"
+            "distance, so that what compares them by it sees hardly any (under the loss arcface config.ism.prior=10 "
+            "holds it)"
         )
     if norms.std() < 1e-3 * norms.mean():
         signs.append(f"uncertainty is constant: |u| = {norms.mean():.4g} for every image")

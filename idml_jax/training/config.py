@@ -83,7 +83,7 @@ def default_config() -> ConfigDict:
     config.data.color_jitter = 0.4  # for transform imagenet: brightness, contrast, saturation
     config.data.corrupt = 0.0  # share of training images that are blurred, noised, occluded or cropped
     config.data.corrupt_kinds = CHANGES  # changes that data.corrupt chooses from
-    config.data.label_noise = ConfigDict()  # wrong labels of training images on purpose; docs/training.md
+    config.data.label_noise = ConfigDict()  # wrong labels of training images on purpose; docs/wrong_labels.md
     config.data.label_noise.share = 0.0  # share of the training images that get the label of another class
     config.data.label_noise.seed = 0  # of the choice of images and labels
     config.data.label_noise.kind = "uniform"  # or confusable: among the classes that look most alike

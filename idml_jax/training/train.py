@@ -185,8 +185,8 @@ def _started(
     if advice := terms.advice(config):
         logger.warning("warning: %s (docs/losses.md)", advice)
     if unused := terms.without_effect(config):
-        other = f"the loss is {config.loss.name}" if config.task == "retrieval" else f"the task is {config.task}"
-        logger.warning("warning: %s: without effect, %s", ", ".join(unused), other)
+        loss = f", the loss {config.loss.name}" if config.task == "retrieval" else ""
+        logger.warning("warning: without effect under the task %s%s: %s", config.task, loss, ", ".join(unused))
     checkpoints = Checkpoints(
         workdir / "checkpoints",
         config.eval.best_metric,

@@ -133,12 +133,13 @@ def remember_places(config: ConfigDict, workdir: Path) -> list[str]:
     return [f"config.data.{field} = {now[field]} in place of {old[field]}" for field in changed]
 
 
-def read(workdir: Path) -> ConfigDict:
+def read(workdir: str | Path) -> ConfigDict:
     """Reads the settings of the run in a workdir.
 
     Raises:
       UserError: if there are no valid settings.
     """
+    workdir = user_path(workdir)
     path = workdir / "config.json"
     try:
         values = json.loads(path.read_text())

@@ -18,6 +18,7 @@ from idml_jax.inference.gallery_parts import embed_to_gallery
 from idml_jax.training.build import data_of
 from idml_jax.training.config_checks import validate
 from idml_jax.training.data_record import check, record_of, remember
+from idml_jax.training.workdir import read
 
 
 class Pictures:
@@ -136,6 +137,36 @@ def test_stored_training_images_say_that_their_labels_are_wrong(finished, tmp_pa
             told = "warning: " in (err := capsys.readouterr().err) and "24 labels are wrong on purpose" in err
             assert told is (split == "train")
     assert "24 of the labels are wrong on purpose (config.data.label_noise), as in training" in said
+
+
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_labels_that_the_run_never_saw_are_not_stored(finished, image_folder, tmp_path, capsys, share):
+    run, images = tmp_path / "run", tmp_path / "images"
+    shutil.copytree(finished[0], run)
+    shutil.copytree(image_folder, images)
+    config = json.loads((run / "config.json").read_text())
+    config["data"] |= {"root": str(images), "label_noise": config["data"]["label_noise"] | {"share": share}}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "data.json").unlink()
+    remember(data_of(read(str(run))), run)
+    model = trained.load(run)
+    split_source(model, "train")
+    assert not capsys.readouterr().err
+    file = next(path for path in sorted((images / "train").rglob("*")) if path.is_file())
+    shutil.copyfile(file, file.with_name(f"again{file.suffix}"))
+    split_source(model, "test")
+    assert not capsys.readouterr().err
+    if share:
+        with pytest.raises(UserError, match=r"wrong labels of config.data.label_noise \(96 images then, 97 now\)"):
+            split_source(model, "train")
+    else:
+        assert len(split_source(model, "train")) == 97
+        assert capsys.readouterr().err.startswith("warning: the train images are not those that the run was started")
+        file.parent.rename(file.parent.with_name("another"))
+        assert len(split_source(model, "train")) == 97
+        told = capsys.readouterr().err
+        assert "the classes of the train images are not those that the run started with" in told
+        assert "another --workdir" not in told
 
 
 @pytest.mark.parametrize(

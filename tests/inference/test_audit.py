@@ -226,6 +226,18 @@ def test_wrong_decisions_are_refused_in_a_line(tmp_path, change, message):
         corrections.apply(index, corrections.read_decisions(tmp_path / "d.csv")[0])
 
 
+def test_of_an_image_that_is_listed_twice_one_stays():
+    index = make()
+    twice = index.take(np.asarray([0, *range(len(index))]))
+    name = str(twice.files[0])
+    remove, count = corrections.Change(name, "remove", ""), lambda found: found.paths.count(name)
+    once = corrections.apply(twice, [remove])
+    assert count(once) == 1 and once.removed == [name] and once.paths == [str(file) for file in index.files]
+    assert count(corrections.apply(twice, [remove, remove])) == 0
+    relabelled = corrections.apply(twice, [remove, corrections.Change(name, "relabel", "another")])
+    assert relabelled.classes[relabelled.paths.index(name)] == "another" and relabelled.relabelled == 1
+
+
 def test_sets_that_a_list_cannot_name_are_refused(tmp_path):
     split = corrections.Corrected(["cub/test/1"], ["a"], 0, [])
     with pytest.raises(UserError, match="is not the path of a file"):

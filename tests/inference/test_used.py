@@ -275,6 +275,19 @@ class TestSearch:
         with pytest.raises(UserError, match="of one class"):
             search.calibrate(data._replace(labels=np.zeros(160, int)), Metric())
 
+    def test_an_index_of_one_class_is_searched(self, finished, image_folder, tmp_path, capsys):
+        """How sure the answers are is then unknown."""
+        shutil.copytree(image_folder / "test" / "class_05", tmp_path / "one" / "class_05")
+        embed.main([f"--workdir={finished[0]}", f"--images={tmp_path / 'one'}", f"--out={tmp_path / 'one.npz'}"])
+        query = next((tmp_path / "one" / "class_05").iterdir())
+        capsys.readouterr()
+        words = [f"--index={tmp_path / 'one.npz'}", f"--query={query}", "-k", "2"]
+        search.main(words)
+        assert "how sure answers are is unknown: the images are of one class" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            search.main([*words, "--abstain=0.9"])
+        assert "one.npz: its images are of one class; at least 2 are needed" in capsys.readouterr().err
+
     def test_rows_of_the_command(self, index, image_folder, tmp_path):
         out = tmp_path / "a.jsonl"
         folder = image_folder / "test" / "class_05"

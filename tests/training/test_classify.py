@@ -189,6 +189,8 @@ def test_a_plain_run_has_no_uncertainty_and_learns(folder, tmp_path):
         ({"task": "sorting"}, "known: retrieval, classification"),
         ({"classification.mixing": "blend"}, "known: none, mixup, cutmix"),
         ({"classification.alpha": 0.0}, "classification.alpha = 0.0 must be above 0"),
+        ({"classification.alpha": float("inf")}, "classification.alpha = inf must be above 0 and finite"),
+        ({"ism.temperature": float("inf")}, "ism.temperature = inf must be above 0 and finite"),
         ({"classification.probability": 1.5}, r"must be in \[0, 1\]"),
         ({"classification.label_smoothing": 1.0}, "label_smoothing"),
         ({"eval.best_metric": "R@1"}, "known: top1, top5"),

@@ -67,8 +67,28 @@ def test_options_of_other_losses_are_named():
     assert without_effect(config) == []
     config.loss.arcface.margin, config.loss.recall_at_k.ks = 0.3, (1, 2)
     assert without_effect(config) == ["config.loss.arcface.margin = 0.3", "config.loss.recall_at_k.ks = (1, 2)"]
-    config.task = "classification"
-    assert "config.loss.proxy_anchor.margin = 0.2" in without_effect(config)
+    config.task, config.mixup.alpha = "classification", 0.2
+    found = without_effect(config)
+    assert {"config.loss.proxy_anchor.margin = 0.2", "config.mixup.alpha = 0.2"} < set(found)
+    assert "config.loss.name = 'proxy_anchor+sup_con'" in found
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"mixup.alpha": 0.2}, []),
+        ({"mixup.alpha": 0.2, "mixup.enabled": False}, ["config.mixup.alpha = 0.2"]),
+        ({"classification.mixing": "cutmix", "classification.alpha": -1.0},
+         ["config.classification.alpha = -1.0", "config.classification.mixing = 'cutmix'"]),
+        ({"ism.temperature": 2.0}, []),
+        ({"ism.temperature": 2.0, "ism.variant": "released"}, ["config.ism.temperature = 2.0"]),
+        ({"ism.temperature": 2.0, "ism.variant": "absolute", "loss.name": "elk"},
+         ["config.ism.temperature = 2.0", "config.ism.variant = 'absolute'"]),
+        ({"ism.temperature": 2.0, "loss.name": "elk+sup_con"}, []),
+    ],
+)  # fmt: skip
+def test_settings_of_other_tasks_and_metrics_are_named(fields, expected):
+    assert without_effect(small_config("x", **fields)) == expected
 
 
 def test_a_sum_is_the_sum_on_one_matrix():

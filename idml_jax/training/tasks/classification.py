@@ -1,5 +1,6 @@
 """Classification: softmax with the introspective metric (IDML, arXiv 2309.09982, for classification)."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +49,11 @@ class Classification:
         choice(config, "model.uncertainty_head", ("mlp", "linear", "none"))
         if config.ism.enabled:
             choice(config, "ism.variant", ("relative",))
-        if not config.ism.temperature > 0:
-            raise UserError(f"config.ism.temperature = {config.ism.temperature} must be above 0")
+        if not 0 < config.ism.temperature < math.inf:
+            raise UserError(f"config.ism.temperature = {config.ism.temperature} must be above 0 and finite")
         options = config.classification
-        if not options.alpha > 0:
-            raise UserError(f"config.classification.alpha = {options.alpha} must be above 0")
+        if not 0 < options.alpha < math.inf:
+            raise UserError(f"config.classification.alpha = {options.alpha} must be above 0 and finite")
         if not 0 <= options.probability <= 1:
             raise UserError(f"config.classification.probability = {options.probability} must be in [0, 1]")
         if not 0 <= options.label_smoothing < 1:

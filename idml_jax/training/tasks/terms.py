@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES, LossSpec
-from idml_jax.training.config import loss_options
+from idml_jax.training.config import default_config, loss_options
+from idml_jax.training.fields import value_of
 
 __all__ = ["Term", "check_loss", "names_of", "proxy_sets", "reads_batch", "reads_proxies", "terms_of", "without_effect"]
 
@@ -93,9 +94,24 @@ def advice(config: ConfigDict) -> str:
 
 
 def without_effect(config: ConfigDict) -> list[str]:
-    """Options that were set for losses that the run does not use, as ``config.loss.arcface.margin = 0.3``."""
-    used = names_of(config.loss.name) if config.task == "retrieval" else ()
-    return [
+    """Settings for another task, loss or metric than the run's, as ``config.loss.arcface.margin = 0.3``."""
+    retrieval, default = config.task == "retrieval", default_config()
+    used = names_of(config.loss.name) if retrieval else ()
+    unused = (
+        [f"classification.{field}" for field in default.classification] if retrieval else ["loss.name", "loss.weights"]
+    )
+    if not (retrieval and config.mixup.enabled):
+        unused.append("mixup.alpha")
+    if config.ism.enabled and retrieval:
+        unmetric = all(LOSSES[name].reads == "embeddings" for name in used)
+        unused += ["ism.temperature"] * (unmetric or config.ism.variant == "released")
+        unused += ["ism.variant"] * unmetric
+    changed = [
+        f"config.{field} = {value!r}"
+        for field in unused
+        if (value := _fixed(value_of(config, field))) != _fixed(value_of(default, field))
+    ]
+    return changed + [
         f"config.loss.{name}.{option} = {config.loss[name][option]!r}"
         for name in LOSSES
         if name not in used and name in config.loss
