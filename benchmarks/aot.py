@@ -48,6 +48,7 @@ def settings_of(options):
     from idml_jax import default_config
     from idml_jax.errors import UserError
     from idml_jax.training import recipes
+    from idml_jax.training.fields import value_of
     from idml_jax.training.settings import check_known
 
     try:
@@ -79,9 +80,14 @@ def settings_of(options):
     try:
         with config.unlocked():
             config.update_from_flattened_dict({k: v for k, v in plain.items() if v is not None})
+            if options.task == "classification" and config.eval.best_metric not in ("top1", "top5"):
+                config.eval.best_metric = "top1"
         check_known(config)
     except (KeyError, TypeError, UserError) as error:
         raise SystemExit(f"no such setting, or not of this type: {error}") from None
+    for field in ("optim.cached_features", "loss.relation", "loss.levels"):
+        if value := value_of(config, field):
+            raise SystemExit(f"{field} = {value!r} depends on the images of a run; this tool compiles without them")
     return config
 
 
@@ -174,19 +180,37 @@ def _lowered(step: str, config, batch: int, classes: int, gallery: int, mesh):
 
 
 def useful_operations(config, classes: int, step: str, mesh) -> float:
-    """Arithmetic that an image needs: the trunk's forward pass, three times for a train step, twice that with Mixup."""
+    """Arithmetic that an image needs: the trunk's forward pass, three times for a train step, twice that with Mixup.
+
+    Where only a part of the trunk learns, a train step needs the forward pass and that part's gradient.
+    """
     import jax
     import jax.numpy as jnp
 
     from idml_jax.models import EmbeddingModel
     from idml_jax.training import build
+    from idml_jax.training.learning import replaced
 
     setup, shape = setup_of(config, classes, mesh), build.image_shape(config)
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     variables = jax.eval_shape(setup.model.init, jax.random.key(0), images)
     forward = lambda v, x: setup.model.apply(v, x, method=EmbeddingModel.features)
     once = jax.jit(forward).lower(variables, images).cost_analysis()["flops"]
-    return once * (3 * (2 if setup.mixup_alpha and config.task == "retrieval" else 1) if step == "train" else 1)
+    if step != "train":
+        return once
+    learning, times = setup.optimizer.trunk, 2 if setup.mixup_alpha and config.task == "retrieval" else 1
+    if learning.everything:
+        return 3 * times * once
+    trunk = variables["params"]["trunk"]
+
+    def total(part, rest, x):
+        params = {**rest["params"], "trunk": replaced(rest["params"]["trunk"], part)}
+        return jnp.sum(forward({**rest, "params": params}, x).astype(jnp.float32))
+
+    part = learning.learning(trunk)
+    if not jax.tree.leaves(part):
+        return times * once
+    return times * jax.jit(jax.grad(total)).lower(part, variables, images).cost_analysis()["flops"]
 
 
 def room(name: str) -> float:
@@ -270,7 +294,7 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
         "step": step,
         "trunk": config.model.name,
         "pixels": config.data.image_size,
-        "loss": config.loss.name,
+        "loss": config.loss.name if config.task == "retrieval" else config.task,
         "batch": batch,
         "devices": devices,
         **{k: getattr(program, k) for k in ("arguments", "temporaries", "outputs", "code", "memory", "seconds")},
@@ -330,10 +354,22 @@ def main(options) -> None:
     from idml_jax.errors import UserError
     from idml_jax.runtime import sharding
     from idml_jax.runtime.files import first_line
+    from idml_jax.training.config_checks import validate
+    from idml_jax.training.tasks import task_of
 
     config = settings_of(options)
+    for flag, text in (("--json", options.json), ("--keep", options.keep)):  # before minutes of compiling
+        path = Path(text)
+        if text and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+            raise SystemExit(f"{flag} {text}: is a folder, or cannot be written")
     chip, devices = chips.devices_of(options.target)
     mesh, count, name = sharding.data_mesh(devices), len(devices), options.target.split(":")[0]
+    config.batch_size = options.per_chip * count
+    try:
+        validate(config)
+        task_of(config).model(config, options.classes)  # refuses an unknown network
+    except UserError as error:
+        raise SystemExit(f"settings that no run could have: {error}") from None
     if "train" in options.step and options.per_chip % config.optim.accumulate:
         raise SystemExit(f"--per_chip {options.per_chip} must be a multiple of --accumulate {config.optim.accumulate}")
     for step in options.step:

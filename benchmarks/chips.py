@@ -107,20 +107,37 @@ def bounds(chip: Chip, operations: float, read: float, received: float) -> Bound
     return Bounds(operations / chip.peak / 1e12, read / chip.bandwidth / 1e9, received / chip.link / 1e9)
 
 
+# Numbers in an arrangement of TPUs, and the most along one of them.
+ARRANGEMENTS = {"v4": (3, 16), "v5p": (3, 24), "v5e": (2, 16), "v6e": (2, 16)}
+
+
 def devices_of(target: str):
     """Chip and (described) devices of ``v5e:2x4``, ``h100:8``."""
     from jax.experimental import topologies
 
     name, _, arrangement = target.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", arrangement):
+    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", arrangement):
         raise SystemExit(f"{target!r} is not a chip and its arrangement; chips: {', '.join(CHIPS)}; v5e:2x4, h100:8")
+    sides = [int(side) for side in arrangement.split("x")]
+    if name in GPUS and len(sides) > 1:
+        raise SystemExit(f"{target!r}: for GPUs write their number, as in {name}:8")
+    if name in ARRANGEMENTS:
+        count, most = ARRANGEMENTS[name]
+        if len(sides) != count or max(sides) > most:
+            example = "2x2x1" if count == 3 else "2x4"
+            raise SystemExit(
+                f"{target!r}: {CHIPS[name].name}s are arranged by {count} numbers of at most {most}: {name}:{example}"
+            )
+    how = {"chip_config_name": "megacore"} if name == "v4" else {}  # its two cores are one device, as jax wants it
+    if max(sides) == 1:  # one chip; a host has four otherwise
+        how["chips_per_host_bounds"] = (1, 1, 1)
     try:
         if name in GPUS:
             described = topologies.get_topology_desc(
                 platform="cuda", topology_name="", target_config=GPUS[name], topology=f"1x1x{arrangement}"
             )
         else:
-            described = topologies.get_topology_desc(platform="tpu", topology_name=target)
+            described = topologies.get_topology_desc(platform="tpu", topology_name=target, **how)
     except Exception as error:  # jax raises several kinds
         needed = "jax-cuda13-plugin and jax-cuda13-pjrt" if name in GPUS else "libtpu (pip install -e '.[tpu]')"
         text = first_line(error)

@@ -120,7 +120,18 @@ def test_a_refusal_says_how_much_is_missing(message, expected):
     assert compiled.wanted(message) == expected
 
 
-@pytest.mark.parametrize("target,message", [("v9:2x4", "'v9:2x4' is not a chip"), ("v5e", "is not a chip")])
+@pytest.mark.parametrize(
+    "target,message",
+    [
+        ("v9:2x4", "'v9:2x4' is not a chip"),
+        ("v5e", "is not a chip"),
+        ("v5e:0x4", "is not a chip"),
+        ("v5e:2x2x2", "TPU v5es are arranged by 2 numbers of at most 16: v5e:2x4"),
+        ("v5e:32x32", "TPU v5es are arranged by 2 numbers of at most 16: v5e:2x4"),
+        ("v4:2x2", "TPU v4s are arranged by 3 numbers of at most 16: v4:2x2x1"),
+        ("h100:2x4", "for GPUs write their number, as in h100:8"),
+    ],
+)
 def test_an_unknown_target_is_refused(target, message):
     with pytest.raises(SystemExit, match=message):
         chips.devices_of(target)
@@ -140,11 +151,50 @@ def test_options_become_settings():
     [
         (["--set", "model.nmae=1"], "no such setting.*did you mean config.model.name"),
         (["--config", "nowhere.py"], "--config nowhere.py: no such settings; known: cars196"),
+        (["--set", "optim.cached_features=True"], "optim.cached_features = True depends on the images of a run"),
+        (["--set", "loss.levels=/"], "loss.levels = '/' depends on the images of a run"),
+        (["--set", "optim.accumulate=0"], "settings that no run could have: config.optim.accumulate"),
+        (["--step", "retrieval", "--set", "model.embedding_dim=-3"], "config.model.embedding_dim"),
+        (["--step", "retrieval", "--trunk", "nope"], "nope"),
+        (["--json", "/nowhere/x.jsonl"], "--json /nowhere/x.jsonl: is a folder, or cannot be written"),
+        (["--keep", "/"], "--keep /: is a folder, or cannot be written"),
     ],
 )
-def test_wrong_settings_are_refused_in_a_line(words, message):
+def test_wrong_settings_are_refused_in_a_line(words, message, monkeypatch):
+    """Before anything is compiled."""
+    monkeypatch.setattr(aot, "ENVIRONMENT", {})
+    monkeypatch.setattr(chips, "devices_of", lambda target: (chips.CHIPS["v5e"], jax.devices()))
+    monkeypatch.setattr(aot, "lowered", None)
     with pytest.raises(SystemExit, match=message):
-        aot.settings_of(aot.arguments(["v5e:2x4", *words]))
+        aot.main(aot.arguments(["v5e:2x4", *words]))
+
+
+def test_a_classifier_is_measured_by_its_own_metric():
+    config = aot.settings_of(aot.arguments(["v5e:2x4", "--task", "classification"]))
+    assert (config.task, config.eval.best_metric) == ("classification", "top1")
+
+
+def test_the_trunk_s_arithmetic_is_that_of_what_learns():
+    """In times of its forward pass, for an image without Mixup."""
+    mesh = sharding.data_mesh(jax.devices()[:1])
+    words = [
+        "v5e:2x4",
+        "--trunk",
+        "resnet_tiny",
+        "--pixels",
+        "32",
+        "--dtype",
+        "float32",
+        "--set",
+        "mixup.enabled=False",
+    ]
+
+    def times(*more):
+        config = aot.settings_of(aot.arguments([*words, *more]))
+        return aot.useful_operations(config, 10, "train", mesh) / aot.useful_operations(config, 10, "embed", mesh)
+
+    assert times() == 3 and times("optim.trunk=none") == 1 and times("mixup.enabled=True") == 6
+    assert 1 < times("optim.trunk=last:1") < times("optim.trunk=last:2") < 3
 
 
 @pytest.mark.parametrize(
