@@ -151,6 +151,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="folder for rows, parts and results")
     parser.add_argument("--step", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    for name in ("rows", "width", "queries"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name} {getattr(given, name)} must be at least 1")
     folder = given.folder.resolve()
     steps = {"write": write, "blocks": blocks, "ann": ann}
     if given.step in steps:

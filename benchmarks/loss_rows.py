@@ -9,6 +9,7 @@ import argparse
 import runpy
 from pathlib import Path
 
+from idml_jax.errors import run_command
 from idml_jax.losses import LOSSES
 from idml_jax.training import train
 
@@ -46,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

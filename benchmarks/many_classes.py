@@ -163,6 +163,12 @@ def main():
     arguments = parser.parse_args()
     if arguments.devices % arguments.processes:
         parser.error(f"--devices {arguments.devices} do not share out to --processes {arguments.processes}")
+    if arguments.devices < 1 or 3840 % arguments.devices:
+        parser.error(
+            f"--devices {arguments.devices}: the rows of split proxies are a multiple of 3,840, which it must divide"
+        )
+    if arguments.batch < 1 or arguments.batch % arguments.devices:
+        parser.error(f"--batch {arguments.batch} must be a multiple of --devices {arguments.devices}")
     if arguments.processes > 1 and arguments.coordinator is None:
         sys.exit(in_processes(arguments))
     forced = f" --xla_force_host_platform_device_count={arguments.devices // arguments.processes}"

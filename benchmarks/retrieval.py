@@ -13,6 +13,7 @@ trained embedding.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -176,6 +177,8 @@ def main():
     parser.add_argument("--iterations", type=int, default=25, help="of k-means")
     parser.add_argument("--without", default="", help="leave out contestants with one of these words, with commas")
     options = parser.parse_args()
+    if options.shape not in SHAPES and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", options.shape):
+        parser.error(f"--shape {options.shape}: images x width x classes, as 1000x64x50, or {', '.join(SHAPES)}")
     shape = SHAPES.get(options.shape) or tuple(int(part) for part in options.shape.split("x"))
     without = [word for word in options.without.split(",") if word]
     parts = options.parts.split(",")
