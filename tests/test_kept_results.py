@@ -105,9 +105,9 @@ SETS = {"Omniglot": "omniglot", "glyphs": "glyphs", "birds": "birds_lite"}
 SHARES = (0, 20, 40, 60)
 
 
-def page_row(start):
-    """The cells of the row of docs/wrong_labels.md that starts so."""
-    lines = (ROOT / "docs" / "wrong_labels.md").read_text().splitlines()
+def page_row(start, page="wrong_labels"):
+    """The cells of the row of a page that starts so."""
+    lines = (ROOT / "docs" / f"{page}.md").read_text().splitlines()
     line = next(line for line in lines if line.startswith(f"| {start} |"))
     return [cell.strip("* ") for cell in line.strip("| ").split("|")]
 
@@ -121,10 +121,10 @@ def gains(plain, other, metric="R@1"):
     return [100 * (other[seed][metric] - plain[seed][metric]) for seed in sorted(plain.keys() & other.keys())]
 
 
-def gain(plain, other):
-    values = gains(plain, other)
-    told = f"{statistics.mean(values):+.1f} ({error(values):.1f})"
-    return told.replace("+0.0", "0.0").replace("-0.0 ", "0.0 ")
+def gain(plain, other, metric="R@1"):
+    values = gains(plain, other, metric)
+    shown = f"{statistics.mean(values):+.1f} ({error(values):.1f})"
+    return shown.replace("+0.0", "0.0").replace("-0.0 ", "0.0 ")
 
 
 def error(values):
@@ -163,10 +163,10 @@ def test_the_gains_over_all_sets_are_those_of_the_kept_runs(published, share):
     assert page_row(f"all three | {share} %")[2:] == [above, f"{mean:+.1f} ({deviation:.1f})"]
 
 
-def of_row(published, table, row):
-    """The runs of a row of Omniglot with 60 % wrong labels."""
+def of_row(published, table, row, share=60, data="omniglot"):
+    """The runs of a row of Omniglot with 60 % wrong labels, or others."""
     row = row.replace(" ", "_").replace(",", "").replace("/", "-")
-    return published.of(f"{table}/omniglot/noise60/{row}")
+    return published.of(f"{table}/{data}/noise{share}/{row}")
 
 
 def loss_row(published, loss):
@@ -237,3 +237,42 @@ def damage_row(published, percent):
 @pytest.mark.parametrize("percent", [0, 30, 60, 90])
 def test_the_table_of_damage_is_that_of_the_kept_runs(published, percent):
     assert page_row(f"damaged: {percent} %")[1:] == damage_row(published, percent)
+
+
+def alive_row(published, remedy):
+    """The cells of a setting against a vanishing u under multi-similarity, with wrong and with clean labels."""
+    cells = []
+    for share in (60, 0):
+        plain = of_row(published, "more", "multi_similarity/plain+mixup", share)
+        table, name = ("alive", f", {remedy}") if remedy != "none" else ("more", "")
+        found = of_row(published, table, f"multi_similarity/ism+mixup{name}", share)
+        if not found:
+            return [*cells, "", "", ""]
+        length = statistics.mean(run["uncertainty_mean"] for run in found.values())
+        cells += [cell(found, "R@1"), gain(plain, found), f"{length:.2f}"]
+    return cells
+
+
+REMEDIES = (
+    "none", "negatives stopped", "negatives stopped, attenuation 0.1", "negatives stopped, attenuation 1",
+    "attenuation 0.1", "prior by confusion 0.1", "scalar", "scalar, negatives stopped, attenuation 0.1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("remedy", REMEDIES)
+def test_the_table_of_settings_that_keep_u_alive_is_that_of_the_kept_runs(published, remedy):
+    assert page_row(f"alive: {remedy}", "introspection")[1:] == alive_row(published, remedy)
+
+
+RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
+
+
+def rate_row(published, rate):
+    """The cells of a learning rate with 60 % wrong labels, on held-out classes."""
+    plain, ism = (of_row(published, "rates", f"{metric}+mixup, rate {rate:g}") for metric in ("plain", "ism"))
+    return [str(len(plain.keys() & ism.keys())), cell(plain, "R@1"), cell(ism, "R@1"), gain(plain, ism)]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_the_table_of_rates_is_that_of_the_kept_runs(published, rate):
+    assert page_row(f"60 %, rate {rate:g}")[1:] == rate_row(published, rate)

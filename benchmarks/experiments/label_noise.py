@@ -318,19 +318,28 @@ def draw_rates(given: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    rates = [factor * USUAL_RATE[given.data] for factor in BEST_OF]
     figure, axes = plt.subplots(1, len(given.noise), figsize=(4.2 * len(given.noise), 3.2), sharey=True, squeeze=False)
     for axis, noise in zip(axes[0], given.noise, strict=True):
-        for metric, colour in ((PLAIN, "#64748b"), (ISM, "#c2410c")):
+        # The second line a little to the right, so that its bars are seen beside those of the first.
+        for metric, colour, style, right in ((PLAIN, "#64748b", "--", 1.0), (ISM, "#c2410c", "-", 1.04)):
             points = []
-            for rate in (factor * USUAL_RATE[given.data] for factor in BEST_OF):
+            for rate in rates:
                 runs = results(given, place(given, "rates", noise) / folder_of(f"{metric}, rate {rate:g}"))
                 values = [100 * run["R@1"] for run in runs.values()]
                 if values:
-                    points.append((rate, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0))
+                    points.append(
+                        (right * rate, statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0)
+                    )
             if points:
-                axis.errorbar(*zip(*points, strict=True), color=colour, marker="o", capsize=3, label=metric)
+                name = "plain" if metric == PLAIN else "introspective"
+                axis.errorbar(
+                    *zip(*points, strict=True), color=colour, linestyle=style, marker="o", capsize=3, label=name
+                )
         axis.set_xscale("log")
-        axis.set_title(f"{given.data}, {100 * noise:.0f} % wrong labels", fontsize=10)
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.minorticks_off()
+        axis.set_title(f"{given.data}, {100 * noise:.0f} % wrong labels (mean and deviation)", fontsize=10)
         axis.set_xlabel("learning rate", fontsize=9)
         axis.grid(color="#e2e8f0", linewidth=0.8)
     axes[0][0].set_ylabel("R@1 on held-out classes (%)", fontsize=9)
