@@ -247,7 +247,7 @@ def alive_row(published, remedy):
         table, name = ("alive", f", {remedy}") if remedy != "none" else ("more", "")
         found = of_row(published, table, f"multi_similarity/ism+mixup{name}", share)
         if not found:
-            return [*cells, "", "", ""]
+            return [*cells, "-", "-", "-"]
         length = statistics.mean(run["uncertainty_mean"] for run in found.values())
         cells += [cell(found, "R@1"), gain(plain, found), f"{length:.2f}"]
     return cells
