@@ -54,6 +54,8 @@ def _search(given: dict[str, Any]) -> None:
         check_result(out, (given[name] for name in ("index", "query", "held_out", "distractors")), FORMATS)
     if given["k"] < 1:
         raise UserError(f"-k {given['k']} must be at least 1")
+    if given["memory"] < 0:
+        raise UserError(f"--memory={given['memory']}: MiB, at least 0")
     for name, what in (("abstain", "of right answers"), ("strangers", "of answered strangers")):
         if given[name] is not None and not 0 < given[name] < 1:
             raise UserError(f"--{name}={given[name]}: a share {what}, above 0 and below 1")

@@ -14,7 +14,7 @@ _READ = 50  # pairs whose bytes are compared
 
 
 def copies_line(new: Source, known: Source, what: str, other: str) -> str:
-    """Looks for copied files: the same class folder, name, size and content.
+    """Looks for copied files: the same place below the folder of the part, the same size and content.
 
     At most 1,000 images are looked at and 50 pairs are read, whatever the size of the set, so this finds parts that
     were copied as a whole; single copies are found by ``python -m idml_jax.audit``. The same path is no copy, since
@@ -31,24 +31,34 @@ def copies_line(new: Source, known: Source, what: str, other: str) -> str:
     """
     if not (len(new) and len(known)) or _size(key_of(new, 0)) is None:
         return ""  # records of prepared data are no files
-    places = np.unique(np.linspace(0, len(new) - 1, min(len(new), _LOOKED_AT)).astype(int))
-    wanted = {_end(path): path for path in (key_of(new, int(place)) for place in places)}
+    some, theirs = _some(new), _folder(_some(known))
+    mine = _folder(some)
+    wanted = {path[len(mine) :]: path for path in some}
     keys = (key_of(known, index) for index in range(len(known)))
-    candidates = ((wanted[end], path) for path in keys if wanted.get(end := _end(path), path) != path)
+    candidates = ((wanted[end], path) for path in keys if wanted.get(end := path[len(theirs) :], path) != path)
     same_size = (pair for pair in candidates if (size := _size(pair[0])) is not None and size == _size(pair[1]))
     found = [pair for pair in islice(same_size, _READ) if _same(*pair)]
     if not found:
         return ""
-    mine, theirs = found[0]
+    one, other_one = found[0]
     return (
-        f"{what} are copies of {other} ({len(found)} found among those looked at; the first: {shown(mine)} and "
-        f"{shown(theirs)}), so recall comes out too high"
+        f"{what} are copies of {other} ({len(found)} found among those looked at; the first: {shown(one)} and "
+        f"{shown(other_one)}), so recall comes out too high"
     )
 
 
-def _end(path: str) -> str:
-    """Class folder and name."""
-    return "/".join(path.replace(os.sep, "/").rsplit("/", 2)[-2:])
+def _some(source: Source) -> list[str]:
+    """The paths of at most 1,000 images, spread over the source."""
+    places = np.unique(np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int))
+    return [key_of(source, int(place)) for place in places]
+
+
+def _folder(paths: list[str]) -> str:
+    """The folder that all are in."""
+    try:
+        return os.path.commonpath(paths)
+    except ValueError:  # some relative, some not
+        return ""
 
 
 def _size(path: str) -> int | None:

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,6 +140,18 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
+def refuse_in_a_starting_process() -> None:
+    """Ends a process that runs its parent's script once more: what multiprocessing does with a script without a guard.
+
+    Such a process would train, too, in the same folder.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+        sys.exit(
+            "error: config.data.workers starts processes that read the script again: put what it does below "
+            'if __name__ == "__main__":'
+        )
+
+
 def load_reader() -> ModuleType:
     """Imports Grain, which takes a while and only training needs.
 
@@ -155,12 +168,20 @@ def _iterate(batches: _Batches, reading: Reading) -> Iterator[Batch]:
     options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
     chain = grain.MapDataset.source(batches).to_iter_dataset(options)
     if reading.workers:
+        refuse_in_a_starting_process()
         if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; notebooks and own programs parse none
             flags.FLAGS.mark_as_parsed()
         chain = chain.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers, per_worker_buffer_size=2))
     iterator = iter(chain)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise UserError(
+            "a reader process (config.data.workers) has ended unexpectedly; what it said stands above. A script that "
+            'uses them does its work below if __name__ == "__main__":'
+        ) from error
     finally:
         with contextlib.suppress(Exception):
             iterator.close()

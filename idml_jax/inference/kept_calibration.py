@@ -45,7 +45,9 @@ def kept(
         return fit()
     folder = cache_home() / "idml_jax" / "calibrations"
     file = folder / f"{_digest(held_out, metric, names, options)}.npz"
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or a damaged one
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile
+    ):  # none, or a damaged one
         found = _read(file.read_bytes())
         os.utime(file)
         return found
@@ -89,7 +91,7 @@ def _read(content: bytes) -> Calibration:
     """The calibration of ``_written``.
 
     Raises:
-      ValueError, KeyError, EOFError, BadZipFile: for what is none.
+      ValueError, KeyError, TypeError, EOFError, BadZipFile: for what is none.
     """
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in arrays.files}
@@ -100,8 +102,10 @@ def _read(content: bytes) -> Calibration:
     if "open.mated" in found:
         parts = (found[f"open.{field}"] for field in Strangers._fields[1:])
         strangers = Strangers(_confidence(found, "open.model"), *parts)
-    model = _confidence(found, "model")
-    return Calibration(model, found["doubt"], found["correct"], found["labels"], setting, strangers)
+    rows = [found["doubt"], found["correct"], found["labels"], *(() if strangers is None else strangers[1:])]
+    if len({part.shape for part in rows}) > 1 or rows[0].ndim != 1:
+        raise ValueError("rows of different lengths")
+    return Calibration(_confidence(found, "model"), rows[0], rows[1], rows[2], setting, strangers)
 
 
 def _confidence(arrays: dict[str, np.ndarray], name: str) -> Confidence:
@@ -109,4 +113,6 @@ def _confidence(arrays: dict[str, np.ndarray], name: str) -> Confidence:
     low, high, mean, scale, weights = (
         arrays[f"{name}.{field}"] for field in ("low", "high", "mean", "scale", "weights")
     )
+    if not names or not len(names) == len(low) == len(high) == len(mean) == len(scale) <= len(weights):
+        raise ValueError("scores of different numbers")
     return Confidence(names, low, high, mean, scale, weights, float(arrays[f"{name}.bias"]))

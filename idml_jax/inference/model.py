@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from idml_jax.data.images.transforms import Transform
-from idml_jax.errors import quiet_libraries
+from idml_jax.errors import UserError, quiet_libraries
 from idml_jax.ism import Metric
 from idml_jax.models import EmbeddingModel
 from idml_jax.runtime import checkpoint, sharding
@@ -107,13 +107,29 @@ def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Tr
         return _load(user_path(workdir), devices)
 
 
+def _damaged(checkpoint_folder: Path) -> UserError:
+    """The error of a checkpoint that is damaged or incomplete; another one is not taken without a word."""
+    step, folder = checkpoint_folder.name, checkpoint_folder.parent
+    others = [entry.name for entry in folder.iterdir() if entry.name.isdecimal() and entry.name != step]
+    advice = "there is no other one"
+    if others:
+        advice = f"move it away to use that of step {max(others, key=int)}"
+    return UserError(f"{checkpoint_folder}: the best checkpoint of the run is damaged or incomplete; {advice}")
+
+
 def _load(workdir: Path, devices: Sequence[jax.Device] | None) -> Trained:
     config = workdir_lib.read(workdir)
     validate(config)
     folder = checkpoint.find_state(workdir / "checkpoints", config.eval.best_metric)
-    model = task_of(config).stored_model(config, lambda: weights.read(folder).values, folder)
-    like = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape(config)), jnp.float32))
-    loaded, _ = weights.load(folder, like, "all")
+    shape = jax.ShapeDtypeStruct((1, *image_shape(config)), jnp.float32)
+    try:
+        model = task_of(config).stored_model(config, lambda: weights.read(folder).values, folder)
+        like = jax.eval_shape(model.init, jax.random.key(0), shape)
+        loaded, _ = weights.load(folder, like, "all")
+    except UserError as error:
+        if folder.is_dir() and "cannot be read" not in str(error):
+            raise
+        raise _damaged(folder.parent) from error
     variables = {"params": loaded["params"], "batch_stats": loaded.get("batch_stats", {})}
     mesh = sharding.data_mesh(list(devices or jax.local_devices()))
     embedder = Embedder(

@@ -150,7 +150,10 @@ def rule(
         held_out, first = _by_median(calibrated, share, precision)
     if answered_strangers is not None:
         if calibrated.open is None:
-            raise ValueError("strangers: the held-out images are of too few classes to play strangers")
+            raise ValueError(
+                "strangers: the held-out images cannot play strangers: their classes are too few, or they have several "
+                "labels each"
+            )
         part = calibrated.open
         doubt = 1.0 - with_share(part.strangers, share) * part.right
         second = stranger_threshold(doubt, answered_strangers, groups=calibrated.labels)

@@ -95,7 +95,7 @@ def default_config() -> ConfigDict:
     config.data.per_class = -1  # K of P x K batches; 0: plain shuffling; -1: 4 for losses on pairs, else 0
     config.data.threads = 4  # number of reader and decoder threads
     config.data.prefetch = 4  # number of batches read ahead
-    config.data.workers = 0  # number of decoding processes, for hosts with many cores
+    config.data.workers = 0  # number of decoding processes, for hosts with many cores; see docs/input_pipeline.md
 
     config.model = ConfigDict()
     config.model.name = "resnet50"  # or auto: network and image settings of the weights in init_from

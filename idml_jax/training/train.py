@@ -85,6 +85,7 @@ def train_and_evaluate(
       UserError: for settings or data that cannot work, and if the loss is no longer finite.
       Stopped: on SIGTERM or SIGUSR1, after saving; the same call resumes and gives the same result.
     """
+    pipeline.refuse_in_a_starting_process()
     with StopRequest() as stop, quiet_libraries():
         return _train_and_evaluate(config, user_path(workdir), stop, build, resume)
 

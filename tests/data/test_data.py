@@ -269,6 +269,23 @@ class TestPipeline:
         os.kill(worker, signal.SIGKILL)
         pytest.fail("the worker process lives on")
 
+    def test_a_script_without_a_guard_is_told_so(self, image_folder, tmp_path):
+        """Its worker processes would train, too."""
+        script = tmp_path / "script.py"
+        script.write_text(
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+            "from runs_made import small_config\n"
+            "import idml_jax\n"
+            f"config = small_config({str(image_folder)!r}, max_steps=2, **{{'data.workers': 1}})\n"
+            "config.eval.untrained = False\n"
+            f"idml_jax.train_and_evaluate(config, {str(tmp_path / 'run')!r})\n"
+        )
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 1
+        assert "error: config.data.workers starts processes that read the script again" in done.stderr
+        assert "UserError: a reader process (config.data.workers) has ended unexpectedly" in done.stderr
+        assert "another process is training" not in done.stderr
+
     def test_evaluation_shows_every_image_once_tail_included(self, image_folder):
         source = sources.scan_folder(image_folder / "test")
         for hosts in (1, 2):

@@ -8,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import archives_made as made
+import cv2
+import numpy as np
 import pytest
 
 from idml_jax.data import datasets, files, folders, lists, sources
@@ -353,6 +355,18 @@ class TestCopies:
         (line,) = self.said(tmp_path, on_corrupt="skip")
         assert line.startswith("test images are copies of training images (50 found")
         assert str(tmp_path / "test/class_00/01.png") in line and "recall comes out too high" in line
+
+    def test_names_that_repeat_in_every_class(self, tmp_path):
+        """``<class>/images/0.bmp``: only the whole path tells which file was copied."""
+        for label in range(30):
+            folder = tmp_path / "train" / f"c{label:02d}" / "images"
+            folder.mkdir(parents=True)
+            for number in range(3):
+                pixels = np.random.default_rng([label, number]).integers(0, 256, (16, 16, 3), np.uint8)
+                cv2.imwrite(str(folder / f"{number}.bmp"), pixels)
+        shutil.copytree(tmp_path / "train", tmp_path / "test")
+        (line,) = self.said(tmp_path)
+        assert "(50 found" in line and str(tmp_path / "train/c00/images/0.bmp") in line
 
     def test_queries_in_the_gallery(self, image_folder, tmp_path):
         shutil.copytree(image_folder / "train", tmp_path / "train")

@@ -1,6 +1,7 @@
 """Calibrations that the commands keep: the same as new ones, for the same images and settings only."""
 
 import dataclasses
+import io
 
 import chex
 import jax
@@ -87,6 +88,13 @@ def test_a_damaged_file_is_replaced(fits, tmp_path):
         file.write_bytes(content)
         chex.assert_trees_all_equal(of(held_out()).doubt, first.doubt)
     assert len(made) == 5 and of(held_out()).setting == first.setting and len(made) == 5
+    with np.load(io.BytesIO(whole)) as arrays:
+        parts = {name: arrays[name] for name in arrays.files}
+    wrong = ({"model.names": np.asarray([], str)}, {"model.names": np.asarray("x")}, {"doubt": parts["doubt"][1:]})
+    for number, change in enumerate(wrong, 6):
+        np.savez(file, **{**parts, **change})
+        chex.assert_trees_all_equal(of(held_out()).doubt, first.doubt)
+        assert len(made) == number
 
 
 def test_only_commands_keep_and_only_where_they_may(fits, monkeypatch, tmp_path):

@@ -2,10 +2,12 @@
 
 import json
 import random
+import shutil
 
 import pytest
 
 from idml_jax.errors import UserError
+from idml_jax.inference import model
 from idml_jax.reporting.record import read_record
 from idml_jax.runtime import checkpoint
 from idml_jax.training import workdir as workdir_lib
@@ -100,3 +102,24 @@ def test_only_numbers_are_steps(tmp_path, name):
     (tmp_path / "7").mkdir()
     (tmp_path / (name or "y")).mkdir()
     assert checkpoint._steps(tmp_path) == [7]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "state missing"])
+def test_a_damaged_best_checkpoint_is_named_with_the_other_ones(finished, tmp_path, damage):
+    """None is taken in its place without a word: the metrics of ``result.json`` are of the best one."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    folder = checkpoint.find_state(run, default_config().eval.best_metric)
+    steps = sorted(int(entry.name) for entry in (run / "checkpoints").iterdir() if entry.name.isdecimal())
+    others = [step for step in steps if step != int(folder.parent.name)]
+    if damage == "truncated":
+        for file in (path for path in folder.rglob("*") if path.is_file()):
+            file.write_bytes(file.read_bytes()[:100])
+    else:
+        shutil.rmtree(folder)
+    advice = f"move it away to use that of step {others[-1]}" if others else "there is no other one"
+    with pytest.raises(UserError, match=rf"{folder.parent}: .* damaged or incomplete; {advice}"):
+        model.load(run)
+    folder.parent.rename(tmp_path / "aside")
+    if others:
+        assert model.load(run).step in others
