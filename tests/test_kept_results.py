@@ -276,3 +276,23 @@ def rate_row(published, rate):
 @pytest.mark.parametrize("rate", RATES)
 def test_the_table_of_rates_is_that_of_the_kept_runs(published, rate):
     assert page_row(f"60 %, rate {rate:g}")[1:] == rate_row(published, rate)
+
+
+def class_row(published, share, row):
+    """The cells of a classifier of the characters: top-1 on clean test images."""
+    plain, found = (of_row(published, "more", name, share, "omniglot_classes") for name in ("plain", row))
+    return [str(len(found)), cell(found, "top1"), *(["-"] if row == "plain" else [gain(plain, found, "top1")])]
+
+
+@pytest.mark.parametrize("row", ["plain", "ism", "plain, label smoothing"])
+@pytest.mark.parametrize("share", [0, 60])
+def test_the_table_of_classifiers_is_that_of_the_kept_runs(published, share, row):
+    assert page_row(f"classifier, {share} %: {row}")[1:] == class_row(published, share, row)
+
+
+@pytest.mark.parametrize("rate, shown", [(0.001, "26.6 ± 2.0"), (0.004, "32.4 ±\n1.0")])
+def test_the_rates_of_multi_similarity_are_those_of_the_kept_runs(kept, rate, shown):
+    runs = kept(EXPERIMENTS / "results" / "label_noise.jsonl", [f"optim.learning_rate={rate}"])
+    found = of_row(runs, "more", "multi_similarity/plain+mixup")
+    assert len(found) == 3 and cell(found, "R@1") == shown.replace("\n", " ")
+    assert shown in (ROOT / "docs" / "introspection.md").read_text()
