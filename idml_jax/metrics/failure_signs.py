@@ -42,8 +42,8 @@ def failure_signs(
 
     Collapsed: 95% of all images have |u| < small (with semantic distances about 1 and temperature 5 it then weakens
     no distance by more than half a percent). Outgrown: under the metric half of all pairs keep less than a tenth of
-    their semantic distance. Constant: |u| varies by less than a thousandth of its
-    mean. Copy: |`similarity_correlation`| above `correlated`.
+    their semantic distance. Constant: |u| varies by less than a thousandth of its mean. Copy:
+    |`similarity_correlation`| above `correlated`.
     """
     norms = np.sqrt(embedding_rows(uncertainty, "uncertainty")[1].astype(np.float64))
     signs = []

@@ -170,7 +170,7 @@ def picture_reader(index: Index, workdir: str) -> Reader:
     split = origin.partition("split:")[2]
     source: Source | None = None
     if split in embed.SPLITS:
-        source = embed.split_source(trained.load(workdir), split, warn=lambda line: None)
+        source = embed.split_source(trained.load(workdir), split, checked=False)
     elif tables.is_saved_set(Path(origin)) or (origin.lower().endswith(".parquet") and os.path.isfile(origin)):
         with contextlib.suppress(UserError):  # it has changed since, or holds no images
             source, _ = embed.list_images(origin, "--index", warn=lambda line: None)
