@@ -26,6 +26,8 @@ from idml_jax.runtime.compiled import keeps_results, trim
 from idml_jax.runtime.files import cache_home, write_bytes
 
 MOST_BYTES = 2**28  # what is kept; those longest unused go first
+# What a file raises that is missing, damaged, or not one of these.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
 _PACKAGE = Path(idml_jax.__file__).parent
 
 
@@ -43,16 +45,17 @@ def kept(
     """
     if not keeps_results():
         return fit()
-    folder = cache_home() / "idml_jax" / "calibrations"
+    try:
+        folder = cache_home() / "idml_jax" / "calibrations"
+    except RuntimeError:  # no home
+        return fit()
     file = folder / f"{_digest(held_out, metric, names, options)}.npz"
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile
-    ):  # none, or a damaged one
+    with contextlib.suppress(*_DAMAGED):
         found = _read(file.read_bytes())
         os.utime(file)
         return found
     made = fit()
-    with contextlib.suppress(OSError, UserError, RuntimeError):  # nowhere to keep it
+    with contextlib.suppress(OSError, UserError):  # nowhere to keep it
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_bytes(file, _written(made))
         trim(folder, MOST_BYTES)
