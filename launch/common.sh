@@ -23,6 +23,12 @@ fail() {
   exit 1
 }
 
+# from_there PATH: the path, from the folder that the script was called from.
+from_there() {
+  local path="${1/#\~\//$HOME/}"
+  case "$path" in /*) echo "$path" ;; *) echo "$CALLED_FROM/$path" ;; esac
+}
+
 # Whether a command is a Python that the packages work on. One that exists may be a stub that fails, so it is run.
 is_python() {
   "$1" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1
@@ -31,11 +37,8 @@ is_python() {
 find_python() {
   local candidate
   if [ -n "${PYTHON:-}" ]; then
-    case "$PYTHON" in
-      /*) candidate="$PYTHON" ;;
-      */*) candidate="$CALLED_FROM/$PYTHON" ;;
-      *) candidate="$PYTHON" ;;
-    esac
+    candidate="$PYTHON"
+    case "$PYTHON" in */*) candidate="$(from_there "$PYTHON")" ;; esac
     is_python "$candidate" || fail "PYTHON=$PYTHON is no Python 3.$OLDEST to 3.13; unset it to have one found"
     echo "$candidate"
     return

@@ -8,20 +8,13 @@
 #
 # makes your own photographs (a folder per class) searchable instead, without training: ImageNet weights of
 # EfficientNet-Lite0, the metric in closed form, an index of all photographs, and the report.
-STARTED_IN="$PWD"
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-# from_there PATH: the path, from the folder that the script was started in.
-from_there() {
-  local path="${1/#\~\//$HOME/}"
-  case "$path" in /*) echo "$path" ;; *) echo "$STARTED_IN/$path" ;; esac
-}
 
 PHOTOS="" WORKDIR="" SETTINGS=()
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help)
-      sed -n '2,/^STARTED_IN/{/^#/s/^# \{0,1\}//p}' "$ROOT/launch/quickstart.sh"
+      sed -n '2,/^source/{/^#/s/^# \{0,1\}//p}' "$ROOT/launch/quickstart.sh"
       exit 0
       ;;
     --photos | --photos=)

@@ -33,11 +33,14 @@ def copies_line(new: Source, known: Source, what: str, other: str) -> str:
         return ""  # records of prepared data are no files
     some, theirs = _some(new), _folder(_some(known))
     mine = _folder(some)
-    wanted = {path[len(mine) :]: path for path in some}
-    keys = (key_of(known, index) for index in range(len(known)))
-    candidates = ((wanted[end], path) for path in keys if wanted.get(end := path[len(theirs) :], path) != path)
-    same_size = (pair for pair in candidates if (size := _size(pair[0])) is not None and size == _size(pair[1]))
+    pairs = ((path, theirs + path[len(mine) :]) for path in some)
+    same_size = (
+        pair for pair in pairs if pair[0] != pair[1] and (size := _size(pair[1])) is not None and size == _size(pair[0])
+    )
     found = [pair for pair in islice(same_size, _READ) if _same(*pair)]
+    if found:  # the files are there; the known images need not be all of their folder
+        keys = {key_of(known, index) for index in range(len(known))}
+        found = [pair for pair in found if pair[1] in keys]
     if not found:
         return ""
     one, other_one = found[0]

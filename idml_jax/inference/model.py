@@ -109,11 +109,8 @@ def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Tr
 
 def _damaged(checkpoint_folder: Path) -> UserError:
     """The error of a checkpoint that is damaged or incomplete; another one is not taken without a word."""
-    step, folder = checkpoint_folder.name, checkpoint_folder.parent
-    others = [entry.name for entry in folder.iterdir() if entry.name.isdecimal() and entry.name != step]
-    advice = "there is no other one"
-    if others:
-        advice = f"move it away to use that of step {max(others, key=int)}"
+    others = [step for step in checkpoint.steps_of(checkpoint_folder.parent) if str(step) != checkpoint_folder.name]
+    advice = f"move it away to use that of step {others[-1]}" if others else "there is no other one"
     return UserError(f"{checkpoint_folder}: the best checkpoint of the run is damaged or incomplete; {advice}")
 
 

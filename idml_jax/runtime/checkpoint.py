@@ -67,7 +67,7 @@ class Checkpoints:
         self._tried: list[str] = []
         # One process moves damaged checkpoints before the others look.
         if read_only or jax.process_index() == 0:
-            for step in _steps(self.folder):
+            for step in steps_of(self.folder):
                 self._check_metrics(step, read_only)
         hosts.wait("metrics of the checkpoints")
         self._manager = _manager(self.folder, options)
@@ -99,7 +99,7 @@ class Checkpoints:
     @property
     def newest(self) -> int | None:
         """Step of the newest state, including the one saved by a stopped run."""
-        return max([*self._manager.all_steps(), *_steps(self._stopped)], default=None)
+        return max([*self._manager.all_steps(), *steps_of(self._stopped)], default=None)
 
     @property
     def by_metric(self) -> list[int]:
@@ -157,7 +157,7 @@ class Checkpoints:
 
     def _forget_stopped(self) -> None:
         """Removes the state written by ``save_stopped`` once a later checkpoint exists."""
-        stopped = _steps(self._stopped)
+        stopped = steps_of(self._stopped)
         if stopped and jax.process_index() == 0 and (self.latest or 0) >= stopped[-1]:
             shutil.rmtree(self._stopped, ignore_errors=True)
 
@@ -173,7 +173,7 @@ class Checkpoints:
           UserError: if no checkpoint is readable, or the newest one has another architecture.
         """
         while True:
-            regular, stopped = self.latest, next(iter(_steps(self._stopped)[::-1]), None)
+            regular, stopped = self.latest, next(iter(steps_of(self._stopped)[::-1]), None)
             if regular is None and stopped is None:
                 break
             from_stopped = stopped is not None and stopped > (regular or -1)
@@ -283,7 +283,7 @@ def _save_args(state: PyTree, record: Record) -> ocp.args.Composite:
     return ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
 
 
-def _steps(folder: Path) -> list[int]:
+def steps_of(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder; unfinished ones have other names."""
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     # ASCII only: str.isdigit accepts a superscript 2, which int() rejects.
@@ -333,7 +333,7 @@ def _differences(stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether a run's folder ``checkpoints``, or ``stopped`` next to it, holds a checkpoint."""
-    return bool(_steps(folder) or _steps(folder.parent / "stopped"))
+    return bool(steps_of(folder) or steps_of(folder.parent / "stopped"))
 
 
 def save_variables(folder: Path, variables: Variables) -> None:
@@ -366,7 +366,7 @@ def find_state(path: Path, metric: str) -> Path:
     if (path / "state").is_dir():
         return path / "state"
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if not _steps(folder):
+    if not steps_of(folder):
         raise UserError(f"{path}: neither weights of this package nor the folder of a run with checkpoints")
     checkpoints = Checkpoints(folder, metric, read_only=True)
     try:

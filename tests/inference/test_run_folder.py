@@ -101,7 +101,7 @@ def test_many_changed_folders_are_read_or_refused(tmp_path):
 def test_only_numbers_are_steps(tmp_path, name):
     (tmp_path / "7").mkdir()
     (tmp_path / (name or "y")).mkdir()
-    assert checkpoint._steps(tmp_path) == [7]
+    assert checkpoint.steps_of(tmp_path) == [7]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "state missing"])

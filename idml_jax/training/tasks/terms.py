@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from idml_jax.errors import UserError
 from idml_jax.losses import LOSSES, LossSpec
-from idml_jax.training.config import default_config, loss_options
+from idml_jax.training.config import default_config
 from idml_jax.training.fields import value_of
 
 __all__ = ["Term", "check_loss", "names_of", "proxy_sets", "reads_batch", "reads_proxies", "terms_of", "without_effect"]
@@ -106,17 +106,11 @@ def without_effect(config: ConfigDict) -> list[str]:
         unmetric = all(LOSSES[name].reads == "embeddings" for name in used)
         unused += ["ism.temperature"] * (unmetric or config.ism.variant == "released")
         unused += ["ism.variant"] * unmetric
-    changed = [
+    unused += [f"loss.{name}.{option}" for name in LOSSES if name not in used for option in default.loss[name]]
+    return [
         f"config.{field} = {value!r}"
         for field in unused
         if (value := _fixed(value_of(config, field))) != _fixed(value_of(default, field))
-    ]
-    return changed + [
-        f"config.loss.{name}.{option} = {config.loss[name][option]!r}"
-        for name in LOSSES
-        if name not in used and name in config.loss
-        for option, default in loss_options(name).items()
-        if option in config.loss[name] and _fixed(config.loss[name][option]) != default
     ]
 
 
