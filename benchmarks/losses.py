@@ -1,9 +1,10 @@
-"""Time and memory of every loss, value and gradient, against pytorch-metric-learning on the same CPU in the same run.
+"""Time and memory of every loss, value and gradient, against pytorch-metric-learning on the same device in one run.
 
     python benchmarks/losses.py                       # the whole table in docs/losses.md, some minutes
     python benchmarks/losses.py --sizes 256 --losses contrastive fast_ap --rounds 20
     python benchmarks/losses.py --introspective       # ours on the introspective metric, theirs as it is
     python benchmarks/losses.py --compiled --losses smooth_ap --sizes 4096    # memory of the compiled program, not run
+    python benchmarks/losses.py --gpu --sizes 1024 4096                       # both libraries on a GPU
 
 Needs the extra 'parity'. Each combination of loss, size and library runs in a separate process, so that peak memory is
 measured separately. The processes of a loss and size alternate, so that other load on the machine affects all.
@@ -13,6 +14,9 @@ of a batch with proxies, twice that on the introspective metric where both sides
 pytorch-metric-learning over theirs. Memory is the peak resident set minus its size before the first evaluation: it
 includes compilation, but not libraries and inputs. As in training, both libraries have huge pages where the system
 offers them (docs/networks.md); ``GLIBC_TUNABLES= python benchmarks/losses.py`` measures without.
+
+On a GPU a library has one process for all losses. Memory is the device's, without arguments: of ours what the compiled
+program allocates, of theirs the allocator's peak. A time ends when the value has reached the host.
 """
 
 import argparse
@@ -22,6 +26,8 @@ import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from idml_jax.runtime import huge_pages
 
@@ -92,12 +98,22 @@ def our_loss(name, size, introspective):
     return loss, (params, jax.random.key(0))
 
 
-def our_step(name, size, introspective):
-    """A function without arguments that computes value and gradient once."""
+def planned(program):
+    """MiB that a compiled program allocates on its device for itself and its results."""
+    analysis = program.memory_analysis()
+    return (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 2**20
+
+
+def our_step(name, size, options):
+    """A function without arguments that computes value and gradient once, and one that gives its memory in MiB."""
     import jax
 
-    loss, arguments = our_loss(name, size, introspective)
-    return lambda: float(jax.block_until_ready(loss(*arguments))[0])
+    loss, arguments = our_loss(name, size, options.introspective)
+    if options.gpu:
+        loss = loss.lower(*arguments).compile()
+        return lambda: float(jax.block_until_ready(loss(*arguments))[0]), partial(planned, loss)
+    before = peak_mib()
+    return lambda: float(jax.block_until_ready(loss(*arguments))[0]), lambda: peak_mib() - before
 
 
 def compiled(name, size, introspective):
@@ -107,12 +123,13 @@ def compiled(name, size, introspective):
     print(f"| {name} | {size} | {analysis.temp_size_in_bytes / 2**20:.0f} |", flush=True)
 
 
-def their_step(name, size, _):
+def their_step(name, size, options):
     """The same with pytorch-metric-learning."""
     import torch
     from pytorch_metric_learning import losses, miners, reducers
 
     torch.manual_seed(0)
+    device = torch.device("cuda" if options.gpu else "cpu")
     classes = size // PER_CLASS
     loss, miner = {
         "contrastive": lambda: (losses.ContrastiveLoss(pos_margin=0, neg_margin=0.5), None),
@@ -147,8 +164,9 @@ def their_step(name, size, _):
         ),
         "smooth_ap": lambda: (losses.SmoothAPLoss(), None),
     }[name]()
-    embedding = torch.randn(size, DIMENSION, requires_grad=True)
-    labels = torch.arange(size) // PER_CLASS
+    loss = loss.to(device)
+    embedding = torch.randn(size, DIMENSION, device=device, requires_grad=True)
+    labels = torch.arange(size, device=device) // PER_CLASS
 
     def step():
         embedding.grad = None
@@ -156,10 +174,21 @@ def their_step(name, size, _):
         value.backward()
         return value.item()
 
-    return step
+    if not options.gpu:
+        before = peak_mib()
+        return step, lambda: peak_mib() - before
+
+    def memory():
+        embedding.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    return step, memory
 
 
-def products_step(name, size, introspective):
+def products_step(name, size, options):
     """The matrix products alone: of all pairs, and of their gradient with each side that learns."""
     import jax
 
@@ -175,7 +204,7 @@ def products_step(name, size, introspective):
         lambda a, b: jax.lax.dot_general(a, b, (contracted, ((), ())), precision=jax.lax.Precision.HIGHEST)
     )
     of_pairs, of_rows, of_columns = product(((1,), (1,))), product(((1,), (0,))), product(((0,), (0,)))
-    times = 2 if introspective and not proxies else 1
+    times = 2 if options.introspective and not proxies else 1
 
     def step():
         for _ in range(times):
@@ -184,63 +213,95 @@ def products_step(name, size, introspective):
             if proxies:
                 jax.block_until_ready(of_columns(gradient, batch))
 
-    return step
+    return step, lambda: 0.0
 
 
 def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def work(library, name, size, options):
-    """One process: evaluates whenever a line comes in, reports as a line of JSON."""
-    resource.setrlimit(resource.RLIMIT_AS, (int(options.limit_gib * 2**30),) * 2)
+MAKERS = {"ours": our_step, "theirs": their_step, "products": products_step}
+
+
+def work(library, options):
+    """One process: evaluates a loss and size whenever a line names them, and reports as a line of JSON."""
+    if not options.gpu:  # which maps more address space than there is memory
+        resource.setrlimit(resource.RLIMIT_AS, (int(options.limit_gib * 2**30),) * 2)
     if options.cores:  # before the libraries count them for their thread pools
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-    make = {"ours": our_step, "theirs": their_step, "products": products_step}[library]
-    step = make(name, size, options.introspective)
-    before = peak_mib()
+    missing = {"ours": (), "theirs": OURS_ALONE, "products": NO_MATRIX}[library]
+    cases = [(name, size) for name in options.losses if name not in missing for size in options.sizes]
+    # Compiling is the longest part of the work on a GPU, and threads compile side by side.
+    with ThreadPoolExecutor(os.cpu_count() if library == "ours" and options.gpu else 1) as pool:
+        made = {case: pool.submit(MAKERS[library], *case, options) for case in cases}
     for line in sys.stdin:
-        time.sleep(0.3)  # the other library's threads spin for up to 0.2 s after their last piece of work
-        seconds = []
-        for _ in range(int(line)):
-            start = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - start)
-        print(json.dumps({"seconds": min(seconds), "mib": peak_mib() - before}), flush=True)
+        name, size, times = json.loads(line)
+        try:
+            step, memory = made[name, size].result()
+            if not options.gpu:
+                time.sleep(0.3)  # the other library's threads spin for up to 0.2 s after their last piece of work
+            seconds = []
+            for _ in range(times):
+                start = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - start)
+            answer = {"seconds": min(seconds), "mib": memory()}
+        except Exception as error:
+            if not options.gpu:
+                raise
+            answer = {"failure": (str(error).strip().splitlines() or [type(error).__name__])[0]}
+            if library == "theirs":
+                import torch
+
+                torch.cuda.empty_cache()  # what it keeps of the GPU is the other library's room
+        print(json.dumps(answer), flush=True)
+
+
+class Process:
+    """A process of ``work``."""
+
+    def __init__(self, library, names, sizes, options):
+        command = [sys.executable, __file__, "--worker", library, "--losses", *names, "--sizes", *map(str, sizes)]
+        command += ["--limit-gib", str(options.limit_gib), "--cores", str(options.cores)]
+        command += ["--introspective"] * options.introspective + ["--gpu"] * options.gpu
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # a GPU is shared by the libraries
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, *question):
+        """The answer as a dictionary; with its ``failure`` where there is none."""
+        try:
+            self.process.stdin.write(json.dumps(question) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            return {"failure": (self.process.communicate()[1].strip().splitlines() or ["killed"])[-1]}
+
+    def close(self):
+        if not self.process.stdin.closed:
+            self.process.stdin.close()
+        self.process.wait()
 
 
 class Worker:
-    """A process of ``work``; answers None once it has failed, with the reason in ``failure``."""
+    """A loss and size of one library; answers None once it has failed, with the reason in ``failure``."""
 
-    def __init__(self, library, name, size, options):
-        command = [sys.executable, __file__, "--worker", library, "--losses", name, "--sizes", str(size)]
-        command += ["--limit-gib", str(options.limit_gib), "--cores", str(options.cores)]
-        command += ["--introspective"] * options.introspective
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def __init__(self, process, name, size):
+        self.process, self.case = process, (name, size)
         self.failure, self.seconds, self.mib = "", [], 0.0
 
     def evaluate(self, times=1, record=True):
         if self.failure:
             return
-        try:
-            self.process.stdin.write(f"{times}\n")
-            self.process.stdin.flush()
-            answer = json.loads(self.process.stdout.readline())
-        except (BrokenPipeError, json.JSONDecodeError):
-            error = (self.process.communicate()[1].strip().splitlines() or ["killed"])[-1]
+        answer = self.process.ask(*self.case, times)
+        if error := answer.get("failure"):
             out_of_memory = any(s in error for s in ("memory", "alloc", "MemoryError", "killed", "RESOURCE_EXHAUSTED"))
             self.failure = "out of memory" if out_of_memory else error
             return
         self.mib = answer["mib"]
         if record:
             self.seconds.append(answer["seconds"])
-
-    def close(self):
-        if not self.process.stdin.closed:
-            self.process.stdin.close()
-        self.process.wait()
 
 
 class Missing:
@@ -251,14 +312,13 @@ class Missing:
     def evaluate(self, times=1, record=True):
         pass
 
-    def close(self):
-        pass
 
-
-def compare(name, size, options):
-    workers = [Worker("ours", name, size, options)]
-    workers.append(Missing() if name in OURS_ALONE else Worker("theirs", name, size, options))
-    workers.append(Missing() if name in NO_MATRIX else Worker("products", name, size, options))
+def compare(name, size, options, processes):
+    own = processes or {library: Process(library, [name], [size], options) for library in MAKERS}
+    ours = Worker(own["ours"], name, size)
+    theirs = Missing() if name in OURS_ALONE else Worker(own["theirs"], name, size)
+    products = Missing() if name in NO_MATRIX else Worker(own["products"], name, size)
+    workers = (ours, theirs, products)
     for worker in workers:
         worker.evaluate(record=False)  # compiles, and fills caches on both sides
     rounds = options.rounds or {256: 8, 1024: 5}.get(size, 4)
@@ -266,14 +326,14 @@ def compare(name, size, options):
         for worker in workers:
             # Fewer where one evaluation takes seconds.
             worker.evaluate(times=10 if size <= 1024 else 3 if min(worker.seconds, default=0.0) < 1 else 1)
-    for worker in workers:
-        worker.close()
-    ours, theirs, products = workers
-    cells = [name, str(size)]
-    cells += [w.failure or f"{1e3 * min(w.seconds):.1f}" for w in (ours, theirs)]
+    if not processes:
+        for process in own.values():
+            process.close()
+    cells, digits = [name, str(size)], 2 if options.gpu else 1
+    cells += [w.failure or f"{1e3 * min(w.seconds):.{digits}f}" for w in (ours, theirs)]
     failed = ours.failure or theirs.failure
     cells.append("-" if failed else f"{min(theirs.seconds) / min(ours.seconds):.1f}")
-    cells.append("-" if products.failure else f"{1e3 * min(products.seconds):.1f}")
+    cells.append("-" if products.failure else f"{1e3 * min(products.seconds):.{digits}f}")
     cells.append("-" if failed or products.failure else f"{min(theirs.seconds) / min(products.seconds):.1f}")
     cells += ["-" if w.failure else f"{w.mib:.0f}" for w in (ours, theirs)]
     cells.append("-" if failed else f"{theirs.mib / max(ours.mib, 1):.1f}")
@@ -290,13 +350,15 @@ def main():
     parser.add_argument(
         "--compiled", action="store_true", help="memory of the compiled program of ours; nothing is run"
     )
+    parser.add_argument("--gpu", action="store_true", help="all libraries on a GPU")
     parser.add_argument("--introspective", action="store_true", help="ours reads the introspective metric")
     parser.add_argument("--worker", choices=("ours", "theirs", "products"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(options.worker, options.losses[0], options.sizes[0], options)
+        work(options.worker, options)
         return
-    huge_pages.start_again()
+    if not options.gpu:
+        huge_pages.start_again()
     if options.compiled:
         print("| loss | N | MiB |\n|---|---|---|")
         for name in options.losses:
@@ -305,9 +367,14 @@ def main():
         return
     print("| loss | N | ms | PML | faster | products | at most | MiB | PML | less |")
     print("|---|---|---|---|---|---|---|---|---|---|")
+    processes = {}
+    if options.gpu:
+        processes = {library: Process(library, options.losses, options.sizes, options) for library in MAKERS}
     for name in options.losses:
         for size in options.sizes:
-            compare(name, size, options)
+            compare(name, size, options, processes)
+    for process in processes.values():
+        process.close()
 
 
 if __name__ == "__main__":

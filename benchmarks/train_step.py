@@ -17,7 +17,7 @@ Every row runs the same work on one device in a separate process, so that its me
 BatchNorm is frozen, as in the protocol. An image counts once, although the trunk sees it and its mixture. MFU is
 three times the arithmetic of the forward pass divided by the time, as a share of the device's bfloat16 peak, if known.
 Memory is the device's peak; on a CPU the process's peak resident set minus its size before weights and data, including
-compilation. PyTorch rows need the extra 'parity'. Times are medians over --steps steps after one.
+compilation. PyTorch rows need the extra 'parity', and torchvision for vit_b16. Times are medians over --steps steps after one.
 """
 
 import argparse
@@ -127,8 +127,15 @@ def torch_row(options):
     sys.path.insert(0, str(ROOT / "tests"))
     from torch_networks import ResNet50
 
-    if options.model != "resnet50":
-        raise SystemExit("the PyTorch rows are for --model resnet50")
+    if options.model == "resnet50":
+        trunk, width = ResNet50(), 2048
+    elif options.model == "vit_b16":
+        from torchvision.models import vit_b_16
+
+        trunk, width = vit_b_16(image_size=options.size), 768
+        trunk.heads = torch.nn.Identity()
+    else:
+        raise SystemExit("the PyTorch rows are for --model resnet50 or vit_b16")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     if not cuda:
@@ -140,15 +147,16 @@ def torch_row(options):
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.trunk = ResNet50()
-            self.semantic = torch.nn.Linear(2048, DIM)
-            self.hidden, self.uncertainty = torch.nn.Linear(2048, 128), torch.nn.Linear(128, DIM)
+            self.trunk = trunk
+            self.semantic = torch.nn.Linear(width, DIM)
+            self.hidden, self.uncertainty = torch.nn.Linear(width, 128), torch.nn.Linear(128, DIM)
 
         def forward(self, x):
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                maps = self.trunk(x)
-            maps = maps.float()
-            x = maps.mean((2, 3)) + maps.amax((2, 3))
+                x = self.trunk(x)
+            x = x.float()
+            if x.ndim == 4:  # the maps of a ResNet
+                x = x.mean((2, 3)) + x.amax((2, 3))
             return F.normalize(self.semantic(x)), self.uncertainty(torch.relu(self.hidden(F.normalize(x))))
 
     torch.manual_seed(0)
