@@ -17,7 +17,8 @@ Every row runs the same work on one device in a separate process, so that its me
 BatchNorm is frozen, as in the protocol. An image counts once, although the trunk sees it and its mixture. MFU is
 three times the arithmetic of the forward pass divided by the time, as a share of the device's bfloat16 peak, if known.
 Memory is the device's peak; on a CPU the process's peak resident set minus its size before weights and data, including
-compilation. PyTorch rows need the extra 'parity', and torchvision for vit_b16. Times are medians over --steps steps after one.
+compilation. PyTorch rows need the extra 'parity', and torchvision for vit_b16. Times are medians over --steps steps
+after one.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def jax_row(options):
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from jax.sharding import SingleDeviceSharding
 
     from idml_jax.ism import Metric
     from idml_jax.models import EmbeddingModel, create_model
@@ -106,7 +108,12 @@ def jax_row(options):
         }
     )
     forward = lambda v, x: model.apply(v, x, method=EmbeddingModel.features)
-    flops = jax.jit(forward).lower(state.variables, jnp.zeros((1, *shape))).cost_analysis()["flops"]
+    # A GPU's client knows no costs, so the pass is traced for the CPU.
+    cpu = SingleDeviceSharding(jax.devices("cpu")[0])
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu)
+    variables = jax.tree.map(put, state.variables)
+    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32, sharding=cpu)
+    flops = (jax.jit(forward).lower(variables, image).cost_analysis() or {}).get("flops")
 
     def step():
         nonlocal state
