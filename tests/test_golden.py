@@ -81,11 +81,16 @@ RARE = ("retrieval_released", "margin_learned", "contrastive_plain", "retrieval_
 def test_three_steps_of_training(name, roots):
     found, expected = golden.three_steps(name, root_of(roots, golden.STEPS[name])), GOLDEN["steps"][name]
     found = json.loads(json.dumps(found))
+    # That version also computed the gradient of frozen normalisation layers, which moved nothing.
+    frozen = golden.config_of("", **golden.STEPS[name]).model.batchnorm == "frozen"
+    if frozen:
+        for metrics in (*found["metrics"], *expected["metrics"]):
+            metrics.pop("gradient_norm")
     assert_same(found["metrics"], expected["metrics"], STEP_TOLERANCE)
     assert set(found["state"]) == set(expected["state"])
     for leaf, wanted in expected["state"].items():
         got = found["state"][leaf]
-        if EXACT:
+        if EXACT and not (frozen and "opt_state" in leaf and "bn" in leaf):
             assert got["sha256"] == wanted["sha256"], leaf
         elif leaf.startswith("['params']"):
             assert got["norm"] == pytest.approx(wanted["norm"], rel=STATE_TOLERANCE, abs=0.05), leaf

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from idml_jax.models.layers import BatchNorm, Conv, max_pool_2x2
+from idml_jax.models.layers import BatchNorm, Conv, max_pool_2x2, relu
 
 
 class ConvNet(nn.Module):
@@ -45,9 +45,9 @@ class ConvNet(nn.Module):
         self.check_images(*images.shape[1:3])
         x = images.astype(self.dtype)
         for layer in range(self.depth):
-            x = Conv(self.width, (3, 3), padding=1, dtype=self.dtype, looped=self.looped, name=f"conv{layer + 1}")(x)
-            x = BatchNorm(not train or self.frozen_statistics, dtype=self.dtype, name=f"bn{layer + 1}")(x)
-            x = max_pool_2x2(nn.relu(x))
+            conv = Conv(self.width, (3, 3), padding=1, dtype=self.dtype, looped=self.looped, name=f"conv{layer + 1}")
+            norm = BatchNorm(not train or self.frozen_statistics, dtype=self.dtype, name=f"bn{layer + 1}")
+            x = max_pool_2x2(relu(norm(x, after=conv)))
         return x
 
 

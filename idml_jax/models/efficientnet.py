@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from idml_jax.models.depthwise import DepthwiseConv, pad_same
-from idml_jax.models.layers import BatchNorm, Conv
+from idml_jax.models.layers import BatchNorm, Conv, relu6
 from idml_jax.models.resnet import ModuleDef
 
 
@@ -33,11 +33,6 @@ class StageSize(NamedTuple):
     features: int
 
 
-def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """``min(max(x, 0), 6)`` with gradient 0 at both ends, as in PyTorch; NaN stays NaN."""
-    return jnp.where(x >= 6.0, jnp.asarray(6.0, x.dtype), nn.relu(x))
-
-
 class SeparableBlock(nn.Module):
     """Depthwise and 1 x 1 convolution: the block of the first stage, which does not expand."""
 
@@ -51,7 +46,7 @@ class SeparableBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         y = self.depthwise(self.size.kernel, self.stride, name="conv_dw")(pad_same(x, self.size.kernel, self.stride))
         y = relu6(self.norm(name="bn1")(y))
-        y = self.norm(name="bn2")(self.conv(self.size.features, (1, 1), name="conv_pw")(y))
+        y = self.norm(name="bn2")(y, after=self.conv(self.size.features, (1, 1), name="conv_pw"))
         return x + y if self.stride == 1 and x.shape[-1] == y.shape[-1] else y
 
 
@@ -66,10 +61,10 @@ class InvertedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = relu6(self.norm(name="bn1")(self.conv(6 * x.shape[-1], (1, 1), name="conv_pw")(x)))
+        y = relu6(self.norm(name="bn1")(x, after=self.conv(6 * x.shape[-1], (1, 1), name="conv_pw")))
         y = self.depthwise(self.size.kernel, self.stride, name="conv_dw")(pad_same(y, self.size.kernel, self.stride))
         y = relu6(self.norm(name="bn2")(y))
-        y = self.norm(name="bn3")(self.conv(self.size.features, (1, 1), name="conv_pwl")(y))
+        y = self.norm(name="bn3")(y, after=self.conv(self.size.features, (1, 1), name="conv_pwl"))
         return x + y if self.stride == 1 and x.shape[-1] == y.shape[-1] else y
 
 
@@ -101,15 +96,15 @@ class EfficientNetLite(nn.Module):
         conv = partial(Conv, dtype=self.dtype, looped=self.looped)
         depthwise = partial(DepthwiseConv, dtype=self.dtype)
         norm = partial(BatchNorm, use_running_average=fixed, momentum=0.99, epsilon=1e-3, dtype=self.dtype)
-        x = conv(self.stem, (3, 3), (2, 2), name="conv_stem")(pad_same(images.astype(self.dtype), 3, 2))
-        x = relu6(norm(name="bn1")(x))
+        stem = conv(self.stem, (3, 3), (2, 2), name="conv_stem")
+        x = relu6(norm(name="bn1")(pad_same(images.astype(self.dtype), 3, 2), after=stem))
         for stage, size in enumerate(self.stages):
             kind = InvertedBlock if stage else SeparableBlock
             block = nn.remat(kind) if self.remat else kind
             for index in range(size.depth):
                 stride = 1 if index else size.stride
                 x = block(size, stride, conv, depthwise, norm, name=f"blocks_{stage}_{index}")(x)
-        return relu6(norm(name="bn2")(conv(self.head, (1, 1), name="conv_head")(x)))
+        return relu6(norm(name="bn2")(x, after=conv(self.head, (1, 1), name="conv_head")))
 
 
 LITE0 = (

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from idml_jax.models.layers import BatchNorm, Conv
+from idml_jax.models.layers import BatchNorm, Conv, relu
 from idml_jax.models.resnet import ModuleDef
 
 
@@ -26,9 +26,9 @@ class PyramidBasic(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         strides = (self.stride, self.stride)
-        y = self.conv(self.features, (3, 3), strides, padding=1, name="conv1")(self.norm(name="bn1")(x))
-        y = nn.relu(self.norm(name="bn2")(y))
-        y = self.norm(name="bn3")(self.conv(self.features, (3, 3), padding=1, name="conv2")(y))
+        conv1 = self.conv(self.features, (3, 3), strides, padding=1, name="conv1")
+        y = relu(self.norm(name="bn2")(self.norm(name="bn1")(x), after=conv1))
+        y = self.norm(name="bn3")(y, after=self.conv(self.features, (3, 3), padding=1, name="conv2"))
         return y + _shortcut(x, self.stride, y.shape[-1])
 
 
@@ -44,10 +44,11 @@ class PyramidBottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         strides = (self.stride, self.stride)
-        y = self.conv(self.features, (1, 1), name="conv1")(self.norm(name="bn1")(x))
-        y = nn.relu(self.norm(name="bn2")(y))
-        y = nn.relu(self.norm(name="bn3")(self.conv(self.features, (3, 3), strides, padding=1, name="conv2")(y)))
-        y = self.norm(name="bn4")(self.conv(self.features * self.expansion, (1, 1), name="conv3")(y))
+        conv1 = self.conv(self.features, (1, 1), name="conv1")
+        conv2 = self.conv(self.features, (3, 3), strides, padding=1, name="conv2")
+        y = relu(self.norm(name="bn2")(self.norm(name="bn1")(x), after=conv1))
+        y = relu(self.norm(name="bn3")(y, after=conv2))
+        y = self.norm(name="bn4")(y, after=self.conv(self.features * self.expansion, (1, 1), name="conv3"))
         return y + _shortcut(x, self.stride, y.shape[-1])
 
 
@@ -96,14 +97,13 @@ class PyramidNet(nn.Module):
         kind = PyramidBottleneck if self.bottleneck else PyramidBasic
         block = nn.remat(kind) if self.remat else kind
         width = 16.0
-        x = conv(16, (3, 3), padding=1, name="conv1")(images)
-        x = norm(name="bn1")(x)
+        x = norm(name="bn1")(images, after=conv(16, (3, 3), padding=1, name="conv1"))
         for stage in range(3):
             for index in range(blocks):
                 width += self.alpha / (3 * blocks)
                 stride = 2 if stage > 0 and index == 0 else 1
                 x = block(round(width), stride, conv, norm, name=f"layer{stage + 1}_{index}")(x)
-        return nn.relu(norm(name="bn_final")(x))
+        return relu(norm(name="bn_final")(x))
 
 
 PyramidNet200 = partial(PyramidNet, depth=200, alpha=240.0)

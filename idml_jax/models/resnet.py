@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from idml_jax.models.layers import BatchNorm, Conv, max_pool_3x3
+from idml_jax.models.layers import BatchNorm, Conv, max_pool_3x3, relu
 
 ModuleDef = Callable[..., nn.Module]
 
@@ -31,11 +31,10 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = self.conv(self.features, (3, 3), (self.stride, self.stride), padding=1, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
-        y = self.conv(self.features, (3, 3), padding=1, name="conv2")(y)
-        y = self.norm(name="bn2")(y)
-        return nn.relu(y + _shortcut(self, x, y.shape[-1]))
+        conv1 = self.conv(self.features, (3, 3), (self.stride, self.stride), padding=1, name="conv1")
+        y = relu(self.norm(name="bn1")(x, after=conv1))
+        y = self.norm(name="bn2")(y, after=self.conv(self.features, (3, 3), padding=1, name="conv2"))
+        return relu(y + _shortcut(self, x, y.shape[-1]))
 
 
 class Bottleneck(nn.Module):
@@ -52,12 +51,13 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         first, second = (self.stride, 1) if self.stride_first else (1, self.stride)
-        y = self.conv(self.features, (1, 1), (first, first), name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
-        y = self.conv(self.features, (3, 3), (second, second), padding=1, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn2")(y))
-        y = self.norm(name="bn3")(self.conv(self.features * self.expansion, (1, 1), name="conv3")(y))
-        return nn.relu(y + _shortcut(self, x, y.shape[-1]))
+        conv1 = self.conv(self.features, (1, 1), (first, first), name="conv1")
+        conv2 = self.conv(self.features, (3, 3), (second, second), padding=1, name="conv2")
+        conv3 = self.conv(self.features * self.expansion, (1, 1), name="conv3")
+        y = relu(self.norm(name="bn1")(x, after=conv1))
+        y = relu(self.norm(name="bn2")(y, after=conv2))
+        y = self.norm(name="bn3")(y, after=conv3)
+        return relu(y + _shortcut(self, x, y.shape[-1]))
 
 
 class BottleneckV1(Bottleneck):
@@ -72,8 +72,8 @@ def _shortcut(block: BasicBlock | Bottleneck, x: Array, features: int) -> Array:
     if block.shortcut == "pad":
         x = x[:, :: block.stride, :: block.stride]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
-    x = block.conv(features, (1, 1), (block.stride, block.stride), name="downsample_conv")(x)
-    return block.norm(name="downsample_bn")(x)
+    conv = block.conv(features, (1, 1), (block.stride, block.stride), name="downsample_conv")
+    return block.norm(name="downsample_bn")(x, after=conv)
 
 
 class ResNet(nn.Module):
@@ -108,12 +108,10 @@ class ResNet(nn.Module):
         norm = partial(BatchNorm, use_running_average=not train or self.frozen_statistics, dtype=self.dtype)
         x = images.astype(self.dtype)
         if self.stem == "imagenet":
-            x = conv(self.width, (7, 7), (2, 2), padding=3, name="conv1")(x)
-            x = nn.relu(norm(name="bn1")(x))
+            x = relu(norm(name="bn1")(x, after=conv(self.width, (7, 7), (2, 2), padding=3, name="conv1")))
             x = max_pool_3x3(x)
         elif self.stem == "small":
-            x = conv(self.width, (3, 3), padding=1, name="conv1")(x)
-            x = nn.relu(norm(name="bn1")(x))
+            x = relu(norm(name="bn1")(x, after=conv(self.width, (3, 3), padding=1, name="conv1")))
         else:
             raise ValueError(f"unknown stem {self.stem!r}; known: imagenet, small")
         block = nn.remat(self.block) if self.remat else self.block

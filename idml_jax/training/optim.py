@@ -96,6 +96,13 @@ class GroupOptimizer:
             rule = optax.chain(*clip, *decay, optax.trace(self.momentum, nesterov=True))
         object.__setattr__(self, "rule", rule)
 
+    def rested(self, trunk: Params) -> Params:
+        """The trunk's parameters; those that ``frozen_norm`` freezes are constants, whose gradient is not computed."""
+        if not self.frozen_norm:
+            return trunk
+        rest = lambda path, p: jax.lax.stop_gradient(p) if is_norm_parameter(path) else p
+        return jax.tree_util.tree_map_with_path(rest, trunk)
+
     def init(self, params: Mapping[str, Params]) -> dict[str, optax.OptState]:
         """Initial optimizer state of every group."""
         if "trunk" in params and not self.trunk.everything:

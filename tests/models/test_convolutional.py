@@ -1,5 +1,8 @@
 """ConvNeXt and EfficientNet-Lite: depthwise convolutions, sizes, names, and packages of weights."""
 
+import re
+from unittest import mock
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,9 @@ from safetensors.numpy import save_file
 
 from idml_jax import models, pretrained
 from idml_jax.errors import UserError
-from idml_jax.models import convnext_names, depthwise, efficientnet_names, naming
-from idml_jax.models.efficientnet import LITE0, relu6
+from idml_jax.models import MODELS, convnext_names, depthwise, efficientnet_names, layers, naming
+from idml_jax.models.efficientnet import LITE0
+from idml_jax.models.layers import relu6
 from idml_jax.training import packaged_weights
 from idml_jax.training.weights import files
 
@@ -39,6 +43,64 @@ def test_same_padding_is_tensorflows():
     cases = {(224, 3, 2): (0, 1), (112, 5, 2): (1, 2), (15, 3, 2): (1, 1), (14, 5, 1): (2, 2), (8, 2, 2): (0, 0)}
     assert {case: depthwise.same_padding(*case) for case in cases} == cases
     assert depthwise.pad_same(jnp.ones((1, 224, 15, 2)), 3, 2).shape == (1, 225, 17, 2)
+
+
+def on_backend(name):
+    """Layers choose what they choose on such a device; the CPU computes it."""
+    return mock.patch.object(jax, "default_backend", lambda: name)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["relu", "relu6"])
+def test_activations_of_a_gpu_are_those_of_a_cpu(name, dtype):
+    """Values and gradients are equal to the bit, also at the ends, for infinities and NaN."""
+    x = jnp.asarray([-jnp.inf, -1.0, -0.0, 0.0, 1e-30, 0.3, 3.0, 5.97, 6.0, 6.03, 7.0, jnp.inf, jnp.nan], dtype)
+    weights = jnp.arange(1.0, 14.0, dtype=dtype)
+    found = []
+    for backend in ("cpu", "gpu"):
+        with on_backend(backend):
+            value, back = jax.vjp(jax.jit(lambda x: getattr(layers, name)(x)), x)
+            slope = jax.grad(lambda x: jnp.sum(jnp.square(getattr(layers, name)(x))))
+            second = jax.grad(lambda x: jnp.sum(slope(x)[1:-2]))(x)  # noqa: B023 (called at once)
+            assert ("optimization_barrier" in str(jax.make_jaxpr(slope)(x))) == (backend == "gpu")
+        found.append((value, *back(weights), second))
+    chex.assert_trees_all_equal(*found)
+
+
+@pytest.mark.parametrize("name", ["resnet_tiny", "pyramidnet_tiny", "efficientnet_toy", "convnet_tiny"])
+def test_frozen_statistics_inside_of_convolutions_are_the_layers_one_after_another(name):
+    trunk = MODELS[name](frozen_statistics=True)
+    images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+    variables = jax.jit(trunk.init)(jax.random.key(1), images)
+    learn = jax.jit(lambda v: {**v, **MODELS[name]().apply(v, images, True, mutable=["batch_stats"])[1]})
+    for _ in range(20):  # until the statistics are near those of the images
+        variables = learn(variables)
+    leaves, tree = jax.tree.flatten(variables["params"])
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    some = lambda key, x: x + 0.3 * jax.random.normal(key, x.shape) if x.ndim == 1 else x  # scales and shifts
+    params = jax.tree.unflatten(tree, [some(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    found, additions = [], []
+    for backend in ("tpu", "gpu"):
+        with on_backend(backend):
+
+            def value(params):
+                maps = trunk.apply({**variables, "params": params}, images, True)
+                return jnp.mean(jnp.sin(maps)), maps
+
+            found.append(jax.jit(jax.grad(value, has_aux=True))(params))
+            # A layer of its own multiplies maps by its factor; inside of a convolution only the kernel is multiplied.
+            lines = str(jax.make_jaxpr(value)(params)).splitlines()
+            additions.append(sum(bool(re.search(r":f32\[4,\d+,\d+,\d+\] = mul ", line)) for line in lines))
+    (expected, expected_maps), (gradients, maps) = found
+    assert additions[1] < additions[0] / 2
+    assert np.linalg.norm(maps - expected_maps) < 1e-5 * np.linalg.norm(expected_maps)
+    whole = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    assert np.linalg.norm(whole(gradients) - whole(expected)) < 1e-3 * np.linalg.norm(whole(expected))
+    for group in ("kernel", "scale", "bias"):  # small next to the others
+        pick = lambda tree, group=group: np.concatenate(
+            [np.ravel(x) for path, x in naming.flatten(tree).items() if path.endswith(group)]
+        )
+        assert np.linalg.norm(pick(gradients) - pick(expected)) < 2e-3 * np.linalg.norm(pick(expected)), group
 
 
 def test_relu6_has_no_gradient_at_its_ends_and_passes_nan_on():

@@ -1,5 +1,8 @@
 """The train step on ConvNeXt, EfficientNet-Lite and GeM pooling: parts, frozen parameters, a run to the end."""
 
+import dataclasses
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -56,6 +59,37 @@ def test_a_step_in_parts_is_the_step_and_frozen_batchnorm_stays(name, pooling):
     after = naming.flatten(results[0][0]["trunk"])
     stayed = {path for path in before if np.array_equal(before[path], after[path])}
     assert stayed == {path for path in before if "bn" in path}
+
+
+def test_frozen_normalisation_has_no_gradient():
+    """It is not computed: only what learns counts in the gradient's length, and the backward pass has less to do."""
+    frozen = setup("resnet_tiny", "avg", 1)
+    learning = dataclasses.replace(frozen, optimizer=dataclasses.replace(frozen.optimizer, frozen_norm=False))
+    rng = np.random.default_rng(0)
+    data = {
+        "image": jnp.asarray(rng.integers(0, 256, (8, 16, 16, 3)), jnp.uint8),
+        "label": jnp.asarray(rng.integers(0, 4, 8), jnp.int32),
+    }
+    create = jax.jit(lambda key: create_state(key, frozen.model, frozen.objective, frozen.optimizer, (16, 16, 3)))
+    before = create(jax.random.key(0))
+    (still, metrics), (moved, others) = (
+        jax.jit(partial(steps.train_step, setup=s))(before, data) for s in (frozen, learning)
+    )
+    flat = lambda state: naming.flatten(state.params["trunk"])
+    old, new = flat(before), flat(moved)
+    # A step of SGD without momentum, decay or clipping: the way of every parameter is its gradient.
+    rate = float(metrics["learning_rate"])
+    way = {path: np.square((np.asarray(old[path], np.float64) - new[path]) / rate).sum() for path in old}
+    of_norm = sum(square for path, square in way.items() if "bn" in path)
+    assert of_norm > 0.01 * sum(way.values())
+    np.testing.assert_allclose(metrics["gradient_norm"] ** 2, others["gradient_norm"] ** 2 - of_norm, rtol=1e-3)
+    for path, value in flat(still).items():
+        np.testing.assert_allclose(value, old[path] if "bn" in path else new[path], rtol=1e-6, atol=1e-9, err_msg=path)
+    flops = [
+        jax.jit(partial(steps.train_step, setup=s)).lower(before, data).cost_analysis()["flops"]
+        for s in (frozen, learning)
+    ]
+    assert flops[0] < flops[1]
 
 
 def test_an_unknown_pooling_is_refused(image_folder):
