@@ -91,17 +91,27 @@ class Reading:
 class _Batches:
     """This host's part of the batches of a range of steps; randomness depends on (seed, slot) only.
 
-    A whole batch is one Grain element: Grain's threads build several batches at a time, each into one buffer.
+    A whole batch is one Grain element. Its images are read by a pool of ``threads`` threads, which all batches in
+    preparation share: as many images are read at a time, however few batches are.
     """
 
     def __init__(self, source: Source, sampler: Sampler, reading: Reading, *, seed: int, start: int, stop: int):
         self._source, self._sampler, self._reading = source, sampler, reading
         self._seed, self._start, self._steps = seed, start, max(stop - start, 0)
         self._part = reading.part(sampler.batch_size, "config.batch_size")
+        self._pool = concurrent.futures.ThreadPoolExecutor(reading.threads, "read images")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_pool"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._reading.threads, "read images")
         _end_with_parent()  # a copy is unpickled in worker processes only
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(cancel_futures=True)
 
     def __len__(self) -> int:
         return self._steps
@@ -110,15 +120,28 @@ class _Batches:
         step = self._start + int(number)
         records = self._sampler.batch(step)[self._part]
         first_slot = step * self._sampler.batch_size + self._part.start
-        images = None
-        for place, record in enumerate(records.tolist()):
-            image = self._reading.load(self._source, record, self._seed, first_slot + place)
-            if images is None:
-                images = np.empty((len(records), *image.shape), np.uint8)
-            images[place] = image
+
+        buffer: list[np.ndarray] = []
+        lock = threading.Lock()
+
+        def fill(places: range) -> None:
+            for place in places:
+                image = self._reading.load(self._source, int(records[place]), self._seed, first_slot + place)
+                with lock:
+                    if not buffer:  # the first image tells the size of all
+                        buffer.append(np.empty((len(records), *image.shape), np.uint8))
+                buffer[0][place] = image
+
+        # Several images a task, since handing over a task takes as long as reading a small image.
+        size = max(1, len(records) // (4 * self._reading.threads))
+        tasks = [
+            self._pool.submit(fill, range(at, min(at + size, len(records)))) for at in range(0, len(records), size)
+        ]
+        for task in tasks:  # in order, so that of several unreadable images the first is named
+            task.result()
         sets = sets_of(self._source)
         return {
-            "image": images,
+            "image": buffer[0],
             "label": (self._source.labels if sets is None else sets)[records].astype(np.int32),
             "index": records.astype(np.int32),
         }
@@ -165,7 +188,8 @@ def load_reader() -> ModuleType:
 
 def _iterate(batches: _Batches, reading: Reading) -> Iterator[Batch]:
     grain: Any = load_reader()
-    options = grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
+    # A thread per batch in preparation, which waits for those that read its images.
+    options = grain.ReadOptions(num_threads=reading.prefetch, prefetch_buffer_size=reading.prefetch)
     chain = grain.MapDataset.source(batches).to_iter_dataset(options)
     if reading.workers:
         refuse_in_a_starting_process()
@@ -185,6 +209,7 @@ def _iterate(batches: _Batches, reading: Reading) -> Iterator[Batch]:
     finally:
         with contextlib.suppress(Exception):
             iterator.close()
+        batches.close()
 
 
 def train_batches(

@@ -125,12 +125,13 @@ class Trainer:
         progress = self.writer.progress(self.run.total_steps, self.step)
         shown = self._shown()
         pending = unfinished.get("end_epoch", False)
+        waiting = watch.Waiting(config.data.threads * max(1, config.data.workers))
         try:
             if pending:
                 self.end_epoch(self)
                 pending = False
             shown.note("compiling")
-            for batch in self._batches():
+            for batch in waiting.over(self._batches()):
                 placed = sharding.shard_batch({k: batch[k] for k in ("image", "label")}, self.run.mesh)
                 self.ahead.wait(self.stop.check)
                 try:
@@ -149,6 +150,7 @@ class Trainer:
                     told = "first step done %.1f s after the start; %s"
                     logger.info(told, self.speed.first_step, compiling().since(self.speed.compiling))
                     self.writer.begin()
+                    waiting.restart()
                     progress.measure(self.step)
                     shown.restart(self.step)
                 else:
@@ -158,12 +160,15 @@ class Trainer:
                 if self.step % config.log.every_steps == 0 or end_of_epoch:
                     self._log(window.flush(), *progress.measure(self.step))
                 if end_of_epoch:
+                    if told := waiting.told():
+                        logger.warning("warning: %s", told)
                     paused, pending = time.monotonic(), True
                     shown.note("evaluating")
                     self.end_epoch(self)
                     pending = False
                     progress.pause(time.monotonic() - paused)
                     shown.pause(time.monotonic() - paused)
+                    waiting.restart()
                 self.stop.check()
         except Stopped:
             if self.checkpoints.newest != self.step and self.step:

@@ -2,14 +2,17 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
+from idml_jax.data.pipeline import Batch
 from idml_jax.errors import UserError
+from idml_jax.runtime import cpus
 
 # JAX's own checks, enabled by ``config.debug``.
 CHECKS = ("nans", "infs", "leaks", "ranks", "transfers")
@@ -106,3 +109,43 @@ class Window:
         """Content of the window, as JSON without loss, for a run that is resumed."""
         self.settle()
         return {"sums": dict(self._sums), "count": self._count}
+
+
+class Waiting:
+    """Measures how long a loop waits for its batches, and says once in a run what would make it wait less.
+
+    Args:
+      threads: number of threads that read, over all processes of this host.
+    """
+
+    SHARE, SECONDS = 0.25, 5.0
+
+    def __init__(self, threads: int):
+        self._threads, self._told = threads, False
+        self.restart()
+
+    def restart(self) -> None:
+        """Measures from now on."""
+        self._start, self._waited = time.monotonic(), 0.0
+
+    def over(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches."""
+        iterator = iter(batches)
+        while True:
+            start = time.monotonic()
+            batch = next(iterator, None)
+            self._waited += time.monotonic() - start
+            if batch is None:
+                return
+            yield batch
+
+    def told(self) -> str:
+        """A sentence for the log if waiting was a large part of the time and more threads could read; else nothing."""
+        seconds, count = time.monotonic() - self._start, cpus.available()
+        if self._told or seconds < self.SECONDS or self._waited < self.SHARE * seconds or count <= self._threads:
+            return ""
+        self._told = True
+        return (
+            f"{100 * self._waited / seconds:.0f} % of the time went into waiting for images: {self._threads} threads "
+            f"read them on {count} CPUs; config.data.threads={count} uses all"
+        )

@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +239,37 @@ class TestPipeline:
             for a, b in zip(expected, other, strict=True):
                 for key in ("image", "label", "index"):
                     np.testing.assert_array_equal(a[key], b[key])
+
+    def test_all_threads_read_although_few_batches_are_prepared(self, image_folder):
+        """Twelve images are in work at a time, or the first twelve wait in vain for each other."""
+        together, lock, count = threading.Barrier(12, timeout=60), threading.Lock(), [0]
+
+        def meet(picture, rng):
+            with lock:
+                count[0] += 1
+                first = count[0] <= 12
+            if first:
+                together.wait()
+            return RandomResizedCrop(8)(picture, rng)
+
+        source = sources.scan_folder(image_folder / "train")
+        sampler = samplers.ShuffledSampler(len(source), 16, 0)
+        reading = pipeline.Reading(meet, channels=1, threads=12, prefetch=1)
+        assert len(list(pipeline.train_batches(source, sampler, reading, seed=0, start=0, stop=3))) == 3
+        assert count[0] == 48 and not [t for t in threading.enumerate() if t.name.startswith("read images")]
+
+    def test_the_first_of_several_damaged_images_of_a_batch_is_named(self, image_folder, tmp_path):
+        source = sources.scan_folder(image_folder / "train")
+        order = samplers.ShuffledSampler(len(source), 16, 0)
+        bad = order.batch(1)[[5, 3, 11]]
+        for record in bad:
+            (tmp_path / f"bad_{record}.png").write_bytes(b"nonsense")
+            source.paths[record] = str(tmp_path / f"bad_{record}.png")
+        reading = pipeline.Reading(RandomResizedCrop(8), channels=1, threads=4)
+        found = pipeline.train_batches(source, order, reading, seed=0, start=0, stop=5)
+        next(found)
+        with pytest.raises(UserError, match=rf"bad_{bad[1]}\.png: not an image"):
+            next(found)
 
     def test_worker_processes_end_with_a_killed_parent(self, image_folder):
         program = (

@@ -1,5 +1,7 @@
 """Optimizer, objective and the jitted train step."""
 
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from idml_jax.models import EmbeddingModel
 from idml_jax.models.convnet import ConvNet
 from idml_jax.models.heads import Heads
 from idml_jax.runtime import sharding
-from idml_jax.training import steps
+from idml_jax.training import steps, watch
 from idml_jax.training.config import default_config
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.state import create_state
@@ -350,3 +352,48 @@ def test_batches_that_do_not_split_over_the_devices_are_refused():
     sharding.check_divisible(16, mesh, "config.batch_size")
     with pytest.raises(UserError, match=r"config.batch_size \(12\) must be a multiple of the 8 devices"):
         sharding.check_divisible(12, mesh, "config.batch_size")
+
+
+class TestWaiting:
+    def run(self, monkeypatch, waits, works, threads=4, count=16):
+        """What is told after so many batches, each of which takes so long to come and to compute."""
+        now = [0.0]
+        monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        monkeypatch.setattr(watch, "cpus", SimpleNamespace(available=lambda: count))
+        waiting = watch.Waiting(threads)
+
+        def batches():
+            for number in range(10):
+                now[0] += waits
+                yield {"index": number}
+
+        told = []
+        for _ in range(2):
+            seen = 0
+            for batch in waiting.over(batches()):
+                assert batch["index"] == seen
+                seen, now[0] = seen + 1, now[0] + works
+            assert seen == 10
+            told.append(waiting.told())
+            now[0] += 1000.0  # an evaluation
+            waiting.restart()
+        assert not told[1]  # once in a run
+        return told[0]
+
+    def test_a_run_that_waits_for_images_is_told_how_not_to(self, monkeypatch):
+        assert self.run(monkeypatch, 0.9, 0.3) == (
+            "75 % of the time went into waiting for images: 4 threads read them on 16 CPUs; config.data.threads=16 "
+            "uses all"
+        )
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"waits": 0.2, "works": 1.0},  # seldom waits
+            {"waits": 0.3, "works": 0.1},  # too short to tell
+            {"waits": 0.9, "works": 0.3, "threads": 16},  # nothing is idle
+            {"waits": 0.9, "works": 0.3, "count": 2},
+        ],
+    )
+    def test_others_are_not(self, monkeypatch, changes):
+        assert not self.run(monkeypatch, **changes)

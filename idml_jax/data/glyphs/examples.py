@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from idml_jax.data.glyphs import draw
+from idml_jax.runtime import cpus
 
 # Fewer images than this are drawn in this process: others need half a second to start.
 _FEW = 2_000
@@ -102,8 +103,7 @@ def drawn(series: Series, processes: int = 0) -> Iterator[list[Example]]:
 def _processes(series: Series) -> int:
     if len(series.codes) * series.images_per_class < _FEW:
         return 1
-    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(_MOST_PROCESSES, cpus)
+    return min(_MOST_PROCESSES, cpus.available())
 
 
 def _images(series: Series, position: int) -> list[Example]:
