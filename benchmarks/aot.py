@@ -14,8 +14,8 @@ since the three do not overlap completely and nothing reaches its data sheet. A 
 --largest looks for the largest batch that does.
 
 All numbers are the compiler's; nothing has been run. Without the GPU, its compiler cannot try out its algorithms
-(autotuning), so memory and fusions of a GPU's program differ somewhat from those of a run. Arithmetic in float32 counts
-at the peak for bfloat16. Compiling takes minutes for a ResNet-50.
+(autotuning), so memory and fusions of a GPU's program differ somewhat from those of a run; bytes are the operands and
+results of its kernels. Arithmetic in float32 counts at the peak for bfloat16. For TPUs a ResNet-50 takes minutes.
 """
 
 import argparse
@@ -263,8 +263,8 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
     target = options.target
     chip = chips.CHIPS[target.split(":")[0]]
     received = sum(c.received for c in program.exchanges)
-    # Without the compiler's word at least the trunk's model is computed, and whatever lies in memory is used.
-    read = program.read or program.arguments + 2.0 * program.temporaries
+    # Without the compiler's word at least the trunk's model is computed.
+    read = program.read
     limit = chips.bounds(chip, max(program.operations, useful * batch / devices), read, received)
     images = batch / limit.seconds if step != "retrieval" else 0.0
     mfu = useful * images / devices / chip.peak / 1e12
@@ -280,7 +280,7 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
     total = f"{program.operations / 1e12:.3f} TFLOP" if program.operations else "arithmetic unknown"
     print(
         f"  work of a chip: {total} (trunk: {useful * batch / devices / 1e12:.3f}), "
-        f"{'' if program.read else 'at least '}{read / 1e9:.2f} GB read and written, {received / 1e9:.4f} GB received"
+        f"{read / 1e9:.2f} GB read and written, {received / 1e9:.4f} GB received"
     )
     for c in program.exchanges:
         shape = c.shape if len(c.shape) <= 90 else c.shape[:80] + f" ... {len(c.shape.split())} arrays"
@@ -349,8 +349,11 @@ def arguments(words=None):
 def main(options) -> None:
     for variable, value in ENVIRONMENT.items():  # before jax is imported
         os.environ.setdefault(variable, value)
-    if options.target.split(":")[0] in chips.GPUS:  # there is none to try algorithms on
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+    if (
+        options.target.split(":")[0] in chips.GPUS
+    ):  # there is none to try algorithms on, and Triton's products need that
+        flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     from idml_jax.errors import UserError
     from idml_jax.runtime import sharding
     from idml_jax.runtime.files import first_line

@@ -20,6 +20,12 @@ _ARRAY = re.compile(r"\b(?P<type>[a-z]+\d*\w*)\[(?P<sizes>[\d,]*)\]")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.-]+)"
 )
+# What calls computations that run kernels of their own; a fusion is one kernel.
+_SEQUENCES = re.compile(
+    r"\b(?:body|branch_computations|called_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.-]+)"
+)
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.*?) (?P<kind>[a-z][\w-]*)\((?P<rest>.*)")
+_NO_KERNELS = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call")
 _TURNS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _CHAIN = re.compile(r'chain_id="?(\w+)')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{(?P<first>[\d,]*)\}|\[(?P<groups>\d+),(?P<size>\d+)\])")
@@ -84,6 +90,30 @@ def collectives(text: str, devices: int) -> list[Collective]:
     return sorted(every, key=lambda c: (-c.received, c))
 
 
+def moved(text: str) -> int:
+    """Bytes that the kernels of a GPU's program read and write: operands and results of each, loops in all their turns.
+
+    A kernel is an instruction outside of a fusion. What one writes the next reads from memory, so this is what the
+    program moves but for caches; the GPU's compiler has no such number of its own.
+    """
+    bodies, entry = _computations(text)
+    total = 0
+    for name, times in _runs(bodies, entry, _SEQUENCES).items():
+        sizes: dict[str, int] = {}
+        for line in bodies[name]:
+            if (match := _INSTRUCTION.match(line)) is None:
+                continue
+            arrays = _ARRAY.findall(match["type"])
+            if match["kind"] == "custom-call" and len(arrays) > 1 and arrays[-1][0] in ("u8", "s8"):
+                arrays.pop()  # room for the library to work in
+            sizes[match["name"]] = written = sum(_bytes(*array) for array in arrays)
+            if match["kind"] in _NO_KERNELS or match["kind"].endswith("-done"):
+                continue
+            operands = re.findall(r"%([\w.-]+)", match["rest"].split("), ")[0])
+            total += times * (written + sum(sizes.get(operand, 0) for operand in operands))
+    return total
+
+
 def totals(every: list[Collective]) -> dict[str, tuple[int, float]]:
     """Number of collectives and bytes received, by kind."""
     return {
@@ -111,7 +141,7 @@ class Program(NamedTuple):
       outputs: results that are not written over the arguments.
       code: the program itself.
       operations: arithmetic; the body of a loop counts once; 0: the compiler does not say (that of GPUs).
-      read: bytes read and written; as the arithmetic.
+      read: bytes read and written; as the arithmetic, but for GPUs see ``moved``.
       exchanges: collectives.
       seconds: time to compile it.
     """
@@ -165,7 +195,7 @@ def compile_step(what, devices: int, keep: str = "") -> Program:
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.generated_code_size_in_bytes,
         float(cost.get("flops", 0.0)),
-        float(cost.get("bytes accessed", 0.0)),
+        float(cost.get("bytes accessed", 0.0)) or float(moved(text)),
         collectives(text, devices),
         seconds,
     )
@@ -186,7 +216,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+def _runs(bodies: dict[str, list[str]], entry: str, calls: re.Pattern[str] = _CALLED) -> dict[str, int]:
     """How often each computation runs; a loop whose number of turns the compiler does not know counts once."""
     runs: Counter[str] = Counter()
 
@@ -196,7 +226,7 @@ def _runs(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
             if "-done(" in line or "-update(" in line:
                 continue
             turns = _TURNS.search(line) if " while(" in line else None
-            for called in _CALLED.findall(line):
+            for called in calls.findall(line):
                 for inner in re.findall(r"[\w.-]+", called):
                     if inner in bodies:
                         visit(inner, times * (int(turns[1]) if turns else 1))

@@ -84,6 +84,39 @@ def test_collectives_are_read_from_the_text():
     assert compiled.totals(every)["all-reduce"] == (6, 2 * 7 / 8 * 144 + 40)
 
 
+def test_kernels_of_a_gpu_read_their_operands_and_write_their_results():
+    text = """
+%fused (p: f32[100]) -> f32[100] {
+  %p = f32[100]{0} parameter(0)
+  ROOT %inside = f32[100]{0} multiply(%p, %p)
+}
+
+%body (t: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %t = (s32[], f32[10]{0}) parameter(0)
+  %x.1 = f32[10]{0} get-tuple-element(%t), index=1
+  %twice = f32[10]{0} fusion(%x.1), kind=kLoop, calls=%fused
+  ROOT %next = (s32[], f32[10]{0}) tuple(%i, %twice)
+}
+
+%condition (t: (s32[], f32[10])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %five), direction=LT
+}
+
+ENTRY %main (images: u8[400]) -> f32[100] {
+  %images = u8[400]{0} parameter(0)
+  %kernel = bf16[50]{0} parameter(1)
+  %conv = (f32[100]{0}, u8[1000000]{0}) custom-call(%images, %kernel), custom_call_target="__cudnn$convForward"
+  %map = f32[100]{0} get-tuple-element(%conv), index=0
+  %flat = f32[10,10]{1,0} bitcast(%map)
+  %two = (f32[100]{0}, f32[]) fusion(%flat, %kernel), kind=kInput, calls=%fused, metadata={op_name="a(%map), b"}
+  %w = (s32[], f32[10]{0}) while(%state), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %copy = f32[100]{0} copy(%map)
+}
+"""
+    convolution, both, loop, copy = 400 + 100 + 400, 400 + 100 + 404, 5 * (40 + 40), 400 + 400
+    assert compiled.moved(text) == convolution + both + loop + copy
+
+
 def test_bounds_name_what_binds():
     chip = chips.Chip("a chip", peak=100, memory=16, bandwidth=1000, link=200, source="")
     limit = chips.bounds(chip, operations=1e12, read=5e9, received=4e9)
