@@ -109,7 +109,7 @@ ENTRY %main (images: u8[400]) -> f32[100] {
   %map = f32[100]{0} get-tuple-element(%conv), index=0
   %flat = f32[10,10]{1,0} bitcast(%map)
   %two = (f32[100]{0}, f32[]) fusion(%flat, %kernel), kind=kInput, calls=%fused, metadata={op_name="a(%map), b"}
-  %w = (s32[], f32[10]{0}) while(%state), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %w = (s32[], f32[10]) while(%state), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   ROOT %copy = f32[100]{0} copy(%map)
 }
 """
