@@ -3,6 +3,7 @@
 Used by benchmarks/aot.py.
 """
 
+import math
 import re
 import time
 from collections import Counter
@@ -29,6 +30,8 @@ _NO_KERNELS = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast",
 _TURNS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _CHAIN = re.compile(r'chain_id="?(\w+)')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{(?P<first>[\d,]*)\}|\[(?P<groups>\d+),(?P<size>\d+)\])")
+
+_MESH = re.compile(r"replica_groups=@?mesh\w*\[(?P<axes>[^\]]*)\] ?\{(?P<named>[^}]*)\}")
 
 
 class Collective(NamedTuple):
@@ -71,7 +74,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
             if (match := _OPERATION.match(line)) is None:
                 continue
             kind, arrays = match["kind"], _ARRAY.findall(match["type"])
-            if match["start"] and kind in ("all-gather", "collective-permute", "reduce-scatter", "all-to-all"):
+            nested = match["type"].startswith("((")  # the all-reduce-start of jax 0.11 names operands, too
+            if match["start"] and (nested or kind != "all-reduce"):
                 # (operands, results, and for some kinds two or more numbers of the runtime's)
                 while len(arrays) > 2 and arrays[-1] in (("u32", ""), ("s32", "")):
                     arrays.pop()
@@ -252,6 +256,9 @@ def _bytes(kind: str, sizes: str) -> int:
 
 
 def _group(line: str, devices: int) -> int:
+    if match := _MESH.search(line):  # jax 0.11: the axes of the mesh, and those along which devices exchange
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match["axes"]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match["named"]))
     if (match := _GROUPS.search(line)) is None:
         return devices
     if match["size"]:

@@ -117,6 +117,20 @@ ENTRY %main (images: u8[400]) -> f32[100] {
     assert compiled.moved(text) == convolution + both + loop + copy
 
 
+def test_collectives_in_the_words_of_jax_0_11():
+    text = """
+ENTRY %main (images: u8[16,4,4,3]) -> f32[] {
+  %all-reduce-start.2 = ((f32[3]{0}), f32[3]{0}) all-reduce-start(%a), replica_groups=mesh['data'=8] {'data'}
+  %all-reduce-done.2 = f32[3]{0} all-reduce-done(%all-reduce-start.2)
+  %two = ((f32[3]{0}, f32[7]), f32[3]{0}, f32[7]) all-reduce-start(%a), replica_groups=mesh['a'=2,'b'=4] {'b'}
+  %both = (f32[5]{0}, f32[5]{0}) all-reduce(%a, %b), replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+}
+"""
+    assert {(c.shape, c.bytes, c.group) for c in compiled.collectives(text, 16)} == {
+        ("f32[3]", 12, 8), ("f32[3] f32[7]", 40, 4), ("f32[5] f32[5]", 40, 8),
+    }  # fmt: skip
+
+
 def test_bounds_name_what_binds():
     chip = chips.Chip("a chip", peak=100, memory=16, bandwidth=1000, link=200, source="")
     limit = chips.bounds(chip, operations=1e12, read=5e9, received=4e9)
