@@ -4,6 +4,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import unicodedata
@@ -91,6 +92,37 @@ def stop(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
+def lack_of_memory(error: Exception, advice: str) -> UserError | None:
+    """The error of a device whose memory does not suffice, in one line; ``None`` for another error.
+
+    Args:
+      error: what jax raised.
+      advice: what needs less memory.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or "out of memory" not in text.lower():
+        return None
+    asked = re.search(r"allocat\w* (\d+) bytes", text)
+    used = re.search(r"Used (\S+) of (\S+)", text)  # the compiler of TPUs
+    size = ""
+    if asked:
+        size = f" (another {int(asked[1]) / 2**30:.3g} GiB were wanted)"
+    elif used:
+        size = f" ({used[1]} wanted of {used[2]})"
+    return UserError(f"the memory of the device does not suffice{size}: {advice}")
+
+
+@contextlib.contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turns a device's lack of memory inside into a ``UserError`` with advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if told := lack_of_memory(error, advice):
+            raise told from error
+        raise
+
+
 def end_now(code: int, message: str = "") -> NoReturn:
     """Ends this process at once, without Python's clean-up, during which running XLA threads may crash.
 
@@ -152,6 +184,8 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
     """
     from absl import logging
 
+    # On a GPU jax would take three quarters of the memory at once, which a training run beside this may have.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     logging.set_verbosity(logging.ERROR)
     hide_consequences()
     if verbosity() > 0:
@@ -165,5 +199,10 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
         sys.exit(1)
     except (UserError, OSError) as error:
         stop(error)
+    except RuntimeError as error:
+        told = lack_of_memory(error, "JAX_PLATFORMS=cpu computes in the memory of the machine")
+        if told is None:
+            raise
+        stop(told)
     except KeyboardInterrupt:
         end_now(130, stopped)

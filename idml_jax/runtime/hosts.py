@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, lack_of_memory
 from idml_jax.runtime.files import first_line
 
 Arrays = dict[str, np.ndarray]
@@ -143,6 +143,8 @@ def is_of_others(error: Exception) -> bool:
 
     Some arrive as ``ValueError``, depending on where the result is read.
     """
+    if lack_of_memory(error, ""):
+        return False
     status = first_line(error).partition(":")[0]
     if isinstance(error, jax.errors.JaxRuntimeError):
         return status not in _OWN

@@ -1,5 +1,6 @@
 """Embeds the images of a source; shared by evaluation, embedding, search and reports."""
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from idml_jax.data import pipeline
 from idml_jax.data.images.transforms import Transform
 from idml_jax.data.pipeline import OnBad
 from idml_jax.data.sources import Source
+from idml_jax.errors import enough_memory
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.models import EmbeddingModel
 from idml_jax.models.risk_head import RiskHead, risk_of
@@ -202,13 +204,20 @@ class Embedder:
           total: number of images.
         """
         shown, parts = progress_of("evaluating", total), []
-        for batch in batches:
-            parts.append(step(batch))
-            if len(parts) > 1:
-                jax.block_until_ready(parts[-2])  # what was only dispatched is not done
-                shown.add(self.batch_size)
+        with self._enough_memory():
+            for batch in batches:
+                parts.append(step(batch))
+                if len(parts) > 1:
+                    jax.block_until_ready(parts[-2])  # what was only dispatched is not done
+                    shown.add(self.batch_size)
         erase()
         return parts
+
+    def _enough_memory(self) -> contextlib.AbstractContextManager[None]:
+        return enough_memory(
+            f"images are embedded in batches of {self.batch_size} ({self.batch_size // self.mesh.size} a device); "
+            "smaller ones need less (config.eval.batch_size; of a finished run embed --batch_size)"
+        )
 
     def rows(self, source: Source, order: Int[np.ndarray, "m"] | None = None, on_bad: OnBad = "skip") -> Iterator[Rows]:
         """Embeds batch by batch, for sources larger than memory or with images that cannot be read.
@@ -243,10 +252,11 @@ class Embedder:
         missing = -count % self.batch_size
         padded = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)]) if missing else images
         parts = []
-        for start in range(0, len(padded), self.batch_size):
-            part = sharding.shard_batch({"image": padded[start : start + self.batch_size]}, self.mesh)["image"]
-            parts.append(self._embed(part))
-        return joined_rows(parts, count)
+        with self._enough_memory():
+            for start in range(0, len(padded), self.batch_size):
+                part = sharding.shard_batch({"image": padded[start : start + self.batch_size]}, self.mesh)["image"]
+                parts.append(self._embed(part))
+            return joined_rows(parts, count)
 
     def _embed(self, images: Array) -> dict[str, Array]:
         if self.risk is not None:

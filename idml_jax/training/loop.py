@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from idml_jax.data import pipeline
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, enough_memory
 from idml_jax.runtime import sharding
 from idml_jax.runtime.checkpoint import Checkpoints
 from idml_jax.runtime.compiled import compiling
@@ -114,9 +114,18 @@ class Trainer:
           The state after the last step.
 
         Raises:
-          UserError: if loss or gradient are no longer finite.
+          UserError: if loss or gradient are no longer finite, or if the memory of the device does not suffice.
           Stopped: after saving, if a stop was requested.
         """
+        size, devices = self.run.config.batch_size, self.run.mesh.size
+        with enough_memory(
+            f"config.batch_size = {size} ({size // devices} images a device); a smaller one needs less, and so do "
+            "config.optim.accumulate=2 (or more: the same loss, the images in parts), config.model.dtype=bfloat16 and "
+            "config.model.remat=True"
+        ):
+            return self._train()
+
+    def _train(self) -> TrainState:
         config, per_epoch = self.run.config, self.run.sampler.steps_per_epoch
         unfinished = self.record.pop("unfinished", {})  # present if the run was stopped
         window = watch.Window(self._broken, unfinished.get("window"))
