@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ _CALLED = re.compile(
 )
 # What calls computations that run kernels of their own; a fusion is one kernel.
 _SEQUENCES = re.compile(
-    r"\b(?:body|branch_computations|called_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.-]+)"
+    r"(?:\b(?:body|branch_computations|called_computations|true_computation|false_computation)| call\(.*\), to_apply)="
+    r"(\{[^}]*\}|%?[\w.-]+)"
 )
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.*?) (?P<kind>[a-z][\w-]*)\((?P<rest>.*)")
 _NO_KERNELS = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call")
@@ -98,24 +100,74 @@ def moved(text: str) -> int:
     """Bytes that the kernels of a GPU's program read and write: operands and results of each, loops in all their turns.
 
     A kernel is an instruction outside of a fusion. What one writes the next reads from memory, so this is what the
-    program moves but for caches; the GPU's compiler has no such number of its own.
+    program moves but for caches; the GPU's compiler has no such number of its own. Of an array of which a kernel reads
+    or replaces a slice, the slice counts.
     """
     bodies, entry = _computations(text)
     total = 0
     for name, times in _runs(bodies, entry, _SEQUENCES).items():
         sizes: dict[str, int] = {}
-        for line in bodies[name]:
-            if (match := _INSTRUCTION.match(line)) is None:
+        for one in _instructions(bodies[name]):
+            sizes[one.name] = one.bytes
+            if one.kind in _NO_KERNELS or one.kind.endswith("-done"):
                 continue
-            arrays = _ARRAY.findall(match["type"])
-            if match["kind"] == "custom-call" and len(arrays) > 1 and arrays[-1][0] in ("u8", "s8"):
-                arrays.pop()  # room for the library to work in
-            sizes[match["name"]] = written = sum(_bytes(*array) for array in arrays)
-            if match["kind"] in _NO_KERNELS or match["kind"].endswith("-done"):
-                continue
-            operands = re.findall(r"%([\w.-]+)", match["rest"].split("), ")[0])
-            total += times * (written + sum(sizes.get(operand, 0) for operand in operands))
+            inner = bodies.get(one.fused, []) if one.kind == "fusion" else None
+            total += times * _moved_by(one, [sizes.get(operand, 0) for operand in one.operands], inner)
     return total
+
+
+class _Instruction(NamedTuple):
+    """An instruction of a computation: its operands by name, the bytes of its result, and what it fuses."""
+
+    name: str
+    kind: str
+    operands: list[str]
+    bytes: int
+    root: bool
+    fused: str
+    number: int  # of a parameter
+
+
+def _instructions(body: list[str]) -> Iterator[_Instruction]:
+    for line in body:
+        if (match := _INSTRUCTION.match(line)) is None:
+            continue
+        arrays = _ARRAY.findall(match["type"])
+        if match["kind"] == "custom-call" and len(arrays) > 1 and arrays[-1][0] in ("u8", "s8"):
+            arrays.pop()  # room for the library to work in
+        inside = match["rest"].split(")")[0]
+        fused = re.search(r"\bcalls=%?([\w.-]+)", line)
+        yield _Instruction(
+            match["name"],
+            match["kind"],
+            re.findall(r"%([\w.-]+)", inside),
+            sum(_bytes(*array) for array in arrays),
+            line.lstrip().startswith("ROOT "),
+            fused[1] if fused else "",
+            int(inside) if match["kind"] == "parameter" and inside.isdigit() else -1,
+        )
+
+
+def _moved_by(one: _Instruction, operands: list[int], inner: list[str] | None) -> int:
+    """Bytes that a kernel reads and writes; ``inner`` is the body of a fusion."""
+    if one.kind == "dynamic-slice":
+        return 2 * one.bytes
+    if one.kind == "dynamic-update-slice":
+        return 2 * operands[1] if len(operands) > 1 else 0
+    written, read = one.bytes, list(operands)
+    body = list(_instructions(inner or []))
+    sizes = {part.name: part.bytes for part in body}
+    for part in body:
+        users = [user for user in body if part.name in user.operands]
+        if part.kind != "parameter" or not users or part.number >= len(read):
+            continue
+        if all(user.kind == "dynamic-slice" and user.operands[0] == part.name for user in users):
+            read[part.number] = sum(user.bytes for user in users)
+        elif all(user.kind == "dynamic-update-slice" and user.operands[0] == part.name for user in users):
+            update = sum(sizes.get(user.operands[1], 0) for user in users)
+            read[part.number] = 0
+            written += update - sum(user.bytes for user in users) if users[0].root else 0
+    return max(written, 0) + sum(read)
 
 
 def totals(every: list[Collective]) -> dict[str, tuple[int, float]]:

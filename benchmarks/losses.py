@@ -20,11 +20,13 @@ program allocates, of theirs the allocator's peak. A time ends when the value ha
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -223,8 +225,24 @@ def peak_mib():
 MAKERS = {"ours": our_step, "theirs": their_step, "products": products_step}
 
 
+def check_gpu(library):
+    """Ends the process with the reason if its library has no GPU."""
+    if library == "theirs":
+        import torch
+
+        found = torch.cuda.is_available()
+    else:
+        import jax
+
+        found = jax.default_backend() == "gpu"
+    if not found:
+        sys.exit(f"--gpu: {'PyTorch' if library == 'theirs' else 'jax'} finds no GPU")
+
+
 def work(library, options):
     """One process: evaluates a loss and size whenever a line names them, and reports as a line of JSON."""
+    if options.gpu:
+        check_gpu(library)
     if not options.gpu:  # which maps more address space than there is memory
         resource.setrlimit(resource.RLIMIT_AS, (int(options.limit_gib * 2**30),) * 2)
     if options.cores:  # before the libraries count them for their thread pools
@@ -235,7 +253,11 @@ def work(library, options):
     with ThreadPoolExecutor(os.cpu_count() if library == "ours" and options.gpu else 1) as pool:
         made = {case: pool.submit(MAKERS[library], *case, options) for case in cases}
     for line in sys.stdin:
-        name, size, times = json.loads(line)
+        question = json.loads(line)
+        if question == ["ready"]:
+            print("{}", flush=True)
+            continue
+        name, size, times = question
         try:
             step, memory = made[name, size].result()
             if not options.gpu:
@@ -265,8 +287,9 @@ class Process:
         command += ["--limit-gib", str(options.limit_gib), "--cores", str(options.cores)]
         command += ["--introspective"] * options.introspective + ["--gpu"] * options.gpu
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # a GPU is shared by the libraries
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody reads would fill up)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
         )
 
     def ask(self, *question):
@@ -276,12 +299,15 @@ class Process:
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            return {"failure": (self.process.communicate()[1].strip().splitlines() or ["killed"])[-1]}
+            self.process.wait()
+            self.errors.seek(0)
+            return {"failure": (self.errors.read().strip().splitlines() or ["killed"])[-1]}
 
     def close(self):
-        if not self.process.stdin.closed:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
+        self.errors.close()
 
 
 class Worker:
@@ -365,11 +391,14 @@ def main():
             for size in options.sizes:
                 compiled(name, size, options.introspective)
         return
-    print("| loss | N | ms | PML | faster | products | at most | MiB | PML | less |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
     processes = {}
     if options.gpu:
         processes = {library: Process(library, options.losses, options.sizes, options) for library in MAKERS}
+        for process in processes.values():
+            if failure := process.ask("ready").get("failure"):
+                sys.exit(failure)
+    print("| loss | N | ms | PML | faster | products | at most | MiB | PML | less |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in options.losses:
         for size in options.sizes:
             compare(name, size, options, processes)

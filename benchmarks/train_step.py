@@ -22,6 +22,7 @@ after one.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -108,12 +109,14 @@ def jax_row(options):
         }
     )
     forward = lambda v, x: model.apply(v, x, method=EmbeddingModel.features)
-    # A GPU's client knows no costs, so the pass is traced for the CPU.
-    cpu = SingleDeviceSharding(jax.devices("cpu")[0])
-    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu)
-    variables = jax.tree.map(put, state.variables)
-    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32, sharding=cpu)
-    flops = (jax.jit(forward).lower(variables, image).cost_analysis() or {}).get("flops")
+    flops = None
+    with contextlib.suppress(RuntimeError):  # no CPU under JAX_PLATFORMS=cuda
+        # A GPU's client knows no costs, so the pass is traced for the CPU.
+        cpu = SingleDeviceSharding(jax.devices("cpu")[0])
+        put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu)
+        image = jax.ShapeDtypeStruct((1, *shape), jnp.float32, sharding=cpu)
+        lowered = jax.jit(forward).lower(jax.tree.map(put, state.variables), image)
+        flops = (lowered.cost_analysis() or {}).get("flops")
 
     def step():
         nonlocal state

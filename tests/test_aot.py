@@ -102,6 +102,25 @@ def test_kernels_of_a_gpu_read_their_operands_and_write_their_results():
   ROOT %less = pred[] compare(%i, %five), direction=LT
 }
 
+%graph (q: f32[25]) -> f32[25] {
+  %q = f32[25]{0} parameter(0)
+  ROOT %kernel_of_a_graph = f32[25]{0} negate(%q)
+}
+
+%reads_a_slice (all: f32[1000,100], at: s32[]) -> f32[1,100] {
+  %all = f32[1000,100]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %slice = f32[1,100]{1,0} dynamic-slice(%all, %at, %zero), dynamic_slice_sizes={1,100}
+  ROOT %negated = f32[1,100]{1,0} negate(%slice)
+}
+
+%replaces_a_slice (old: f32[1000,100], new: f32[1,100], at: s32[]) -> f32[1000,100] {
+  %old = f32[1000,100]{1,0} parameter(0)
+  %new = f32[1,100]{1,0} parameter(1)
+  %place = s32[] parameter(2)
+  ROOT %put = f32[1000,100]{1,0} dynamic-update-slice(%old, %new, %place, %zero)
+}
+
 ENTRY %main (images: u8[400]) -> f32[100] {
   %images = u8[400]{0} parameter(0)
   %kernel = bf16[50]{0} parameter(1)
@@ -110,11 +129,19 @@ ENTRY %main (images: u8[400]) -> f32[100] {
   %flat = f32[10,10]{1,0} bitcast(%map)
   %two = (f32[100]{0}, f32[]) fusion(%flat, %kernel), kind=kInput, calls=%fused, metadata={op_name="a(%map), b"}
   %w = (s32[], f32[10]) while(%state), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %large = f32[1000,100]{1,0} parameter(2)
+  %where = s32[] parameter(3)
+  %row = f32[1,100]{1,0} fusion(%large, %where), kind=kLoop, calls=%reads_a_slice
+  %same = f32[1000,100]{1,0} fusion(%large, %row, %where), kind=kLoop, calls=%replaces_a_slice
+  %bare = f32[1,100]{1,0} dynamic-slice(%large, %where, %where), dynamic_slice_sizes={1,100}
+  %quarter = f32[25]{0} parameter(4)
+  %run = f32[25]{0} call(%quarter), to_apply=%graph
   ROOT %copy = f32[100]{0} copy(%map)
 }
 """
     convolution, both, loop, copy = 400 + 100 + 400, 400 + 100 + 404, 5 * (40 + 40), 400 + 400
-    assert compiled.moved(text) == convolution + both + loop + copy
+    read, replaced, bare, graph = 400 + 4 + 400, 400 + 400 + 4, 400 + 400, 100 + 100
+    assert compiled.moved(text) == convolution + both + loop + copy + read + replaced + bare + graph
 
 
 def test_collectives_in_the_words_of_jax_0_11():

@@ -99,18 +99,23 @@ class _Batches:
         self._source, self._sampler, self._reading = source, sampler, reading
         self._seed, self._start, self._steps = seed, start, max(stop - start, 0)
         self._part = reading.part(sampler.batch_size, "config.batch_size")
-        self._pool = concurrent.futures.ThreadPoolExecutor(reading.threads, "read images")
+        self._begin()
+
+    def _begin(self) -> None:
+        self._closed = threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._reading.threads, "read images")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_pool"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pool", "_closed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._pool = concurrent.futures.ThreadPoolExecutor(self._reading.threads, "read images")
+        self._begin()
         _end_with_parent()  # a copy is unpickled in worker processes only
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, each after the image that it reads."""
+        self._closed.set()
         self._pool.shutdown(cancel_futures=True)
 
     def __len__(self) -> int:
@@ -126,6 +131,8 @@ class _Batches:
 
         def fill(places: range) -> None:
             for place in places:
+                if self._closed.is_set():
+                    raise concurrent.futures.CancelledError
                 image = self._reading.load(self._source, int(records[place]), self._seed, first_slot + place)
                 with lock:
                     if not buffer:  # the first image tells the size of all
@@ -207,9 +214,9 @@ def _iterate(batches: _Batches, reading: Reading) -> Iterator[Batch]:
             'uses them does its work below if __name__ == "__main__":'
         ) from error
     finally:
+        batches.close()
         with contextlib.suppress(Exception):
             iterator.close()
-        batches.close()
 
 
 def train_batches(

@@ -189,7 +189,7 @@ def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """``max(x, 0)`` with gradient 0 at 0; NaN stays NaN.
 
     On a GPU the gradient reads the result, which the next layer needs anyway, and not the input. So one map less is
-    kept for the backward pass, which halves the memory of a ResNet's step. The compilers for TPUs and CPUs do without.
+    kept for the backward pass. The compilers for TPUs and CPUs do without.
     """
     return _relu_by_result(x) if jax.default_backend() == "gpu" else nn.relu(x)
 

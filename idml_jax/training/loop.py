@@ -134,7 +134,7 @@ class Trainer:
         progress = self.writer.progress(self.run.total_steps, self.step)
         shown = self._shown()
         pending = unfinished.get("end_epoch", False)
-        waiting = watch.Waiting(config.data.threads * max(1, config.data.workers))
+        waiting = watch.Waiting(config.data.threads, max(1, config.data.workers))
         try:
             if pending:
                 self.end_epoch(self)
@@ -167,17 +167,20 @@ class Trainer:
                 progress.tick(self.step)
                 end_of_epoch = self.step % per_epoch == 0 or self.last
                 if self.step % config.log.every_steps == 0 or end_of_epoch:
-                    self._log(window.flush(), *progress.measure(self.step))
-                if end_of_epoch:
+                    before = time.monotonic()
+                    means = window.flush()
+                    waiting.computed(time.monotonic() - before)
+                    self._log(means, *progress.measure(self.step))
                     if told := waiting.told():
                         logger.warning("warning: %s", told)
+                if end_of_epoch:
                     paused, pending = time.monotonic(), True
                     shown.note("evaluating")
                     self.end_epoch(self)
                     pending = False
                     progress.pause(time.monotonic() - paused)
                     shown.pause(time.monotonic() - paused)
-                    waiting.restart()
+                    waiting.pause(time.monotonic() - paused)
                 self.stop.check()
         except Stopped:
             if self.checkpoints.newest != self.step and self.step:

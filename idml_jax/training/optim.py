@@ -1,5 +1,6 @@
 """Learning rate schedules and one optimizer with a rate per group of parameters."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,6 +160,14 @@ def path_of(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(entry, "key", entry)) for entry in path)
 
 
+_NORM = re.compile(r"(\w+_)?bn\d*(_\w+)?")
+
+
 def is_norm_parameter(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter belongs to a normalisation layer, judged by its name in this package's trunks."""
-    return any("bn" in str(getattr(entry, "key", entry)) for entry in path)
+    """Whether a parameter is the scale or shift of a BatchNorm, judged by the names that this package's trunks use.
+
+    >>> [is_norm_parameter(tuple(path.split("/"))) for path in ("layer1_0/downsample_bn/scale", "subnet/conv/kernel")]
+    [True, False]
+    """
+    *parts, leaf = path_of(path).split("/")
+    return leaf in ("scale", "bias") and any(_NORM.fullmatch(part) for part in parts)

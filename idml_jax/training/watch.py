@@ -112,21 +112,29 @@ class Window:
 
 
 class Waiting:
-    """Measures how long a loop waits for its batches, and says once in a run what would make it wait less.
+    """Measures for how much of a run its devices wait for images, and says once what would make them wait less.
+
+    While the host waits for a batch the devices still compute the last step, so only what exceeds the time of the steps
+    counts. That time is measured where the loop waits for a step anyway, to log its metrics.
 
     Args:
-      threads: number of threads that read, over all processes of this host.
+      threads: number of threads that read in one process (``config.data.threads``).
+      processes: number of processes that read on this host.
     """
 
     SHARE, SECONDS = 0.25, 5.0
 
-    def __init__(self, threads: int):
-        self._threads, self._told = threads, False
+    def __init__(self, threads: int, processes: int = 1):
+        self._threads, self._processes, self._told = threads, processes, False
         self.restart()
 
     def restart(self) -> None:
         """Measures from now on."""
-        self._start, self._waited = time.monotonic(), 0.0
+        self._start, self._waited, self._busy, self._steps = time.monotonic(), 0.0, 0.0, 0
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out a time in which the run did something else, an evaluation."""
+        self._start += seconds
 
     def over(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches."""
@@ -137,15 +145,26 @@ class Waiting:
             self._waited += time.monotonic() - start
             if batch is None:
                 return
+            self._steps += 1
             yield batch
 
+    def computed(self, seconds: float) -> None:
+        """The devices took so long for the last step, and so for each one since the last call."""
+        self._busy += self._steps * seconds
+        self._steps = 0
+
     def told(self) -> str:
-        """A sentence for the log if waiting was a large part of the time and more threads could read; else nothing."""
+        """A sentence for the log if the devices waited much and more threads could read; else nothing.
+
+        To be asked after ``computed``.
+        """
         seconds, count = time.monotonic() - self._start, cpus.available()
-        if self._told or seconds < self.SECONDS or self._waited < self.SHARE * seconds or count <= self._threads:
+        idle = min(self._waited, seconds - self._busy)
+        reading = self._threads * self._processes
+        if self._told or seconds < self.SECONDS or idle < self.SHARE * seconds or count <= reading:
             return ""
         self._told = True
         return (
-            f"{100 * self._waited / seconds:.0f} % of the time went into waiting for images: {self._threads} threads "
-            f"read them on {count} CPUs; config.data.threads={count} uses all"
+            f"{100 * idle / seconds:.0f} % of the time went into waiting for images: {reading} threads read them on "
+            f"{count} CPUs; config.data.threads={-(-count // self._processes)} uses all"
         )

@@ -258,17 +258,31 @@ class TestPipeline:
         assert len(list(pipeline.train_batches(source, sampler, reading, seed=0, start=0, stop=3))) == 3
         assert count[0] == 48 and not [t for t in threading.enumerate() if t.name.startswith("read images")]
 
-    def test_the_first_of_several_damaged_images_of_a_batch_is_named(self, image_folder, tmp_path):
+    def test_the_first_of_several_damaged_images_of_a_batch_is_named(self, image_folder, tmp_path, monkeypatch):
         source = sources.scan_folder(image_folder / "train")
         order = samplers.ShuffledSampler(len(source), 16, 0)
-        bad = order.batch(1)[[5, 3, 11]]
+        bad = order.batch(1)[[3, 5, 11]]
         for record in bad:
             (tmp_path / f"bad_{record}.png").write_bytes(b"nonsense")
             source.paths[record] = str(tmp_path / f"bad_{record}.png")
-        reading = pipeline.Reading(RandomResizedCrop(8), channels=1, threads=4)
+        reading, read, others = (
+            pipeline.Reading(RandomResizedCrop(8), channels=1, threads=8),
+            source.read,
+            threading.Event(),
+        )
+
+        def later(record):  # the first of them, once another one has failed
+            if record == bad[0]:
+                others.wait(60)
+                time.sleep(0.1)
+            elif record == bad[2]:
+                others.set()
+            return read(record)
+
+        monkeypatch.setattr(source, "read", later)
         found = pipeline.train_batches(source, order, reading, seed=0, start=0, stop=5)
         next(found)
-        with pytest.raises(UserError, match=rf"bad_{bad[1]}\.png: not an image"):
+        with pytest.raises(UserError, match=rf"bad_{bad[0]}\.png: not an image"):
             next(found)
 
     def test_worker_processes_end_with_a_killed_parent(self, image_folder):

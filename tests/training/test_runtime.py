@@ -1,5 +1,7 @@
 """Optimizer, objective and the jitted train step."""
 
+import logging
+import time
 from types import SimpleNamespace
 
 import chex
@@ -10,13 +12,14 @@ import optax
 import pytest
 
 from idml_jax import ism, losses, mixing
+from idml_jax.data import pipeline
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
 from idml_jax.models import EmbeddingModel
 from idml_jax.models.convnet import ConvNet
 from idml_jax.models.heads import Heads
-from idml_jax.runtime import sharding
-from idml_jax.training import steps, watch
+from idml_jax.runtime import cpus, sharding
+from idml_jax.training import steps, train, watch
 from idml_jax.training.config import default_config
 from idml_jax.training.optim import GroupOptimizer, Schedule
 from idml_jax.training.state import create_state
@@ -355,45 +358,87 @@ def test_batches_that_do_not_split_over_the_devices_are_refused():
 
 
 class TestWaiting:
-    def run(self, monkeypatch, waits, works, threads=4, count=16):
-        """What is told after so many batches, each of which takes so long to come and to compute."""
-        now = [0.0]
+    def run(self, monkeypatch, reads, works, threads=4, processes=1, count=16, batches=20, epoch=20):
+        """What is told in a run whose batches take so long to come, and whose devices take so long for a step.
+
+        As in the loop, the metrics of a step are fetched after the next one has been started.
+        """
+        now, free = [0.0], 0.0
         monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0]))
         monkeypatch.setattr(watch, "cpus", SimpleNamespace(available=lambda: count))
-        waiting = watch.Waiting(threads)
+        waiting, told, came = watch.Waiting(threads, processes), [], [0.0]
 
-        def batches():
-            for number in range(10):
-                now[0] += waits
+        def read():
+            for number in range(batches):  # the reader goes on while the loop waits for the device
+                came[0] = max(came[0] + reads, now[0] - 4 * reads)
+                now[0] = max(now[0], came[0])
                 yield {"index": number}
 
-        told = []
-        for _ in range(2):
-            seen = 0
-            for batch in waiting.over(batches()):
-                assert batch["index"] == seen
-                seen, now[0] = seen + 1, now[0] + works
-            assert seen == 10
-            told.append(waiting.told())
-            now[0] += 1000.0  # an evaluation
-            waiting.restart()
-        assert not told[1]  # once in a run
-        return told[0]
+        for step, batch in enumerate(waiting.over(read()), 1):
+            assert batch["index"] == step - 1
+            before, free = free, max(free, now[0]) + works
+            now[0] = max(now[0], before)  # the step before this one is done
+            if step % 10 == 0 or step % epoch == 0:
+                start, now[0] = now[0], max(now[0], free)
+                waiting.computed(now[0] - start)
+                told.append(waiting.told())
+            if step % epoch == 0:
+                now[0] += 1000.0  # an evaluation, during which the reader reads ahead
+                waiting.pause(1000.0)
+        assert len(list(filter(None, told))) < 2  # once in a run
+        return "".join(told)
 
     def test_a_run_that_waits_for_images_is_told_how_not_to(self, monkeypatch):
-        assert self.run(monkeypatch, 0.9, 0.3) == (
-            "75 % of the time went into waiting for images: 4 threads read them on 16 CPUs; config.data.threads=16 "
+        assert self.run(monkeypatch, 1.2, 0.3) == (
+            "76 % of the time went into waiting for images: 4 threads read them on 16 CPUs; config.data.threads=16 "
             "uses all"
         )
+
+    def test_threads_are_those_of_each_process(self, monkeypatch):
+        told = self.run(monkeypatch, 1.2, 0.3, processes=3)
+        assert "12 threads read them on 16 CPUs; config.data.threads=6 uses" in told
+
+    def test_short_epochs_count_together(self, monkeypatch):
+        assert "of the time" in self.run(monkeypatch, 0.2, 0.05, batches=200, epoch=10)
 
     @pytest.mark.parametrize(
         "changes",
         [
-            {"waits": 0.2, "works": 1.0},  # seldom waits
-            {"waits": 0.3, "works": 0.1},  # too short to tell
-            {"waits": 0.9, "works": 0.3, "threads": 16},  # nothing is idle
-            {"waits": 0.9, "works": 0.3, "count": 2},
+            {"reads": 0.2, "works": 1.0},  # never waits
+            {"reads": 1.05, "works": 1.0},  # the loop waits all the time, the device for 5 % of it
+            {"reads": 0.2, "works": 0.05},  # too short to tell
+            {"reads": 0.9, "works": 0.3, "threads": 16},  # nothing is idle
+            {"reads": 0.9, "works": 0.3, "count": 2},
         ],
     )
     def test_others_are_not(self, monkeypatch, changes):
         assert not self.run(monkeypatch, **changes)
+
+    def test_the_loop_says_it(self, image_folder, tmp_path, monkeypatch, caplog):
+        from runs_made import small_config
+
+        monkeypatch.setattr(watch.Waiting, "SECONDS", 0.2)
+        monkeypatch.setattr(cpus, "available", lambda: 64)
+        read = pipeline.Reading.load
+        config = small_config(image_folder, epochs=2, **{"optim.warmup_epochs": 0, "eval.untrained": False})
+        for seconds in (0.0, 0.03):  # an image; a batch of 32 by 4 threads
+            monkeypatch.setattr(pipeline.Reading, "load", lambda *a, s=seconds: (time.sleep(s), read(*a))[1])
+            with caplog.at_level(logging.WARNING):
+                caplog.clear()
+                train.train_and_evaluate(config, tmp_path / str(seconds))
+            told = [line for line in caplog.messages if "waiting for images: 4 threads read them on 64 CPUs" in line]
+            assert len(told) == (seconds > 0)
+
+
+def test_a_quota_limits_the_cpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpus, "QUOTA", tmp_path / "cpu.max")
+    every = cpus.available()
+    for text, count in (
+        ("max 100000", every),
+        ("50000 100000", 1),
+        ("100000 100000", 1),
+        ("9900000 100000", every),
+        ("", every),
+    ):
+        (tmp_path / "cpu.max").write_text(text + "\n")
+        assert cpus.available() == count, text
