@@ -1,7 +1,6 @@
 """Optimizer, objective and the jitted train step."""
 
 import logging
-import time
 from types import SimpleNamespace
 
 import chex
@@ -12,7 +11,6 @@ import optax
 import pytest
 
 from idml_jax import ism, losses, mixing
-from idml_jax.data import pipeline
 from idml_jax.errors import UserError
 from idml_jax.ism import Embedding
 from idml_jax.models import EmbeddingModel
@@ -414,20 +412,43 @@ class TestWaiting:
     def test_others_are_not(self, monkeypatch, changes):
         assert not self.run(monkeypatch, **changes)
 
-    def test_the_loop_says_it(self, image_folder, tmp_path, monkeypatch, caplog):
+    def test_the_loop_asks_and_says_it(self, image_folder, tmp_path, monkeypatch, caplog):
+        """At every row of the log, after the time of a step; evaluations and the first step do not count."""
         from runs_made import small_config
 
-        monkeypatch.setattr(watch.Waiting, "SECONDS", 0.2)
-        monkeypatch.setattr(cpus, "available", lambda: 64)
-        read = pipeline.Reading.load
-        config = small_config(image_folder, epochs=2, **{"optim.warmup_epochs": 0, "eval.untrained": False})
-        for seconds in (0.0, 0.03):  # an image; a batch of 32 by 4 threads
-            monkeypatch.setattr(pipeline.Reading, "load", lambda *a, s=seconds: (time.sleep(s), read(*a))[1])
-            with caplog.at_level(logging.WARNING):
-                caplog.clear()
-                train.train_and_evaluate(config, tmp_path / str(seconds))
-            told = [line for line in caplog.messages if "waiting for images: 4 threads read them on 64 CPUs" in line]
-            assert len(told) == (seconds > 0)
+        calls = []
+
+        class Recorded(watch.Waiting):
+            def restart(self):
+                calls.append("restart")
+                super().restart()
+
+            def pause(self, seconds):
+                calls.append("pause" if seconds > 0 else "nothing")
+
+            def over(self, batches):
+                for batch in super().over(batches):
+                    calls.append("batch")
+                    yield batch
+
+            def computed(self, seconds):
+                calls.append("computed" if 0 <= seconds < 60 else "wrong")
+
+            def told(self):
+                calls.append("told")
+                return "so many threads" if calls.count("told") == 2 else ""
+
+        monkeypatch.setattr(watch, "Waiting", Recorded)
+        config = small_config(image_folder, epochs=2, **{"eval.untrained": False, "log.every_steps": 2})
+        with caplog.at_level(logging.WARNING):
+            train.train_and_evaluate(config, tmp_path / "run")
+        row, batch = ["computed", "told"], ["batch"]
+        # Three steps an epoch: rows after the steps 2, 3, 4 and 6.
+        assert calls == [
+            "restart", *batch, "restart", *batch, *row, *batch, *row, "pause",
+            *batch, *row, *batch, *batch, *row, "pause",
+        ]  # fmt: skip
+        assert [line for line in caplog.messages if "so many" in line] == ["warning: so many threads"]
 
 
 def test_a_quota_limits_the_cpus(tmp_path, monkeypatch):
