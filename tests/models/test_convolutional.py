@@ -87,7 +87,10 @@ def test_frozen_statistics_inside_of_convolutions_are_the_layers_one_after_anoth
                 maps = trunk.apply({**variables, "params": params}, images, True)
                 return jnp.mean(jnp.sin(maps)), maps
 
-            found.append(jax.jit(jax.grad(value, has_aux=True))(params))
+            # Expected is what is not compiled: with the options of quick tests (compiler_options.py) XLA computes
+            # maps twice, rounded in two ways, and the gradient of a maximum of them is wrong.
+            gradient = jax.grad(value, has_aux=True)
+            found.append((jax.jit(gradient) if backend == "gpu" else gradient)(params))
             # A layer of its own multiplies maps by its factor; inside of a convolution only the kernel is multiplied.
             lines = str(jax.make_jaxpr(value)(params)).splitlines()
             additions.append(sum(bool(re.search(r":f32\[4,\d+,\d+,\d+\] = mul ", line)) for line in lines))
