@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 WANTED = frozenset(name for names in ROLES.values() for name in names)
 _CORNERS = ("x1", "y1", "x2", "y2")
+_A_LIST = re.compile(r"\[.*\]|\(.*,.*\)|\{.*\}", re.DOTALL)  # as Python and pandas write one
 SEVERAL = "|"  # separates the labels of an image in a cell of text
 _TRUE, _FALSE = {"true", "1", "1.0", "yes", "y"}, {"false", "0", "0.0", "no", "n", ""}
 _EMPTY = {"", "nan", "none", "null", "<na>"}
@@ -109,6 +111,11 @@ def _names(table: Table, row: int, value: Any, known: list[str] | None, several:
             raise UserError(f"{table.place(row)}: label {value}, but there are {len(known):,} class names")
         return [known[value]]
     text = text_of(value)
+    if several and _A_LIST.fullmatch(text.strip()):
+        raise UserError(
+            f"{table.place(row)}: labels = {text[:80]!r} is the text of a list and would be one class; separate the "
+            f"labels of an image by {SEVERAL!r}, or store lists (Parquet, JSON lines)"
+        )
     parts = [part.strip() for part in text.split(SEVERAL)] if several else [text]
     return [part for part in parts if part]
 

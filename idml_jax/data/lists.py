@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from idml_jax.data import files, folders, tables
 from idml_jax.data.columns import (
     ROLES,
+    SEVERAL,
     WANTED,
     boxes_of,
     column_of,
@@ -107,7 +108,18 @@ def read_listing(
     )
     _check_files(listing, root, option, warn)
     _check_twice(listing, warn)
+    _check_separators([value for value in cells["labels"] or () if isinstance(value, str) and value], shown, warn)
     return listing
+
+
+def _check_separators(labels: list[str], shown: str, warn: Callable[[str], None]) -> None:
+    """Warns of texts in a column of several labels that look as if another sign separated them."""
+    joined = [text for text in labels if "," in text or ";" in text]
+    if joined and 2 * len(joined) >= len(labels) and not any(SEVERAL in text for text in labels):
+        warn(
+            f"{shown}: {len(joined):,} of {len(labels):,} labels are texts as {joined[0][:60]!r}, each of them one "
+            f"class; several labels of an image are separated by {SEVERAL!r}"
+        )
 
 
 def _check_twice(listing: Listing, warn: Callable[[str], None]) -> None:

@@ -178,9 +178,10 @@ def _leaks(index: Index, other: Index, near: float, most: int, notes: list[str])
 
 def _named(one: Index, a: int, two: Index, b: int) -> str:
     """A remark on a pair whose classes differ."""
-    if one.class_names is None or two.class_names is None or one.class_of(a) == two.class_of(b):
+    mine, theirs = one.classes_of(a), two.classes_of(b)
+    if not (mine and theirs) or set(mine) == set(theirs):
         return ""
-    return f"; their classes differ: {one.class_of(a)} and {two.class_of(b)}"
+    return f"; their classes differ: {', '.join(mine)} and {', '.join(theirs)}"
 
 
 def _duplicates(

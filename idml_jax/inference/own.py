@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from idml_jax.inference.gallery import Gallery
 from idml_jax.inference.index import Index, texts
 
 _SAME = 0.03  # distance of two vectors of one image, relative to their length: other devices, other batches
+_OF_A_TABLE = re.compile(r"(.+)(, (?:row|line) [\d,]+)")  # as ``Table.place`` names images that a table holds
 Key = tuple[str, tuple[int, ...]]  # a picture, and the part of it that is the image; empty: all of it
 
 
@@ -48,10 +50,10 @@ def _same_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
 def own_rows(queries: Index, index: Index) -> Int[np.ndarray, "n"] | None:
     """Row of the index with each query's own image, -1 if there is none; ``None`` if no query is in the index.
 
-    A query's own image is the same row of the same file of embeddings, the image with the same existing absolute path,
-    or the same image of the same split of the same run. Equal relative names are not enough, since ``1.jpg`` is in many
-    folders. If the index's image is no longer at its path, it has moved: then it is the existing query of the same file
-    name and about the same vector.
+    A query's own image is the same row of the same file of embeddings, the image with the same existing absolute path
+    (of a table that holds its images: the same row of it), or the same image of the same split of the same run. Equal
+    relative names are not enough, since ``1.jpg`` is in many folders. If the index's image is no longer at its path, it
+    has moved: then it is the existing query of the same file name and about the same vector.
     """
     if _same_file(queries.path, index.path):
         return _same_rows(queries, index)
@@ -189,4 +191,14 @@ def place_of(one: Mapping[str, Any], two: Mapping[str, Any]) -> Callable[[str], 
     """A function from a name to what identifies the image in two sets of these origins; ``None``: nothing does."""
     if same_split(one, two):
         return lambda name: name
-    return lambda name: os.path.realpath(name) if os.path.isabs(name) and os.path.exists(name) else None
+    return existing_place
+
+
+def existing_place(name: str) -> str | None:
+    """The place of an image by its absolute path without links, or by its row of a table; ``None``: it has none."""
+    if not os.path.isabs(name):
+        return None
+    if os.path.exists(name):
+        return os.path.realpath(name)
+    stored = _OF_A_TABLE.fullmatch(name)
+    return os.path.realpath(stored[1]) + stored[2] if stored and os.path.exists(stored[1]) else None

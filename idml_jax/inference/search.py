@@ -176,6 +176,8 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
     where = workdir or index.about.get("workdir")
     if not where:
         raise UserError("--workdir is missing: the index does not say which run it was made with")
+    if not workdir and not (Path(where) / "config.json").is_file():
+        raise UserError(f"{where}, the run that the index names, is not there; if it has moved: --workdir=PLACE")
     model = trained.load(where)
     known, step, made_in = (index.about.get(name) for name in ("weights", "step", "workdir"))
     cure = "the vectors cannot be compared; embed the index again"

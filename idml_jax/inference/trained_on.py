@@ -1,12 +1,12 @@
 """Finds the images of an index that the run behind it was trained on."""
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from idml_jax.errors import UserError, warn
 from idml_jax.inference.index import Index
+from idml_jax.inference.own import existing_place
 from idml_jax.runtime.files import first_line
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import data_of
@@ -33,7 +33,7 @@ def training_images_in(index: Index) -> int:
     train = data_of(config, warn=lambda line: None).train
     known = set(_without_links(train.name(record) for record in range(len(train))))
     found = sum(path in known for path in _without_links(paths))
-    if not found and not os.path.exists(paths[0]) and not os.path.exists(paths[-1]):
+    if not found and existing_place(paths[0]) is None and existing_place(paths[-1]) is None:
         raise UserError(f"{paths[0]}: no such file")
     return found
 
@@ -52,14 +52,20 @@ def _without_links(paths: Iterable[str]) -> Iterator[str]:
 
 
 def warn_of_measured_training_images(index: Index, named: str) -> None:
-    """Warns if images whose metrics are computed are training images beside others; arguments as below."""
-    with contextlib.suppress(UserError, OSError):
+    """Warns if images whose metrics are computed are training images beside others, or may be; arguments as below."""
+    try:
         count = training_images_in(index)
-        if 0 < count < len(index):
-            warn(
-                f"{named}: {count:,} of {len(index):,} images are training images of the run, so metrics of all are "
-                "not those of new classes; the test images alone: embed --split=test"
-            )
+    except (UserError, OSError) as error:
+        warn(
+            f"{named}: whether it holds training images of the run cannot be checked ({first_line(error)}); metrics of "
+            "such images are not those of new classes"
+        )
+        return
+    if 0 < count < len(index):
+        warn(
+            f"{named}: {count:,} of {len(index):,} images are training images of the run, so metrics of all are "
+            "not those of new classes; the test images alone: embed --split=test"
+        )
 
 
 def warn_of_training_images(index: Index, named: str) -> None:

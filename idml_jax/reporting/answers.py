@@ -150,7 +150,9 @@ def as_table(rows: list[Row]) -> str:
 def _facts(row: Row) -> list[str]:
     facts = [] if row["answered"] else ["no answer"]
     if row["answer"] is not None:
-        facts.append(f"answer {printable(', '.join(_classes(row['neighbours'][0])))}")
+        names = _classes(row["neighbours"][0])
+        more = f" and {len(names) - 2} more" if len(names) > 3 else ""
+        facts.append(f"answer {printable(', '.join(names[:2] if more else names))}{more}")
     values = (
         (row["sure"], "sure {:.0%}"),
         (row["known"], "known {:.0%}"),
@@ -235,7 +237,9 @@ def as_html(rows: list[Row], read_query: Reader, read: Reader, note: str) -> str
     """An HTML page with the queries and their answers; queries without an answer come last, folded."""
 
     def tiles(row: Row) -> list[Markup]:
-        caption = [_label(row, row["query"]), *(f for f in _facts(row) if f != "no answer")]
+        label, facts = _label(row, row["query"]), [f for f in _facts(row) if f != "no answer"]
+        # Several classes can be many lines, of which a tile shows the first only.
+        caption = [*facts, label] if len(_classes(row)) > 1 else [label, *facts]
         cells = [_tile(read_query, row["query"], row.get("box"), caption, "query")]
         for near in row["neighbours"]:
             cells.append(_tile(read, near["file"], near.get("box"), _near(near), _kind(row, near)))

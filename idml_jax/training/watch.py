@@ -45,7 +45,22 @@ def debugging(checks: tuple[str, ...]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in checks:
             stack.enter_context(contexts[name]())
-        yield
+        try:
+            yield
+        except Exception as error:
+            # After a NaN jax computes the step again, operation by operation, which needs transfers of its own.
+            if "transfers" in checks and "Disallowed" in str(error) and _follows_from_a_nan(error):
+                what = "NaN or infinity; config.debug=nans,infs names the operation, which 'transfers' prevents"
+                raise FloatingPointError(what) from error
+            raise
+
+
+def _follows_from_a_nan(error: BaseException | None) -> bool:
+    while error is not None:
+        if "FloatingPointError" in type(error).__name__:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Broken(NamedTuple):

@@ -1,5 +1,6 @@
 """Lists of images in all supported forms, and refused lists."""
 
+import csv
 import os
 
 import archives_made as made
@@ -151,3 +152,29 @@ class TestLists:
         with pytest.raises(files.FileError, match=r"1\.jpg: 536,870,913 bytes are more than the limit"):
             source.read(0)
         assert np.array_equal(source.labels, [0])
+
+
+class TestSeveralLabels:
+    def read(self, tmp_path, labels, name="x.csv"):
+        root = fill(tmp_path, [f"{number}.jpg" for number in range(len(labels))])
+        with open(root / name, "w", newline="") as out:
+            csv.writer(out).writerows([("path", "labels"), *((f"{n}.jpg", text) for n, text in enumerate(labels))])
+        said = []
+        source, _ = lists.list_images(root / name, warn=said.append)
+        return sorted(source.class_names), said
+
+    @pytest.mark.parametrize("text", ["['a', 'b']", "[1, 2]", "('a', 'b')", " {'a'} "])
+    def test_the_text_of_a_list_is_refused(self, tmp_path, text):
+        words = r"x\.csv, line 3: labels = .* is the text of a list .* by '\|', or store lists"
+        with pytest.raises(UserError, match=words):
+            self.read(tmp_path, ["a|b", text])
+
+    @pytest.mark.parametrize("labels", [["a,b", "a", "b,c"], ["a; b", "c;d"]])
+    def test_other_separators_are_named(self, tmp_path, labels):
+        names, said = self.read(tmp_path, labels)
+        assert len(names) == len(labels) and len(said) == 1
+        assert f"2 of {len(labels)} labels are texts as {labels[0]!r}, each of them one class" in said[0]
+
+    @pytest.mark.parametrize("labels", [["a|b", "Paris, Texas|c"], ["a", "b", "Paris, Texas"], ["(a)", "b [c]"]])
+    def test_ordinary_labels_are_left_alone(self, tmp_path, labels):
+        assert not self.read(tmp_path, labels)[1]

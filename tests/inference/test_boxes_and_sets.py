@@ -1,6 +1,8 @@
 """Images that are parts of pictures, and images with several labels: in searches, sheets, audits and reports."""
 
+import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import cv2
@@ -12,11 +14,12 @@ import pytest
 import idml_jax
 from idml_jax import audit as door
 from idml_jax import search as searching
+from idml_jax.data import lists
 from idml_jax.data.given import images_of
 from idml_jax.data.sources import FolderSource
 from idml_jax.errors import UserError
-from idml_jax.inference import store
-from idml_jax.inference.audit import audit
+from idml_jax.inference import own, store
+from idml_jax.inference.audit import _named, audit
 from idml_jax.inference.index import Index
 from idml_jax.inference.measure import Measured
 from idml_jax.inference.search import is_stored
@@ -87,6 +90,48 @@ def test_images_in_a_table_are_shown(tmp_path):
     )
     read = answers.picture_reader(index, "")
     assert read("a").max() == 10 and read("b") is None  # two have this name
+
+
+def test_an_image_that_a_table_holds_does_not_find_itself(tmp_path):
+    """Its place is a row of the table, through links and other forms of the path, too; of another table it is not."""
+    encoded = [cv2.imencode(".png", np.full((4, 4), value, np.uint8))[1].tobytes() for value in (10, 200, 30)]
+    images = pa.array([{"bytes": data, "path": None} for data in encoded])
+    for name in ("t.parquet", "other.parquet"):
+        parquet.write_table(pa.table({"image": images, "label": ["a", "b", "a"]}), tmp_path / name)
+    (tmp_path / "linked").symlink_to(tmp_path)
+    source = lambda place: lists.list_images(place)[0]
+    index, linked, other = (
+        Index(Embedded(np.eye(3), np.zeros(3, int)), np.asarray([found.name(row) for row in range(3)]), None, {})
+        for found in (source(tmp_path / place) for place in ("t.parquet", "linked/t.parquet", "other.parquet"))
+    )
+    assert str(index.files[0]).endswith("t.parquet, row 1")
+    some = dataclasses.replace(
+        linked, embedded=Embedded(np.eye(3)[[2, 0]], np.zeros(2, int)), files=linked.files[[2, 0]]
+    )
+    assert own.own_rows(index, index).tolist() == [0, 1, 2]
+    assert own.own_rows(some, index).tolist() == [2, 0]
+    assert own.own_rows(other, index) is None
+
+
+def test_copies_with_the_same_labels_in_another_order_differ_in_no_class():
+    sets = np.asarray([[0, 1], [1, 0], [0, 2]])
+    index = Index(Embedded(np.eye(3), sets[:, 0], sets=sets), np.asarray(["a", "b", "c"]), ("x", "y", "z"), {})
+    assert _named(index, 0, index, 1) == "" and _named(index, 0, index, 2) == "; their classes differ: x, y and x, z"
+
+
+def test_a_tile_shows_how_sure_an_answer_is_before_many_classes(tmp_path):
+    names = [f"a class with a long name {number}" for number in range(6)]
+    near = {"file": "n.png", "class": names[0], "classes": names, "distance": 0.1, "introspective_distance": None}
+    row = {
+        "query": "q.png", "class": names[0], "classes": names, "answered": True, "answer": names[0], "sure": 0.9,
+        "known": 0.8, "uncertainty": 1.0, "margin": 0.5, "neighbours": [near],
+    }  # fmt: skip
+    page = answers.as_html([row], lambda *_: None, lambda *_: None, "")
+    caption = re.search("<figcaption>(.*?)</figcaption>", page)[1].replace("<wbr>", "")
+    assert "answer a class with a long name 0, a class with a long name 1 and 4 more<br>sure 90%" in caption
+    assert caption.index("margin") < caption.index(", ".join(names))
+    one = answers.as_html([{**row, "classes": names[:1]}], lambda *_: None, lambda *_: None, "")
+    assert one.index("a class with a long name 0") < one.index("90%")
 
 
 def test_a_parquet_file_is_a_table_of_images_or_of_vectors_by_its_columns(tmp_path):

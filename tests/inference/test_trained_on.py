@@ -10,7 +10,7 @@ from runs_made import small_config
 import idml_jax
 from idml_jax import compare, embed, embeddings, evaluate, search
 from idml_jax.errors import UserError
-from idml_jax.inference.trained_on import training_images_in, warn_of_training_images
+from idml_jax.inference.trained_on import training_images_in, warn_of_measured_training_images, warn_of_training_images
 from idml_jax.training import train
 
 
@@ -61,6 +61,8 @@ def test_what_cannot_be_checked_is_said(workdir, image_folder, indices, tmp_path
         training_images_in(index)
     warn_of_training_images(index, "the index")
     assert "the index: whether it holds training images of the run cannot be checked" in capsys.readouterr().err
+    warn_of_measured_training_images(index, "x.npz")
+    assert "x.npz: whether it holds training images of the run cannot be checked" in capsys.readouterr().err
     moved = embeddings.read(indices["train"])
     moved.files[:] = [name.replace(str(image_folder), "/moved") for name in moved.files.tolist()]
     with pytest.raises(UserError, match="/moved/.*: no such file"):

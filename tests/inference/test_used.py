@@ -341,7 +341,10 @@ class TestSearch:
             ([f"--index={index}", f"--query={tmp_path}"], "holds no images"),
             ([f"--index={stale}", query], "cannot be compared; embed the index again"),
             ([f"--index={other}", query], "cannot be compared; embed the index again"),
-            ([f"--index={moved}", query], "/gone holds no run"),
+            (
+                [f"--index={moved}", query],
+                "/gone, the run that the index names, is not there; if it has moved: --workdir=",
+            ),
         ):
             capsys.readouterr()
             with pytest.raises(SystemExit):

@@ -293,6 +293,15 @@ def test_debug_checks_find_the_step(image_folder, finished, tmp_path):
         train.build(small_config(image_folder, debug="nan"))
 
 
+def test_all_debug_checks_together_report_a_nan(image_folder, tmp_path):
+    """After a NaN jax computes the step again, which the check of transfers would refuse."""
+    quick = {"eval.untrained": False, "max_steps": 2, "eval.cluster": False, "eval.ambiguity_images": 0}
+    bad = small_config(image_folder, debug="all", **{"data.std": (1e-38,)}, **quick)
+    with pytest.raises(UserError, match=r"jax found: NaN or infinity; config\.debug=nans,infs names .* at step 1; its"):
+        train.train_and_evaluate(bad, tmp_path / "bad")
+    assert (tmp_path / "bad" / "broken_batch.json").is_file()
+
+
 def test_the_transfer_check_can_fail():
     with watch.debugging(("transfers",)), pytest.raises(Exception, match="[Dd]isallowed host-to-device transfer"):
         jax.numpy.ones(3) + np.ones(3, np.float32)
