@@ -50,7 +50,7 @@ def debugging(checks: tuple[str, ...]) -> Iterator[None]:
         except Exception as error:
             # After a NaN jax computes the step again, operation by operation, which needs transfers of its own.
             if "transfers" in checks and "Disallowed" in str(error) and _follows_from_a_nan(error):
-                what = "NaN or infinity; config.debug=nans,infs names the operation, which 'transfers' prevents"
+                what = "NaN or infinity (config.debug=nans,infs without transfers names the operation)"
                 raise FloatingPointError(what) from error
             raise
 
