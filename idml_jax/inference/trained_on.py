@@ -1,8 +1,11 @@
 """Finds the images of an index that the run behind it was trained on."""
 
+import filecmp
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from idml_jax.errors import UserError, warn
 from idml_jax.inference.index import Index
@@ -10,6 +13,8 @@ from idml_jax.inference.own import existing_place
 from idml_jax.runtime.files import first_line
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import data_of
+
+LOOKED_AT = 50  # images of an index that are compared with training images of their name, and so many of those
 
 
 def training_images_in(index: Index) -> int:
@@ -19,7 +24,8 @@ def training_images_in(index: Index) -> int:
     which files of which run its images are, and where the run's own images are no files.
 
     Raises:
-      UserError: if the run, its images or those of the index are not at their places any more.
+      UserError: if the run, its images or those of the index are not at their places any more, or if some of these are
+        copies of training images in another place.
     """
     origin, run = str(index.about.get("images", "")), index.about.get("workdir")
     if origin.startswith("split:"):
@@ -31,11 +37,29 @@ def training_images_in(index: Index) -> int:
     if not config.data.root:
         return 0
     train = data_of(config, warn=lambda line: None).train
-    known = set(_without_links(train.name(record) for record in range(len(train))))
+    trained = [train.name(record) for record in range(len(train))]
+    known = set(_without_links(trained))
     found = sum(path in known for path in _without_links(paths))
     if not found and existing_place(paths[0]) is None and existing_place(paths[-1]) is None:
         raise UserError(f"{paths[0]}: no such file")
+    if not found and (copies := _copies(paths, trained)):
+        raise UserError(f"copies of training images in another place are among them, the first {copies[0]}")
     return found
+
+
+def _copies(paths: list[str], trained: list[str]) -> list[str]:
+    """Those of some paths whose file has the name and content of a training image."""
+    named: dict[str, list[str]] = {}
+    for path in trained:
+        named.setdefault(os.path.basename(path), []).append(path)
+    some = [paths[place] for place in np.linspace(0, len(paths) - 1, min(len(paths), LOOKED_AT)).astype(int)]
+
+    def is_copy(path: str) -> bool:
+        others = named.get(os.path.basename(path), ())[:LOOKED_AT]
+        same = (filecmp.cmp(path, other, shallow=False) for other in others if os.path.isfile(other))
+        return os.path.isfile(path) and any(same)
+
+    return list(filter(is_copy, some))
 
 
 def _without_links(paths: Iterable[str]) -> Iterator[str]:

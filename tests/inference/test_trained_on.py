@@ -1,6 +1,7 @@
 """A confidence that is fitted on training images says so, at every door."""
 
 import os
+import shutil
 import unicodedata
 
 import numpy as np
@@ -52,6 +53,18 @@ def test_images_by_another_way_are_the_same(workdir, image_folder, tmp_path, ind
         os.symlink(file, links / file.parent.name / f"link_{file.name}")
     embed.main([f"--workdir={workdir}", f"--images={links}", f"--out={tmp_path / 'y.npz'}"])
     assert training_images_in(embeddings.read(tmp_path / "y.npz")) == trained
+
+
+def test_copies_of_training_images_in_another_place_are_said(workdir, image_folder, tmp_path):
+    for part in ("train", "test"):
+        shutil.copytree(image_folder / part, tmp_path / "copied" / part)
+        embed.main([f"--workdir={workdir}", f"--images={tmp_path / 'copied' / part}", f"--out={tmp_path / part}.npz"])
+    with pytest.raises(
+        UserError, match="copies of training images in another place are among them, the first .*copied"
+    ):
+        training_images_in(embeddings.read(tmp_path / "train.npz"))
+    # Those of the other split have the same names of files.
+    assert training_images_in(embeddings.read(tmp_path / "test.npz")) == 0
 
 
 def test_what_cannot_be_checked_is_said(workdir, image_folder, indices, tmp_path, capsys):
