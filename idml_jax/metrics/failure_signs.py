@@ -54,8 +54,8 @@ def failure_signs(
         )
     if (kept := _kept_distance(semantic, uncertainty, metric)) < 0.1:
         signs.append(
-            f"uncertainty has outgrown the metric: half of all pairs keep less than {100 * kept:.2g}% of their "
-            "distance, so that what compares them by it sees hardly any (in training config.ism.prior holds it; "
+            f"uncertainty has outgrown the metric: half of all pairs keep less than {max(100 * kept, 0.1):.2g}% of "
+            "their distance, so that what compares them by it sees hardly any (in training config.ism.prior holds it; "
             "arcface needed 10)"
         )
     if norms.std() < 1e-3 * norms.mean():

@@ -1,6 +1,8 @@
 """What commands say while they work: one line that is rewritten in a terminal or a notebook, plain lines in a log."""
 
+import contextlib
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -58,6 +60,15 @@ class _Console(logging.StreamHandler):
         with _lock:
             erase()
             super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Where the reader of the output has closed it (``| head``), the work goes on without it."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+            return
+        logging.getLogger("idml_jax").removeHandler(self)
+        with contextlib.suppress(OSError, ValueError):  # nor does Python's flush at the end fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class _Lines(logging.Formatter):

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import subprocess
 import sys
 
 import pytest
@@ -111,3 +112,19 @@ def test_usage_names_the_command_that_was_typed(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             pretrained.main()
         assert capsys.readouterr().out.startswith(f"usage: {shown} [-h]")
+
+
+def test_a_log_goes_on_without_a_reader_that_wanted_only_its_beginning():
+    program = (
+        "import logging, sys\n"
+        "from idml_jax.runtime.progress import show_progress\n"
+        "show_progress()\n"
+        "for number in range(20000):\n"
+        "    logging.getLogger('idml_jax').info('line %d', number)\n"
+        "print('done', file=sys.stderr)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        assert started.stdout.readline() == b"line 0\n"
+        started.stdout.close()
+        assert started.stderr.read() == b"done\n"
+    assert started.returncode == 0
