@@ -189,6 +189,7 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
                 f"the index was made with {told}, and {model.workdir} has step {model.step} with the weights {found} "
                 f"now: {cure}"
             )
+        index.about["workdir"] = str(model.workdir)  # the same run, wherever it is now
         fitted = None if model.embedder.risk is None else digest(model.embedder.risk)
         if None not in (fitted, index.about.get("risk")) and fitted != index.about["risk"]:
             raise UserError(

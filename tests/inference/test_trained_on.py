@@ -11,6 +11,7 @@ from runs_made import small_config
 import idml_jax
 from idml_jax import compare, embed, embeddings, evaluate, search
 from idml_jax.errors import UserError
+from idml_jax.inference.search import load_model
 from idml_jax.inference.trained_on import training_images_in, warn_of_measured_training_images, warn_of_training_images
 from idml_jax.training import train
 
@@ -152,3 +153,15 @@ class TestDoors:
             capsys.readouterr()
             model.search(new, index, 2, held_out=held_out)
             assert ("training images of the run" in capsys.readouterr().err) == warned
+
+
+def test_a_run_that_has_moved_is_asked_at_its_new_place(workdir, indices, tmp_path):
+    shutil.copytree(workdir, tmp_path / "moved")
+    index = embeddings.read(indices["train"])
+    index.about["workdir"] = "/nowhere"
+    with pytest.raises(
+        UserError, match="/nowhere, the run that the index names, is not there; if it has moved: --workdir"
+    ):
+        load_model(index, "", print)
+    load_model(index, str(tmp_path / "moved"), print)
+    assert training_images_in(index) == training_images_in(embeddings.read(indices["train"]))
