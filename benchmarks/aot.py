@@ -264,8 +264,7 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
     chip = chips.CHIPS[target.split(":")[0]]
     received = sum(c.received for c in program.exchanges)
     # Without the compiler's word at least the trunk's model is computed.
-    read = program.read
-    limit = chips.bounds(chip, max(program.operations, useful * batch / devices), read, received)
+    limit = chips.bounds(chip, max(program.operations, useful * batch / devices), program.read, received)
     images = batch / limit.seconds if step != "retrieval" else 0.0
     mfu = useful * images / devices / chip.peak / 1e12
     what = f"{config.model.name}, {config.data.image_size} px, batch {batch} ({batch // devices} a chip)"
@@ -280,7 +279,7 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
     total = f"{program.operations / 1e12:.3f} TFLOP" if program.operations else "arithmetic unknown"
     print(
         f"  work of a chip: {total} (trunk: {useful * batch / devices / 1e12:.3f}), "
-        f"{read / 1e9:.2f} GB read and written, {received / 1e9:.4f} GB received"
+        f"{program.read / 1e9:.2f} GB read and written, {received / 1e9:.4f} GB received"
     )
     for c in program.exchanges:
         shape = c.shape if len(c.shape) <= 90 else c.shape[:80] + f" ... {len(c.shape.split())} arrays"
@@ -299,7 +298,7 @@ def report(options, config, batch: int, program: compiled.Program, useful: float
         "devices": devices,
         **{k: getattr(program, k) for k in ("arguments", "temporaries", "outputs", "code", "memory", "seconds")},
         "operations": program.operations,
-        "read": read,
+        "read": program.read,
         "received": received,
         "useful": useful * batch / devices,
         "bounds": limit._asdict(),
@@ -349,9 +348,8 @@ def arguments(words=None):
 def main(options) -> None:
     for variable, value in ENVIRONMENT.items():  # before jax is imported
         os.environ.setdefault(variable, value)
-    if (
-        options.target.split(":")[0] in chips.GPUS
-    ):  # there is none to try algorithms on, and Triton's products need that
+    if options.target.split(":")[0] in chips.GPUS:
+        # There is no GPU to time algorithms on, and Triton's matrix products need that.
         flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     from idml_jax.errors import UserError

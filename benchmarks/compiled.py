@@ -32,7 +32,6 @@ _NO_KERNELS = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast",
 _TURNS = re.compile(r'"?known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _CHAIN = re.compile(r'chain_id="?(\w+)')
 _GROUPS = re.compile(r"replica_groups=(?:\{\{(?P<first>[\d,]*)\}|\[(?P<groups>\d+),(?P<size>\d+)\])")
-
 _MESH = re.compile(r"replica_groups=@?mesh\w*\[(?P<axes>[^\]]*)\] ?\{(?P<named>[^}]*)\}")
 
 

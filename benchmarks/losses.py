@@ -243,7 +243,7 @@ def work(library, options):
     """One process: evaluates a loss and size whenever a line names them, and reports as a line of JSON."""
     if options.gpu:
         check_gpu(library)
-    if not options.gpu:  # which maps more address space than there is memory
+    else:  # a GPU's driver maps more address space than there is memory
         resource.setrlimit(resource.RLIMIT_AS, (int(options.limit_gib * 2**30),) * 2)
     if options.cores:  # before the libraries count them for their thread pools
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])

@@ -184,7 +184,7 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
     """
     from absl import logging
 
-    # On a GPU jax would take three quarters of the memory at once, which a training run beside this may have.
+    # By default jax preallocates three quarters of a GPU's memory, which a training run may already hold.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     logging.set_verbosity(logging.ERROR)
     hide_consequences()

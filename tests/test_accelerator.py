@@ -1,8 +1,8 @@
-"""A GPU or TPU computes what the CPU computes. Where there is one, run
+"""A GPU or TPU computes what the CPU computes. On a machine with one, run
 
     JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_accelerator.py        # or tpu,cpu
 
-Everything is skipped otherwise: no other test uses an accelerator.
+The suite runs on the CPU (conftest.py), where all of these tests are skipped; no other test uses an accelerator.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from idml_jax.metrics.retrieval import retrieval_metrics
 from idml_jax.models import create_model
 
 ACCELERATORS = [device for device in jax.devices() if device.platform != "cpu"]
-pytestmark = pytest.mark.skipif(not ACCELERATORS, reason="no GPU or TPU: JAX_PLATFORMS=cuda,cpu selects one")
+pytestmark = pytest.mark.skipif(not ACCELERATORS, reason="needs a GPU or TPU, and JAX_PLATFORMS=cuda,cpu or tpu,cpu")
 ROWS, WIDTH, PER_CLASS = 96, 64, 4
 
 

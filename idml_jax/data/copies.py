@@ -50,6 +50,12 @@ def copies_line(new: Source, known: Source, what: str, other: str) -> str:
     )
 
 
+def is_copy(one: str, other: str) -> bool:
+    """Whether two files have the same content; false where one of them is none or cannot be read."""
+    size = _size(one)
+    return size is not None and size == _size(other) and _same(one, other)
+
+
 def _some(source: Source) -> list[str]:
     """The paths of at most 1,000 images, spread over the source."""
     places = np.unique(np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int))

@@ -1,12 +1,12 @@
 """Finds the images of an index that the run behind it was trained on."""
 
-import filecmp
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from idml_jax.data.copies import is_copy
 from idml_jax.errors import UserError, warn
 from idml_jax.inference.index import Index
 from idml_jax.inference.own import existing_place
@@ -53,13 +53,8 @@ def _copies(paths: list[str], trained: list[str]) -> list[str]:
     for path in trained:
         named.setdefault(os.path.basename(path), []).append(path)
     some = [paths[place] for place in np.linspace(0, len(paths) - 1, min(len(paths), LOOKED_AT)).astype(int)]
-
-    def is_copy(path: str) -> bool:
-        others = named.get(os.path.basename(path), ())[:LOOKED_AT]
-        same = (filecmp.cmp(path, other, shallow=False) for other in others if os.path.isfile(other))
-        return os.path.isfile(path) and any(same)
-
-    return list(filter(is_copy, some))
+    others = lambda path: named.get(os.path.basename(path), ())[:LOOKED_AT]
+    return [path for path in some if any(is_copy(path, other) for other in others(path))]
 
 
 def _without_links(paths: Iterable[str]) -> Iterator[str]:
@@ -77,14 +72,7 @@ def _without_links(paths: Iterable[str]) -> Iterator[str]:
 
 def warn_of_measured_training_images(index: Index, named: str) -> None:
     """Warns if images whose metrics are computed are training images beside others, or may be; arguments as below."""
-    try:
-        count = training_images_in(index)
-    except (UserError, OSError) as error:
-        warn(
-            f"{named}: whether it holds training images of the run cannot be checked ({first_line(error)}); metrics of "
-            "such images are not those of new classes"
-        )
-        return
+    count = _counted(index, named, "metrics of such images are not those of new classes")
     if 0 < count < len(index):
         warn(
             f"{named}: {count:,} of {len(index):,} images are training images of the run, so metrics of all are "
@@ -99,17 +87,19 @@ def warn_of_training_images(index: Index, named: str) -> None:
       index: the images that it is fitted on.
       named: their name in the message.
     """
-    try:
-        count = training_images_in(index)
-    except (UserError, OSError) as error:
-        warn(
-            f"{named}: whether it holds training images of the run cannot be checked ({first_line(error)}); with such "
-            "images answers look surer than they are"
-        )
-        return
+    count = _counted(index, named, "with such images answers look surer than they are")
     if count:
         warn(
             f"{named}: {count:,} of {len(index):,} images are training images of the run, where the network errs less "
             "than on new ones; so answers look surer than they are. Fit the confidence on classes that it was not "
             "trained on (held_out)"
         )
+
+
+def _counted(index: Index, named: str, matters: str) -> int:
+    """``training_images_in``; 0 with a warning that says why it matters where that cannot be checked."""
+    try:
+        return training_images_in(index)
+    except (UserError, OSError) as error:
+        warn(f"{named}: whether it holds training images of the run cannot be checked ({first_line(error)}); {matters}")
+        return 0

@@ -113,8 +113,8 @@ class BatchNorm(nn.Module):
     statistics are those of the whole batch over all devices. A layer that has an entry in the collection
     ``frozen_stats`` is frozen: it uses its running statistics in training too.
 
-    On a GPU a frozen layer after a convolution is computed inside of it: its factor is multiplied into the kernel, and
-    the library of convolutions adds its shift. Otherwise each layer reads and writes the maps once more.
+    On a GPU a frozen layer after a convolution is folded into it: the kernel is multiplied by its factor, and cuDNN
+    adds its shift in the same pass. As a layer of its own it would read and write the maps once more.
 
     Attributes:
       use_running_average: normalise with the running statistics and do not update them.
@@ -134,10 +134,10 @@ class BatchNorm(nn.Module):
     def __call__(self, x: Float[Array, "n *size c"], after: Conv | None = None) -> Float[Array, "n *size2 f"]:
         """Normalises ``x``, or ``after(x)``, the result of a convolution."""
         frozen = self.use_running_average or self.has_variable(FROZEN_STATS, "mean")
-        inside = after is not None and frozen and jax.default_backend() == "gpu"
-        if after is not None and not inside:
+        folded = after if frozen and jax.default_backend() == "gpu" else None
+        if after is not None and folded is None:
             x = after(x)
-        channels = after.features if after is not None else x.shape[-1]
+        channels = x.shape[-1] if folded is None else folded.features
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         variance = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
@@ -156,9 +156,9 @@ class BatchNorm(nn.Module):
                 variance.value = self.momentum * variance.value + (1 - self.momentum) * jax.lax.stop_gradient(unbiased)
         factor = scale * jax.lax.rsqrt(spread + self.epsilon)
         shift = bias - center * factor
-        if after is not None and inside:
-            # In the type of the result, so that the compiler finds the addition.
-            x = after(x, factor).astype(self.dtype)
+        if folded is not None:
+            # In the type of the result: only then does the compiler fuse the addition.
+            x = folded(x, factor).astype(self.dtype)
             return x + _along_channels(shift.astype(self.dtype), x)
         x = x.astype(jnp.float32) * _along_channels(factor, x) + _along_channels(shift, x)
         return x.astype(self.dtype)

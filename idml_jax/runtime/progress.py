@@ -67,8 +67,9 @@ class _Console(logging.StreamHandler):
             super().handleError(record)
             return
         logging.getLogger("idml_jax").removeHandler(self)
-        with contextlib.suppress(OSError, ValueError):  # nor does Python's flush at the end fail
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        # Nor does Python's flush at the end fail.
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 class _Lines(logging.Formatter):

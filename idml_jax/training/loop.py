@@ -178,9 +178,8 @@ class Trainer:
                     shown.note("evaluating")
                     self.end_epoch(self)
                     pending = False
-                    progress.pause(time.monotonic() - paused)
-                    shown.pause(time.monotonic() - paused)
-                    waiting.pause(time.monotonic() - paused)
+                    for clock in (progress, shown, waiting):
+                        clock.pause(time.monotonic() - paused)
                 self.stop.check()
         except Stopped:
             if self.checkpoints.newest != self.step and self.step:

@@ -174,9 +174,9 @@ def train_step(
     def loss(trained: dict[str, Any]) -> tuple[Array, Any]:
         # Only what learns is differentiated, so the backward pass ends at the first block that learns.
         if train_trunk:
-            trained = {**trained, "trunk": setup.optimizer.rested(trained["trunk"])}
-        if train_trunk and not learning.everything:
-            trained["trunk"] = replaced(state.params["trunk"], trained["trunk"])
+            trunk = setup.optimizer.rested(trained["trunk"])
+            whole = trunk if learning.everything else replaced(state.params["trunk"], trunk)
+            trained = {**trained, "trunk": whole}
         return batch_loss(trained, resting, state, batch, setup, train_trunk)
 
     grads, (batch_stats, out, metrics) = jax.grad(loss, has_aux=True)(trained)

@@ -357,7 +357,7 @@ def test_batches_that_do_not_split_over_the_devices_are_refused():
 
 class TestWaiting:
     def run(self, monkeypatch, reads, works, threads=4, processes=1, count=16, batches=20, epoch=20):
-        """What is told in a run whose batches take so long to come, and whose devices take so long for a step.
+        """The log line of a simulated run: ``reads`` seconds to read a batch, ``works`` seconds to compute a step.
 
         As in the loop, the metrics of a step are fetched after the next one has been started.
         """
