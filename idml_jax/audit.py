@@ -8,12 +8,14 @@ which you go through the findings with the keyboard and save ``decisions.csv``; 
 whose column ``decision`` can be filled in by hand (``accept`` or ``reject``); and ``findings.jsonl``.
 
 ``--apply`` makes the accepted changes. ``--out`` is then a list (``.csv``, ``.tsv``, ``.txt``) with a path and a class
-per line, or a new folder of links with a folder per class, for training.
+per line, a table that holds the images themselves (``.parquet``), or a new folder of links with a folder per class, for
+training.
 
 In Python the module is a function: ``idml_jax.audit(index)``, see ``idml_jax.inference.audit``.
 """
 
 import argparse
+import functools
 import json
 import shlex
 from typing import TYPE_CHECKING, Any
@@ -64,15 +66,18 @@ def _audit(given: dict[str, Any]) -> None:
     with loading():
         from idml_jax.inference import corrections
         from idml_jax.inference.audit import KINDS, audit, count_of
+        from idml_jax.inference.encoded import encoded_reader
         from idml_jax.inference.gallery import read_stored
         from idml_jax.reporting.answers import picture_reader
         from idml_jax.reporting.audit_sheet import sheet
 
     index = read_stored(given["index"], "--index")
+    workdir = str(given["workdir"] or index.about.get("workdir", ""))
     if given["apply"]:
         changes, rejected, open_ = corrections.read_decisions(given["apply"])
         corrected = corrections.apply(index, changes)
-        corrections.write(corrected, out)
+        encoded = functools.cache(lambda: encoded_reader(index, workdir))  # reads what a table alone needs
+        corrections.write(corrected, out, lambda row: encoded()(str(index.files[row]), index.box_of(row)))
         tell(
             f"{len(changes):,} changes accepted, {rejected:,} rejected, {open_:,} undecided (not made): "
             f"{corrected.relabelled:,} images have another class, {len(corrected.removed):,} are removed"
@@ -80,7 +85,6 @@ def _audit(given: dict[str, Any]) -> None:
         tell(f"{len(corrected.paths):,} images in {out}")
         return
     other = read_stored(given["against"], "--against") if given["against"] else None
-    workdir = str(given["workdir"] or index.about.get("workdir", ""))
     readers = picture_reader(index, workdir), picture_reader(other or index, workdir)
     found = audit(
         index,
@@ -103,7 +107,8 @@ def _audit(given: dict[str, Any]) -> None:
         tell(note)
     tell(f"go through them on {out / 'sheet.html'}, save decisions.csv there, then:")
     index_name = shlex.quote(str(given["index"]))
-    say_next(f"python -m idml_jax.audit --index={index_name} --apply=decisions.csv --out=corrected.csv")
+    ending = "parquet" if any(map(corrections.is_no_file, map(str, index.files))) else "csv"
+    say_next(f"python -m idml_jax.audit --index={index_name} --apply=decisions.csv --out=corrected.{ending}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--against", default="", help="another set, which must share no image with it, e.g. the test set"
     )
-    parser.add_argument("--out", required=True, help="new folder; with --apply a list or a new folder")
+    parser.add_argument("--out", required=True, help="new folder; with --apply a list, table or new folder")
     parser.add_argument("--apply", default="", help="decisions.csv, or changes.csv with decisions filled in")
     parser.add_argument("--score", default=SCORES[0], choices=SCORES, help="order of the wrong labels")
     parser.add_argument(

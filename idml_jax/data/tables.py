@@ -21,6 +21,7 @@ TABLES = (*TEXT, *JSON_LINES, ".parquet")
 MAX_BYTES = 2**30
 # Images in a Parquet file are held in memory; a data set saved on disk is mapped.
 MAX_PARQUET_BYTES = 2**32
+_PLACE = re.compile(r"(.+)(, (?:row|line) [\d,]+)")
 _SET, _SETS, _STATE = "dataset_info.json", "dataset_dict.json", "state.json"
 
 
@@ -48,6 +49,12 @@ class Table(NamedTuple):
     def place(self, row: int) -> str:
         """File and line of a row, for messages."""
         return f"{files.shown(self.where)}, {self.unit} {self.lines[row]:,}"
+
+
+def row_of_a_table(name: str) -> tuple[str, str] | None:
+    """The file and the rest of a name that ``Table.place`` gave an image of a table; ``None`` for another name."""
+    found = _PLACE.fullmatch(name)
+    return None if found is None else (found[1], found[2])
 
 
 def is_table(where: str | os.PathLike) -> bool:

@@ -1,25 +1,26 @@
-"""Proposed changes of a set of images as a table, decisions about them, and the corrected list or folder."""
+"""Proposed changes of a set of images as a table, decisions about them, and the corrected list, table or folder."""
 
 import csv
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from idml_jax.data import folders
 from idml_jax.data.columns import SEVERAL
-from idml_jax.data.tables import TABLES, TEXT, separated_rows
+from idml_jax.data.tables import MAX_PARQUET_BYTES, TABLES, TEXT, arrow, row_of_a_table, separated_rows
 from idml_jax.errors import UserError, printable
 from idml_jax.inference.audit import Finding
 from idml_jax.inference.index import Index
-from idml_jax.runtime.files import first_line, replace_folder, user_path, write_text
+from idml_jax.runtime.files import atomic, first_line, replace_folder, user_path, write_text
 
 COLUMNS = ("id", "action", "path", "class", "proposed", "kind", "score", "reason", "box", "decision")
 _NEEDED = ("action", "path", "proposed", "decision")
 DECISIONS = ("accept", "reject", "")
 _MOST_BYTES = 2**28
+_TABLE_ROWS = 256  # written together
 
 
 class Change(NamedTuple):
@@ -96,6 +97,11 @@ def read_decisions(where: str | Path) -> tuple[list[Change], int, int]:
     return accepted, counts["reject"], counts[""]
 
 
+def is_no_file(name: str) -> bool:
+    """Whether an image of this name is not a file of its own: a record of a data set, or a row of a table."""
+    return not os.path.isabs(name) or (row_of_a_table(name) is not None and not os.path.exists(name))
+
+
 class Corrected(NamedTuple):
     """A corrected set.
 
@@ -106,6 +112,7 @@ class Corrected(NamedTuple):
       removed: names of the images that were removed.
       several: whether images have several classes.
       more: further columns of the list, by name: what a table said about the images.
+      rows: row of each image in the index.
     """
 
     paths: list[str]
@@ -114,6 +121,7 @@ class Corrected(NamedTuple):
     removed: list[str]
     several: bool = False
     more: dict[str, list[str]] = {}  # noqa: RUF012 (never changed)
+    rows: Sequence[int] = ()
 
 
 def apply(index: Index, changes: Sequence[Change]) -> Corrected:
@@ -157,7 +165,7 @@ def apply(index: Index, changes: Sequence[Change]) -> Corrected:
     classes = [new.get(keys[row], old) for row, old in zip(kept, before, strict=True)]
     changed = sum(one != two for one, two in zip(before, classes, strict=True))
     several = index.embedded.sets is not None
-    return Corrected([names[row] for row in kept], classes, changed, removed, several, _more(index, kept))
+    return Corrected([names[row] for row in kept], classes, changed, removed, several, _more(index, kept), kept)
 
 
 def _class_of(index: Index, row: int) -> str:
@@ -181,21 +189,29 @@ def _more(index: Index, rows: Sequence[int]) -> dict[str, list[str]]:
     return found
 
 
-def write(corrected: Corrected, out: str | Path) -> Path:
-    """Writes a corrected set: a list (``path,class`` and what else a table said), or links, a folder per class.
+def write(corrected: Corrected, out: str | Path, encoded: Callable[[int], bytes | None] | None = None) -> Path:
+    """Writes a corrected set: a list (``path,class`` and what else a table said), a table that holds the images
+    themselves, or links, a folder per class.
 
     Args:
       corrected: the set.
-      out: file that ends as a list, or else a new folder.
+      out: file that ends as a list, ``.parquet`` for a table with the images, or else a new folder.
+      encoded: the encoded picture of a row of the index, or ``None``; for a table.
 
     Raises:
-      UserError: for images that are no files, names that a list or folder cannot hold or that are read otherwise than
-        they are written, or if it cannot be written.
+      UserError: for images that are no files, or for a table are not found; for names that a list or folder cannot hold
+        or that are read otherwise than they are written; or if it cannot be written.
     """
     out = user_path(out)
-    absent = next((path for path in corrected.paths if not os.path.isabs(path)), None)
-    if absent is not None:
-        raise UserError(f"{absent}: is not the path of a file, so no list or folder can name it; embed with --images")
+    if out.suffix.lower() == ".parquet" and encoded is not None:
+        _check_listed(corrected)
+        _write_table(corrected, out, encoded)
+        return out
+    if (absent := next(filter(is_no_file, corrected.paths), None)) is not None:
+        raise UserError(
+            f"{absent}: is not the path of a file, so no list or folder can name it; --out=corrected.parquet writes a "
+            "table that holds the images"
+        )
     told = ("label_sets",) * corrected.several + tuple(corrected.more)
     if out.suffix.lower() in TEXT:
         for name in (*corrected.paths, *corrected.classes, *corrected.more.get("group", ())):
@@ -211,7 +227,7 @@ def write(corrected: Corrected, out: str | Path) -> Path:
         write_text(out, text.getvalue())
         return out
     if out.suffix.lower() in TABLES:
-        raise UserError(f"--out={out}: a list ends in {', '.join(TEXT)}")
+        raise UserError(f"--out={out}: a list ends in {', '.join(TEXT)}, a table with the images in .parquet")
     if told:
         raise UserError(f"{out}: a folder cannot hold {told[0]} of the images; give a list, e.g. corrected.csv")
     _check_foldered(corrected)
@@ -220,6 +236,26 @@ def write(corrected: Corrected, out: str | Path) -> Path:
             (folder / name).mkdir(exist_ok=True)
             (folder / name / f"{row:06d}_{Path(path).name}").symlink_to(path)
     return out
+
+
+def _write_table(corrected: Corrected, out: Path, encoded: Callable[[int], bytes | None]) -> None:
+    """Writes the images and their classes as Parquet."""
+    pa = arrow()
+    texts = {"labels" if corrected.several else "class": corrected.classes, **corrected.more}
+    schema = pa.schema([("image", pa.binary()), *((name, pa.string()) for name in texts)])
+    total = 0
+    with atomic(out) as file, pa.parquet.ParquetWriter(file, schema) as writer:
+        for start in range(0, len(corrected.paths), _TABLE_ROWS):
+            part = slice(start, start + _TABLE_ROWS)
+            images = [encoded(row) for row in corrected.rows[part]]
+            if None in images:
+                absent = corrected.paths[start + images.index(None)]
+                raise UserError(f"{printable(absent)}: the image is not found, so no table can hold it")
+            total += sum(len(image) for image in images if image is not None)
+            if total > MAX_PARQUET_BYTES:
+                raise UserError(f"{out}: more than {MAX_PARQUET_BYTES / 2**30:.0f} GiB of images, too much for a table")
+            columns = [pa.array(images, pa.binary()), *(pa.array(column[part]) for column in texts.values())]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
 def _check_listed(corrected: Corrected) -> None:

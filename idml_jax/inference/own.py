@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ import numpy as np
 from jaxtyping import Int
 
 from idml_jax.data.files import shown
+from idml_jax.data.tables import row_of_a_table
 from idml_jax.errors import warn
 from idml_jax.inference.gallery import Gallery
 from idml_jax.inference.index import Index, texts
 
 _SAME = 0.03  # distance of two vectors of one image, relative to their length: other devices, other batches
-_OF_A_TABLE = re.compile(r"(.+)(, (?:row|line) [\d,]+)")  # as ``Table.place`` names images that a table holds
 Key = tuple[str, tuple[int, ...]]  # a picture, and the part of it that is the image; empty: all of it
 
 
@@ -200,5 +199,5 @@ def existing_place(name: str) -> str | None:
         return None
     if os.path.exists(name):
         return os.path.realpath(name)
-    stored = _OF_A_TABLE.fullmatch(name)
-    return os.path.realpath(stored[1]) + stored[2] if stored and os.path.exists(stored[1]) else None
+    stored = row_of_a_table(name)
+    return os.path.realpath(stored[0]) + stored[1] if stored and os.path.exists(stored[0]) else None

@@ -1,8 +1,5 @@
 """Formats the answers of a search as a table, records, a page or a contact sheet."""
 
-import contextlib
-import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -11,11 +8,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from markupsafe import Markup
 
-from idml_jax.data import tables
-from idml_jax.data.sources import Source, box_of
-from idml_jax.errors import UserError, printable
-from idml_jax.inference import embed
-from idml_jax.inference import model as trained
+from idml_jax.errors import printable
+from idml_jax.inference.encoded import Box, encoded_reader
 from idml_jax.inference.index import named
 from idml_jax.inference.search import Answers
 from idml_jax.inference.store import Index
@@ -27,7 +21,6 @@ SHEET_ROWS = 40
 OPEN = 60  # answered queries that a page shows unfolded; the others are folded by as many
 # Gives the thumbnail of an image; called with its name, and with its box if it is a part of a picture.
 Reader = Callable[..., UInt8[np.ndarray, "h w 3"] | None]
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 # ``classes`` and ``box`` are there where images have several classes, or are parts of pictures.
 Near = TypedDict(
     "Near",
@@ -163,62 +156,14 @@ def _facts(row: Row) -> list[str]:
 
 
 def picture_reader(index: Index, workdir: str) -> Reader:
-    """A function from the name of a row, and its box, to its thumbnail.
-
-    A run's own images are read from its data, wherever its settings say that they are now, and images that are stored
-    in a table from that.
-    """
-    origin = str(index.about.get("images", ""))
-    split = origin.partition("split:")[2]
-    source: Source | None = None
-    if split in embed.SPLITS:
-        source = embed.split_source(trained.load(workdir), split, checked=False)
-    elif tables.is_saved_set(Path(origin)) or (origin.lower().endswith(".parquet") and os.path.isfile(origin)):
-        with contextlib.suppress(UserError):  # it has changed since, or holds no images
-            source, _ = embed.list_images(origin, "--index", warn=lambda line: None)
-    # Images of a table may have one name; they are told apart by their boxes, or not at all.
-    records: dict[tuple[str, Box | None], int | None] = {}
-    for record in range(0 if source is None else len(source)):
-        assert source is not None
-        key = source.name(record), box_of(source, record)
-        records[key] = None if key in records else record
-
-    @functools.cache
-    def moved() -> dict[str, str]:
-        names = [] if source is None else [source.name(record) for record in range(len(source))]
-        return _now([str(file) for file in index.files], names)
+    """A function from the name of a row, and its box, to its thumbnail; see ``encoded.encoded_reader``."""
+    encoded = encoded_reader(index, workdir)
 
     def read(file: str, box: Box | None = None) -> UInt8[np.ndarray, "h w 3"] | None:
-        record = records.get((file, box))
-        if record is None and (file, box) not in records and not os.path.isfile(file):
-            record = records.get((moved().get(file, file), box))
-        if source is not None and record is not None:
-            return thumbnail(source.read(record), within=box)
-        # A file from elsewhere may hold any name.
-        return thumbnail(Path(file).read_bytes(), within=box) if os.path.isfile(file) else None
+        picture = encoded(file, box)
+        return None if picture is None else thumbnail(picture, within=box)
 
     return read
-
-
-def _now(files: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Where the files of an index are now, if the images of its run were moved together; by the old name.
-
-    Args:
-      files: absolute names in the index.
-      names: names of the run's images, where its settings say that they are.
-    """
-    if not names or not all(map(os.path.isabs, names)):
-        return {}
-    common = os.path.commonpath([os.path.dirname(name) for name in names])
-    inner = {os.path.relpath(name, common): name for name in names}
-    # Every folder that the images may have been in, with the files that are found from there.
-    found: dict[str, dict[str, str]] = {}
-    for file in files:
-        parts = file.split("/")
-        for place in range(1, len(parts)) if os.path.isabs(file) else ():
-            if (name := inner.get("/".join(parts[place:]))) is not None:
-                found.setdefault("/".join(parts[:place]), {})[file] = name
-    return max(found.values(), key=len, default={})
 
 
 def noting(read: Reader, missing: list[str]) -> Reader:

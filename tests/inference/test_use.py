@@ -18,6 +18,7 @@ from idml_jax import embed, embeddings, evaluate, search
 from idml_jax.data.given import images_of
 from idml_jax.data.images.decode import decode
 from idml_jax.errors import UserError
+from idml_jax.inference import encoded
 from idml_jax.ism import Embedding, introspective_distance
 from idml_jax.reporting import answers
 from idml_jax.training import workdir
@@ -232,6 +233,11 @@ def test_sheets_show_the_images_of_a_run_that_have_moved(photos, image_folder, f
 def test_moved_files_are_found_by_the_folder_that_most_of_them_were_in():
     names = ["/new/a/1.png", "/new/a/2.png", "/new/b/a/1.png", "/new/b/a/2.png"]
     old = [name.replace("/new", "/x/b") for name in names]
-    assert answers._now(old, names) == dict(zip(old, names, strict=True))
-    assert answers._now(["cub/test/1"], names) == answers._now(old, ["cub/test/1"]) == answers._now(old, []) == {}
-    assert answers._now(["/old/a/1.png"], ["/new/a/1.png"]) == {"/old/a/1.png": "/new/a/1.png"}
+    assert encoded.moved_to(old, names) == dict(zip(old, names, strict=True))
+    assert (
+        encoded.moved_to(["cub/test/1"], names)
+        == encoded.moved_to(old, ["cub/test/1"])
+        == encoded.moved_to(old, [])
+        == {}
+    )
+    assert encoded.moved_to(["/old/a/1.png"], ["/new/a/1.png"]) == {"/old/a/1.png": "/new/a/1.png"}
