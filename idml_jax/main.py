@@ -75,10 +75,19 @@ def parse(argv: list[str], doc: str | None = __doc__, more: tuple[str, ...] = ()
     except SystemExit:
         raise
     except Exception as error:  # anything that a config file or a wrong override raises
+        run_command(lambda: _check_overrides(argv))  # a name that is unknown says more than what came of it
         stop(error)
     if len(rest) > 1:
         stop(UserError(f"unexpected argument {rest[1]!r}; settings are given as --config.name=value"))
     return rest
+
+
+def _check_overrides(argv: list[str]) -> None:
+    """Raises UserError for a setting of the command line that does not exist."""
+    from idml_jax.training.settings import check_named
+
+    words = [word.lstrip("-").partition("=")[0] for word in argv[1:] if word.startswith("-")]
+    check_named(word.removeprefix("config.") for word in words if word.startswith("config."))
 
 
 def _help(doc: str | None, more: tuple[str, ...]) -> str:

@@ -250,5 +250,5 @@ class Trainer:
         kept = "there is no checkpoint" if newest is None else f"the last good checkpoint is at step {newest}"
         raise UserError(
             f"{found.what} at step {found.step}; its batch has {', '.join(names[:3])} and {len(names) - 3} more "
-            f"images, see {path}; {kept} in {workdir}; a lower config.optim.learning_rate may help"
+            f"images, see {path}; {kept} in {workdir}; a lower config.optim.learning_rate in another --workdir may help"
         )

@@ -12,6 +12,7 @@ import io
 import re
 import textwrap
 import tokenize
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,13 +128,32 @@ def _check_names(values: dict[str, Any], known: dict[str, Any], prefix: str, eve
             _check_names(value, known[name], f"{full}.", every)
 
 
+def check_named(names: Iterable[str]) -> None:
+    """Checks the names of single settings, such as ``optim.learning_rate``.
+
+    Raises:
+      UserError: naming the first that is unknown, with the nearest known name.
+    """
+    every = list(flatten(default_config().to_dict()))
+    for name in names:
+        known, prefix = default_config().to_dict(), ""
+        for part in name.split("."):
+            if not isinstance(known, dict):
+                raise UserError(f"config.{name} is no setting; did you mean config.{prefix.removesuffix('.')}?")
+            _check_names({part: None}, known, prefix, every)
+            known, prefix = known[part], f"{prefix}{part}."
+        if isinstance(known, dict):
+            more = f"did you mean config.{name}.name?" if "name" in known else f"it has {', '.join(known)}"
+            raise UserError(f"config.{name} is a group of settings; {more}")
+
+
 def _nearest(full: str, prefix: str, known: dict[str, Any], every: list[str]) -> str:
-    near = difflib.get_close_matches(full.removeprefix(prefix), known, 1)
-    if near:
+    own = full.removeprefix(prefix)
+    short = lambda name: own == "".join(word[:1] for word in name.split("_"))  # lr: learning_rate
+    if near := list(filter(short, known)) or difflib.get_close_matches(own, known, 1):
         return f"did you mean config.{prefix}{near[0]}?"
-    same = [name for name in every if name.split(".")[-1] == full.split(".")[-1]]
-    near = same or difflib.get_close_matches(full, every, 1, 0.5)
-    if near:
+    same = [name for name in every if (leaf := name.split(".")[-1]) == full.split(".")[-1] or short(leaf)]
+    if near := same or ([] if prefix else difflib.get_close_matches(full, every, 1, 0.5)):
         return f"did you mean config.{near[0]}?"
     return f"config.{prefix.removesuffix('.')} has {', '.join(known)}" if prefix else f"there are {', '.join(known)}"
 

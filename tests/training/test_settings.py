@@ -7,6 +7,7 @@ import pytest
 from runs_made import small_config
 
 import idml_jax
+from idml_jax import main
 from idml_jax.errors import UserError
 from idml_jax.training import recipes, settings
 from idml_jax.training.config import default_config
@@ -39,6 +40,24 @@ def test_wrong_settings_are_refused_in_one_line(door, field, value, message, ima
     with pytest.raises(UserError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "word,message",
+    [
+        ("optim.lr=3", "config.optim.lr is no setting; did you mean config.optim.learning_rate?"),
+        ("lr=3", "config.lr is no setting; did you mean config.optim.learning_rate?"),
+        ("optim.foo=3", "config.optim.foo is no setting; config.optim has accumulate, cached_features, "),
+        ("num_epochs=3", "config.num_epochs is no setting; did you mean config.epochs?"),
+        ("seed.x=3", "config.seed.x is no setting; did you mean config.seed?"),
+        ("loss=arcface", "config.loss is a group of settings; did you mean config.loss.name?"),
+        ("data=3", "config.data is a group of settings; did you mean config.data.name?"),
+    ],
+)
+def test_unknown_settings_of_the_command_line_are_named(word, message, command_line, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main.parse(["main", "--config=glyphs", f"--workdir={tmp_path / 'run'}", f"--config.{word}"], None)
+    assert capsys.readouterr().err.startswith(f"error: {message}") and not (tmp_path / "run").exists()
 
 
 def test_settings_that_are_none_are_refused(tmp_path):
