@@ -12,6 +12,7 @@ from idml_jax.data import files, folders
 from idml_jax.data.images import transforms
 from idml_jax.data.images.decode import ENDINGS
 from idml_jax.errors import UserError
+from idml_jax.runtime import cpus
 
 
 class Source(Protocol):
@@ -377,7 +378,7 @@ def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str],
             return str(error)
         return None
 
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(8, cpus.available())) as pool:
         problems = list(pool.map(problem, range(len(source))))
     bad = [i for i, p in enumerate(problems) if p is not None]
     if not bad:

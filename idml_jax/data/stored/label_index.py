@@ -2,7 +2,6 @@
 folder is not writable."""
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from idml_jax.errors import UserError
+from idml_jax.runtime import cpus
 from idml_jax.runtime.files import atomic, cache_home
 
 Columns = dict[str, np.ndarray]
@@ -98,7 +98,7 @@ def load(
             for record in map(opened.__getitem__, range(start, min(start + _CHUNK, total)))
         ]
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cpus.available())) as pool:
         rows = [row for part in pool.map(chunk, range(0, total, _CHUNK)) for row in part]
     columns = {key: np.asarray([row[i] for row in rows]) for i, key in enumerate(keys)}
     # Text is read as bytes objects, which NumPy could only store pickled.
