@@ -1,4 +1,5 @@
-"""The first train step compiled in a thread of its own, while the main thread measures the untrained network."""
+"""The first train step compiled in a thread of its own, while the main thread creates the state and measures the
+untrained network."""
 
 import contextlib
 import threading
@@ -12,7 +13,6 @@ from idml_jax.data.sources import sets_of
 from idml_jax.runtime import sharding
 from idml_jax.training import steps, watch
 from idml_jax.training.build import Run, image_shape
-from idml_jax.training.state import TrainState
 
 _CHECK_SECONDS = 0.2
 
@@ -36,8 +36,8 @@ class Ahead:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
 
-    def start(self, run: Run, state: TrainState, train_trunk: bool) -> None:
-        """Starts to compile the step of ``state`` (see ``steps.train_step``).
+    def start(self, run: Run) -> None:
+        """Starts to compile the first step of a new run (see ``steps.train_step``).
 
         Not on several hosts, whose programs must be compiled in the same order, nor on a GPU, where compiling measures
         kernels and other work would disturb it.
@@ -46,11 +46,11 @@ class Ahead:
         several = jax.process_count() > 1 or jax.default_backend() == "gpu"
         if several or config.optim.cached_features or watch.debug_checks(config.debug):
             return
-        batch = batch_shapes(run)
+        state, batch = run.state_shapes(), batch_shapes(run)
 
         def compile_step() -> None:
             with contextlib.suppress(Exception):
-                steps.jit_train_step.lower(state, batch, setup=run.setup, train_trunk=train_trunk).compile()
+                steps.jit_train_step.lower(state, batch, setup=run.setup, train_trunk=run.trains_trunk(0)).compile()
 
         self._thread = threading.Thread(target=compile_step, name="compile the first step")
         self._thread.start()

@@ -25,7 +25,7 @@ from idml_jax.training.embedder import Embedder, Network
 from idml_jax.training.fields import value_of
 from idml_jax.training.learning import WHOLE_TRUNK, TrunkLearning, learning_of
 from idml_jax.training.optim import GroupOptimizer, Schedule
-from idml_jax.training.state import TrainState, create_state_on
+from idml_jax.training.state import TrainState, create_state_on, shapes_on
 from idml_jax.training.tasks import Evaluation, Task, task_of
 from idml_jax.training.tasks.class_relations import relation_of
 from idml_jax.training.tasks.objective import Objective
@@ -94,10 +94,21 @@ class Run(NamedTuple):
 
     def initial_state(self) -> TrainState:
         """A fresh state on the mesh."""
+        return create_state_on(*self._of_state())
+
+    def state_shapes(self) -> TrainState:
+        """Shapes, types and placement of the state, without computing it."""
+        return shapes_on(*self._of_state())
+
+    def _of_state(self) -> tuple[Any, ...]:
         key, setup = jax.random.key(self.config.seed), self.setup
-        return create_state_on(
-            self.mesh, key, setup.model, setup.objective, setup.optimizer, image_shape(self.config), setup.ema > 0
-        )
+        ema = setup.ema > 0
+        return self.mesh, key, setup.model, setup.objective, setup.optimizer, image_shape(self.config), ema
+
+    def trains_trunk(self, step: int) -> bool:
+        """Whether the step after ``step`` steps computes a gradient for the trunk."""
+        warmup = self.config.optim.warmup_epochs * self.sampler.steps_per_epoch
+        return self.setup.optimizer.trunk.anything and step >= warmup
 
     def best_state(self, workdir: Path) -> tuple[TrainState, int]:
         """The state of the best checkpoint in the run's folder, on the mesh, and its step.

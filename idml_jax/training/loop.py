@@ -96,17 +96,6 @@ class Trainer:
         """The record as stored in a checkpoint."""
         return without_nan({**self.record, "rows": self.writer.rows})
 
-    @property
-    def trains_trunk(self) -> bool:
-        """Whether the next step computes a gradient for the trunk."""
-        warmup = self.run.config.optim.warmup_epochs * self.run.sampler.steps_per_epoch
-        return self.run.setup.optimizer.trunk.anything and self.step >= warmup
-
-    def compile_ahead(self) -> None:
-        """Starts to compile the first step of a new run, beside what comes before it."""
-        if self.step == 0:
-            self.ahead.start(self.run, self.state, self.trains_trunk)
-
     def train(self) -> TrainState:
         """Trains from the current state to the end of the run.
 
@@ -146,7 +135,7 @@ class Trainer:
                 try:
                     with watch.debugging(checks):
                         self.state, metrics = train_step(
-                            self.state, placed, setup=self.run.setup, train_trunk=self.trains_trunk
+                            self.state, placed, setup=self.run.setup, train_trunk=self.run.trains_trunk(self.step)
                         )
                 except FloatingPointError as error:  # raised by JAX's checks
                     found = " ".join(str(error).split("\n")[:1])

@@ -86,6 +86,21 @@ def create_state(
 _jit_create_state = jax.jit(create_state, static_argnums=(1, 2, 3, 4, 5))
 
 
+def shapes_on(
+    mesh: Mesh,
+    key: Array,
+    model: EmbeddingModel,
+    objective: Criterion,
+    optimizer: GroupOptimizer,
+    image_shape: tuple[int, ...],
+    ema: bool = False,
+) -> TrainState:
+    """Shapes, types and placement of the state that ``create_state_on`` creates."""
+    shapes = _jit_create_state.eval_shape(key, model, objective, optimizer, image_shape, ema)
+    place = sharding.placement(shapes, mesh, objective.split)
+    return jax.tree.map(lambda x, where: x.update(sharding=where), shapes, place)
+
+
 def create_state_on(
     mesh: Mesh,
     key: Array,

@@ -25,6 +25,7 @@ from idml_jax.runtime.trackers import check_installed
 from idml_jax.runtime.writers import MetricWriter
 from idml_jax.training import auto, going_on, semantic_init, together
 from idml_jax.training import workdir as workdir_lib
+from idml_jax.training.ahead import Ahead
 from idml_jax.training.build import Run, build
 from idml_jax.training.config import starts_whitened, tracking_of
 from idml_jax.training.loop import Speed, Trainer
@@ -129,10 +130,13 @@ def _go_on(
             return json.loads(finished.read_text())
         except ValueError as error:
             raise UserError(f"{finished} is not valid JSON ({error}); without it the run is evaluated again") from error
+    ahead = Ahead()
+    if not has_checkpoints(workdir / "checkpoints"):
+        ahead.start(run)
     trainer = _started(run, workdir, pretrained, stop, speed)
+    trainer.ahead = ahead
     complete = False
     try:
-        trainer.compile_ahead()
         _start_whitened(trainer, workdir)
         _measure_untrained(trainer)
         trainer.train()

@@ -1,10 +1,11 @@
-"""The first step is compiled beside the evaluation before it, once, and for the batches that come."""
+"""The first step is compiled beside what comes before it, once, and for the state and the batches that come."""
 
 import csv
 import logging
 import threading
 from types import SimpleNamespace
 
+import chex
 import jax
 import pytest
 from runs_made import small_config
@@ -40,7 +41,9 @@ def compiled_by_main_thread(config, workdir, caplog):
     [
         {"loss.name": "multi_similarity", "data.root": "sets"},
         pytest.param({"model.semantic_init": "whiten"}, marks=pytest.mark.slow),
-        pytest.param({"loss.name": "contrastive", "memory.size": 64}, marks=pytest.mark.slow),
+        pytest.param(
+            {"loss.name": "contrastive", "memory.size": 64, "memory.warmup_epochs": 0}, marks=pytest.mark.slow
+        ),
     ],
     ids=["label sets", "whitened", "memory"],
 )
@@ -77,13 +80,25 @@ def test_the_shapes_ahead_are_those_of_the_batches(image_folder, tmp_path):
             assert placed[name].sharding == expected.sharding
 
 
+@pytest.mark.parametrize("changes", [{}, {"optim.ema": 0.9}, {"sharding.proxies": "split"}])
+def test_the_shapes_ahead_are_those_of_the_state(image_folder, changes):
+    run = train.build(small_config(image_folder, **changes))
+    state, shapes = run.initial_state(), run.state_shapes()
+    chex.assert_trees_all_equal_structs(state, shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
+    for array, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
+        assert array.sharding == shape.sharding and array.weak_type == shape.weak_type
+
+
 def test_what_cannot_be_compiled_ahead_is_left_to_the_step(image_folder, monkeypatch):
     raised = []
     monkeypatch.setattr(threading, "excepthook", raised.append)
     run = train.build(small_config(image_folder))
-    state = run.initial_state()
+    shapes = run.state_shapes().replace(params={})
     ahead = Ahead()
-    ahead.start(run, state.replace(params={}), train_trunk=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(run), "state_shapes", lambda _: shapes)
+        ahead.start(run)
     assert ahead._thread is not None
     ahead.wait(lambda: None)
     assert not raised
@@ -92,7 +107,7 @@ def test_what_cannot_be_compiled_ahead_is_left_to_the_step(image_folder, monkeyp
 def test_no_step_is_compiled_ahead_with_debug_checks(image_folder):
     run = train.build(small_config(image_folder, debug="nans"))
     ahead = Ahead()
-    ahead.start(run, run.initial_state(), train_trunk=True)
+    ahead.start(run)
     assert ahead._thread is None
 
 
@@ -102,7 +117,7 @@ def test_a_stop_does_not_wait_for_the_compiler(image_folder, monkeypatch):
     compiling = threading.Event()
     monkeypatch.setattr(steps, "jit_train_step", SimpleNamespace(lower=lambda *_, **__: compiling.wait(60)))
     ahead = Ahead()
-    ahead.start(run, run.initial_state(), train_trunk=True)
+    ahead.start(run)
 
     def check():
         raise interrupt.Stopped("SIGTERM")
