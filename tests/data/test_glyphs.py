@@ -362,9 +362,10 @@ def series():
 
 
 def test_several_processes_draw_the_same_images(series):
-    alone, three = (list(examples.drawn(series, processes)) for processes in (1, 3))
-    assert alone == three and [len(images) for images in alone] == [4] * 7
-    assert len({image.png for images in alone for image in images}) == 28
+    other = series._replace(split=0, images_per_class=2, codes=series.codes[2:])
+    alone, three = (list(examples.drawn([series, other], processes)) for processes in (1, 3))
+    assert alone == three and [len(images) for images in alone] == [4] * 7 + [2] * 5
+    assert len({image.png for images in alone for image in images}) == 38
 
 
 @pytest.mark.parametrize("program", ["/nowhere/python", "", "false", "half"])
@@ -375,9 +376,9 @@ def test_a_process_that_fails_is_replaced(series, monkeypatch, tmp_path, program
         script.write_text(f"#!/bin/sh\n{code}\n")
         script.chmod(0o700)
         program = str(script)
-    alone = list(examples.drawn(series, 1))
+    alone = list(examples.drawn([series], 1))
     monkeypatch.setattr(sys, "executable", program)
-    assert list(examples.drawn(series, 2)) == alone
+    assert list(examples.drawn([series], 2)) == alone
 
 
 def test_processes_end_with_the_one_that_asked(series, monkeypatch):
@@ -388,7 +389,8 @@ def test_processes_end_with_the_one_that_asked(series, monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", noted)
-    images = examples.drawn(series._replace(images_per_class=200, codes=list(glyphs_draw.characters())[:25]), 2)
+    long = series._replace(images_per_class=200, codes=list(glyphs_draw.characters())[:25])
+    images = examples.drawn([long], 2)
     next(images)
     images.close()
     assert len(started) == 2 and all(process.poll() is not None for process in started)

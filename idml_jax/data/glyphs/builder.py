@@ -9,6 +9,7 @@ A tfds builder that needs neither a download nor TensorFlow:
 import contextlib
 import dataclasses
 import io
+import itertools
 import tempfile
 import unicodedata
 from collections.abc import Iterator
@@ -174,11 +175,18 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
         self.info.features["label"].names = [f"U+{code:04X} {unicodedata.name(chr(code))}" for code in codes]
         self.info.metadata["parameters"] = self.builder_config.parameters()
         self.info.metadata["drawn_with"] = glyphs_draw.versions()
-        return {split: self._generate_examples(split, classes[split], codes) for split in _SPLITS}
+        # The processes that draw are started once; tfds takes one split after the other.
+        blocks = examples.drawn([series_of(self.builder_config, split, classes[split]) for split in _SPLITS])
+        places = [(split, position) for split in _SPLITS for position in range(len(classes[split]))]
+        numbered = zip(places, blocks, strict=True)
+        return {split: self._generate_examples(split, classes[split], codes, numbered) for split in _SPLITS}
 
-    def _generate_examples(self, split: str, codes: list[int], all_codes: list[int]) -> Iterator[tuple[str, dict]]:
+    def _generate_examples(
+        self, split: str, codes: list[int], all_codes: list[int], numbered: Iterator
+    ) -> Iterator[tuple[str, dict]]:
         first_label = all_codes.index(codes[0])
-        for position, images in enumerate(examples.drawn(series_of(self.builder_config, split, codes))):
+        for (drawn, position), images in itertools.islice(numbered, len(codes)):
+            assert drawn == split
             for index, image in enumerate(images):
                 label = first_label + position
                 yield (

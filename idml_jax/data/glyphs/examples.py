@@ -1,16 +1,16 @@
-"""Draws all images of a split of the data set `glyphs`, in several processes.
+"""Draws all images of the data set `glyphs`, in several processes.
 
-Also the program of such a process: it reads a `Series` and its share of the work as JSON, and writes blocks of images.
+Also the program of such a process: it reads every `Series` and its share of the work as JSON, and writes blocks of
+images.
 """
 
 import contextlib
-import io
 import json
 import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -75,42 +75,46 @@ def example(series: Series, position: int, index: int) -> Example:
     return Example(cv2.imencode(".png", picture)[1].tobytes(), kind, ambiguity, other if blend else -1)
 
 
-def drawn(series: Series, processes: int = 0) -> Iterator[list[Example]]:
-    """All images of a series, character by character.
+def drawn(every: Sequence[Series], processes: int = 0) -> Iterator[list[Example]]:
+    """All images of several series, character by character.
 
     The images do not depend on the number of processes. A process that cannot be started or that ends early is replaced
     by this one.
 
     Args:
-      series: what to draw.
-      processes: number of processes; 0: one per CPU for a large series, else none but this one.
+      every: what to draw, one series after the other.
+      processes: number of processes; 0: one per CPU for many images, else none but this one.
     """
-    count = processes or _processes(series)
-    own = range(len(series.codes))
+    count = processes or _processes(every)
+    own = _characters(every)
     if count < 2:
-        yield from (_images(series, position) for position in own)
+        yield from (_images(series, position) for series, position in own)
         return
     with contextlib.ExitStack() as stack:
-        workers = [_started(series, number, count, stack) for number in range(count)]
-        for position in own:
-            number = position % count
+        workers = [_started(every, number, count, stack) for number in range(count)]
+        for place, (series, position) in enumerate(own):
+            number = place % count
             block = _read(workers[number])
             if block is None:
                 workers[number] = None
             yield _images(series, position) if block is None else block
 
 
-def _processes(series: Series) -> int:
-    if len(series.codes) * series.images_per_class < _FEW:
+def _processes(every: Sequence[Series]) -> int:
+    if sum(len(series.codes) * series.images_per_class for series in every) < _FEW:
         return 1
     return min(_MOST_PROCESSES, cpus.available())
+
+
+def _characters(every: Sequence[Series]) -> list[tuple[Series, int]]:
+    return [(series, position) for series in every for position in range(len(series.codes))]
 
 
 def _images(series: Series, position: int) -> list[Example]:
     return [example(series, position, index) for index in range(series.images_per_class)]
 
 
-def _started(series: Series, number: int, count: int, stack: contextlib.ExitStack) -> IO[bytes] | None:
+def _started(every: Sequence[Series], number: int, count: int, stack: contextlib.ExitStack) -> IO[bytes] | None:
     """The output of a process that draws every `count`-th character from `number` on; it ends with the stack."""
     if not sys.executable or getattr(sys, "frozen", False):  # no Python to start, or a program of its own
         return None
@@ -126,8 +130,9 @@ def _started(series: Series, number: int, count: int, stack: contextlib.ExitStac
         return None
     stack.callback(_end, process)
     assert process.stdin is not None
+    work = {"series": [series._asdict() for series in every], "number": number, "count": count}
     with contextlib.suppress(OSError), process.stdin as told:
-        told.write(json.dumps({"series": series._asdict(), "number": number, "count": count}).encode())
+        told.write(json.dumps(work).encode())
     return process.stdout
 
 
@@ -151,31 +156,25 @@ def _read(worker: IO[bytes] | None) -> list[Example] | None:
 
 
 def packed(images: list[Example]) -> bytes:
-    """The images of a character as bytes."""
-    columns = {
-        "png": np.frombuffer(b"".join(image.png for image in images), np.uint8),
-        "end": np.cumsum([len(image.png) for image in images]),
-        "kind": np.asarray([image.kind for image in images]),
-        "ambiguity": np.asarray([image.ambiguity for image in images]),
-        "other": np.asarray([image.other for image in images]),
-    }
-    out = io.BytesIO()
-    np.savez(out, **columns)  # type: ignore[arg-type]  # the stubs take any keyword for allow_pickle
-    return out.getvalue()
+    """The images of a character as bytes: a line of JSON that tells about them, and the images one after the other."""
+    told = [(len(image.png), *image[1:]) for image in images]
+    return b"".join([json.dumps(told).encode(), b"\n", *(image.png for image in images)])
 
 
 def unpacked(data: bytes) -> list[Example]:
     """The images that ``packed`` was given."""
-    with np.load(io.BytesIO(data)) as found:
-        pixels, end = found["png"].tobytes(), found["end"].tolist()
-        rest = zip(found["kind"].tolist(), found["ambiguity"].tolist(), found["other"].tolist(), strict=True)
-    return [Example(pixels[a:b], *other) for a, b, other in zip([0, *end], end, rest, strict=False)]
+    head, _, pixels = data.partition(b"\n")
+    images, start = [], 0
+    for length, *rest in json.loads(head):
+        images.append(Example(pixels[start : start + length], *rest))
+        start += length
+    return images
 
 
 def main() -> None:
     told = json.loads(sys.stdin.buffer.read())
-    series, out = Series(**told["series"]), sys.stdout.buffer
-    for position in range(told["number"], len(series.codes), told["count"]):
+    every, out = [Series(**series) for series in told["series"]], sys.stdout.buffer
+    for series, position in _characters(every)[told["number"] :: told["count"]]:
         block = packed(_images(series, position))
         out.write(_LENGTH.pack(len(block)) + block)
         out.flush()
