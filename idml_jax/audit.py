@@ -15,6 +15,7 @@ In Python the module is a function: ``idml_jax.audit(index)``, see ``idml_jax.in
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import shlex
@@ -68,6 +69,7 @@ def _audit(given: dict[str, Any]) -> None:
         from idml_jax.inference.audit import KINDS, audit, count_of
         from idml_jax.inference.encoded import encoded_reader
         from idml_jax.inference.gallery import read_stored
+        from idml_jax.inference.trained_on import warn_of_audited_training_images
         from idml_jax.reporting.answers import picture_reader
         from idml_jax.reporting.audit_sheet import sheet
 
@@ -85,6 +87,8 @@ def _audit(given: dict[str, Any]) -> None:
         tell(f"{len(corrected.paths):,} images in {out}")
         return
     other = read_stored(given["against"], "--against") if given["against"] else None
+    at_its_place = dataclasses.replace(index, about={**index.about, "workdir": workdir})
+    warn_of_audited_training_images(at_its_place, str(given["index"]))
     readers = picture_reader(index, workdir), picture_reader(other or index, workdir)
     found = audit(
         index,

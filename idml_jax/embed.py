@@ -69,6 +69,7 @@ def _embed(given: dict[str, Any]) -> None:
         from idml_jax.inference.embed import embed_to_file, list_images, split_source
         from idml_jax.inference.gallery_parts import embed_to_gallery, parse_shard
         from idml_jax.inference.use import load
+        from idml_jax.training import data_record
 
     if parts:
         shard = parse_shard(given["shard"] or "1/1")
@@ -95,6 +96,8 @@ def _embed(given: dict[str, Any]) -> None:
     labelled = labelled and not given["no_labels"]
     classes = f" of {len(source.class_names):,} classes" if labelled else ", classes unknown"
     say(f"{len(source):,} images{classes}; checkpoint of step {model.step} of {model.workdir}")
+    if given["split"] == "test" and (others := data_record.sizes_of(model.workdir).get("gallery")):
+        say(f"these are the queries of the run; the {others:,} images that they search: --split=gallery")
     if parts:
         how = {"labelled": labelled, "origin": origin, "append": given["append"], "say": say}
         embed_to_gallery(model, source, out, shard=shard, **how)

@@ -40,6 +40,15 @@ def printable(text: object) -> str:
     return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
 
 
+def is_utf8(text: str) -> bool:
+    """Whether text is free of undecodable bytes, which Python keeps as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 VERBOSITY = "IDML_JAX_VERBOSITY"
 
 

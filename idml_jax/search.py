@@ -110,8 +110,8 @@ def _search(given: dict[str, Any]) -> None:
         if steps:
             return Confidence(None, f"re-ranked by {given['rerank']}")
         if partly:
-            return confidence_near(files, searched, given["index"], model, names, wanted)
-        return confidence_for(files, index, given["index"], model, names, wanted)
+            return confidence_near(files, searched, given["index"], model, names, wanted, queries)
+        return confidence_for(files, index, given["index"], model, names, wanted, queries)
 
     scores, setting, sureness = scored(queries, index, own, confident)
     rule = rule_for(sureness, scores, wanted)

@@ -51,6 +51,7 @@ def table_splits(root: str, image_root: str = "", warn: Callable[[str], None] = 
     for name in ("train", "test"):
         if not len(parts[name]):
             raise UserError(f"{shown}: has no rows of the split {name} ({_OPTION})")
+    _check_shared(listing, parts, warn)
     found = {"train": source_of(listing, parts["train"])}
     if len(parts["validation"]):
         found["validation"] = source_of(listing, parts["validation"])
@@ -58,6 +59,23 @@ def table_splits(root: str, image_root: str = "", warn: Callable[[str], None] = 
     if marked is None:
         return found | {"test": source_of(listing, parts["test"])}
     return found | _query_and_gallery(listing, parts["test"], marked, shown, warn)
+
+
+def _check_shared(listing: Listing, parts: dict[str, np.ndarray], warn: Callable[[str], None]) -> None:
+    """Counts test and validation images that are training images, too."""
+    pictures, table = listing.pictures(), listing.table
+    if pictures is None:
+        return
+    trained = {pictures[row]: row for row in reversed(parts["train"].tolist())}
+    for name in ("test", "validation"):
+        shared = [row for row in parts[name].tolist() if pictures[row] in trained]
+        if shared:
+            first, again = trained[pictures[shared[0]]], shared[0]
+            warn(
+                f"{files.shown(table.where)}: {len(shared):,} of {len(parts[name]):,} {name} images are training "
+                f"images, too, the first {files.shown(listing.paths[again])} ({table.unit}s {table.lines[first]:,} and "
+                f"{table.lines[again]:,}); metrics of such images are not those of new ones"
+            )
 
 
 def _split_of_rows(listing: Listing, shown: str, warn: Callable[[str], None]) -> np.ndarray:

@@ -4,9 +4,10 @@ Every command reads tables through this module, so that a table means the same i
 """
 
 import difflib
+import hashlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from idml_jax.data.columns import (
 from idml_jax.data.images.decode import ENDINGS
 from idml_jax.data.sources import FolderSource, StoredSource
 from idml_jax.data.tables import TABLES, StoredImages, Table
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, is_utf8
 
 LISTS = TABLES
 
@@ -69,6 +70,22 @@ class Listing(NamedTuple):
         """Whether any image has more than one label."""
         return any(len(names) > 1 for names in self.labels)
 
+    def pictures(self) -> list[Hashable] | None:
+        """What tells the image of each row from others: its path or, in memory, its content, and its box.
+
+        ``None`` for a saved data set, whose images would all have to be read.
+        """
+        stored, boxes = self.table.images, self.boxes
+        if stored is not None and not stored.in_memory:
+            return None
+
+        def picture(row: int) -> Hashable:
+            data = None if stored is None else stored.read(row)
+            return self.paths[row] if data is None else hashlib.blake2b(data, digest_size=16).digest()
+
+        found = map(picture, range(len(self.paths)))
+        return list(found if boxes is None else zip(found, map(tuple, boxes.tolist()), strict=True))
+
 
 def read_listing(
     where: Path, root: str = "", option: str = "--images", warn: Callable[[str], None] = _complain
@@ -106,10 +123,23 @@ def read_listing(
         None if cells["group"] is None else np.asarray([text_of(value) for value in cells["group"]], "U"),
         weights_of(table, cells["weight"]),
     )
+    _check_encoding(listing)
     _check_files(listing, root, option, warn)
     _check_twice(listing, warn)
     _check_separators([value for value in cells["labels"] or () if isinstance(value, str) and value], shown, warn)
     return listing
+
+
+def _check_encoding(listing: Listing) -> None:
+    """Refuses classes and groups that are not UTF-8; file names may be anything."""
+    for what, names in (("class", listing.labels), ("group", listing.groups)):
+        for row, several in enumerate(() if names is None else names):
+            for name in several if what == "class" else (several,):
+                if not is_utf8(name):
+                    raise UserError(
+                        f"{listing.table.place(row)}: the {what} {files.shown(name)} is not UTF-8; save the table as "
+                        "UTF-8"
+                    )
 
 
 def _check_separators(labels: list[str], shown: str, warn: Callable[[str], None]) -> None:
@@ -125,13 +155,10 @@ def _check_separators(labels: list[str], shown: str, warn: Callable[[str], None]
 def _check_twice(listing: Listing, warn: Callable[[str], None]) -> None:
     """Counts rows that name an image again, in the same box and split."""
     table, columns = listing.table, (listing.splits, listing.is_query, listing.is_gallery)
-    if table.images is not None:
-        return
     seen: dict[tuple, int] = {}
     twice = []
-    for row, path in enumerate(listing.paths):
-        box = () if listing.boxes is None else tuple(listing.boxes[row].tolist())
-        first = seen.setdefault((path, box, *(None if x is None else x[row] for x in columns)), row)
+    for row, picture in enumerate(listing.pictures() or ()):
+        first = seen.setdefault((picture, *(None if x is None else x[row] for x in columns)), row)
         if first != row:
             twice.append((first, row))
     if not twice:
@@ -153,14 +180,15 @@ def _check_files(listing: Listing, root: str, option: str, warn: Callable[[str],
     shown = files.shown(table.where)
     absent = [path for path in dict.fromkeys(paths) if not os.path.exists(path)]
     total = len(set(paths))
+    odd = "" if all(map(is_utf8, absent)) else "; the table is not UTF-8, as the names of files mostly are"
     if len(absent) == total:
         told = f"relative to {files.shown(files.expand(root))}" if root else "relative to the list"
         raise UserError(
-            f"{shown}: none of its {total:,} files exists, the first {files.shown(absent[0])}; paths are {told} "
-            f"({option})"
+            f"{shown}: none of its {total:,} files exists, the first {files.shown(absent[0])}; paths are {told}"
+            f"{odd} ({option})"
         )
     if absent:
-        warn(f"{shown}: {len(absent):,} of {total:,} files do not exist, the first {files.shown(absent[0])}")
+        warn(f"{shown}: {len(absent):,} of {total:,} files do not exist, the first {files.shown(absent[0])}{odd}")
 
 
 def source_of(

@@ -352,6 +352,11 @@ class StoredImages:
             self._opened[which] = _mapped(self._mapped[which]).column(self._column)
         return self._opened[which]
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are held in memory, not in files that are mapped."""
+        return self._held is not None
+
     def names(self) -> list[str | None]:
         """The path of each image, where one is known."""
         found: list[str | None] = []

@@ -170,7 +170,9 @@ def _held_out(model: Trained, where: str) -> tuple[Index, str]:
     name = "test" if splits.validation is None else "validation"
     source = splits.test if splits.validation is None else splits.validation
     index = index_of(model, source, True, f"split:{name}")
-    return index, f"the {len(index.files):,} {name} images of the run"
+    about = f"the {len(index.files):,} {name} images of the run"
+    warn_of_training_images(index, about)
+    return index, about
 
 
 def compare(

@@ -17,7 +17,7 @@ from idml_jax.inference.approximate import Approximate
 from idml_jax.inference.choices import MEMORY
 from idml_jax.inference.exclude import Rule
 from idml_jax.inference.gallery import Gallery, is_gallery, read_gallery
-from idml_jax.inference.held_out import Files
+from idml_jax.inference.held_out import Files, warn_of_shared
 from idml_jax.inference.index import Index, check_comparable, read
 from idml_jax.inference.model import Trained
 from idml_jax.inference.own import own_rows, own_rows_in
@@ -165,6 +165,7 @@ def confidence_near(
     model: Callable[[], Trained],
     names: Collection[str],
     wanted: Wanted,
+    queries: Index | None = None,
 ) -> Confidence:
     """As ``sureness.confidence_for``, for a gallery that is not read whole.
 
@@ -193,6 +194,7 @@ def confidence_near(
             "not read whole needs held-out classes that it lacks; or give a larger --memory without --ann"
         )
     warn_of_training_images(others, held_out)
+    warn_of_shared(others, held_out, queries, "queries")
     beside = near(searched, others, VOTERS + 1, say=lambda line: None).images
     distractors = distractors_of(files, searched.head, named, model)
     fitted = fit(others, beside, [name for name in names if name not in NEED_ALL], wanted, distractors)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, warn
 from idml_jax.inference.index import Index, Numbered, sets_in_common
 from idml_jax.inference.own import own_rows
 from idml_jax.metrics.calibration import HeldOut
@@ -64,6 +64,23 @@ def _not_in(one: Index, other: Index) -> Bool[np.ndarray, "n"]:
     if places is not None:
         kept[places[places >= 0]] = False
     return kept
+
+
+def warn_of_shared(held_out: Index, named: str, asked: Index | None, what: str) -> None:
+    """Warns if a confidence is fitted on images that are asked or measured with it.
+
+    Args:
+      held_out: the images that it is fitted on.
+      named: their name in the message.
+      asked: the images that it serves; ``None``: unknown.
+      what: what these are, for the message.
+    """
+    shared = 0 if asked is None else int((~_not_in(asked, held_out)).sum())
+    if asked is not None and shared:
+        warn(
+            f"{named}: {shared:,} of the {len(asked):,} {what} {'is' if shared == 1 else 'are'} among these images, on "
+            "which the confidence is fitted; so answers look surer than they are"
+        )
 
 
 def _with(found: HeldOut, sides: tuple[Index, Index, Bool[np.ndarray, "m"]], distractors: Index) -> HeldOut:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from idml_jax.errors import warn as say
 from idml_jax.inference import arrays as stored_arrays
 from idml_jax.inference import reranking
 from idml_jax.inference.gallery import is_gallery, read_gallery, read_stored
-from idml_jax.inference.held_out import held_out_beside
+from idml_jax.inference.held_out import held_out_beside, warn_of_shared
 from idml_jax.inference.index import Index, check_comparable, check_temperature, labels_in_common, sets_in_common
 from idml_jax.inference.own import own_rows
 from idml_jax.inference.reranking import Step
@@ -20,6 +21,7 @@ from idml_jax.ism import Metric
 from idml_jax.metrics import full_ranking, relevance
 from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
+from idml_jax.training import data_record
 
 
 class Options(NamedTuple):
@@ -112,6 +114,12 @@ def measure(
     distractors = beside(options.distractors, "--distractors")
     if others is not None:
         warn_of_training_images(others, held_out)
+        warn_of_shared(others, held_out, index, "measured images")
+    if searched is None and (beside_them := _gallery_of_run(index)):
+        warn(
+            f"{embeddings}: the test images of this run search its {beside_them:,} gallery images; here they search "
+            "each other (--gallery=FILE: those of embed --split=gallery)"
+        )
     warn_of_measured_training_images(index, embeddings)
     index, searched = _without_own(*_by_marks(index, searched, warn), warn)
     if options.exclude:
@@ -155,6 +163,14 @@ def measure(
     except ValueError as error:  # sets too small for a metric, and options out of range
         raise UserError(str(error)) from error
     return Measured(report | more, warnings, len(queries.labels), worst)
+
+
+def _gallery_of_run(index: Index) -> int:
+    """Number of images that the images of an index search in their run; 0: they search each other, or are others."""
+    run = index.about.get("workdir")
+    if index.about.get("images") != "split:test" or not run:
+        return 0
+    return data_record.sizes_of(Path(run)).get("gallery", 0)
 
 
 def _first_class(index: Index) -> str:

@@ -1,5 +1,6 @@
 """Finds the nearest neighbours of queries in an index, with the confidence of the answers."""
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -205,6 +206,16 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
     return model
 
 
+def _of_run_now(index: Index, model: Callable[[], Trained]) -> Index:
+    """An index whose run has moved, with the place of the network in use if it has the same weights."""
+    run = index.about.get("workdir")
+    if run and "weights" in index.about and not (Path(run) / "config.json").is_file():
+        with contextlib.suppress(UserError):  # the network is not there, either
+            if model().embedder.digest == index.about["weights"]:
+                index.about["workdir"] = str(model().workdir)
+    return index
+
+
 def is_stored(where: str | Path) -> bool:
     """Whether a path names embeddings, a file or a gallery, and not images; a Parquet file is told by its columns."""
     if is_gallery(where):
@@ -222,6 +233,6 @@ def open_index(where: str, option: str, model: Callable[[], Trained]) -> Index:
       model: loads the network, if images must be embedded.
     """
     if is_stored(where):
-        return read_stored(where, option)
+        return _of_run_now(read_stored(where, option), model)
     source, labelled = embed.list_images(where, option)
     return embed.index_of(model(), source, labelled, where)

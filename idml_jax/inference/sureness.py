@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from idml_jax.errors import UserError
-from idml_jax.inference.held_out import Files, held_out_beside
+from idml_jax.inference.held_out import Files, held_out_beside, warn_of_shared
 from idml_jax.inference.index import Index, check_comparable, labels_in_common, sets_in_common
 from idml_jax.inference.kept_calibration import kept
 from idml_jax.inference.model import Trained
@@ -58,6 +58,7 @@ def confidence_for(
     model: Callable[[], Trained],
     names: Collection[str],
     wanted: Wanted = Wanted(),  # noqa: B008 (immutable)
+    queries: Index | None = None,
 ) -> Confidence:
     """Fits the confidence of answers from an index, on held-out images or on the index itself.
 
@@ -68,6 +69,7 @@ def confidence_for(
       model: loads the network, if images must be embedded.
       names: names of the scores that queries will have.
       wanted: what is wanted of the answers.
+      queries: what is asked; a warning says how many of them are held-out images.
 
     Raises:
       UserError: if classes are needed and unknown, if there are fewer than two, or if the two sets cannot be compared.
@@ -89,6 +91,8 @@ def confidence_for(
             raise UserError(f"{held_out or named}: its images are of {one}" + ("" if held_out else "; give --held_out"))
         return Confidence(None, f"how sure answers are is unknown: the images are of {one}")
     warn_of_training_images(others, held_out or named)
+    if held_out:
+        warn_of_shared(others, held_out, queries, "queries")
     fitted = fit(others, index, names, wanted, distractors_of(files, index, named, model))
     return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {what}{told_of(files)}")
 

@@ -5,12 +5,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from idml_jax.data.copies import is_copy
+from idml_jax.data.tables import is_table
 from idml_jax.errors import UserError, warn
 from idml_jax.inference.index import Index
 from idml_jax.inference.own import existing_place
 from idml_jax.runtime.files import first_line
+from idml_jax.training import data_record
 from idml_jax.training import workdir as workdir_lib
 from idml_jax.training.build import data_of
 
@@ -20,24 +23,29 @@ LOOKED_AT = 50  # images of an index that are compared with training images of t
 def training_images_in(index: Index) -> int:
     """The number of images of an index that are training images of the run that embedded it.
 
-    They are the split ``train`` of that run, or its training images by their paths. 0 where the index does not say
-    which files of which run its images are, and where the run's own images are no files.
+    They are the split ``train`` of that run, or its training images by their paths. Of another split, and where the
+    images of the run have changed since it was started, they are those of the classes that it was trained on. 0 where
+    the index does not say which files of which run its images are, and where the run's own images are no files.
 
     Raises:
-      UserError: if the run, its images or those of the index are not at their places any more, or if some of these are
-        copies of training images in another place.
+      UserError: if the run, its images or those of the index are not at their places any more, or have changed so that
+        the training images are not known; or if some of these are copies of training images in another place.
     """
     origin, run = str(index.about.get("images", "")), index.about.get("workdir")
-    if origin.startswith("split:"):
-        return len(index) if origin == "split:train" else 0
+    if origin == "split:train":
+        return len(index)
+    if not run:
+        return 0
+    split = origin.partition("split:")[2]
+    if split and (found := _of_training_classes(index, split, Path(run))):
+        return found
     paths = [name for name in index.files.tolist() if os.path.isabs(name)] if index.named else []
-    if not (paths and run):
+    if not paths:
         return 0
     config = workdir_lib.read(Path(run))
-    if not config.data.root:
+    if not config.data.root or (split and not is_table(config.data.root)):  # a folder has an image once
         return 0
-    train = data_of(config, warn=lambda line: None).train
-    trained = [train.name(record) for record in range(len(train))]
+    trained = _training_names(config, Path(run))
     known = set(_without_links(trained))
     found = sum(path in known for path in _without_links(paths))
     if not found and existing_place(paths[0]) is None and existing_place(paths[-1]) is None:
@@ -45,6 +53,33 @@ def training_images_in(index: Index) -> int:
     if not found and (copies := _copies(paths, trained)):
         raise UserError(f"copies of training images in another place are among them, the first {copies[0]}")
     return found
+
+
+def _of_training_classes(index: Index, split: str, run: Path) -> int:
+    """The number of images of a split that are of classes which only the training images had when the run started."""
+    recorded = data_record.classes_of(run)
+    trained = set(recorded.get("train", ())) - {name for part in recorded if part != "train" for name in recorded[part]}
+    if split not in recorded or not trained or index.class_names is None:
+        return 0
+    return sum(not trained.isdisjoint(index.classes_of(row)) for row in range(len(index)))
+
+
+def _training_names(config: ConfigDict, run: Path) -> list[str]:
+    """Names of the images that a run was trained on."""
+    splits = data_of(config, warn=lambda line: None)
+    names = lambda source, rows: [source.name(row) for row in rows]
+    try:
+        data_record.check(splits, run, ("train",))
+    except UserError as error:  # its classes are others now
+        recorded = data_record.classes_of(run)
+        trained = set(recorded.pop("train", ()))
+        if not trained or any(trained.intersection(part) for part in recorded.values()):
+            raise UserError("the run's images have changed since it was started") from error
+        parts = [source for source in splits if source is not None]
+        chosen = lambda source: [label for label, name in enumerate(source.class_names) if str(name) in trained]
+        rows = [np.flatnonzero(np.isin(source.labels, chosen(source))) for source in parts]
+        return [name for source, some in zip(parts, rows, strict=True) for name in names(source, some.tolist())]
+    return names(splits.train, range(len(splits.train)))
 
 
 def _copies(paths: list[str], trained: list[str]) -> list[str]:
@@ -93,6 +128,17 @@ def warn_of_training_images(index: Index, named: str) -> None:
             f"{named}: {count:,} of {len(index):,} images are training images of the run, where the network errs less "
             "than on new ones; so answers look surer than they are. Fit the confidence on classes that it was not "
             "trained on (held_out)"
+        )
+
+
+def warn_of_audited_training_images(index: Index, named: str) -> None:
+    """Warns if the labels of images are audited that the network learned, or may have; arguments as above."""
+    matters = "a network finds few mistakes among labels that it has learned"
+    count = _counted(index, named, matters)
+    if count:
+        warn(
+            f"{named}: {count:,} of {len(index):,} images are training images of the run, and {matters}; use one that "
+            "was trained on other classes"
         )
 
 

@@ -21,6 +21,7 @@ from idml_jax.inference import model as trained
 from idml_jax.inference import search as searching
 from idml_jax.inference import sureness
 from idml_jax.inference.gallery import read_stored
+from idml_jax.inference.held_out import warn_of_shared
 from idml_jax.inference.index import Index, check_comparable, named
 from idml_jax.inference.model import Trained
 from idml_jax.inference.own import own_rows
@@ -249,6 +250,7 @@ def answers(
         check_comparable(held_out, index, "held_out", "the index")
         if held_out.class_names is None or len(np.unique(held_out.embedded.labels)) < 2:
             raise UserError("held_out has no two known classes; give class folders, or labels to embed")
+        warn_of_shared(held_out, "held_out", queries, "queries")
     if distractors is not None:
         check_comparable(distractors, index, "distractors", "the index")
         if held_out is None or distractors.class_names is None:

@@ -89,14 +89,8 @@ def check(
       UserError: if the training classes have changed, so that labels would mean other classes, or their relation, or
         the wrong labels of ``data.label_noise``; if the record cannot be read.
     """
-    path = workdir / FILE
-    if not path.exists():
+    if not (known := _stored(workdir)):
         return []
-    try:
-        stored = json.loads(path.read_text())
-        known = {name: {str(k): v for k, v in part.items()} for name, part in stored.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); without it the data is not checked") from error
     if relation is not None and known.get("relation", {}).get("digest", "") != relation:
         raise UserError(
             f"{workdir}: the relation of the classes (config.loss.relation or levels) is not the one that the run "
@@ -128,6 +122,39 @@ def check(
             numbers = f"{before.get('images')} then, {now['images']} now"
             warnings.append(f"the {name} images are not those that the run was started with ({what}; {numbers})")
     return warnings
+
+
+def classes_of(workdir: Path) -> dict[str, list[str]]:
+    """Names of the classes of each part of a run's data, as it was started; without those of more than ``MOST_NAMES``.
+
+    Raises:
+      UserError: if the record cannot be read.
+    """
+    known = _stored(workdir)
+    parts = {name: part.get("classes") for name, part in known.items()}
+    return {name: [str(one) for one in names] for name, names in parts.items() if isinstance(names, list)}
+
+
+def sizes_of(workdir: Path) -> dict[str, int]:
+    """Number of images of each part of a run's data, as it was started.
+
+    Raises:
+      UserError: if the record cannot be read.
+    """
+    counts = {name: part.get("images") for name, part in _stored(workdir).items()}
+    return {name: count for name, count in counts.items() if isinstance(count, int)}
+
+
+def _stored(workdir: Path) -> Record:
+    """The record of a run, by part; empty for a run of an earlier version, which has none."""
+    path = workdir / FILE
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        return {name: {str(k): v for k, v in part.items()} for name, part in stored.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); without it the data is not checked") from error
 
 
 def _change(before: Mapping[str, object], now: Mapping[str, object]) -> str:

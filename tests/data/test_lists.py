@@ -126,6 +126,25 @@ class TestLists:
         source, known = lists.list_images(tmp_path / "x.txt")
         assert known and source.read(0) == IMAGE
 
+    @pytest.mark.parametrize("column", ["label", "labels", "group"])
+    def test_classes_and_groups_that_are_no_utf8_are_refused(self, tmp_path, column):
+        content = f"path,{column}\na/1.jpg,x\nb/2.jpg,K\xe4se\n"
+        assert self.listed(tmp_path, content.encode())[0] == ["a/1.jpg", "b/2.jpg"]
+        what = "group" if column == "group" else "class"
+        with pytest.raises(
+            UserError, match=rf"x.txt, line 3: the {what} K\\xe4se is not UTF-8; save the table as UTF-8"
+        ):
+            self.listed(tmp_path, content.encode("latin-1"))
+
+    def test_names_of_files_in_another_encoding_are_explained(self, tmp_path):
+        present = ("a/1.jpg", "b/\xe4.jpg")
+        said = self.listed(tmp_path, "a/1.jpg\nb/\xe4.jpg\n".encode("latin-1"), present=present)[2]
+        assert len(said) == 1 and said[0].endswith(
+            r"b/\xe4.jpg; the table is not UTF-8, as the names of files mostly are"
+        )
+        with pytest.raises(UserError, match="the table is not UTF-8"):
+            self.listed(tmp_path, "b/\xe4.jpg\n".encode("latin-1"), present=present)
+
     def test_what_is_no_regular_file(self, tmp_path, monkeypatch):
         os.mkfifo(tmp_path / "pipe.txt")
         (tmp_path / "zero.txt").symlink_to("/dev/zero")

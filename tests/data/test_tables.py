@@ -14,6 +14,7 @@ from PIL import Image
 
 from idml_jax.data import columns, datasets, lists, sources, splits, tables
 from idml_jax.data.images.decode import DecodeError, Picture, decode
+from idml_jax.data.listed import table_splits
 from idml_jax.data.samplers import BalancedSampler, ShuffledSampler
 from idml_jax.errors import UserError
 
@@ -234,3 +235,40 @@ def test_an_image_that_is_listed_twice_is_named(tmp_path):
     (tmp_path / "x.csv").write_text("path,label,split\na.png,x,query\na.png,x,gallery\n")
     lists.list_images(tmp_path / "x.csv", warn=said.append)
     assert len(said) == 2 and "its column of splits is for training" in said[1]
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_test_images_that_are_training_images_are_counted(tmp_path, held):
+    """By their path, or where a table holds the images by their content; a picture's two boxes are two images."""
+    made.write_files(tmp_path, {f"{name}.jpg": made.jpeg(0, 0) for name in "abcdef"})
+    names = ["a", "b", "c", "d", "e", "a", "b", "f", "b"]
+    splits = ["train"] * 4 + ["validation", "validation", "test", "test", "test"]
+    boxes = [""] * 8 + ["0,0,4,4"]
+    columns = {"label": [f"of_{name}" for name in names], "split": splits, "box": boxes}
+    if held:
+        pictures = {name: made.jpeg(0, seed) for seed, name in enumerate("abcdef")}
+        table = tmp_path / "t.parquet"
+        pq.write_table(pa.table({"image": [pictures[name] for name in names], **columns}), table)
+    else:
+        table = tmp_path / "t.jsonl"
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        lines = [json.dumps({"path": f"{name}.jpg", **row}) for name, row in zip(names, rows, strict=True)]
+        table.write_text("\n".join(lines))
+    said = []
+    table_splits(str(table), warn=said.append)
+    unit = "rows" if held else "lines"
+    told = [line for line in said if "training images" in line]
+    assert [line.partition(": ")[2].partition(", the first")[0] for line in told] == [
+        "1 of 3 test images are training images, too",
+        "1 of 2 validation images are training images, too",
+    ]
+    assert f"({unit} 2 and 7); metrics of such images" in told[0] and f"({unit} 1 and 6)" in told[1]
+
+
+def test_an_image_that_a_table_holds_twice_is_named(tmp_path):
+    images = [made.jpeg(0, 0), made.jpeg(0, 1), made.jpeg(0, 0)]
+    pq.write_table(pa.table({"image": images, "label": ["a", "b", "b"]}), tmp_path / "t.parquet")
+    said = []
+    lists.list_images(tmp_path / "t.parquet", warn=said.append)
+    assert len(said) == 1 and "1 rows name an image again, 1 of them with another class" in said[0]
+    assert said[0].endswith("(rows 1 and 3)")
