@@ -71,7 +71,7 @@ def test_a_classifier_has_its_report(finished, tmp_path):
     workdir, result = finished
     page = report.make(workdir, tmp_path / "page.html", compare=str(workdir)).read_text()
     best = result["best"]
-    for text in (f"{100 * best['top1']:.1f} %", f"{best['nll']:.3f}", f"{best['AUROC_error(entropy)']:.3f}"):
+    for text in (f"{100 * best['top1']:.1f} %", f"{best['nll']:.3f}", f"{100 * best['AUROC_error(entropy)']:.1f} %"):
         assert text in page
     assert "Does it know which predictions are wrong?" in page
 
