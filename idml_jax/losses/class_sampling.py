@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-__all__ = ["ClassSample", "sample_classes", "take_classes"]
+__all__ = ["ClassSample", "compared_classes", "sample_classes", "take_classes"]
 
 
 class ClassSample(NamedTuple):
@@ -59,7 +60,8 @@ def sample_classes(
       The classes, group by group.
 
     Raises:
-      ValueError: if the share is not in (0, 1] or the groups do not divide the rows.
+      ValueError: if the share is not in (0, 1], the groups do not divide the rows, or a label is not below the number
+        of classes (traced labels are not checked).
 
     >>> drawn = sample_classes(jax.random.key(0), jnp.array([3, 3, 7]), num_classes=10, share=0.4)
     >>> sorted(drawn.classes.tolist())[:1], {3, 7} <= set(drawn.classes.tolist()), len(drawn.classes)
@@ -70,9 +72,11 @@ def sample_classes(
         raise ValueError(f"the share of classes must be above 0 and at most 1; got {share}")
     if rows % groups:
         raise ValueError(f"{groups} groups do not divide {rows} rows")
+    given = np.zeros(0, int) if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
+    if (given >= num_classes).any():
+        raise ValueError(f"labels must be below the number of classes, {num_classes}; one is {given.max()}")
     of_group = rows // groups
-    own = min(labels.shape[0], of_group)
-    count = own + math.ceil(share * max(num_classes / groups - own, 0))
+    count = _drawn_of_group(labels.shape[0], num_classes, share, of_group, groups)
     index = jnp.arange(rows)
     in_batch = jnp.zeros(rows, bool).at[labels].set(True)
     real = index < num_classes
@@ -86,6 +90,27 @@ def sample_classes(
     factor = possible / jnp.maximum(drawn, 1)
     stands_for = jnp.where(inside | ~usable, 1.0, factor[:, None])
     return ClassSample(take(index).reshape(-1), usable.reshape(-1), stands_for.reshape(-1), groups)
+
+
+def compared_classes(batch: int, num_classes: int, share: float, *, rows: int | None = None, groups: int = 1) -> int:
+    """Number of classes that a batch of so many images is compared with; arguments as for ``sample_classes``.
+
+    Any group may hold all classes of the batch, so each has room for as many: with many groups, or a large batch, the
+    share of the classes is larger than the one that was asked for.
+
+    >>> compared_classes(512, 100_000, 0.1), compared_classes(4_096, 100_000, 0.1, rows=100_096, groups=8)
+    (10461, 39496)
+    """
+    of_group = (num_classes if rows is None else rows) // groups
+    return min(groups * _drawn_of_group(batch, num_classes, share, of_group, groups), num_classes)
+
+
+def _drawn_of_group(batch: int, num_classes: int, share: float, of_group: int, groups: int) -> int:
+    """Number of classes that are taken from each group: all that may be in the batch, and a share of the others."""
+    own = min(batch, of_group)
+    # The first group is full of classes even where others hold padding; of those that are left one is drawn at least.
+    left = min(of_group, num_classes) > own
+    return own + max(math.ceil(share * max(num_classes / groups - own, 0)), int(left))
 
 
 def take_classes(table: Float[Array, "rows width"], sample: ClassSample) -> Float[Array, "m width"]:

@@ -90,13 +90,15 @@ def over_levels(
       The sum.
 
     Raises:
-      ValueError: if there is not one weight per level.
+      ValueError: if there is no level, or not one weight per level.
 
     >>> levels = losses.pairs_from_levels(jnp.array([[0, 0], [0, 1], [1, 0]]))
     >>> distance = jnp.array([[0.0, 0.2, 0.6], [0.2, 0.0, 0.6], [0.6, 0.6, 0.0]])
     >>> round(float(losses.over_levels(losses.contrastive, distance, levels, (1.0, 0.5))), 3)  # 0.2 + 0.5 (0.5 - 0.2)
     0.35
     """
+    if not len(levels):
+        raise ValueError("levels must be at least one relation; got none")
     if len(level_weights) != len(levels):
         raise ValueError(f"{len(levels)} levels need as many weights; got {len(level_weights)}")
     terms = [weight * loss(matrix, pairs, **options) for pairs, weight in zip(levels, level_weights, strict=True)]

@@ -121,7 +121,7 @@ def arcface(
     """ArcFace, Deng et al., CVPR 2019, eq. 3: softmax in which the angle to the own class is larger by a margin.
 
         mean over images with a positive of  -log( exp(s S'_p) / (exp(s S'_p) + sum_neg exp(s S_n)) ),
-        S'_p = cos(arccos(S_p) + m),  beyond an angle of pi - m:  S_p - m sin(m)
+        S'_p = cos(arccos(S_p) + m),  beyond an angle of pi - m:  S_p - max(m sin(m), 1 - cos(m))
 
     The angle is that of the similarity clipped to [-1, 1], plain or introspective. Beyond ``pi - m`` the cosine would
     rise again, so the published code continues it by a line. The gradient is finite at similarities of 1 and -1, where
@@ -269,7 +269,9 @@ def _with_angle(similarity: Float[Array, "n m"], margin: float) -> Float[Array, 
     sine = jnp.where(edge, 0.0, jnp.sqrt(jnp.where(edge, 1.0, square)))
     radians = jnp.deg2rad(jnp.asarray(margin, similarity.dtype))
     within = cosine >= -jnp.cos(radians)
-    return jnp.where(within, cosine * jnp.cos(radians) - sine * jnp.sin(radians), cosine - radians * jnp.sin(radians))
+    # Beyond a margin of 133.6 degrees the line would begin above -1, where the curve ends.
+    lower = jnp.minimum(-radians * jnp.sin(radians), jnp.cos(radians) - 1.0)
+    return jnp.where(within, cosine * jnp.cos(radians) - sine * jnp.sin(radians), cosine + lower)
 
 
 def _of_classes(

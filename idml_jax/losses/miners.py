@@ -167,9 +167,10 @@ def distance_weights(
       ``nonzero_cutoff`` is 0.
 
     Raises:
-      ValueError: unless ``0 < cutoff < nonzero_cutoff <= 2``.
+      ValueError: unless ``0 < cutoff < nonzero_cutoff <= 2`` (traced ones are not checked).
     """
-    if not 0 < cutoff < nonzero_cutoff <= 2:
+    traced = any(isinstance(value, jax.core.Tracer) for value in (cutoff, nonzero_cutoff))
+    if not traced and not 0 < cutoff < nonzero_cutoff <= 2:
         raise ValueError(f"need 0 < cutoff < nonzero_cutoff <= 2; got {cutoff} and {nonzero_cutoff}")
     distance = jax.lax.stop_gradient(distance)
     eligible = pairs.negative & (distance < nonzero_cutoff)

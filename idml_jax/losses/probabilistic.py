@@ -5,8 +5,9 @@ distance of a sample from ``s``. These losses read the embeddings themselves, no
 Without an uncertainty (``None``) or with ``u = 0`` every image is equally certain, which gives the plain form of each
 loss: every sample is ``s``, or in ``elk`` all distributions have the same spread.
 
-Samples depend on the key and on the index of the row alone, so they are the same on one device and on several. They
-are functions of the parameters (reparameterised), so the gradient of the loss is unbiased.
+Samples depend on the key and on the index of the row alone, so they are the same on one device and on several; those
+of anchors and of other images as references are independent. They are functions of the parameters (reparameterised), so
+the gradient of the loss is unbiased.
 """
 
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def mc_info_nce(
     key: PRNGKeyArray,
     *,
     references: Embedding | None = None,
+    anchors_first: bool | None = None,
     kappa: float = 14.0,
     samples: int = 8,
     weights: Float[Array, "n"] | None = None,
@@ -64,6 +66,9 @@ def mc_info_nce(
       pairs: relation of anchors and references.
       key: random key of the samples.
       references: ``m`` embeddings; ``None``: the anchors.
+      anchors_first: whether the references begin with the anchors (of all devices), as ``gather`` and
+        ``memory.with_batch`` give them: an image that is both has the same samples. All others have their own.
+        ``None``: with ``axis_name``, where they are the gathered batch.
       kappa: k, the concentration of positives around each other: the inverse of a temperature.
       samples: number of samples of each image; memory grows with ``samples n m``.
       weights: ``[n]`` at least 0, of the anchors, in the mean over pairs.
@@ -86,7 +91,7 @@ def mc_info_nce(
     """
     check_positive(kappa=kappa)
     _check(embeddings, references, 2)
-    anchors, others = _drawn(embeddings, references, key, samples, axis_name, _on_sphere)
+    anchors, others = _drawn(embeddings, references, anchors_first, key, samples, axis_name, _on_sphere)
     product = jax.lax.dot_general(anchors, others, (((2,), (2,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST)
     _, weights = prepare(product[0], pairs, weights, reduction)
     logits = kappa * jnp.where((pairs.positive | pairs.negative)[None], product, 0.0)
@@ -106,6 +111,7 @@ def hedged_instance(
     key: PRNGKeyArray,
     *,
     references: Embedding | None = None,
+    anchors_first: bool | None = None,
     slope: float | Float[Array, ""] | Float[Array, "n"] = 8.0,
     offset: float | Float[Array, ""] | Float[Array, "n"] = 8.0,
     prior: float = 1e-4,
@@ -130,6 +136,7 @@ def hedged_instance(
       pairs: relation of anchors and references.
       key: random key of the samples.
       references: ``m`` embeddings; ``None``: the anchors.
+      anchors_first: as for ``mc_info_nce``.
       slope: how sharply the probability of a match falls with the distance; a number, a learned scalar or ``[n]``.
       offset: divided by the slope it is the distance at which a match is as likely as not; as the slope.
       prior: weight of the divergence.
@@ -152,7 +159,7 @@ def hedged_instance(
     0.488
     """
     _check(embeddings, references, 1)
-    anchors, others = _drawn(embeddings, references, key, samples, axis_name, _in_space)
+    anchors, others = _drawn(embeddings, references, anchors_first, key, samples, axis_name, _in_space)
     between = jax.vmap(jax.vmap(semantic_distance, (None, 0)), (0, None))(anchors, others)
     between = between.reshape(samples * samples, *between.shape[2:])
     _, weights = prepare(between[0], pairs, weights, reduction)
@@ -265,18 +272,21 @@ def _direction(embedding: Embedding, spread: float) -> tuple[Float[Array, "n d"]
 def _drawn(
     embeddings: Embedding,
     references: Embedding | None,
+    anchors_first: bool | None,
     key: PRNGKeyArray,
     samples: int,
     axis_name: AxisName | None,
     draw: Draw,
 ) -> tuple[Float[Array, "k n d"], Float[Array, "k m d"]]:
-    """Samples of anchors and references; an image that is both has the same ones."""
+    """Samples of anchors and references; an image that is both has the same ones, others are independent."""
     check_whole(samples=samples)
     n = embeddings.semantic.shape[0]
     anchors = draw(embeddings, key, row_offset(n, axis_name) + jnp.arange(n), samples)
     if references is None:
         return anchors, anchors
-    return anchors, draw(references, key, jnp.arange(references.semantic.shape[0]), samples)
+    same = axis_name is not None if anchors_first is None else anchors_first
+    their_key = key if same else jax.random.split(key)[1]
+    return anchors, draw(references, their_key, jnp.arange(references.semantic.shape[0]), samples)
 
 
 def _keys(key: PRNGKeyArray, rows: Int[Array, "n"]) -> PRNGKeyArray:

@@ -5,6 +5,7 @@ a sigmoid. The textbook form compares all references with all, ``[n, m, m]``. He
 at a time: ``O(n m)`` memory, and ``O(n m p)`` time for at most ``p`` positives per row.
 """
 
+from collections.abc import Iterable
 from functools import partial
 
 import jax
@@ -103,8 +104,8 @@ def recall_at_k(
     >>> round(float(losses.recall_at_k(similarity, pairs, ks=(1, 2))), 3)  # ranks 2 and 1
     0.527
     """
-    if not ks:
-        raise ValueError("ks must be some whole numbers of at least 1; got ()")
+    if not isinstance(ks, Iterable) or not (ks := tuple(ks)):
+        raise ValueError(f"ks must be some whole numbers of at least 1; got {ks!r}")
     for k in ks:
         check_whole(ks=k)
     check_positive(temperature=temperature, rank_temperature=rank_temperature)

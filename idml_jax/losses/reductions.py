@@ -55,11 +55,11 @@ def check_whole(least: int = 1, **options: Any) -> None:
     """
     for name, value in options.items():
         try:
-            fits = operator.index(value) >= least and not isinstance(value, bool)
+            fits = least <= operator.index(value) < 2**31 and not isinstance(value, bool)
         except TypeError:
             fits = False
         if not fits:
-            raise ValueError(f"{name} must be at least {least}, a whole number; got {value!r}")
+            raise ValueError(f"{name} must be at least {least}, a whole number below 2**31; got {value!r}")
 
 
 def prepare(
@@ -75,6 +75,8 @@ def prepare(
     """
     if not isinstance(pairs, Pairs):
         raise ValueError(f"a loss needs Pairs, as pairs_from_labels(labels) gives them; got {type(pairs).__name__}")
+    if odd := [str(part.dtype) for part in map(jnp.asarray, pairs) if part.dtype != bool]:
+        raise ValueError(f"the parts of Pairs must be bool; got {odd[0]}")
     matrix = jnp.asarray(matrix)
     matrix = matrix.astype(jnp.result_type(jnp.float32, matrix))
     if matrix.ndim != 2 or pairs.positive.shape != matrix.shape or pairs.negative.shape != matrix.shape:

@@ -189,6 +189,8 @@ def _started(
         logger.info("%.1f M of the trunk's %.1f M parameters learn%s", some, whole, start)
     if advice := terms.advice(config):
         logger.warning("warning: %s (docs/losses.md)", advice)
+    if told := terms.of_class_share(run.setup.objective, config.batch_size):
+        logger.warning("warning: %s (docs/losses.md)", told)
     if unused := terms.without_effect(config):
         loss = f", the loss {config.loss.name}" if config.task == "retrieval" else ""
         logger.warning("warning: without effect under the task %s%s: %s", config.task, loss, ", ".join(unused))

@@ -81,6 +81,35 @@ def test_whole_numbers(bad):
         on_embeddings("mc_info_nce", Embedding(S, U), samples=bad)
 
 
+def test_numbers_of_answers_pairs_and_levels():
+    for bad in (1, (), np.array([])):
+        with pytest.raises(ValueError, match="ks must be some whole numbers of at least 1"):
+            losses.recall_at_k(MATRIX, PAIRS, ks=bad)
+    with pytest.raises(ValueError, match=r"ks must be at least 1, a whole number below 2\*\*31"):
+        losses.recall_at_k(MATRIX, PAIRS, ks=(10**30,))
+    given = losses.recall_at_k(MATRIX, PAIRS, ks=np.array([1, 2]))
+    np.testing.assert_array_equal(given, losses.recall_at_k(MATRIX, PAIRS, ks=(1, 2)))
+    with pytest.raises(ValueError, match="the parts of Pairs must be bool; got float32"):
+        losses.contrastive(MATRIX, losses.Pairs(*(part.astype(jnp.float32) for part in PAIRS)))
+    with pytest.raises(ValueError, match="levels must be at least one relation"):
+        losses.over_levels(losses.contrastive, MATRIX, (), ())
+
+
+def test_cutoffs_may_be_traced():
+    loss = lambda low, high: losses.margin_distance_weighted(MATRIX, PAIRS, cutoff=low, nonzero_cutoff=high)
+    np.testing.assert_allclose(jax.jit(loss)(0.4, 1.3), loss(0.4, 1.3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("margin", [28.6, 90.0, 133.0, 150.0, 180.0])
+def test_arcface_falls_as_an_image_nears_its_class(margin):
+    """At any margin: the line beyond the curve's end does not begin above it."""
+    own = jnp.linspace(-1.0, 1.0, 401)
+    matrix = jnp.stack([own, jnp.zeros_like(own)], axis=1)
+    pairs = losses.pairs_from_labels(jnp.zeros(401, int), jnp.arange(2))
+    terms = losses.arcface(matrix, pairs, margin=margin, scale=1.0, reduction="none")
+    assert (jnp.diff(terms) < 1e-6).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_are_finite(bad):
     with pytest.raises(ValueError, match=f"weights must be finite; one is {bad}"):

@@ -66,6 +66,27 @@ def test_some_negatives_are_drawn_however_many_classes_the_batch_has():
         np.testing.assert_allclose(sample.stands_for.sum(), CLASSES)
 
 
+def test_a_group_full_of_the_batch_draws_of_the_others():
+    """100 classes in a table of 3,840 rows over 8 devices: all of them are on the first."""
+    labels = jnp.arange(64)
+    seen = np.zeros(100)
+    for seed in range(200):
+        sample = class_sampling.sample_classes(jax.random.key(seed), labels, 100, 0.1, rows=3840, groups=8)
+        drawn = np.asarray(sample.real) & (np.asarray(sample.classes) >= 64)
+        assert drawn.sum() == 1 and set(range(64)) <= set(np.asarray(sample.classes).tolist())
+        np.add.at(seen, np.asarray(sample.classes)[drawn], np.asarray(sample.stands_for)[drawn])
+    assert seen.sum() == 200 * 36 and (seen[64:] > 0).all()
+
+
+def test_the_number_of_classes_that_are_compared():
+    for batch, groups in ((4, 1), (4, 4), (40, 4), (64, 8)):
+        sample = class_sampling.sample_classes(
+            jax.random.key(0), jnp.zeros(batch, int), CLASSES, 0.3, rows=ROWS, groups=groups
+        )
+        count = class_sampling.compared_classes(batch, CLASSES, 0.3, rows=ROWS, groups=groups)
+        assert count == min(len(sample.classes), CLASSES)
+
+
 def test_all_classes_are_the_plain_loss():
     sample = class_sampling.sample_classes(jax.random.key(0), LABELS, CLASSES, 1.0)
     np.testing.assert_array_equal(np.sort(sample.classes), np.arange(CLASSES))
@@ -75,5 +96,7 @@ def test_all_classes_are_the_plain_loss():
 def test_errors():
     with pytest.raises(ValueError, match="share of classes"):
         class_sampling.sample_classes(jax.random.key(0), LABELS, CLASSES, 0.0)
+    with pytest.raises(ValueError, match="labels must be below the number of classes, 40; one is 50"):
+        class_sampling.sample_classes(jax.random.key(0), jnp.array([3, 50]), CLASSES, 0.5)
     with pytest.raises(ValueError, match="do not divide"):
         class_sampling.sample_classes(jax.random.key(0), LABELS, CLASSES, 0.5, groups=7)

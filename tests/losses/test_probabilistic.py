@@ -295,6 +295,26 @@ def test_eight_devices_draw_the_samples_of_one(name):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), gradient, expected_gradient)
 
 
+@pytest.mark.parametrize("name", ["mc_info_nce", "hedged_instance"])
+def test_samples_of_a_gallery_are_its_own(name):
+    """An image of the gallery is another one than the query at its place, so the gallery's order changes nothing."""
+    embedding = Embedding(jnp.eye(4, 6), jnp.ones((4, 6)))
+    keys = jax.random.split(jax.random.key(3), 400)
+
+    def values(order, **options):
+        others = jax.tree.map(lambda x: x[order], embedding)
+        pairs = losses.pairs_from_labels(jnp.arange(4), jnp.asarray(order))
+        call = lambda key: losses.LOSSES[name].function(embedding, pairs, key, references=others, **options)
+        return np.asarray(jax.jit(jax.vmap(call))(keys))
+
+    here, there = values(np.arange(4)), values(np.array([1, 2, 3, 0]))
+    error = np.hypot(here.std(), there.std()) / 20
+    assert abs(here.mean() - there.mean()) < 4 * error
+    # Where the gallery is the batch itself, an image is at distance 0 from itself in every sample.
+    same = values(np.arange(4), anchors_first=True)
+    assert abs(same.mean() - here.mean()) > 20 * error
+
+
 def test_errors():
     with pytest.raises(ValueError, match="samples must be at least 1"):
         losses.mc_info_nce(batch(), losses.pairs_from_labels(LABELS), jax.random.key(0), samples=0)

@@ -1,6 +1,7 @@
 """The settings of a loss: sums, weights, several proxies per class, a share of the classes, regularisers."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from idml_jax.losses import LOSSES
 from idml_jax.runtime import sharding
 from idml_jax.training.config_checks import validate
 from idml_jax.training.semantic_init import proxy_rows
-from idml_jax.training.tasks import TASKS
+from idml_jax.training.tasks import TASKS, terms
 from idml_jax.training.tasks.embedding_loss import embedding_loss
 from idml_jax.training.tasks.terms import Term, advice, without_effect
 
@@ -259,6 +260,17 @@ def test_a_share_of_the_classes_is_a_smaller_matrix():
         ({"loss.name": "multi_similarity", "loss.multi_similarity.alpha": 0.0}, "alpha = 0.0 must be above 0"),
         ({"loss.name": "multi_similarity", "loss.multi_similarity.beta": 0.0}, "beta = 0.0 must be above 0"),
         ({"loss.proxy_anchor.alpha": -3.0}, "alpha = -3.0 must be above 0"),
+        # What the loss itself refuses.
+        (
+            {"loss.name": "sup_con", "loss.sup_con.temperature": 1e-40},
+            "config.loss.sup_con.temperature must be a finite number above 0, from 1.2e-38 to 3.4e38",
+        ),
+        ({"loss.name": "cosface", "loss.cosface.scale": 1e39}, "config.loss.cosface.scale must be a finite number"),
+        ({"loss.name": "elk", "loss.elk.temperature": 1e-40}, "config.loss.elk.temperature must be a finite number"),
+        (
+            {"loss.name": "recall_at_k", "loss.recall_at_k.ks": (10**30,)},
+            "config.loss.recall_at_k.ks must be at least 1",
+        ),
         ({"loss.name": "recall_at_k", "loss.recall_at_k.ks": (1, True)}, "ks = .* must be whole numbers"),
         ({"loss.name": "elk", "model.embedding_dim": 1}, "embedding_dim = 1: elk needs at least 2 dimensions"),
         ({"loss.name": "mc_info_nce", "model.embedding_dim": 1}, "embedding_dim = 1: mc_info_nce needs"),
@@ -286,3 +298,16 @@ def test_wrong_settings_are_refused(changes, message):
         config = small_config("x", **changes)
         validate(config)
         TASKS["retrieval"].criterion(config, 8, 3, MESH)
+
+
+def test_a_share_of_the_classes_that_is_not_reached_is_said():
+    class Table:
+        class_share, num_classes, proxy_rows, mesh = 0.1, 100_000, 100_032, SimpleNamespace(size=64)
+
+    assert "is compared with 100% of the classes, as each of 64 parts of the table has room for 1,563" in (
+        terms.of_class_share(Table, 4096)
+    )
+    Table.mesh = None
+    assert terms.of_class_share(Table, 512) == ""
+    Table.class_share = 1.0
+    assert terms.of_class_share(Table, 512) == ""

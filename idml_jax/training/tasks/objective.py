@@ -273,6 +273,7 @@ class Objective(Criterion):
             options["stands_for"] = found.stands_for
         if spec.reads == "embeddings":
             options["references"] = None if found.references is None else self._seen(found.references)
+            options |= {"anchors_first": True} if spec.needs_key else {}  # the batch, and behind it the memory
         return options
 
     def _seen(self, embedding: Embedding) -> Embedding:

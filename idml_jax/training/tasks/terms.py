@@ -4,10 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from idml_jax.errors import UserError
-from idml_jax.losses import LOSSES, LossSpec
+from idml_jax.ism import Embedding
+from idml_jax.losses import LOSSES, LossSpec, Pairs
+from idml_jax.losses.class_sampling import compared_classes
+from idml_jax.runtime.files import first_line
 from idml_jax.training.config import default_config
 from idml_jax.training.fields import value_of
 
@@ -91,6 +96,23 @@ def advice(config: ConfigDict) -> str:
             "recall fell by nearly half; config.ism.prior=10 held it"
         )
     return ""
+
+
+def of_class_share(objective: Any, batch: int) -> str:
+    """What part of the classes a batch is compared with, where that is far from ``config.loss.class_share``."""
+    share = getattr(objective, "class_share", 1.0)
+    if share >= 1:
+        return ""
+    groups = 1 if objective.mesh is None else objective.mesh.size
+    count, rows = objective.num_classes, objective.proxy_rows
+    found = compared_classes(batch, count, share, rows=rows, groups=groups) / count
+    if found <= 1.5 * share:
+        return ""
+    parts = f"each of {groups} parts of the table has" if groups > 1 else "there is"
+    return (
+        f"config.loss.class_share = {share}: a batch is compared with {found:.0%} of the classes, as {parts} room for "
+        f"{min(batch, rows // groups):,} classes of the batch"
+    )
 
 
 def without_effect(config: ConfigDict) -> list[str]:
@@ -241,3 +263,20 @@ def _check_options(terms: tuple[Term, ...]) -> None:
         ks = options.get("ks", (1,))
         if not ks or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in ks):
             raise UserError(f"config.loss.{term.loss}.ks = {ks} must be whole numbers of at least 1")
+        _check_by_loss(term)
+
+
+def _check_by_loss(term: Term) -> None:
+    """Refuses options that the loss itself refuses, by calling it on shapes."""
+    spec, options = term.spec, dict(term.options)
+    options |= {"key": jax.random.key(0)} if spec.needs_key else {}
+    options |= {"dimension": 2} if spec.needs_dimension else {}
+    columns = 2 * term.centres
+    read = Embedding(jnp.zeros((2, 2)), jnp.zeros((2, 2))) if spec.reads == "embeddings" else jnp.zeros((2, columns))
+    related = jnp.zeros((2, columns), bool)
+    try:
+        jax.eval_shape(lambda: spec.function(read, Pairs(related, related), **options))
+    except ValueError as error:
+        told = first_line(error)
+        name = f"{term.loss}." if told.split()[0] in options else f"{term.loss}: "
+        raise UserError(f"config.loss.{name}{told}") from error
