@@ -69,7 +69,7 @@ class _Lines(logs.Handler):
 
 @contextlib.contextmanager
 def _log_as_lines() -> Iterator[None]:
-    """Shows the package's warnings in a command as ``runtime.progress.show_progress`` does, which may take its place."""
+    """Shows the package's warnings in a command, as ``runtime.progress.show_progress`` does, which may take over."""
     own, handler = logs.getLogger("idml_jax"), _Lines(logs.WARNING)
     if own.handlers:
         yield

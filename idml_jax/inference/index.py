@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from idml_jax.errors import UserError, warn
 from idml_jax.inference import arrays as stored_arrays
-from idml_jax.inference.told import OF_TABLES, check_shape, told_by_table
+from idml_jax.inference.told import OF_TABLES, check_shape, told_by_table, warn_of_unused
 from idml_jax.ism import Metric
 from idml_jax.metrics.checks import too_small
 from idml_jax.metrics.embedded import Embedded, rows_of
@@ -180,6 +180,7 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
     if not path.is_file():
         raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'} ({option})")
     arrays, names = stored_arrays.read(path, _WANTED)
+    warn_of_unused(path, names, _WANTED)
     semantic = arrays.get("semantic", arrays.get("embeddings"))
     if semantic is None or (labels and "labels" not in arrays):
         needed = " and labels [n]" if labels else ""
