@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging as logs  # of absl is imported where it is used
 import multiprocessing
 import os
 import re
@@ -64,6 +65,32 @@ def warn(line: str) -> None:
     """Prints a warning as one line on standard error."""
     before_line()
     print(f"warning: {printable(line)}", file=sys.stderr)
+
+
+class _Lines(logs.Handler):
+    """Prints records on standard error, each as one line without a prefix."""
+
+    def emit(self, record: logs.LogRecord) -> None:
+        """Prints a record."""
+        before_line()
+        print(printable(record.getMessage()), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _log_as_lines() -> Iterator[None]:
+    """Shows the package's warnings in a command, as ``runtime.progress.show_progress`` does, which may take over."""
+    own, handler = logs.getLogger("idml_jax"), _Lines(logs.WARNING)
+    if own.handlers:
+        yield
+        return
+    before, own.propagate = own.propagate, False
+    own.addHandler(handler)
+    try:
+        yield
+    finally:
+        if handler in own.handlers:  # otherwise ``show_progress`` has taken its place
+            own.removeHandler(handler)
+            own.propagate = before
 
 
 @contextlib.contextmanager
@@ -185,7 +212,8 @@ def hide_consequences() -> None:
 def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
     """Runs a command and turns its errors into exit codes.
 
-    A ``UserError`` ends in one line and exit code 1, Ctrl-C in one line and exit code 130.
+    A ``UserError`` ends in one line and exit code 1, Ctrl-C in one line and exit code 130. Warnings of the package's
+    log are lines of standard error.
 
     Args:
       action: the command.
@@ -202,7 +230,8 @@ def run_command(action: Callable[[], object], stopped: str = "stopped") -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its code
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        action()
+        with _log_as_lines():
+            action()
     except BrokenPipeError:  # the reader of the output has closed the pipe
         sys.stderr.close()
         sys.exit(1)

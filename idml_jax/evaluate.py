@@ -83,8 +83,6 @@ def _evaluate_files(given: dict[str, Any]) -> None:
     out = user_path(given["out"]) if given["out"] else None
     if out is not None:
         check_result(out, (given[name] for name in ("embeddings", "gallery", "held_out", "distractors")), (".json",))
-    if given["worst"] < 0:
-        raise UserError(f"--worst={given['worst']}: a number of classes, at least 0")
     ks = _ks(given["ks"])
     with loading():
         from idml_jax.inference.measure import Options, measure
@@ -118,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
         default="",
         help="with --held_out: embeddings that these search, too, best of the training images",
     )
-    parser.add_argument("--precision", type=float, default=0.9, help="required share of correct answers")
+    parser.add_argument(
+        "--precision", type=float, help="with --held_out: required share of correct answers; default 0.9"
+    )
     parser.add_argument("--ks", default="1,2,4,8", help="K of R@K")
     parser.add_argument("--temperature", type=float, help="tau of the metric; default: the file's, or the paper's")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """What reaches the console: one line per error, no tracebacks of what only follows from it."""
 
+import logging
 import os
 import re
 import subprocess
@@ -44,6 +45,28 @@ def test_what_a_full_disk_leaves_in_the_main_thread_is_shown():
     code = "from idml_jax.errors import hide_consequences; hide_consequences(); raise OSError('RESOURCE_EXHAUSTED')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "RESOURCE_EXHAUSTED" in done.stderr
+
+
+def test_commands_show_warnings_of_the_log_as_lines_like_all_others(capsys):
+    log = logging.getLogger("idml_jax")
+
+    def work():
+        log.warning("%s: skipped 7 files\x1b", "photos")
+        log.info("not shown")
+        logging.getLogger("idml_jax.training.embedder").warning("warning: 2 images")
+        errors.warn("another")
+
+    other = logging.StreamHandler(sys.stderr)  # as other libraries leave one behind
+    logging.getLogger().addHandler(other)
+    before = log.handlers, log.propagate
+    try:
+        log.handlers = []
+        errors.run_command(work)
+    finally:
+        logging.getLogger().removeHandler(other)
+        log.handlers, log.propagate = before
+    told = capsys.readouterr()
+    assert told.err == "photos: skipped 7 files\\x1b\nwarning: 2 images\nwarning: another\n" and not told.out
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ from idml_jax.runtime.files import first_line
 _SMALL = 256 * 2**20
 _LARGEST_RATIO = 100
 _ROWS = 16384  # rows of a Parquet file read at a time
+SEVERAL_LABELS = (
+    "several labels of an image are label_sets [n, l], numbers of class_names filled up with -1, and labels [n] is its "
+    "first column"
+)
 _KINDS = "fiubUS"  # numpy kinds of numbers and text
 
 
@@ -152,7 +156,8 @@ def column_of(column: Any, name: str) -> np.ndarray:
             raise _NotArrays(f"{name} holds {kind}, neither numbers nor text")
         widths = {kind.list_size} if not lists else set(column.value_lengths().unique().to_pylist())
         if len(widths) > 1:
-            raise _NotArrays(f"{name} has rows of different widths: {', '.join(map(str, sorted(widths)[:3]))}")
+            cure = f"; {SEVERAL_LABELS}" if name == "labels" else ""
+            raise _NotArrays(f"{name} has rows of different widths: {', '.join(map(str, sorted(widths)[:3]))}{cure}")
         return column_of(values, name).reshape(len(column), next(iter(widths), 0))
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return np.asarray(column.to_pylist(), "U")

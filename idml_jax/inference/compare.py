@@ -193,8 +193,10 @@ def compare(
       The answers, in the order of the pairs.
 
     Raises:
-      UserError: if no image can be read.
+      UserError: if no image can be read, or for a share outside of (0, 1).
     """
+    if not 0 < share < 1:
+        raise UserError(f"--share={share}: a share above 0 and below 1")
     every = list(dict.fromkeys(path for pair in paths for path in pair))
     problems = {path: "no such file" for path in every if not Path(path).is_file()}
     readable = [path for path in every if path not in problems]

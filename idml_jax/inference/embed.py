@@ -286,7 +286,7 @@ def split_source(
         (``data.label_noise``) are no longer those of the run.
     """
     with finding_images(model.config, model.workdir):
-        splits = data_of(model.config)
+        splits = data_of(model.config) if checked else data_of(model.config, lambda line: None)
     source: Source | None = getattr(splits, split)
     if source is None:
         raise UserError(f"--split={split}: the run's data has none")

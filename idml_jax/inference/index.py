@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float, Int
 
 from idml_jax.errors import UserError, warn
 from idml_jax.inference import arrays as stored_arrays
-from idml_jax.inference.told import OF_TABLES, check_shape, told_by_table
+from idml_jax.inference.told import OF_TABLES, check_shape, told_by_table, warn_of_unused
 from idml_jax.ism import Metric
+from idml_jax.metrics.checks import too_small
 from idml_jax.metrics.embedded import Embedded, rows_of
 from idml_jax.runtime.files import first_line, user_path
 
@@ -179,6 +180,7 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
     if not path.is_file():
         raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'} ({option})")
     arrays, names = stored_arrays.read(path, _WANTED)
+    warn_of_unused(path, names, _WANTED)
     semantic = arrays.get("semantic", arrays.get("embeddings"))
     if semantic is None or (labels and "labels" not in arrays):
         needed = " and labels [n]" if labels else ""
@@ -219,7 +221,10 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
 
 
 def checked_numbers(path: Path, name: str, value: np.ndarray) -> np.ndarray:
-    """A column of numbers as float32 or float64; ``UserError`` for text, NaN, infinity and what float32 cannot hold."""
+    """A column of numbers as float32 or float64; ``UserError`` for text, NaN, infinity and what float32 cannot hold.
+
+    Embeddings may not be too small for it either, but what else is told of images may be 0 or nearly so.
+    """
     if value.dtype.kind not in "fiub":
         raise UserError(f"{path}: {name} holds {value.dtype}, not numbers")
     value = value.astype(np.float64 if value.dtype.itemsize >= 8 else np.float32, copy=False)
@@ -231,6 +236,10 @@ def checked_numbers(path: Path, name: str, value: np.ndarray) -> np.ndarray:
             raise UserError(f"{path}: {name} holds NaN or infinity, first in row {int(bad.argmax())}")
     if largest > _LARGEST / math.sqrt(rows.shape[1]):
         raise UserError(f"{path}: {name} holds numbers too large for float32 ({largest:.3g})")
+    if name in ("semantic", "embeddings"):
+        single = rows.astype(np.float32, copy=False)
+        if lost := too_small(rows, np.einsum("nd,nd->n", single, single)):
+            raise UserError(f"{path}: {name}: {lost}")
     return value
 
 

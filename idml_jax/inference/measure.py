@@ -23,6 +23,8 @@ from idml_jax.metrics.embedded import Embedded
 from idml_jax.metrics.summary import full_report
 from idml_jax.training import data_record
 
+_PRECISION = 0.9
+
 
 class Options(NamedTuple):
     """How embeddings are evaluated.
@@ -31,7 +33,8 @@ class Options(NamedTuple):
       ks: K of R@K.
       temperature: tau of the metric; ``None``: the file's.
       absolute: whether to use the absolute form of the metric; ``None``: the file's form.
-      precision: share of right answers that the threshold is chosen for.
+      precision: share of right answers that the threshold is chosen for on held-out classes, above 0 and at most 1;
+        ``None``: 0.9.
       cluster: whether to compute NMI, AMI and F1.
       seed: seed of clustering and bootstrap.
       ranked: whether to compute P@K and mAP over all ranks.
@@ -45,7 +48,7 @@ class Options(NamedTuple):
     ks: tuple[int, ...] = (1, 2, 4, 8)
     temperature: float | None = None
     absolute: bool | None = None
-    precision: float = 0.9
+    precision: float | None = None
     cluster: bool = True
     seed: int = 0
     ranked: bool = False
@@ -94,8 +97,10 @@ def measure(
       warn: receives a line if settings or classes of the files do not agree; by default it is printed.
 
     Raises:
-      UserError: naming the file and what is wrong with it, or two files that cannot be compared.
+      UserError: naming the file and what is wrong with it, two files that cannot be compared, or an option that is out
+        of range or has no effect without another.
     """
+    _check_options(options, held_out)
     index = read_stored(embeddings, "--embeddings", labels=True)
     metric = _metric(options, index, warn)
     overridden = {"temperature": options.temperature, "relative": options.absolute}
@@ -108,8 +113,6 @@ def measure(
         check_comparable(index, other, embeddings, path, stored)
         return other
 
-    if options.distractors and not held_out:
-        raise UserError("--distractors are for the images of --held_out, which is not given")
     searched, others = beside(gallery, "--gallery"), beside(held_out, "--held_out")
     distractors = beside(options.distractors, "--distractors")
     if others is not None:
@@ -151,7 +154,7 @@ def measure(
             metric=metric,
             ambiguity=index.ambiguity,
             held_out=calibrating,
-            precision=options.precision,
+            precision=_PRECISION if options.precision is None else options.precision,
             cluster=options.cluster,
             seed=options.seed,
         )
@@ -162,7 +165,21 @@ def measure(
             more |= reranking.report(options.rerank, queries, rows, options.ks)
     except ValueError as error:  # sets too small for a metric, and options out of range
         raise UserError(str(error)) from error
-    return Measured(report | more, warnings, len(queries.labels), worst)
+    report |= more
+    warnings += _why_nan(report, options.exclude, queries.groups is not None)
+    return Measured(report, warnings, len(queries.labels), worst)
+
+
+def _check_options(options: Options, held_out: str) -> None:
+    """Refuses shares and numbers out of range, and options of held-out classes where there are none."""
+    if options.precision is not None and not 0 < options.precision <= 1:
+        raise UserError(f"--precision={options.precision}: a share of right answers, above 0 and at most 1")
+    if options.worst < 0:
+        raise UserError(f"--worst={options.worst}: a number of classes, at least 0")
+    if options.precision is not None and not held_out:
+        raise UserError("--precision is for the threshold that is chosen on --held_out, which is not given")
+    if options.distractors and not held_out:
+        raise UserError("--distractors are for the images of --held_out, which is not given")
 
 
 def _gallery_of_run(index: Index) -> int:
@@ -235,6 +252,18 @@ def _ranked(
     return report, worst
 
 
+def _why_nan(report: dict[str, float], exclude: str, grouped: bool) -> list[str]:
+    """A line about the metrics of a report that are undefined as no query can find an image of its class, if any."""
+    means = ("RP", "MAP@R", "mAP")
+    names = [name for name, x in report.items() if (name in means or name.startswith("CMC@")) and np.isnan(x)]
+    if not names:
+        return []
+    where = " in another group" if grouped else ""
+    if exclude and not np.isnan(report["RP"]):
+        where = f" with another value of {exclude} (--exclude)"
+    return [f"{', '.join(names)}: undefined (nan), as no query has an image of its class{where} to find"]
+
+
 def _column(index: Index, name: str) -> np.ndarray:
     """An array [n] of a file."""
     assert index.path is not None
@@ -257,6 +286,8 @@ def _metric(options: Options, index: Index, warn: Callable[[str], None]) -> Metr
     stored, temperature, absolute = index.metric, options.temperature, options.absolute
     if temperature is not None and not check_temperature(temperature):
         raise UserError(f"--temperature={temperature}: must be above 0 and finite")
+    if index.uncertainty is None and not (temperature is None and absolute is None):
+        warn(f"{index.path}: holds no uncertainty, so --temperature and --absolute change nothing")
     form = stored.form if absolute is None else "absolute" if absolute else "relative"
     used = Metric(form, stored.temperature if temperature is None else temperature)
     for name, value in used.about().items():

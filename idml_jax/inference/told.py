@@ -1,16 +1,31 @@
 """What a table said about its images, as a file of embeddings holds it: arrays of their own, checked when read."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from idml_jax.errors import UserError
+from idml_jax.data.columns import ROLES
+from idml_jax.errors import UserError, warn
+from idml_jax.inference.arrays import SEVERAL_LABELS
 
 # Names of the arrays, and their number of axes.
 OF_TABLES = {"label_sets": 2, "group": 1, "box": 2, "is_query": 1, "is_gallery": 1}
+_SHAPES = {
+    "label_sets": "whole numbers [n, l]", "group": "numbers or text [n]", "box": "whole numbers [n, 4]",
+    "is_query": "true or false, or 1 or 0", "is_gallery": "true or false, or 1 or 0",
+}  # fmt: skip
+# Arrays of this package's own files that nothing reads.
+_OWN = ("uncertainty_norm", "class_name")
+# Names of columns of tables that embeddings call otherwise. A camera is for ``evaluate --exclude=camera``.
+_OTHERWISE = {
+    **dict.fromkeys((*ROLES["label"], *ROLES["labels"]), "labels"),
+    **dict.fromkeys(ROLES["path"], "files"),
+    **dict.fromkeys(("x", "features", "vectors", "embedding"), "embeddings"),
+}
 
 
 class Told(NamedTuple):
@@ -55,7 +70,7 @@ def _of_kind(
     """An array of a table; other kinds and widths are refused."""
     value = arrays.get(name)
     if value is not None and (value.dtype.kind not in kinds or (width and value.shape[1] != width)):
-        raise UserError(f"{path}: {name} holds {value.dtype} {list(value.shape)}, which is not what a table gives")
+        raise UserError(f"{path}: {name} holds {value.dtype} {list(value.shape)}; it should be {_SHAPES[name]}")
     return value
 
 
@@ -70,16 +85,61 @@ def _sets(path: Path, arrays: Mapping[str, np.ndarray], labels: np.ndarray | Non
 
 
 def _marked(path: Path, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    flags = [_of_kind(path, arrays, name, "b") for name in ("is_query", "is_gallery")]
-    if any(flag is None for flag in flags):
-        return None
-    return np.stack([flag for flag in flags if flag is not None], axis=1)
+    flags = {name: _flags(path, arrays, name) for name in ("is_query", "is_gallery")}
+    given = [flag for flag in flags.values() if flag is not None]
+    if len(given) == 1:
+        has, lacks = sorted(flags, key=lambda name: flags[name] is None)
+        warn(f"{path}: {has} is not used, as there is no {lacks}; both together say which images search which")
+    return np.stack(given, axis=1) if len(given) == 2 else None
+
+
+def _flags(path: Path, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
+    """True and false, which may be given as 1 and 0."""
+    value = _of_kind(path, arrays, name, "biu")
+    if value is None or value.dtype.kind == "b":
+        return value
+    wrong = (value != 0) & (value != 1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise UserError(f"{path}: {name} holds {value[row]} in row {row}; it should be {_SHAPES[name]}")
+    return value.astype(bool)
+
+
+def warn_of_unused(path: Path, names: Collection[str], used: Collection[str]) -> None:
+    """Names the arrays of a file that are not used but look as if they were meant to be.
+
+    Args:
+      path: the file.
+      names: names of all its arrays.
+      used: names of the arrays that are read.
+    """
+    missing = [name for name in used if name not in names]
+    if "semantic" in names and "embeddings" in names:
+        warn(f"{path}: embeddings is not used, as there is semantic")
+    elif "semantic" in names or "embeddings" in names:
+        missing = [name for name in missing if name not in ("semantic", "embeddings")]
+    for name in names:
+        if name in used or name in _OWN:
+            continue
+        if name.lower() in ROLES["split"]:
+            if "is_query" in missing and "is_gallery" in missing:
+                told = "is_query and is_gallery [n], true or false, say which images search which"
+                warn(f"{path}: {name} is not used, so that its parts are one set; {told}")
+            continue
+        near = difflib.get_close_matches(name.lower(), (*missing, *_OTHERWISE), 1, 0.8)
+        meant = _OTHERWISE.get(near[0], near[0]) if near else ""
+        if meant in missing:
+            warn(f"{path}: {name} is not used; is it meant as {meant}? Then rename it")
 
 
 def check_shape(path: Path, name: str, value: np.ndarray, of: tuple[int, ...], dimensions: int) -> None:
     """Raises ``UserError`` unless an array has a row for each embedding and so many axes."""
-    if len(of) != 2 or value.ndim != dimensions or value.shape[0] != of[0]:
-        raise UserError(f"{path}: {name} has the shape {value.shape}, the embeddings {of}; they should be [n, d]")
+    if len(of) != 2:
+        raise UserError(f"{path}: the embeddings have the shape {of}; they should be [n, d]")
+    if value.ndim != dimensions or value.shape[0] != of[0]:
+        cure = f"; {SEVERAL_LABELS}" if name == "labels" and value.ndim == 2 else ""
+        wanted = "[n]" if dimensions == 1 else "[n, d]"
+        raise UserError(f"{path}: {name} has the shape {value.shape}, the embeddings {of}; it should be {wanted}{cure}")
     if not of[0]:
         raise UserError(f"{path}: no rows")
     if value.ndim == 2 and not value.shape[1]:

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from idml_jax.losses.pairs import AxisName, Pairs, pairs_from_labels
+from idml_jax.losses.pairs import AxisName, Pairs, pairs_from_labels, rectangular
 
 __all__ = ["over_levels", "pairs_from_levels"]
 
@@ -41,8 +40,8 @@ def pairs_from_levels(
     >>> [int(pairs.positive.sum()) for pairs in pairs_from_levels(species)]  # at the level of the genus: 0 and 1
     [2, 0]
     """
-    columns = None if reference_labels is None else _matrix(reference_labels)
-    labels = _matrix(labels)
+    columns = None if reference_labels is None else _matrix(reference_labels, "reference_labels")
+    labels = _matrix(labels, "labels")
     if labels.ndim != 2 or (columns is not None and (columns.ndim != 2 or columns.shape[1] != labels.shape[1])):
         raise ValueError(f"labels of levels need the shape [n, levels]; got {labels.shape}")
     found: list[Pairs] = []
@@ -61,9 +60,9 @@ def pairs_from_levels(
     return tuple(found)
 
 
-def _matrix(labels: Any) -> Any:
+def _matrix(labels: Any, name: str) -> Any:
     """Labels as an array; those of numpy stay there, where large numbers keep their digits."""
-    return labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    return labels if isinstance(labels, jax.Array) else rectangular(labels, name, "[n, levels], one of each level")
 
 
 def over_levels(

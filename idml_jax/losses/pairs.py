@@ -4,6 +4,7 @@ A loss sees labels only through ``Pairs``. Padding, several labels per image, hi
 past embeddings and the shards of a batch are all expressed by building ``Pairs``.
 """
 
+import contextlib
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar, cast
@@ -145,8 +146,9 @@ def pairs_from_labels(
       ``Pairs`` of shape ``[n, m]``.
 
     Raises:
-      ValueError: if the labels are not vectors, one is missing (``None`` or NaN), they mix names and numbers, or a mask
-        does not fit; or if they do not fit into int32 while those of the other side are traced.
+      ValueError: if the labels are not vectors, one is missing (``None`` or NaN), rows hold different numbers of them,
+        they mix names and numbers, or a mask does not fit; or if they do not fit into int32 while those of the other
+        side are traced.
 
     >>> pairs_from_labels(jnp.array([0, 0, 1])).positive.tolist()
     [[False, True, False], [True, False, False], [False, False, False]]
@@ -170,7 +172,8 @@ def pairs_from_label_sets(
 
     Args:
       labels: ``[n, l]`` labels of each row, at least 0, filled up with -1; or ``[n]``, one label of each, -1 for none.
-        A row without a label is a negative of every other one.
+        Names (as for ``pairs_from_labels``) are filled up with ``''``, which is no label. The name ``'-1'`` is refused:
+        numpy makes it of -1 beside names. A row without a label is a negative of every other one.
       reference_labels: the same of the columns; ``None`` compares the rows with themselves, and then no row is paired
         with itself.
       mask: as for ``pairs_from_labels``, like the others.
@@ -181,10 +184,13 @@ def pairs_from_label_sets(
       ``Pairs`` of shape ``[n, m]``.
 
     Raises:
-      ValueError: if the labels are neither vectors nor matrices, or for what ``pairs_from_labels`` refuses.
+      ValueError: if the labels are neither vectors nor matrices, a name is ``'-1'``, or for what ``pairs_from_labels``
+        refuses.
 
     >>> pairs_from_label_sets(jnp.array([[0, 1], [1, -1], [2, -1]]), jnp.array([0, 1])).positive.tolist()
     [[True, True], [False, True], [False, False]]
+    >>> pairs_from_label_sets([["a", "b"], ["b", ""], ["c", ""]]).positive.tolist()
+    [[False, True, False], [True, False, False], [False, False, False]]
     """
     labels, reference_labels = as_arrays(labels, reference_labels, fill=True)
     columns = labels if reference_labels is None else reference_labels
@@ -243,13 +249,13 @@ def as_arrays(labels: Any, reference_labels: Any, fill: bool = False) -> tuple[A
     Args:
       labels: labels of the rows.
       reference_labels: labels of the columns, or ``None``.
-      fill: labels below 0 are none, and become -1 if they are numbered.
+      fill: labels below 0 and the name ``''`` are none, and become -1 if they are numbered.
 
     Raises:
       ValueError: as ``pairs_from_labels``.
     """
-    given = [labels] if reference_labels is None else [labels, reference_labels]
-    given = [some if isinstance(some, jax.Array) else _checked(np.asarray(some)) for some in given]
+    named = {"labels": labels} | ({} if reference_labels is None else {"reference_labels": reference_labels})
+    given = [some if isinstance(some, jax.Array) else _checked(some, name, fill) for name, some in named.items()]
     if not _fit(given):
         if any(isinstance(some, jax.core.Tracer) for some in given):
             raise ValueError(
@@ -260,22 +266,35 @@ def as_arrays(labels: Any, reference_labels: Any, fill: bool = False) -> tuple[A
     return arrays[0], None if reference_labels is None else arrays[1]
 
 
-def _checked(labels: np.ndarray) -> np.ndarray:
+def rectangular(given: Any, name: str, expected: str) -> np.ndarray:
+    """Labels as an array of numpy; ``ValueError``, naming them and what is expected, if rows hold different numbers."""
+    with contextlib.suppress(ValueError):  # numpy refuses lists whose shape is not that of an array
+        labels = np.asarray(given)
+        several = (list, tuple, set, np.ndarray)
+        if labels.dtype.kind != "O" or not any(isinstance(label, several) for label in labels.flat):
+            return labels
+    raise ValueError(f"{name}: rows hold different numbers of labels; expected {expected}")
+
+
+def _checked(given: Any, name: str, fill: bool) -> np.ndarray:
     """Labels as text or as numbers; tables hold names as objects, some files as bytes."""
+    none = "-1, or '' among names, is no label" if fill else "leave such rows out, or mask them and give them any label"
+    expected = "[n, l], filled up with -1, or with '' if they are names" if fill else "[n], one of each"
+    labels = rectangular(given, name, expected)
     if labels.dtype.kind in "SO":
         every = list(labels.flat)
         if any(_is_missing(label) for label in every):
-            raise ValueError(
-                "labels: None or NaN is no label; leave such rows out, or mask them and give them any label"
-            )
+            raise ValueError(f"{name}: None or NaN is no label; {none}")
         if all(isinstance(label, str | bytes) for label in every):
             texts = [label.decode("utf-8", "replace") if isinstance(label, bytes) else label for label in every]
-            return np.asarray(texts, str).reshape(labels.shape)
-        kinds = sorted({type(label).__name__ for label in every})
-        if any(isinstance(label, str | bytes) for label in every):
-            raise ValueError(f"labels are names or numbers, not both; got {' and '.join(kinds)}")
+            labels = np.asarray(texts, str).reshape(labels.shape)
+        elif any(isinstance(label, str | bytes) for label in every):
+            kinds = sorted({type(label).__name__ for label in every})
+            raise ValueError(f"{name} are names or numbers, not both; got {' and '.join(kinds)}")
     if labels.dtype.kind == "f" and np.isnan(labels).any():
-        raise ValueError("labels: NaN is no label")
+        raise ValueError(f"{name}: NaN is no label; {none}")
+    if fill and labels.dtype.kind == "U" and (labels == "-1").any():
+        raise ValueError(f"{name}: the text '-1' is a name here; names are filled up with '', only numbers with -1")
     return labels
 
 
@@ -312,8 +331,9 @@ def _numbered(given: list[np.ndarray], fill: bool) -> list[np.ndarray]:
     except TypeError:
         kinds = sorted({type(label).__name__ for label in every.tolist()})
         raise ValueError(f"labels must all be names or all be numbers; got {', '.join(kinds)}") from None
-    if fill and every.dtype.kind in "iufO":
-        numbers = np.where(every < 0, -1, numbers).astype(np.int32)
+    if fill and every.dtype.kind in "iufOU":
+        none = every == "" if every.dtype.kind == "U" else every < 0
+        numbers = np.where(none, -1, numbers).astype(np.int32)
     parts = np.split(numbers, np.cumsum([some.size for some in given])[:-1])
     return [part.reshape(some.shape) for part, some in zip(parts, given, strict=True)]
 

@@ -15,6 +15,7 @@ from idml_jax.metrics.vote import cosines
 # Scores of `mean_scores`.
 SCORES = ("mean_distance", "mean_margin")
 _TILE = 2**22  # numbers of a tile of rows
+_ROUNDING = 1e-9  # a sum of unit rows shorter than this is 0
 
 
 class ClassMeans(NamedTuple):
@@ -35,12 +36,12 @@ class ClassMeans(NamedTuple):
     @property
     def directions(self) -> Float[np.ndarray, "c d"]:
         """Mean direction of each class, a unit row."""
-        return unit(self.sums).astype(np.float32)
+        return unit(self.sums, _ROUNDING).astype(np.float32)
 
 
-def unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Rows of length 1; zero rows stay zero."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+def unit(rows: Float[np.ndarray, "n d"], least: float = 1e-30) -> Float[np.ndarray, "n d"]:
+    """Rows of length 1; zero rows stay zero, and those shorter than ``least`` stay short."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), least)
 
 
 def class_means(rows: Float[Array, "n d"], labels: Int[Array, "n"]) -> ClassMeans:
@@ -74,7 +75,7 @@ def own_cosines(means: ClassMeans, rows: Float[Array, "m d"], chosen: Int[np.nda
         cut = slice(start, start + step)
         mine, codes = unit(np.asarray(rows)[cut].astype(np.float64)), means.codes[chosen[cut]]
         others = np.where(means.sizes[codes, None] > 1, means.sums[codes] - mine, 0.0)
-        found[cut] = np.einsum("nd,nd->n", mine, unit(others))
+        found[cut] = np.einsum("nd,nd->n", mine, unit(others, _ROUNDING))
     return found
 
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, Shaped
 
 from idml_jax.metrics import seeding, tiles
-from idml_jax.metrics.checks import Array, embedding_rows, label_column
+from idml_jax.metrics.checks import Array, embedding_rows, label_array, label_column
 
 # Squared distance to the nearest centre, its index, squared distance to the next one: of rows, or of tiles of rows.
 _Nearest = tuple[Shaped[jax.Array, "*rows"], ...]
@@ -62,7 +62,7 @@ def kmeans(
     seed = key if isinstance(key, int) else np.asarray(jax.random.key_data(key)).ravel().tolist()
     # Squared distances from a product lose digits if the rows are far from the origin.
     middle = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-    rows, norms = embedding_rows(rows - middle, "embeddings")
+    rows, norms = embedding_rows(rows - middle, "embeddings", small=True)  # all rows may be equal
     search = _Search(rows, norms, list(jax.local_devices() if devices is None else devices))
     candidates = 2 + int(np.log(k)) if candidates is None else candidates
     runs = (_run(search, int(k), rng, iterations, candidates) for rng in np.random.default_rng(seed).spawn(restarts))
@@ -316,7 +316,7 @@ def _contingency(
     labels: Shaped[Array, "n"], clusters: Shaped[Array, "n"]
 ) -> tuple[_Cells, Int[np.ndarray, "a"], Int[np.ndarray, "b"]]:
     """The cells of the contingency table that are not 0, and the sizes of the clusters on both sides."""
-    labels = np.asarray(labels)
+    labels = label_array(labels, "labels")
     if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(f"labels: expected shape (n,) with n >= 1, got {labels.shape}")
     clusters = label_column(clusters, len(labels), "clusters", "labels")

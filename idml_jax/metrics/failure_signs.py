@@ -18,7 +18,8 @@ def similarity_correlation(
     widths of the two spaces, 1 where u is a rotation of s, about 0 if they are unrelated. On `rows`
     evenly spaced images; NaN where one side is constant.
     """
-    semantic, uncertainty = embedding_rows(semantic, "semantic")[0], embedding_rows(uncertainty, "uncertainty")[0]
+    semantic = embedding_rows(semantic, "semantic")[0]
+    uncertainty = embedding_rows(uncertainty, "uncertainty", small=True)[0]
     if len(semantic) != len(uncertainty):
         raise ValueError(f"uncertainty: {len(uncertainty)} rows, semantic has {len(semantic)}")
     some = np.unique(np.linspace(0, len(semantic) - 1, rows).astype(int))
@@ -45,7 +46,7 @@ def failure_signs(
     their semantic distance. Constant: |u| varies by less than a thousandth of its mean. Copy:
     |`similarity_correlation`| above `correlated`.
     """
-    norms = np.sqrt(embedding_rows(uncertainty, "uncertainty")[1].astype(np.float64))
+    norms = np.sqrt(embedding_rows(uncertainty, "uncertainty", small=True)[1].astype(np.float64))
     signs = []
     if (large := np.quantile(norms, 0.95)) < small:
         signs.append(

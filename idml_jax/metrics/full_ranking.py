@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from idml_jax.metrics import nearest, ranking
-from idml_jax.metrics.checks import Array, check_pair, check_width, embedding_rows, label_column
+from idml_jax.metrics.checks import Array, check_pair, check_width, embedding_rows, label_array, label_column
 
 
 class Groups(NamedTuple):
@@ -125,11 +125,11 @@ def rank_all(
 def _labels(
     labels: Shaped[Array, "n"] | Int[Array, "n l"], rows: int, name: str, of: str
 ) -> Shaped[np.ndarray, "n"] | Int[np.ndarray, "n l"]:
-    labels = np.asarray(labels)
+    labels = label_array(labels, name)
     if labels.ndim != 2:
         return label_column(labels, rows, name, of)
     if labels.shape[0] != rows or labels.dtype.kind not in "iu" or (labels[:, :1] < 0).any() or not labels.shape[1]:
-        raise ValueError(f"{name}: expected ({rows}, l) whole numbers, the first of each row at least 0")
+        raise ValueError(f"{name}: expected ({rows}, l) whole numbers, filled up with -1, the first at least 0")
     return labels
 
 

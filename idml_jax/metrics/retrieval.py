@@ -20,6 +20,9 @@ from jaxtyping import Bool, Float, Int, PyTree, Shaped
 from idml_jax.metrics import nearest, ranking
 from idml_jax.metrics.checks import Array, check_pair, check_width, embedding_rows, label_column
 
+# What takes several labels per row, as errors about labels say.
+_SEVERAL = "full_ranking.rank_all takes [n, l], numbers filled up with -1"
+
 # An array, or a tree (tuple, dict) of arrays with the same first axis.
 Tree: TypeAlias = PyTree[Shaped[Array, "_ ..."]]
 
@@ -60,14 +63,15 @@ def retrieval_metrics(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, float]:
-    """Retrieval quality of embeddings [n, d] (any norm) with class labels [n], all in [0, 1].
+    """Retrieval quality of embeddings [n, d] (any norm that float32 holds) with class labels [n], all in [0, 1].
 
     Without a gallery every row queries all the others; with gallery [m, d] and gallery_labels [m] every row queries
     the gallery, and nothing is excluded. A K beyond the gallery's size means the whole gallery. The work is shared by
     `devices` (default: all of this process); the result does not depend on them.
 
     Returns 'R@K' for each K, 'RP', 'MAP@R' (both NaN when every query is lone), 'MRR', and the counts 'queries' and
-    'lone_queries'. Raises ValueError, naming the argument, for empty, mismatched or non-finite input.
+    'lone_queries'. Raises ValueError, naming the argument, for empty, mismatched or non-finite input, and for rows
+    whose squares float32 cannot hold (numbers all above about 1e18, or all below about 3e-16).
     """
     ks = _checked_ks(ks)
     ranks = retrieval_ranks(embeddings, labels, gallery, gallery_labels, devices=devices)
@@ -191,7 +195,7 @@ def _task(
     """The validated Euclidean task, its rows moved to their centre."""
     check_pair(gallery, gallery_labels, labels)
     queries = embedding_rows(embeddings, "embeddings")[0]
-    labels = label_column(labels, len(queries), "labels", "embeddings")
+    labels = label_column(labels, len(queries), "labels", "embeddings", _SEVERAL)
     if gallery is None:
         if len(queries) < 2:
             raise ValueError("embeddings: a single row has nothing to retrieve; give at least 2 rows or a gallery")
@@ -201,7 +205,7 @@ def _task(
     else:
         rows = embedding_rows(gallery, "gallery")[0]
         assert gallery_labels is not None  # see `_check_pair`
-        row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery")
+        row_labels = label_column(gallery_labels, len(rows), "gallery_labels", "gallery", _SEVERAL)
         check_width(queries, rows)
         (queries, query_norms), (rows, norms) = nearest.moved(queries, rows)
     return ranking.make_task(queries, query_norms, labels, rows, norms, row_labels, gallery is None)
@@ -230,7 +234,7 @@ def _tree_set(
     sizes = {leaf.shape[:1] for leaf in leaves}
     if len(sizes) != 1 or sizes & {(), (0,)}:
         raise ValueError(f"{name}: expected arrays with the same number of rows, got {[x.shape for x in leaves]}")
-    return tree, label_column(labels, len(leaves[0]), labels_name, name)
+    return tree, label_column(labels, len(leaves[0]), labels_name, name, _SEVERAL)
 
 
 def _checked_ks(ks: Sequence[int]) -> tuple[int, ...]:

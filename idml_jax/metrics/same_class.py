@@ -57,8 +57,10 @@ class Judge(NamedTuple):
 
         Args:
           scores: their scores.
-          share: share of genuine pairs among those that are compared, above 0 and below 1.
+          share: share of genuine pairs among those that are compared, above 0 and below 1; others raise ValueError.
         """
+        if not 0 < share < 1:
+            raise ValueError(f"share: expected a share above 0 and below 1, got {share}")
         half = confidence(self.model, {"score": scores})
         return half * share / (half * share + (1 - half) * (1 - share))
 

@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,12 +123,12 @@ def _drop_damaged(folder: Path) -> None:
 
 
 class Compiling(NamedTuple):
-    """Time spent on compiling.
+    """Time spent on compiling, by the clock: what several threads do at once counts once.
 
     Attributes:
-      seconds: seconds of compiling.
+      seconds: seconds in which something was compiled.
       kept: number of programs that were kept by an earlier process.
-      reading: seconds of reading them.
+      reading: seconds in which some of them were read.
     """
 
     seconds: float = 0.0
@@ -143,8 +144,29 @@ class Compiling(NamedTuple):
         return f"{self.seconds:.1f} s of it compiling{read}"
 
 
+class _Busy:
+    """The time in which at least one thread did something."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float]] = []  # apart from each other
+
+    def add(self, start: float, end: float) -> None:
+        """Adds a span of one thread."""
+        touches = lambda span: span[0] <= end and span[1] >= start
+        together = [(start, end), *filter(touches, self._spans)]
+        self._spans = [span for span in self._spans if not touches(span)]
+        self._spans.append((min(first for first, _ in together), max(last for _, last in together)))
+
+    @property
+    def seconds(self) -> float:
+        """How long it was in all."""
+        return sum(last - first for first, last in self._spans)
+
+
 _so_far: Compiling | None = None
+_compiled, _read = _Busy(), _Busy()
 _adding = threading.Lock()  # several threads may compile
+_this_thread = threading.local()  # ``reading``: seconds of reading within the compilation that has not ended yet
 
 
 def compiling() -> Compiling:
@@ -159,11 +181,16 @@ def compiling() -> Compiling:
 
 
 def _note(event: str, duration_secs: float, **_: str | int) -> None:
+    """Receives from jax what has just ended, in the thread that did it."""
     global _so_far
+    now = time.monotonic()
     with _adding:
         before = _so_far or Compiling()
-        if event == "/jax/core/compile/backend_compile_duration":
-            _so_far = before._replace(seconds=before.seconds + duration_secs)
-        elif event == "/jax/compilation_cache/cache_retrieval_time_sec":  # part of the event above
-            reading, seconds = before.reading + duration_secs, before.seconds - duration_secs
-            _so_far = Compiling(seconds, before.kept + 1, reading)
+        if event == "/jax/compilation_cache/cache_retrieval_time_sec":  # part of the event below, at its end
+            _read.add(now - duration_secs, now)
+            _this_thread.reading = getattr(_this_thread, "reading", 0.0) + duration_secs
+            _so_far = before._replace(kept=before.kept + 1, reading=_read.seconds)
+        elif event == "/jax/core/compile/backend_compile_duration":
+            reading, _this_thread.reading = getattr(_this_thread, "reading", 0.0), 0.0
+            _compiled.add(now - duration_secs, max(now - reading, now - duration_secs))
+            _so_far = before._replace(seconds=_compiled.seconds)

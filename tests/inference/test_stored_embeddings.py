@@ -87,6 +87,11 @@ CASES = {
     "infinity": (lambda p: npz(p, semantic_norm=np.full(12, np.inf)), "semantic_norm holds NaN or infinity"),
     "uncertain NaN": (lambda p: npz(p, uncertainty=nan), "uncertainty holds NaN"),
     "too large": (lambda p: npz(p, semantic=ROWS.astype(float) * 1e30), "too large for float32"),
+    "too small": (lambda p: npz(p, semantic=ROWS.astype(float) * 1e-20), "semantic: too small for float32, the larg"),
+    "a row too small": (
+        lambda p: npz(p, semantic=ROWS * np.where(np.arange(12) == 5, 1e-50, 1.0)[:, None]),
+        "semantic: 1 rows are too small for float32 but not 0, the first is row 5",
+    ),
     "text for numbers": (lambda p: npz(p, semantic=np.asarray([["a", "b"]] * 12)), "semantic holds <U1, not numbers"),
     "five labels": (lambda p: npz(p, labels=np.arange(5)), r"labels has the shape \(5,\)"),
     "eleven files": (lambda p: npz(p, files=GOOD["files"][:11]), r"files has the shape \(11,\)"),

@@ -2,14 +2,20 @@
 
 import csv
 import json
+import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from idml_jax import compare, embed, evaluate, search
+from idml_jax.errors import UserError
 from idml_jax.inference import reranking
 from idml_jax.inference.index import read
+from idml_jax.inference.measure import Options, measure
 from idml_jax.metrics.retrieval import retrieval_metrics
+from idml_jax.metrics.same_class import fit_judge
 
 
 def stored(path, rows, labels, **more):
@@ -51,6 +57,98 @@ def test_evaluate_ranks_all_and_lists_the_worst_classes(two_files, capsys, tmp_p
     one_line(capsys, evaluate.main, [*words, "--exclude=city"], "x.npz", "city", "camera")
     one_line(capsys, evaluate.main, [*words, "--exclude=semantic"], "semantic has the shape (24, 5)")
     one_line(capsys, evaluate.main, [*words, "--worst=-1"], "--worst=-1")
+
+
+def test_metrics_that_are_undefined_say_why(two_files, capsys, tmp_path):
+    x = two_files[0]
+    evaluate.main([f"--embeddings={x}", "--no_clustering", "--ks=1,2", "--exclude=labels"])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        "warning: mAP, CMC@1, CMC@2: undefined (nan), as no query has an image of its class with another value of "
+        "labels (--exclude) to find"
+    ]
+    rows = read(x).semantic
+    alone = measure(str(stored(tmp_path / "a.npz", rows, np.arange(24))), options=Options(cluster=False))
+    assert "RP, MAP@R: undefined (nan), as no query has an image of its class to find" in alone.warnings
+    groups = measure(str(stored(tmp_path / "g.npz", rows, np.arange(24) // 2, group=np.arange(24) // 2)))
+    assert any("no query has an image of its class in another group to find" in line for line in groups.warnings)
+
+
+def test_options_are_checked_and_not_ignored(two_files, capsys):
+    x, y = two_files
+    words = [f"--embeddings={x}"]
+    for value in ("1.5", "0", "nan"):
+        for more in ([], [f"--held_out={y}"]):
+            told = f"--precision={float(value)}: a share of right answers, above 0 and at most 1"
+            one_line(capsys, evaluate.main, [*words, *more, f"--precision={value}"], told)
+    one_line(capsys, evaluate.main, [*words, "--precision=0.9"], "--precision is for the threshold", "--held_out")
+    one_line(capsys, evaluate.main, [*words, f"--distractors={y}"], "--distractors are for the images of --held_out")
+    with pytest.raises(UserError, match="--worst=-1"):
+        measure(str(x), options=Options(worst=-1))
+    said = []
+    measure(str(x), options=Options(temperature=2.0, cluster=False), warn=said.append)
+    assert said == [f"{x}: holds no uncertainty, so --temperature and --absolute change nothing"]
+    with pytest.raises(UserError, match="--share=1.5: a share above 0 and below 1"):
+        compare.compare(None, None, [], 1.5)
+    labels = np.arange(24) % 4
+    judge = fit_judge(np.eye(4)[labels] + np.random.default_rng(0).normal(size=(24, 4)), labels)
+    with pytest.raises(ValueError, match="share: expected a share above 0 and below 1, got 0"):
+        judge.probability(np.zeros(2), 0)
+
+
+UNUSED = {
+    "split": (
+        dict(split=np.tile(["query", "gallery"], 12)),
+        "split is not used, .* is_query and is_gallery .n., true or",
+    ),
+    "label": (dict(label=np.arange(24)), "label is not used; is it meant as labels. Then rename it"),
+    "file_names": (dict(file_names=np.arange(24).astype(str)), "file_names is not used; is it meant as files"),
+    "uncertanty": (dict(uncertanty=np.ones((24, 2))), "uncertanty is not used; is it meant as uncertainty"),
+    "embeddings": (dict(embeddings=np.ones((24, 5))), "embeddings is not used, as there is semantic"),
+    "is_query": (dict(is_query=np.ones(24, bool)), "is_query is not used, as there is no is_gallery"),
+    "camera": (dict(camera=np.arange(24), uncertainty_norm=np.ones(24), notes=np.arange(24)), ""),
+}
+
+
+@pytest.mark.parametrize("ending", ["npz", "parquet"])
+@pytest.mark.parametrize("name", UNUSED)
+def test_arrays_that_are_not_used_are_named(tmp_path, capsys, name, ending):
+    more, message = UNUSED[name]
+    path, rows = tmp_path / f"x.{ending}", np.random.default_rng(0).normal(size=(24, 5))
+    if ending == "npz":
+        np.savez(path, semantic=rows, **more)
+    else:
+        pa.parquet.write_table(pa.table({k: v.tolist() for k, v in {"semantic": rows, **more}.items()}), path)
+    read(path)
+    told = capsys.readouterr().err
+    assert re.search(f"^warning: {path}: {message}", told) and told.count("\n") == 1 if message else not told
+
+
+def test_marks_of_queries_and_gallery_may_be_numbers(tmp_path):
+    rows, query = np.random.default_rng(0).normal(size=(24, 5)), np.arange(24) % 2
+    labels = np.arange(24) // 4
+    for dtype in (bool, np.int64, np.uint8):
+        path = stored(tmp_path / "x.npz", rows, labels, is_query=query.astype(dtype), is_gallery=1 - query)
+        assert read(path).marked.tolist() == [[bool(x), not x] for x in query]
+        assert measure(str(path), options=Options(cluster=False), warn=lambda line: None).queries == 12
+    for wrong, told in ((query * 2, "holds 2 in row 1"), (query.astype(float), r"holds float64 \[24\]")):
+        path = stored(tmp_path / "x.npz", rows, labels, is_query=wrong, is_gallery=query)
+        with pytest.raises(UserError, match=f"is_query {told}; it should be true or false, or 1 or 0"):
+            read(path)
+
+
+def test_several_labels_of_embeddings_are_told_where_they_go(tmp_path):
+    rows, both = np.eye(4), np.asarray([[0, 1], [0, 2], [1, 2], [2, 0]])
+    with pytest.raises(
+        UserError, match=r"labels has the shape \(4, 2\), .* should be \[n\]; several .* label_sets \[n, l\]"
+    ):
+        read(stored(tmp_path / "x.npz", rows, both))
+    for labels in ([["a", "b"]] * 4, [["a"]] * 3 + [["a", "b"]]):
+        pa.parquet.write_table(pa.table({"semantic": rows.tolist(), "labels": labels}), tmp_path / "x.parquet")
+        with pytest.raises(UserError, match=r"several labels of an image are label_sets \[n, l\], numbers of class_na"):
+            read(tmp_path / "x.parquet")
+    found = read(stored(tmp_path / "x.npz", rows, both[:, 0], label_sets=both))
+    np.testing.assert_array_equal(found.embedded.sets, both)
 
 
 def test_two_images_and_a_table_of_pairs_are_compared(finished, image_folder, tmp_path, capsys):

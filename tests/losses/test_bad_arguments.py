@@ -138,6 +138,38 @@ def test_minus_one_is_no_label_in_both_forms():
     assert losses.pairs_from_labels(labels).positive[0, 1]  # there, a label like any other
 
 
+@pytest.mark.parametrize("kind", [list, np.array, lambda x: np.array(x, object), lambda x: np.array(x, bytes)])
+def test_an_empty_name_is_no_label_of_a_set(kind):
+    names = losses.pairs_from_label_sets(kind([["a", ""], ["b", ""], ["c", "a"], ["", ""]]))
+    numbers = losses.pairs_from_label_sets(jnp.array([[0, -1], [1, -1], [2, 0], [-1, -1]]))
+    for one, other in zip(names, numbers, strict=True):
+        np.testing.assert_array_equal(one, other)
+    one_each = losses.pairs_from_label_sets(kind(["", "", "a", "a"]), kind(["", "a"]))
+    np.testing.assert_array_equal(one_each.positive, [[0, 0], [0, 0], [0, 1], [0, 1]])
+    assert losses.pairs_from_labels(kind(["", ""])).positive[0, 1]  # there, a label like any other
+
+
+def test_the_text_of_minus_one_among_the_names_of_sets_is_refused():
+    for labels in ([["a", -1], ["b", -1]], np.array([["a", "-1"]]), np.array([b"1", b"-1"])):
+        with pytest.raises(ValueError, match="^labels: the text '-1' is a name here; names are filled up with ''"):
+            losses.pairs_from_label_sets(labels)
+    with pytest.raises(ValueError, match="^reference_labels: the text '-1'"):
+        losses.pairs_from_label_sets(["a"], [["b", "-1"]])
+    assert losses.pairs_from_labels(["-1", "-1"]).positive[0, 1]
+
+
+@pytest.mark.parametrize("labels", [[[1], [1, 2]], [["a"], ["a", "b"]], np.array([[1], [1, 2]], object), [1, [1, 2]]])
+def test_rows_with_different_numbers_of_labels(labels):
+    with pytest.raises(ValueError, match=r"^labels: rows hold different numbers of labels; expected \[n, l\], filled"):
+        losses.pairs_from_label_sets(labels)
+    with pytest.raises(ValueError, match="^reference_labels: rows hold different numbers of labels"):
+        losses.pairs_from_label_sets([0, 1], labels)
+    with pytest.raises(ValueError, match=r"^labels: rows hold different numbers of labels; expected \[n\], one of"):
+        losses.pairs_from_labels(labels)
+    with pytest.raises(ValueError, match=r"^labels: rows hold different .* expected \[n, levels\], one of each level"):
+        losses.pairs_from_levels(labels)
+
+
 @pytest.mark.parametrize("labels", [[None, None, "a"], [None, None], ["a", float("nan")], ["a", 1]])
 def test_missing_and_mixed_labels(labels):
     with pytest.raises(ValueError, match="labels"):

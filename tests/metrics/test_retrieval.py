@@ -1,5 +1,7 @@
 """Exactness of the retrieval metrics: by hand, against naive numpy, with ties, over devices."""
 
+import warnings
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 from naive_retrieval import naive_metrics, naive_ranks
 
 from idml_jax.metrics import ranking
+from idml_jax.metrics.clustering import kmeans
+from idml_jax.metrics.failure_signs import failure_signs
 from idml_jax.metrics.retrieval import neighbours, retrieval_metrics, retrieval_ranks, summarise
 
 WAYS = {"counting": 1000, "top-k": 0, "mixed": 3}
@@ -217,6 +221,16 @@ X, Y = np.eye(4), np.arange(4) % 2
         ((np.where(X > 0, np.nan, X), Y), "embeddings: NaN"),
         ((np.where(X > 0, np.inf, X), Y), "embeddings: NaN"),
         ((X * 1e19, Y), "embeddings: .* too large"),
+        ((X * 1e200, Y), "embeddings: .* too large"),
+        ((X * 1e-20, Y), "^embeddings: too small for float32, the largest number is 1e-20; multiply all by one factor"),
+        ((X * 1e-60, Y), "embeddings: too small for float32, the largest number is 1e-60"),
+        (((X * 1e-18).astype(np.float32), Y), "embeddings: too small for float32, the largest number is 1e-18"),
+        ((X, Y, X * 1e-18, Y), "gallery: too small for float32"),
+        ((X * [[1], [1], [1e-50], [1e-42]], Y), "2 rows are too small for float32 but not 0, the first is row 2"),
+        ((X, [[1], [1, 2], [1], [2]]), "^labels: rows hold different numbers of labels$"),
+        ((X, Y, X, np.array([[1], [1, 2], [1], [2]], object)), "^gallery_labels: rows hold different numbers of"),
+        ((X, np.stack([Y, Y], axis=1)), r"got \(4, 2\); several labels per row: full_ranking.rank_all takes \[n, l\]"),
+        ((X, Y, X, np.stack([Y, Y], axis=1)), r"gallery_labels: .* full_ranking.rank_all takes \[n, l\]"),
         ((X, Y, X), "gallery_labels: missing"),
         ((X, Y, None, Y), "gallery: missing"),
         ((X, Y, X[:, :3], Y), "gallery: width 3"),
@@ -232,9 +246,25 @@ X, Y = np.eye(4), np.arange(4) % 2
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=message) as error:
+        warnings.simplefilter("error")  # numpy's of a cast, which the error tells
         retrieval_metrics(*arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [2.0**-48, 2.0**58, 1.0])
+def test_any_norm_that_float32_holds_gives_the_same_metrics(scale):
+    rng = np.random.default_rng(3)
+    labels = np.arange(60) // 4
+    x = rng.normal(size=(15, 8))[labels] + 0.7 * rng.normal(size=(60, 8))
+    assert retrieval_metrics(x * scale, labels) == retrieval_metrics(x, labels)
+
+
+def test_rows_of_zeros_and_vanished_uncertainties_are_not_too_small():
+    x = np.eye(4) * [1, 1, 0, 0]
+    assert retrieval_metrics(x, Y, ks=(4,))["R@4"] == retrieval_metrics(np.zeros((4, 4)), Y, ks=(4,))["R@4"] == 1
+    assert "collapsed" in failure_signs(np.eye(4), np.full((4, 2), 1e-25) + 1e-26 * np.eye(4, 2))[0]
+    kmeans(np.full((6, 3), 1e-9) + np.spacing(1e-9) * np.eye(6, 3), 2)
 
 
 @pytest.mark.parametrize("k", [0, 4, -1])

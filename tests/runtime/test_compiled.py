@@ -96,10 +96,39 @@ class TestKept:
         assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-def test_compiling_and_reading_are_told_apart():
+COMPILED, READ = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_retrieval_time_sec"
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """Tells what ends at a second of a clock of its own, where nothing was compiled so far."""
+    clock = 1000.0
+    monkeypatch.setattr(compiled, "_compiled", compiled._Busy())
+    monkeypatch.setattr(compiled, "_read", compiled._Busy())
+    monkeypatch.setattr(compiled, "_so_far", compiled.compiling()._replace(seconds=0.0, reading=0.0))
+
+    def note(second, event, duration):
+        monkeypatch.setattr(compiled, "time", types.SimpleNamespace(monotonic=lambda: clock + second))
+        compiled._note(event, duration)
+
+    return note
+
+
+def test_compiling_and_reading_are_told_apart(at):
     start = compiled.compiling()
-    compiled._note("/jax/core/compile/backend_compile_duration", 2.0)
-    compiled._note("/jax/core/compile/backend_compile_duration", 1.0)
-    compiled._note("/jax/compilation_cache/cache_retrieval_time_sec", 0.75)
+    at(2.0, COMPILED, 2.0)
+    at(5.0, READ, 0.75)
+    at(5.0, COMPILED, 1.0)  # a quarter of a second of it before the reading
     assert str(compiled.compiling().since(start)) == "2.2 s of it compiling, 1 kept programs read in 0.8 s"
     assert str(compiled.Compiling(1.0)) == "1.0 s of it compiling"
+
+
+def test_what_threads_compile_at_the_same_time_counts_once(at):
+    start = compiled.compiling()
+    at(10.0, COMPILED, 4.0)  # 6 to 10
+    at(12.0, COMPILED, 5.0)  # 7 to 12
+    at(13.0, COMPILED, 12.0)  # 1 to 13, around both
+    at(20.0, COMPILED, 1.0)
+    at(20.5, COMPILED, 8.0)  # 12.5 to 20.5, across the gap
+    found = compiled.compiling().since(start)
+    assert found.seconds == pytest.approx(19.5) and found.kept == 0
