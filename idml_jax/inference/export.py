@@ -40,6 +40,17 @@ _LOAD = """def load(path):
     left, top = (round((side - size) / 2) for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size))).reshape(size, size, -1)
 
+
+def loaded(path):
+    try:
+        return load(path)
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error).partition(" '")[0] or type(error).__name__
+        sys.exit(f"error: {path}: cannot be read as an image ({reason})")
+
+
+if len(sys.argv) < 2:
+    sys.exit("error: no images are named; give some: python example.py a.jpg b.jpg")
 """
 _PRINT = """print({name: value.shape for name, value in found.items()}, found["semantic"] @ found["semantic"].T)
 """
@@ -50,7 +61,7 @@ EXAMPLE = (
         model='model = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))',
     )
     + _LOAD
-    + "found = model.call(np.stack([load(path) for path in sys.argv[1:]]))\n"
+    + "found = model.call(np.stack([loaded(path) for path in sys.argv[1:]]))\n"
     + _PRINT
 )
 ONNX_EXAMPLE = (
@@ -61,7 +72,7 @@ ONNX_EXAMPLE = (
     )
     + _LOAD
     + """names = [output.name for output in model.get_outputs()]
-images = np.stack([load(path) for path in sys.argv[1:]])
+images = np.stack([loaded(path) for path in sys.argv[1:]])
 found = dict(zip(names, model.run(names, {"images": images})))
 """
     + _PRINT
