@@ -231,7 +231,7 @@ def test_images_are_added_without_embedding_the_others(finished, image_folder, t
     some.write_text("".join(f"{path}\t{path.parent.name}\n" for path in [*listed[40:70], test / "broken.png"]))
     words = [f"--workdir={finished[0]}", f"--out={out}"]
     run(embed, *words, f"--images={some}", "--shard=1/1")
-    assert "1 images cannot be read" in capsys.readouterr().out and "broken.png" in (out / "_skipped.txt").read_text()
+    assert "1 image cannot be read" in capsys.readouterr().out and "broken.png" in (out / "_skipped.txt").read_text()
     before = {path: path.stat().st_mtime_ns for path in out.glob("part*")}
     run(embed, *words, f"--images={test}", "--append")
     assert "30 of 96 images are in the gallery already" in capsys.readouterr().out
