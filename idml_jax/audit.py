@@ -80,11 +80,15 @@ def _audit(given: dict[str, Any]) -> None:
         corrected = corrections.apply(index, changes)
         encoded = functools.cache(lambda: encoded_reader(index, workdir))  # reads what a table alone needs
         corrections.write(corrected, out, lambda row: encoded()(str(index.files[row]), index.box_of(row)))
+        have = "image has" if corrected.relabelled == 1 else "images have"
         tell(
-            f"{len(changes):,} changes accepted, {rejected:,} rejected, {open_:,} undecided (not made): "
-            f"{corrected.relabelled:,} images have another class, {len(corrected.removed):,} are removed"
+            f"{len(changes):,} {'change' if len(changes) == 1 else 'changes'} accepted, {rejected:,} rejected, "
+            f"{open_:,} undecided (not made): {corrected.relabelled:,} {have} another class, "
+            f"{len(corrected.removed):,} {'is' if len(corrected.removed) == 1 else 'are'} removed"
         )
-        tell(f"{len(corrected.paths):,} images in {out}")
+        for line in corrected.unmade:
+            tell(line)
+        tell(f"{len(corrected.paths):,} {'image' if len(corrected.paths) == 1 else 'images'} in {out}")
         return
     other = read_stored(given["against"], "--against") if given["against"] else None
     at_its_place = dataclasses.replace(index, about={**index.about, "workdir": workdir})

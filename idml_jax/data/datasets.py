@@ -11,11 +11,12 @@ import numpy as np
 from idml_jax.data.copies import copies_line
 from idml_jax.data.files import expand, shown
 from idml_jax.data.listed import table_splits
-from idml_jax.data.sources import Joined, Source, Subset, TfdsSource, drop_unreadable, scan_splits, sets_of
+from idml_jax.data.sources import Joined, Source, Subset, TfdsSource, scan_splits, sets_of
 from idml_jax.data.splits import check_classes, hold_out_classes, hold_out_images, select_classes, split_by_class
 from idml_jax.data.stored import prepared as prepared_lib
 from idml_jax.data.stored.benchmarks import BENCHMARKS, Count, differences
 from idml_jax.data.tables import is_table
+from idml_jax.data.unreadable import drop_unreadable
 from idml_jax.errors import UserError
 
 # Share of the training images that replaces a missing ImageNet validation split: about 50 per class.

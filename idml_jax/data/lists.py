@@ -280,8 +280,8 @@ def list_images(
     raise UserError(f"{shown}: neither an image nor a folder nor a list ({', '.join(LISTS)}) ({option})")
 
 
-def listed_paths(where: str | Path, option: str) -> list[str]:
-    """The paths of a table as they stand, and those relative to the table; files need not exist.
+def listed_paths(where: str | Path, option: str) -> list[tuple[str, str]]:
+    """The path of each row of a table as it stands, and relative to the table; files need not exist.
 
     Raises:
       UserError: if the table is missing or cannot be parsed.
@@ -291,7 +291,7 @@ def listed_paths(where: str | Path, option: str) -> list[str]:
         raise UserError(f"{files.shown(path)}: no such file ({option})")
     table = tables.read(path, WANTED, ROLES["path"], option)
     names = [text_of(value) for value in column_of(table, "path", option) or ()]
-    return [*names, *paths_of(table, names, None, option)]
+    return list(zip(names, paths_of(table, names, None, option), strict=True))
 
 
 def _of_folder(root: Path, option: str, warn: Callable[[str], None]) -> tuple[FolderSource, bool]:

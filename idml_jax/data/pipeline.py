@@ -21,6 +21,7 @@ from idml_jax.data.images.decode import one_image_fails
 from idml_jax.data.images.transforms import DecodeError, Picture, Transform
 from idml_jax.data.samplers import Sampler
 from idml_jax.data.sources import Source, box_of, sets_of
+from idml_jax.data.unreadable import reason_of
 from idml_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -279,7 +280,7 @@ def eval_batches(
         except UserError as error:
             if on_bad == "raise":
                 raise
-            return str(error).removeprefix(f"{shown(source.name(record))}: ")
+            return reason_of(source, record, error)
 
     ahead = min(reading.prefetch, 2)
     with concurrent.futures.ThreadPoolExecutor(reading.threads) as pool:

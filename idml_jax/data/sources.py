@@ -1,6 +1,5 @@
 """A random-access interface to images from any origin."""
 
-import concurrent.futures
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -8,11 +7,9 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int
 
-from idml_jax.data import files, folders
-from idml_jax.data.images import transforms
+from idml_jax.data import files, folders, tables
 from idml_jax.data.images.decode import ENDINGS
 from idml_jax.errors import UserError
-from idml_jax.runtime import cpus
 
 
 class Source(Protocol):
@@ -118,6 +115,9 @@ class StoredSource(FolderSource):
         except Exception as error:  # a damaged file can make the library raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise files.FileError(f"{files.shown(self.paths[index])}: cannot be read ({reason[:200]})") from error
+        name = self.paths[index]
+        if data == b"" or (data is None and not os.path.exists(name) and tables.row_of_a_table(name) is not None):
+            raise files.FileError(f"{files.shown(name)}: its cell of the table is empty, so there is no image")
         return super().read(index) if data is None else data
 
 
@@ -347,47 +347,3 @@ def scan_folder(root: str | os.PathLike, warn: Callable[[str], None] = print) ->
     if "images" not in found:
         raise UserError(f"{root}: holds the splits {', '.join(found)}; expected class folders")
     return found["images"]
-
-
-def drop_unreadable(source: FolderSource, on_corrupt: str, warn: Callable[[str], None]) -> FolderSource | Subset:
-    """Finds files that are not readable images before training starts.
-
-    Args:
-      source: files to check.
-      on_corrupt: ``refuse`` checks size, header and end of every file and raises if one is bad; ``skip`` decodes every
-        file, drops the bad ones and counts them.
-      warn: receives one line about skipped files.
-
-    Returns:
-      The source without the bad files.
-
-    Raises:
-      UserError: naming the first bad file, under ``refuse``; if nothing readable is left, under ``skip``.
-    """
-    if on_corrupt not in ("refuse", "skip"):
-        raise UserError(f"config.data.on_corrupt = {on_corrupt!r}; known: refuse, skip")
-    check = transforms.decode if on_corrupt == "skip" else transforms.check_whole
-
-    def problem(index: int) -> str | None:
-        try:
-            data, box = source.read(index), box_of(source, index)
-            check(data)
-            if box is not None:
-                transforms.Picture(data, within=box)
-        except (transforms.DecodeError, UserError) as error:
-            return str(error)
-        return None
-
-    with concurrent.futures.ThreadPoolExecutor(min(8, cpus.available())) as pool:
-        problems = list(pool.map(problem, range(len(source))))
-    bad = [i for i, p in enumerate(problems) if p is not None]
-    if not bad:
-        return source
-    first = f"{source.paths[bad[0]]}: {problems[bad[0]]}"
-    if on_corrupt == "refuse":
-        more = f" (and {len(bad) - 1} more files)" if len(bad) > 1 else ""
-        raise UserError(f"{first}{more}; config.data.on_corrupt=skip leaves such files out")
-    if len(bad) == len(source):
-        raise UserError(f"none of {len(source)} files is a readable image; the first: {first}")
-    warn(f"{len(bad)} of {len(source)} files are not readable images and are left out; the first: {first}")
-    return Subset(source, np.setdiff1d(np.arange(len(source)), bad))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from idml_jax.data import folders
 from idml_jax.data.columns import SEVERAL
 from idml_jax.data.tables import MAX_PARQUET_BYTES, TABLES, TEXT, arrow, row_of_a_table, separated_rows
-from idml_jax.errors import UserError, printable
+from idml_jax.errors import UserError, printable, warn
 from idml_jax.inference.audit import Finding
 from idml_jax.inference.index import Index
 from idml_jax.runtime.files import atomic, first_line, replace_folder, user_path, write_text
@@ -70,8 +70,10 @@ def as_csv(rows: Sequence[dict[str, str]]) -> str:
 def read_decisions(where: str | Path) -> tuple[list[Change], int, int]:
     """Accepted changes of a table, and the numbers of rejected and of undecided ones.
 
+    Rows about one finding count once, which a warning says; a decision goes before none.
+
     Raises:
-      UserError: naming the file, the line and what is wrong with it.
+      UserError: naming the file, the rows and what is wrong with them.
     """
     path = user_path(where)
     try:
@@ -84,17 +86,39 @@ def read_decisions(where: str | Path) -> tuple[list[Change], int, int]:
         raise UserError(f"{path}: cannot be read as a table of decisions ({first_line(error)})") from error
     if not table or any(name not in table[0] for name in _NEEDED):
         raise UserError(f"{path}: needs the columns {', '.join(_NEEDED)}, as in changes.csv and decisions.csv of audit")
-    accepted, counts = [], dict.fromkeys(DECISIONS, 0)
+    decided: dict[tuple[str, ...], tuple[str, int]] = {}  # decision and row of each finding
+    changes: dict[tuple[str, ...], Change] = {}
+    again: list[int] = []
     for line, row in enumerate(table, 2):
         decision, action = (row["decision"] or "").strip().lower(), row["action"]
         if decision not in DECISIONS:
             raise UserError(f"{path}, row {line}: the decision {row['decision']!r} is none of accept, reject and empty")
         if action not in ("relabel", "remove") or (action == "relabel" and not row["proposed"]):
             raise UserError(f"{path}, row {line}: the action is relabel, with a class in proposed, or remove")
-        counts[decision] += 1
-        if decision == "accept":
-            accepted.append(Change(row["path"], action, row["proposed"] or "", row.get("box") or ""))
-    return accepted, counts["reject"], counts[""]
+        key = _finding(row)
+        before, first = decided.setdefault(key, (decision, line))
+        changes[key] = Change(row["path"], action, row["proposed"] or "", row.get("box") or "")
+        if first == line:
+            continue
+        if before and decision and before != decision:
+            raise UserError(
+                f"{path}, rows {first} and {line}: the same finding ({action} {printable(row['path'])}) is accepted "
+                "and rejected; keep one of the rows"
+            )
+        again.append(line)
+        if decision and not before:
+            decided[key] = decision, line
+    if again:
+        rows = f"row {again[0]} is" if len(again) == 1 else f"{len(again):,} rows, the first row {again[0]}, are"
+        warn(f"{path}: {rows} about the finding of another row and counted with it")
+    count = Counter(decision for decision, _ in decided.values())
+    return [changes[key] for key, (decision, _) in decided.items() if decision == "accept"], count["reject"], count[""]
+
+
+def _finding(row: dict[str, str]) -> tuple[str, ...]:
+    """What tells a finding from the others of a table: its number, or without one what it says."""
+    told = ("id",) if row.get("id") else ("kind", "reason")
+    return tuple(row.get(name) or "" for name in (*told, "action", "path", "proposed", "box"))
 
 
 def is_no_file(name: str) -> bool:
@@ -113,6 +137,7 @@ class Corrected(NamedTuple):
       several: whether images have several classes.
       more: further columns of the list, by name: what a table said about the images.
       rows: row of each image in the index.
+      unmade: a line for each kind of accepted change that made no difference, with a count and a name.
     """
 
     paths: list[str]
@@ -122,12 +147,14 @@ class Corrected(NamedTuple):
     several: bool = False
     more: dict[str, list[str]] = {}  # noqa: RUF012 (never changed)
     rows: Sequence[int] = ()
+    unmade: tuple[str, ...] = ()
 
 
 def apply(index: Index, changes: Sequence[Change]) -> Corrected:
     """The set with the changes; an image that is to be removed is removed, whatever else is decided about it.
 
     Of an image that the index has several times, as many are removed as removals were accepted, the last ones first.
+    Accepted changes that make no difference are counted and named.
 
     Raises:
       UserError: for an image that the index lacks, two different classes for one image, or if nothing is left.
@@ -138,6 +165,7 @@ def apply(index: Index, changes: Sequence[Change]) -> Corrected:
     keys = [(name, box_of(index, row)) for row, name in enumerate(names)]
     known, gone = set(keys), Counter[tuple[str, str]]()
     new: dict[tuple[str, str], str] = {}
+    repeated: list[str] = []
     for change in changes:
         key = change.path, change.box
         if key not in known:
@@ -148,8 +176,12 @@ def apply(index: Index, changes: Sequence[Change]) -> Corrected:
             gone[key] += 1
         elif index.embedded.sets is not None:
             raise UserError(f"{change.path}: images of the index have several labels, of which none can be replaced")
-        elif new.setdefault(key, change.proposed) != change.proposed:
+        elif key in new and new[key] != change.proposed:
             raise UserError(f"{change.path}: two classes are accepted, {new[key]} and {change.proposed}")
+        elif key in new:
+            repeated.append(change.path)
+        else:
+            new[key] = change.proposed
     kept, removed = [], []
     for row in reversed(range(len(keys))):
         if gone[keys[row]]:
@@ -164,8 +196,28 @@ def apply(index: Index, changes: Sequence[Change]) -> Corrected:
     before = [_class_of(index, row) for row in kept]
     classes = [new.get(keys[row], old) for row, old in zip(kept, before, strict=True)]
     changed = sum(one != two for one, two in zip(before, classes, strict=True))
-    several = index.embedded.sets is not None
-    return Corrected([names[row] for row in kept], classes, changed, removed, several, _more(index, kept), kept)
+    several, left = index.embedded.sets is not None, {keys[row] for row in kept}
+    moved = {keys[row] for row, one, two in zip(kept, before, classes, strict=True) if one != two}
+    lines = (
+        _line(
+            [key[0] for key in new if key not in left],
+            "image is removed and not",
+            "images are removed and not",
+            "relabelled",
+        ),
+        _line([key[0] for key in new if key in left - moved], "image has", "images have", "the accepted class already"),
+        _line([key[0] for key in gone.elements()], "removal is", "removals are", "of an image that is removed anyway"),
+        _line(repeated, "change of class is", "changes of class are", "accepted already"),
+    )
+    unmade = tuple(filter(None, lines))
+    return Corrected([names[row] for row in kept], classes, changed, removed, several, _more(index, kept), kept, unmade)
+
+
+def _line(paths: Sequence[str], one: str, many: str, what: str) -> str:
+    """A count of images with the name of the first; empty if there are none."""
+    if not paths:
+        return ""
+    return f"{len(paths):,} {one if len(paths) == 1 else many} {what}, {'the first ' * (len(paths) > 1)}{paths[0]}"
 
 
 def _class_of(index: Index, row: int) -> str:

@@ -258,7 +258,8 @@ def _list_skipped(out: Path, skipped: list[tuple[str, str]], total: int, say: Ca
         return
     write_text(listing, "".join(f"{printable(name)}\t{printable(reason)}\n" for name, reason in skipped))
     name, reason = skipped[0]
-    say(f"{len(skipped):,} of {total:,} images cannot be read and are left out, the first {name}: {reason}")
+    which = "is left out," if len(skipped) == 1 else "are left out, the first"
+    say(f"{len(skipped):,} of {total:,} images cannot be read and {which} {name}: {reason}")
     say(f"all of them are listed in {listing}")
 
 

@@ -31,7 +31,12 @@ about = json.loads((folder / "about.json").read_text())
 
 '''
 _LOAD = """def load(path):
-    image, size = ImageOps.exif_transpose(Image.open(path)), about["size"]
+    try:
+        image, size = ImageOps.exif_transpose(Image.open(path)), about["size"]
+        image.load()
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error).partition(" '")[0]
+        sys.exit(f"error: {path}: cannot be read as an image ({reason})")
     if image.mode[0] == "I":  # 16 bits
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
@@ -40,6 +45,7 @@ _LOAD = """def load(path):
     left, top = (round((side - size) / 2) for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size))).reshape(size, size, -1)
 
+paths = sys.argv[1:] or sys.exit("error: no images are named; give some: python example.py a.jpg b.jpg")
 """
 _PRINT = """print({name: value.shape for name, value in found.items()}, found["semantic"] @ found["semantic"].T)
 """
@@ -50,7 +56,7 @@ EXAMPLE = (
         model='model = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))',
     )
     + _LOAD
-    + "found = model.call(np.stack([load(path) for path in sys.argv[1:]]))\n"
+    + "found = model.call(np.stack([load(path) for path in paths]))\n"
     + _PRINT
 )
 ONNX_EXAMPLE = (
@@ -61,7 +67,7 @@ ONNX_EXAMPLE = (
     )
     + _LOAD
     + """names = [output.name for output in model.get_outputs()]
-images = np.stack([load(path) for path in sys.argv[1:]])
+images = np.stack([load(path) for path in paths])
 found = dict(zip(names, model.run(names, {"images": images})))
 """
     + _PRINT

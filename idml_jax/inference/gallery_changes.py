@@ -5,7 +5,9 @@ when it was read. It is written after its part and removed before that part is r
 part beside it.
 """
 
+import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -60,8 +62,19 @@ def tried_path(folder: Path, source: int, number: int) -> Path:
 
 
 def state_of(source: Source, record: int, made: Made) -> FileState | None:
-    """The state of an image's file; of an image without one that of the table or folder that it comes from."""
-    return file_state(key_of(source, record)) or file_state(str(made.about.get("images", "")))
+    """The state of an image's file; of an image of a table or data set that of the table it comes from.
+
+    The state of a link to nothing is its own, and not that of the folder, which changes with other files.
+    """
+    name = key_of(source, record)
+    if (found := file_state(name)) is not None:
+        return found
+    if os.path.isabs(name) and tables.row_of_a_table(name) is None:
+        with contextlib.suppress(OSError, ValueError):
+            link = os.lstat(name)
+            return link.st_size, link.st_mtime_ns
+        return None
+    return file_state(str(made.about.get("images", "")))
 
 
 def note_tried(path: Path, skipped: dict[int, Skipped]) -> None:
@@ -98,7 +111,7 @@ def written(folder: Path, made: Made, number: int, source: Source, records: Int[
     if not listed:
         return Written(records, {})
     names = {int(record): source.name(int(record)) for record in records}
-    states = _tried(tried_path(folder, made.number, number))
+    states = tried(tried_path(folder, made.number, number))
     if states is None:  # of an earlier version, or of a process that was stopped; the names of the list tell which
         known = {name for name, _ in listed}
         states = {record: _NEVER for record, name in names.items() if printable(name) in known}
@@ -111,7 +124,7 @@ def written(folder: Path, made: Made, number: int, source: Source, records: Int[
     return Written(kept, {record: Skipped(*pair, state) for (record, state), pair in pairs})
 
 
-def _tried(path: Path) -> dict[int, FileState | None] | None:
+def tried(path: Path) -> dict[int, FileState | None] | None:
     """States by record; ``None`` if the file is missing or damaged."""
     try:
         return {int(record): None if state is None else tuple(state) for record, state in json.loads(path.read_text())}

@@ -22,16 +22,16 @@ from idml_jax.inference import gallery_changes as changes
 from idml_jax.inference.embed import about_of, embed_records, of_table
 from idml_jax.inference.gallery import Made, part_path, skipped_path, source_path, sources_of
 from idml_jax.inference.gallery_checks import Asked, check_alike, check_told, checked_folder
+from idml_jax.inference.gallery_unreadable import tell_unreadable
 from idml_jax.inference.index import Index, texts
 from idml_jax.inference.model import Trained
 from idml_jax.inference.own import Key, keys_of
 from idml_jax.inference.store import columns_of, digest, is_text, table_of
-from idml_jax.runtime.files import atomic, user_path, without_dots, write_json, write_text
+from idml_jax.runtime.files import atomic, user_path, without_dots, write_json
 from idml_jax.runtime.progress import Progress, Ticker
 
 PART_IMAGES = 4096
 GROUP_ROWS = 1024  # rows of a row group, the least that is read of a part
-SKIPPED = "_skipped.txt"
 _MANY_NAMES = 4096  # class names that a part repeats at most, so that it can be read alone
 
 
@@ -99,7 +99,8 @@ def embed_to_gallery(
     if len(missing) < len(mine):
         say(f"resuming: {len(mine) - len(missing):,} of {len(mine):,} parts are done")
     if again := sum(count for number, count in missing.items() if count < len(work.records(number))):
-        say(f"{again:,} images of finished parts are embedded again, since their files have changed")
+        images = "image of finished parts is" if again == 1 else "images of finished parts are"
+        say(f"{again:,} {images} embedded again, since {'its file has' if again == 1 else 'their files have'} changed")
     with contextlib.closing(Progress(max(1, sum(missing.values())), 0, Ticker(say))) as progress:
         for number in missing:
             work.write(number, progress.add)
@@ -246,32 +247,11 @@ class Work:
             say(f"{done:,} of {self.made.parts:,} parts of these images are in {self.folder}")
             return
         sources = sources_of(self.folder)
-        skipped = [
-            pair for made in sources for n in range(made.parts) for pair in reading.skipped_images(self.folder, made, n)
-        ]
-        listing = self.folder / SKIPPED
-        if skipped and len(sources) > 1:  # another command may have read one since, and added it
-            skipped = _not_among(skipped, reading.read_gallery(self.folder))
-        if skipped:
-            write_text(listing, "".join(f"{name}\t{reason}\n" for name, reason in skipped))
-            name, reason = skipped[0]
-            say(f"{len(skipped):,} images cannot be read and are left out, the first {name}: {reason}")
-            say(f"all of them are listed in {listing}")
-        else:
-            listing.unlink(missing_ok=True)
+        tell_unreadable(self.folder, sources, self.made.number, say)
         gallery = reading.read_gallery(self.folder)
         say(f"complete: {len(gallery):,} images in {self.folder}")
         if self._append and (line := changes.line_about_changes(gallery, sources)):
             say(line)
-
-
-def _not_among(skipped: list[tuple[str, str]], gallery: reading.Gallery) -> list[tuple[str, str]]:
-    """The unreadable images that a gallery does not hold; all of them if boxes make several images of a picture."""
-    if "box" in gallery.columns:
-        return skipped
-    wanted = {name for name, _ in skipped}
-    held = {name for _, names in gallery.names() for name in map(printable, names) if name in wanted}
-    return [(name, reason) for name, reason in skipped if name not in held]
 
 
 def open_work(
@@ -330,6 +310,7 @@ def _added(
         left_out = tuple(record for record, key in enumerate(mine) if key in present)
         say(f"{len(left_out):,} of {len(asked.names):,} images are in the gallery already")
         if len(left_out) == len(asked.names):
+            tell_unreadable(folder, sources, None, say)
             if line := changes.line_about_changes(before, sources):
                 say(line)
             return None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, warn
 from idml_jax.inference import approximate, exclude
 from idml_jax.inference.approximate import Approximate
 from idml_jax.inference.choices import MEMORY
@@ -95,7 +95,13 @@ def open_searched(
 
 
 def near(
-    searched: Searched, queries: Index, k: int, *, keep_same: bool = False, say: Callable[[str], None] = print
+    searched: Searched,
+    queries: Index,
+    k: int,
+    *,
+    keep_same: bool = False,
+    say: Callable[[str], None] = print,
+    warn: Callable[[str], None] = warn,
 ) -> Near:
     """The images of an index that matter for some queries.
 
@@ -105,6 +111,7 @@ def near(
       k: number of neighbours that are wanted.
       keep_same: let an image find itself.
       say: receives a line for each rule that leaves out images.
+      warn: receives a line about each list of them with lines that are for no image.
 
     Raises:
       UserError: if nothing is left to find, or a rule is for no image.
@@ -113,10 +120,10 @@ def near(
         index = searched.head
         own = None if keep_same else own_rows(queries, index)
         if searched.rules:
-            index, own = exclude.kept(index, exclude.without(index, searched.rules, say), own)
+            index, own = exclude.kept(index, exclude.without(index, searched.rules, say, warn), own)
         return Near(index, own, index, np.arange(len(index)), own)
     gallery = searched.gallery
-    gone, own = _left_out(gallery, searched.rules, say), None if keep_same else own_rows_in(queries, gallery)
+    gone, own = _left_out(gallery, searched.rules, say, warn), None if keep_same else own_rows_in(queries, gallery)
     if own is not None and gone is not None:
         own = np.where((own >= 0) & gone[np.maximum(own, 0)], -1, own)
     remaining = len(gallery) if gone is None else int((~gone).sum())
@@ -133,9 +140,7 @@ def near(
     place = None if gone is None else np.cumsum(~gone) - 1
     number = lambda x: x if place is None else place[x]
     labels = np.zeros(len(gallery), np.int32) if gallery.labels is None else gallery.labels
-    sets = None
-    if "label_sets" in gallery.columns:
-        sets = np.concatenate([part["label_sets"] for _, part in gallery.batches(("label_sets",))])
+    sets = _label_sets(gallery) if "label_sets" in gallery.columns else None
     embedded = Embedded(np.zeros((len(gallery), 0), np.float32), labels, sets=sets)
     embedded = embedded if gone is None else rows_of(embedded, ~gone)
     whole = Index(embedded, np.zeros(remaining, "U1"), gallery.class_names, gallery.about)
@@ -152,10 +157,20 @@ def _in(own: Int[np.ndarray, "n"] | None, rows: Int[np.ndarray, "m"]) -> Int[np.
     return found if (found >= 0).any() else None
 
 
-def _left_out(gallery: Gallery, rules: tuple[Rule, ...], say: Callable[[str], None]) -> Bool[np.ndarray, "n"] | None:
+def _left_out(
+    gallery: Gallery, rules: tuple[Rule, ...], say: Callable[[str], None], warn: Callable[[str], None]
+) -> Bool[np.ndarray, "n"] | None:
     if not rules:
         return None
-    return exclude.left_out(rules, gallery.names(), gallery.labels, gallery.class_names, len(gallery), say)
+    labels = gallery.labels if any(rule.class_name is not None for rule in rules) else None
+    if labels is not None and "label_sets" in gallery.columns:
+        labels = _label_sets(gallery)
+    return exclude.left_out(rules, gallery.names(), labels, gallery.class_names, len(gallery), say, warn)
+
+
+def _label_sets(gallery: Gallery) -> Int[np.ndarray, "n l"]:
+    """All labels of every row, filled up with -1."""
+    return np.concatenate([part["label_sets"] for _, part in gallery.batches(("label_sets",))])
 
 
 def confidence_near(
@@ -195,7 +210,8 @@ def confidence_near(
         )
     warn_of_training_images(others, held_out)
     warn_of_shared(others, held_out, queries, "queries")
-    beside = near(searched, others, VOTERS + 1, say=lambda line: None).images
+    quiet = lambda line: None  # the search of the queries says it
+    beside = near(searched, others, VOTERS + 1, say=quiet, warn=quiet).images
     distractors = distractors_of(files, searched.head, named, model)
     fitted = fit(others, beside, [name for name in names if name not in NEED_ALL], wanted, distractors)
     return Confidence(fitted, f"how sure: from {len(fitted.correct):,} queries of {held_out}{told_of(files)}")

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from idml_jax.data import columns, datasets, lists, sources, splits, tables
+from idml_jax.data import columns, datasets, lists, pipeline, sources, splits, tables
 from idml_jax.data.images.decode import DecodeError, Picture, decode
+from idml_jax.data.images.transforms import ResizeCenterCrop
 from idml_jax.data.listed import table_splits
 from idml_jax.data.samplers import BalancedSampler, ShuffledSampler
 from idml_jax.errors import UserError
@@ -272,3 +273,25 @@ def test_an_image_that_a_table_holds_twice_is_named(tmp_path):
     lists.list_images(tmp_path / "t.parquet", warn=said.append)
     assert len(said) == 1 and "1 rows name an image again, 1 of them with another class" in said[0]
     assert said[0].endswith("(rows 1 and 3)")
+
+
+@pytest.mark.parametrize("empty", [None, b"", {"bytes": None, "path": None}])
+def test_empty_cells_of_images(tmp_path, empty):
+    """They are told as what they are, with the row once, at every door."""
+    wrap = (lambda x: {"bytes": x, "path": None}) if isinstance(empty, dict) else (lambda x: x)
+    cells = [empty if i == 5 else wrap(made.jpeg(i % 4, i)) for i in range(8)]
+    pq.write_table(pa.table({"image": cells, "label": [f"c{i % 4}" for i in range(8)]}), tmp_path / "x.parquet")
+    told = f"{tmp_path}/x.parquet, row 6: its cell of the table is empty, so there is no image"
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "x.parquet")
+    assert str(caught.value) == f"{told}; config.data.on_corrupt=skip leaves such files out"
+    found, said = load(tmp_path / "x.parquet", on_corrupt="skip", on_small_class="keep")
+    assert said[:1] == [f"1 of 8 files is not a readable image and is left out: {told}"]
+    assert len(found.train) + len(found.test) == 7
+    source, _ = lists.list_images(tmp_path / "x.parquet")
+    with pytest.raises(UserError) as caught:
+        source.read(5)
+    assert str(caught.value) == told
+    reading = pipeline.Reading(ResizeCenterCrop(8, 8))
+    (batch,) = pipeline.eval_batches(source, reading, batch_size=8, on_bad="skip")
+    assert batch["problem"][5] == "its cell of the table is empty, so there is no image"

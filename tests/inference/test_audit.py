@@ -176,7 +176,7 @@ def test_from_findings_to_a_corrected_list_and_folder(tmp_path, capsys):
     for out in ("corrected.csv", "corrected.tsv", "corrected"):
         door.main([*words, f"--apply={tmp_path / 'decisions.csv'}", f"--out={tmp_path / out}"])
         told = capsys.readouterr().out
-        assert "2 changes accepted, 1 rejected" in told and "1 images have another class, 1 are removed" in told
+        assert "2 changes accepted, 1 rejected" in told and "1 image has another class, 1 is removed" in told
         source, labelled = list_images(tmp_path / out)
         assert labelled and len(source) == 119
         classes = dict(zip(source.paths, source.labels.tolist(), strict=True))
@@ -224,6 +224,61 @@ def test_wrong_decisions_are_refused_in_a_line(tmp_path, change, message):
     (tmp_path / "d.csv").write_text(text.getvalue())
     with pytest.raises(UserError, match=re.escape(message)):
         corrections.apply(index, corrections.read_decisions(tmp_path / "d.csv")[0])
+
+
+def written(folder, *rows, columns=("id", "action", "path", "class", "proposed", "box", "decision")):
+    """A table of decisions, by id, action, row of the index, proposed class and decision."""
+    values = ((k, action, f"/p/{row}.png", "", new, "", decision) for k, action, row, new, decision in rows)
+    lines = [
+        dict(zip(("id", "action", "path", "class", "proposed", "box", "decision"), v, strict=True)) for v in values
+    ]
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, extrasaction="ignore")
+    table.writeheader()
+    table.writerows(lines)
+    (folder / "d.csv").write_text(text.getvalue())
+    return folder / "d.csv"
+
+
+@pytest.mark.parametrize("columns", [("id", *corrections._NEEDED), corrections._NEEDED], ids=["id", "no id"])
+def test_contradictory_decisions_are_refused_with_their_rows(tmp_path, capsys, columns):
+    one, two = (1, "relabel", 0, "b", "accept"), (2, "remove", 1, "", "reject")
+    path = written(tmp_path, one, two, (1, "relabel", 0, "b", "reject"), columns=columns)
+    message = (
+        f"{path}, rows 2 and 4: the same finding (relabel /p/0.png) is accepted and rejected; keep one of the rows"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        corrections.read_decisions(path)
+    # Undecided and then decided, or the same once more: counted once.
+    path = written(tmp_path, (2, "remove", 1, "", ""), one, two, one, (1, "relabel", 0, "b", ""), columns=columns)
+    assert corrections.read_decisions(path) == ([corrections.Change("/p/0.png", "relabel", "b")], 1, 0)
+    assert capsys.readouterr().err == (
+        f"warning: {path}: 3 rows, the first row 4, are about the finding of another row and counted with it\n"
+    )
+    # Several findings of one image are no contradiction.
+    path = written(tmp_path, one, (3, "remove", 0, "", "reject"), (4, "relabel", 2, "b", ""), columns=columns)
+    assert corrections.read_decisions(path)[1:] == (1, 1) and not capsys.readouterr().err
+
+
+def test_accepted_changes_that_make_no_difference_are_told(tmp_path, capsys):
+    files = np.asarray([f"/p/{row}.png" for row in range(6)])
+    index = Index(Embedded(np.eye(6, dtype=np.float32), np.array([0, 0, 0, 1, 1, 1])), files, ["a", "b"], {})
+    save(index, tmp_path / "x.npz")
+    relabel, remove = (
+        lambda k, row, new: (k, "relabel", row, new, "accept"),
+        lambda k, row: (k, "remove", row, "", "accept"),
+    )
+    path = written(tmp_path, relabel(1, 0, "b"), relabel(2, 1, "b"), remove(3, 1), relabel(4, 2, "a"), remove(5, 3),
+                   remove(6, 3), relabel(7, 0, "b"))  # fmt: skip
+    door.main([f"--index={tmp_path / 'x.npz'}", f"--apply={path}", f"--out={tmp_path / 'new.csv'}"])
+    assert capsys.readouterr().out.splitlines() == [
+        "7 changes accepted, 0 rejected, 0 undecided (not made): 1 image has another class, 2 are removed",
+        "1 image is removed and not relabelled, /p/1.png",
+        "1 image has the accepted class already, /p/2.png",
+        "1 removal is of an image that is removed anyway, /p/3.png",
+        "1 change of class is accepted already, /p/0.png",
+        f"4 images in {tmp_path / 'new.csv'}",
+    ]
 
 
 def test_of_an_image_that_is_listed_twice_one_stays():

@@ -2,13 +2,16 @@
 
 import ast
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from idml_jax.data.images.transforms import Picture, ResizeCenterCrop
-from idml_jax.inference.export import EXAMPLE
+from idml_jax.inference.export import EXAMPLE, ONNX_EXAMPLE
 
 
 @pytest.fixture
@@ -76,3 +79,35 @@ def test_kinds_of_pixels(load, mode, fmt, channels):
 
 def test_sixteen_bits_turned(load):
     check(load, encoded(41, 30, "I;16", "TIFF", 6), 16, 18)
+
+
+@pytest.mark.parametrize("example", [EXAMPLE, ONNX_EXAMPLE], ids=["stablehlo", "onnx"])
+def test_unreadable_images_are_refused_in_a_line(tmp_path, example):
+    """The images are read before the model computes, so that any model does."""
+    (tmp_path / "jax.py").write_text(
+        "class export:\n    call = deserialize = classmethod(lambda export, data: export)\n"
+    )
+    (tmp_path / "onnxruntime.py").write_text("class InferenceSession:\n    __init__ = lambda self, path: None\n")
+    (tmp_path / "onnxruntime.py").open("a").write("    get_outputs = lambda self: []\n")
+    (tmp_path / "model.stablehlo").write_bytes(b"")
+    (tmp_path / "about.json").write_text('{"size": 16, "resize": 18, "channels": 3}')
+    (tmp_path / "example.py").write_text(example)
+    (tmp_path / "whole.jpg").write_bytes(encoded(97, 131, fmt="JPEG"))
+    (tmp_path / "cut.jpg").write_bytes(encoded(97, 131, fmt="JPEG")[:-300])
+    (tmp_path / "text.png").write_bytes(b"nothing")
+
+    def said(*names):
+        words = [sys.executable, "example.py", *names]
+        found = subprocess.run(
+            words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True
+        )
+        assert found.returncode == 1 and not found.stdout
+        return found.stderr
+
+    assert said("whole.jpg", "cut.jpg").startswith(
+        "error: cut.jpg: cannot be read as an image (image file is truncated"
+    )
+    assert said("cut.jpg").count("\n") == 1
+    assert said("text.png") == "error: text.png: cannot be read as an image (cannot identify image file)\n"
+    assert said("none.jpg") == "error: none.jpg: cannot be read as an image (No such file or directory)\n"
+    assert said() == "error: no images are named; give some: python example.py a.jpg b.jpg\n"

@@ -107,6 +107,42 @@ def test_search_in_blocks_answers_as_search_in_memory(stored, tmp_path, capsys):
         assert one["sure"] is None
 
 
+@pytest.mark.parametrize("where", ["file", "gallery", "blocks"])
+def test_lines_of_a_list_that_are_for_no_image_are_counted(stored, tmp_path, capsys, where):
+    index, folder = stored
+    save(index, tmp_path / "x.npz")
+    (tmp_path / "list.txt").write_text("/none/0003.png\n/none/003.png\n/non/0004.png\n")
+    (tmp_path / "one.csv").write_text("path\n/none/0005.png\n/none/0006.png\nno.png\n")
+    (tmp_path / "all.txt").write_text("/none/0007.png\n/none/0007.png\n")
+    held = Index(index.embedded, index.files, [f"h{i}" for i in range(12)], index.about)
+    save(held, tmp_path / "held.npz")
+    rules = [f"--exclude={tmp_path / name}" for name in ("list.txt", "one.csv", "all.txt")]
+    place = [f"--index={tmp_path / 'x.npz' if where == 'file' else folder}", *["--memory=0"] * (where == "blocks")]
+    more = [f"--held_out={tmp_path / 'held.npz'}", f"--query={tmp_path / 'x.npz'}", f"--out={tmp_path / 'x.jsonl'}"]
+    run(search, *place, *more, *rules)
+    told, warned = capsys.readouterr()
+    assert [line for line in told.splitlines() if "left out" in line] == [
+        f"{rules[0]}: 1 image is left out", f"{rules[1]}: 2 images are left out", f"{rules[2]}: 1 image is left out"
+    ]  # fmt: skip
+    assert [line for line in warned.splitlines() if "--exclude" in line] == [
+        f"warning: {rules[0]}: 2 of its 3 lines name no image of the index, the first /none/003.png",
+        f"warning: {rules[1]}: 1 of its 3 lines names no image of the index, the first no.png",
+    ]
+
+
+@pytest.mark.parametrize("memory", ["0", "100"])
+def test_a_class_is_left_out_with_all_images_that_have_it(tmp_path, capsys, memory):
+    sets = np.array([[0, 1], [1, -1], [2, 0], [2, -1], [0, -1]])
+    embedded = Embedded(np.eye(5, dtype=np.float32), sets[:, 0], sets=sets)
+    index = Index(embedded, np.array([f"/none/{i}.png" for i in range(5)]), ["a", "b", "c"], {"images": "/none"})
+    folder = gallery_parts.save(index, tmp_path / "photos", per_part=2)
+    save(index, tmp_path / "x.npz")
+    words = [f"--query={tmp_path / 'x.npz'}", f"--out={tmp_path / 'x.jsonl'}", "-k1", f"--memory={memory}"]
+    for name, count in (("b", 2), ("a", 3)):
+        run(search, f"--index={folder}", *words, f"--exclude=class={name}")
+        assert f"--exclude=class={name}: {count} images are left out" in capsys.readouterr().out
+
+
 def test_confidence_of_a_search_in_blocks_needs_held_out_classes(stored, tmp_path, capsys):
     _, folder = stored
     asked = some_index(seed=1, rows=40, scattered=1.0)
@@ -195,7 +231,7 @@ def test_images_are_added_without_embedding_the_others(finished, image_folder, t
     some.write_text("".join(f"{path}\t{path.parent.name}\n" for path in [*listed[40:70], test / "broken.png"]))
     words = [f"--workdir={finished[0]}", f"--out={out}"]
     run(embed, *words, f"--images={some}", "--shard=1/1")
-    assert "1 images cannot be read" in capsys.readouterr().out and "broken.png" in (out / "_skipped.txt").read_text()
+    assert "1 image cannot be read" in capsys.readouterr().out and "broken.png" in (out / "_skipped.txt").read_text()
     before = {path: path.stat().st_mtime_ns for path in out.glob("part*")}
     run(embed, *words, f"--images={test}", "--append")
     assert "30 of 96 images are in the gallery already" in capsys.readouterr().out

@@ -70,12 +70,12 @@ def test_repaired_images_enter_the_gallery(command, images, tmp_path, again):
     assert {path: path.stat().st_mtime_ns for path in out.glob("part*")} == times
     restore(images, "class_04/03.png")
     told = command(again)
-    assert "1 images of finished parts are embedded again" in told and "complete: 15 images" in told
-    assert f"1 images cannot be read and are left out, the first {broken}" in told
+    assert "1 image of finished parts is embedded again" in told and "complete: 15 images" in told
+    assert f"1 image cannot be read and is left out, {broken}: not" in told
     changed = [path.name for path, old in times.items() if path.stat().st_mtime_ns != old]
     assert changed == ["part-0000-000000.parquet"]
     broken.write_bytes(b"nothing, too")  # another file, but no better: tried once
-    assert "1 images of finished parts are embedded again" in command(again)
+    assert "1 image of finished parts is embedded again" in command(again)
     assert "embedded again" not in command(again)
     restore(images, "class_05/07.png")
     told = command(again)
@@ -149,6 +149,61 @@ def test_an_image_that_another_command_added_is_not_added_twice(command, images,
     assert "cannot be read" not in told  # the list of the first command still names them
     told = command("--shard=1/1", images=listed)
     assert "complete: 17 images" in told and "embedded again" not in told
+
+
+def told_of_unreadable(told):
+    return [line for line in told.splitlines() if re.search("not be read|cannot be read|are listed", line)]
+
+
+def test_every_unreadable_image_counts_once_with_its_state(command, images, tmp_path):
+    """The commands name different images, so each is a source of its own and has tried the unreadable ones anew."""
+    cut_off, nothing, link = images / "class_04/03.png", images / "class_05/07.png", images / "class_05/link.png"
+    link.symlink_to("/no/such.png")
+    more, out = tmp_path / "more", tmp_path / "gal"
+    listing, whole = out / "_skipped.txt", tmp_path / "whole"
+    (more / "class_04").mkdir(parents=True)
+    shutil.copy(images / "class_04/00.png", more / "class_04/0.png")
+    broken = "a link to /no/such.png, which does not exist; remove the link or restore the file"
+    names = lambda: [line.split("\t")[0] for line in listing.read_text().splitlines()]
+    command("--shard=1/1")
+    for number in range(2):
+        shutil.copy(images / "class_04/00.png", images / f"class_04/new{number}.png")
+        told = command("--append")
+        assert f"3 images cannot be read and are left out, the first {cut_off}: not" in told
+        assert "earlier" not in told and names() == [str(cut_off), str(nothing), str(link)]
+    # The folder has changed, but not the files.
+    assert "again" not in command("--append")
+    told = command("--append", images=more)
+    assert f"3 images of earlier commands still cannot be read, the first {cut_off}: not" in told
+    assert "left out" not in told and names() == [str(cut_off), str(nothing), str(link)]
+    restore(images, "class_04/03.png")
+    one = tmp_path / "one.txt"
+    one.write_text(f"{images / 'class_04/00.png'}\tclass_04\n")
+    told = command("--append", images=more)
+    # Neither when the gallery has all images of a command.
+    assert told_of_unreadable(command("--append", images=one)) == told_of_unreadable(told)
+    assert told_of_unreadable(told) == [
+        f"2 images of earlier commands still cannot be read, the first {nothing}: "
+        + next(line.split("\t")[1] for line in listing.read_text().splitlines()),
+        f"all of them are listed in {listing}",
+        f"1 image of earlier commands could not be read and has changed since, {cut_off}; --append embeds it",
+    ]
+    told = command("--append")
+    assert "1 image of finished parts is embedded again, since its file has changed" in told
+    assert "2 images cannot be read and are left out" in told and names() == [str(nothing), str(link)]
+    shutil.copy(whole / "07.png", more / "class_04/1.png")
+    nothing.unlink()
+    told = command("--append", images=more)
+    assert told_of_unreadable(told)[0] == (
+        f"2 images of earlier commands still cannot be read, the first {nothing}: its file is gone"
+    )
+    assert listing.read_text().splitlines() == [f"{nothing}\tits file is gone", f"{link}\t{broken}"]
+    restore(images, "class_05/07.png")
+    link.unlink()
+    shutil.copy(whole / "07.png", link)
+    told = command("--append")
+    assert told_of_unreadable(told) == [] and not listing.exists()
+    assert "complete: 21 images" in told
 
 
 def test_append_tells_of_files_that_are_gone_or_newer(command, images, tmp_path):

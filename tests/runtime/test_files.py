@@ -200,4 +200,4 @@ def test_a_path_has_one_name(tmp_path, monkeypatch):
     assert files.user_path(tmp_path / "link" / ".." / "x") == tmp_path / "deep" / "x"
     assert files.without_dots("/a/..b/c..") == "/a/..b/c.."
     (tmp_path / "list.csv").write_text("path,class\ndeep/../link/1.jpg,a\n")
-    assert listed_paths(str(tmp_path / "list.csv"), "--exclude")[-1] == str(tmp_path / "link" / "1.jpg")
+    assert listed_paths(str(tmp_path / "list.csv"), "--exclude")[-1][1] == str(tmp_path / "link" / "1.jpg")
