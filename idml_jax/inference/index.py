@@ -180,7 +180,6 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
     if not path.is_file():
         raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'} ({option})")
     arrays, names = stored_arrays.read(path, _WANTED)
-    warn_of_unused(path, names, _WANTED)
     semantic = arrays.get("semantic", arrays.get("embeddings"))
     if semantic is None or (labels and "labels" not in arrays):
         needed = " and labels [n]" if labels else ""
@@ -207,6 +206,7 @@ def read(path: str | Path, option: str = "--index", *, labels: bool = False) -> 
     )
     about = checked_about(path, arrays["about"]) if "about" in arrays else {}
     warn_of_wrong_labels(path, about)
+    warn_of_unused(path, names, _WANTED)
     return Index(
         embedded,
         np.asarray(files),

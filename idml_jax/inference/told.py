@@ -135,7 +135,7 @@ def warn_of_unused(path: Path, names: Collection[str], used: Collection[str]) ->
 def check_shape(path: Path, name: str, value: np.ndarray, of: tuple[int, ...], dimensions: int) -> None:
     """Raises ``UserError`` unless an array has a row for each embedding and so many axes."""
     if len(of) != 2:
-        raise UserError(f"{path}: the embeddings have the shape {of}; they should be [n, d]")
+        raise UserError(f"{path}: {name} has the shape {value.shape}; embeddings should be [n, d]")
     if value.ndim != dimensions or value.shape[0] != of[0]:
         cure = f"; {SEVERAL_LABELS}" if name == "labels" and value.ndim == 2 else ""
         wanted = "[n]" if dimensions == 1 else "[n, d]"
