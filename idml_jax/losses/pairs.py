@@ -255,7 +255,8 @@ def as_arrays(labels: Any, reference_labels: Any, fill: bool = False) -> tuple[A
       ValueError: as ``pairs_from_labels``.
     """
     named = {"labels": labels} | ({} if reference_labels is None else {"reference_labels": reference_labels})
-    given = [some if isinstance(some, jax.Array) else _checked(some, name, fill) for name, some in named.items()]
+    as_they_are = lambda x: isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and x.dtype.kind in "iub")
+    given = [some if as_they_are(some) else _checked(some, name, fill) for name, some in named.items()]
     if not _fit(given):
         if any(isinstance(some, jax.core.Tracer) for some in given):
             raise ValueError(
@@ -308,7 +309,7 @@ def _is_missing(label: Any) -> bool:
 
 def _fit(given: list[Any]) -> bool:
     """Whether JAX compares the labels as they are: numbers that its type of all of them holds exactly."""
-    if all(isinstance(some, jax.Array) for some in given):
+    if all(isinstance(some, jax.Array) and some.dtype == given[0].dtype for some in given):
         return True
     if any(some.dtype.kind in "USOMm" for some in given):
         return False

@@ -1,5 +1,6 @@
 """The relation of rows and columns."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,3 +48,16 @@ def test_errors_name_the_shapes():
         losses.pairs_from_relation(jnp.zeros(3, bool))
     with pytest.raises(ValueError, match="mask needs the rows' shape"):
         losses.pairs_from_relation(jnp.zeros((3, 2), bool), jnp.ones(2, bool))
+
+
+def test_labels_in_arrays_of_jax_stay_different():
+    """As those of numpy: NaN is refused, and numbers that another type would merge are not."""
+    for bad in (jnp.array([0.0, jnp.nan]), np.array([0.0, np.nan])):
+        with pytest.raises(ValueError, match="labels: NaN is no label"):
+            losses.pairs_from_labels(bad)
+    big, small = jnp.array([4294967295], jnp.uint32), jnp.array([-1], jnp.int32)
+    assert not losses.pairs_from_labels(big, small).positive.any()
+    assert not losses.pairs_from_labels(jnp.array([16777217]), jnp.array([16777216.0])).positive.any()
+    assert losses.pairs_from_labels(jnp.array([16777216]), jnp.array([16777216.0])).positive.all()
+    traced = jax.jit(lambda labels: losses.pairs_from_labels(labels, jnp.array([2.0, 3.0])).positive)
+    assert traced(jnp.array([2])).tolist() == [[True, False]]
