@@ -153,7 +153,7 @@ def _check_separators(labels: list[str], shown: str, warn: Callable[[str], None]
 
 
 def _check_twice(listing: Listing, warn: Callable[[str], None]) -> None:
-    """Counts rows that name an image again, in the same box and split."""
+    """Counts rows that name or hold an image again, in the same box and split."""
     table, columns = listing.table, (listing.splits, listing.is_query, listing.is_gallery)
     seen: dict[tuple, int] = {}
     twice = []
@@ -166,8 +166,10 @@ def _check_twice(listing: Listing, warn: Callable[[str], None]) -> None:
     shown, (one, other) = files.shown(table.where), twice[0]
     others = sum(listing.labels[a] != listing.labels[b] for a, b in twice)
     told = f", {others:,} of them with another class" if others else ""
+    how = "names" if table.images is None else "holds"
+    rows = f"{len(twice):,} rows {how[:-1]}" if len(twice) > 1 else f"1 row {how}"
     warn(
-        f"{shown}: {len(twice):,} rows name an image again{told}, the first {files.shown(listing.paths[one])} "
+        f"{shown}: {rows} an image again{told}, the first {files.shown(listing.paths[one])} "
         f"({table.unit}s {table.lines[one]:,} and {table.lines[other]:,})"
     )
 

@@ -231,7 +231,7 @@ def test_an_image_that_is_listed_twice_is_named(tmp_path):
     said = []
     (tmp_path / "x.csv").write_text('path,label,box\na.png,x,\na.png,x,"0,0,1,1"\na.png,y,\n')
     lists.list_images(tmp_path / "x.csv", warn=said.append)
-    assert len(said) == 1 and "1 rows name an image again, 1 of them with another class, the first" in said[0]
+    assert len(said) == 1 and "1 row names an image again, 1 of them with another class, the first" in said[0]
     assert said[0].endswith("a.png (lines 2 and 4)")
     (tmp_path / "x.csv").write_text("path,label,split\na.png,x,query\na.png,x,gallery\n")
     lists.list_images(tmp_path / "x.csv", warn=said.append)
@@ -271,7 +271,7 @@ def test_an_image_that_a_table_holds_twice_is_named(tmp_path):
     pq.write_table(pa.table({"image": images, "label": ["a", "b", "b"]}), tmp_path / "t.parquet")
     said = []
     lists.list_images(tmp_path / "t.parquet", warn=said.append)
-    assert len(said) == 1 and "1 rows name an image again, 1 of them with another class" in said[0]
+    assert len(said) == 1 and "1 row holds an image again, 1 of them with another class" in said[0]
     assert said[0].endswith("(rows 1 and 3)")
 
 
