@@ -61,7 +61,9 @@ def _of_training_classes(index: Index, split: str, run: Path) -> int:
     trained = set(recorded.get("train", ())) - {name for part in recorded if part != "train" for name in recorded[part]}
     if split not in recorded or not trained or index.class_names is None:
         return 0
-    return sum(not trained.isdisjoint(index.classes_of(row)) for row in range(len(index)))
+    chosen = [label for label, name in enumerate(index.class_names) if str(name) in trained]
+    labels = index.embedded.labels[:, None] if index.embedded.sets is None else index.embedded.sets
+    return int(np.isin(labels, chosen).any(axis=1).sum())
 
 
 def _training_names(config: ConfigDict, run: Path) -> list[str]:
