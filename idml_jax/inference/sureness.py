@@ -194,7 +194,9 @@ def note_of(confidence: Confidence, rule: Rule | None, wanted: Wanted) -> str:
             "be in the index"
         )
     elif rule.share > 0:
-        parts.append(f"by their scores, about {rule.share:.0%} of these queries are of classes that the index lacks")
+        parts.append(
+            f"by their scores, the share of queries of classes that the index lacks is taken as {rule.share:.0%}"
+        )
     if (threshold := rule.precision) is not None:
         if not threshold.reached:
             what, below = f"{wanted.precision:.0%} right answers", threshold.bound < (wanted.precision or 0)
