@@ -65,6 +65,7 @@ def _audit(given: dict[str, Any]) -> None:
     if not given["apply"] and out.exists():
         raise UserError(f"{out} already exists; give a new folder (--out)")
     with loading():
+        from idml_jax.data.tables import is_file_name
         from idml_jax.inference import corrections
         from idml_jax.inference.audit import KINDS, audit, count_of
         from idml_jax.inference.encoded import encoded_reader
@@ -115,7 +116,7 @@ def _audit(given: dict[str, Any]) -> None:
         tell(note)
     tell(f"go through them on {out / 'sheet.html'}, save decisions.csv there, then:")
     index_name = shlex.quote(str(given["index"]))
-    ending = "parquet" if any(map(corrections.is_no_file, map(str, index.files))) else "csv"
+    ending = "csv" if all(map(is_file_name, map(str, index.files))) else "parquet"
     say_next(f"python -m idml_jax.audit --index={index_name} --apply=decisions.csv --out=corrected.{ending}")
 
 

@@ -63,8 +63,8 @@ def table_splits(root: str, image_root: str = "", warn: Callable[[str], None] = 
 
 def _check_shared(listing: Listing, parts: dict[str, np.ndarray], warn: Callable[[str], None]) -> None:
     """Counts test and validation images that are training images, too."""
-    pictures, table = listing.pictures(), listing.table
-    if pictures is None:
+    pictures, table = listing.pictures, listing.table
+    if not pictures:
         return
     trained = {pictures[row]: row for row in reversed(parts["train"].tolist())}
     for name in ("test", "validation"):

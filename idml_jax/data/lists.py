@@ -53,6 +53,8 @@ class Listing(NamedTuple):
       boxes: ``[n, 4]`` left, top, right, bottom in pixels; zeros: the whole image; ``None`` without boxes.
       groups: ``[n]`` names of groups, such as cameras; ``None`` without such a column.
       weights: ``[n]`` at least 0; ``None`` without such a column.
+      pictures: ``[n]`` what tells each image from others: its path or, in memory, its content, and its box; empty for a
+        saved data set, whose images would all have to be read.
     """
 
     table: Table
@@ -64,27 +66,12 @@ class Listing(NamedTuple):
     boxes: Int[np.ndarray, "n 4"] | None = None
     groups: np.ndarray | None = None
     weights: Float[np.ndarray, "n"] | None = None
+    pictures: Sequence[Hashable] = ()
 
     @property
     def several(self) -> bool:
         """Whether any image has more than one label."""
         return any(len(names) > 1 for names in self.labels)
-
-    def pictures(self) -> list[Hashable] | None:
-        """What tells the image of each row from others: its path or, in memory, its content, and its box.
-
-        ``None`` for a saved data set, whose images would all have to be read.
-        """
-        stored, boxes = self.table.images, self.boxes
-        if stored is not None and not stored.in_memory:
-            return None
-
-        def picture(row: int) -> Hashable:
-            data = None if stored is None else stored.read(row)
-            return self.paths[row] if data is None else hashlib.blake2b(data, digest_size=16).digest()
-
-        found = map(picture, range(len(self.paths)))
-        return list(found if boxes is None else zip(found, map(tuple, boxes.tolist()), strict=True))
 
 
 def read_listing(
@@ -123,11 +110,26 @@ def read_listing(
         None if cells["group"] is None else np.asarray([text_of(value) for value in cells["group"]], "U"),
         weights_of(table, cells["weight"]),
     )
+    listing = listing._replace(pictures=_pictures(listing))
     _check_encoding(listing)
     _check_files(listing, root, option, warn)
     _check_twice(listing, warn)
     _check_separators([value for value in cells["labels"] or () if isinstance(value, str) and value], shown, warn)
     return listing
+
+
+def _pictures(listing: Listing) -> list[Hashable]:
+    """``Listing.pictures``."""
+    stored, boxes = listing.table.images, listing.boxes
+    if stored is not None and not stored.in_memory:
+        return []
+
+    def picture(row: int) -> Hashable:
+        data = None if stored is None else stored.read(row)
+        return listing.paths[row] if data is None else hashlib.blake2b(data, digest_size=16).digest()
+
+    found = map(picture, range(len(listing.paths)))
+    return list(found if boxes is None else zip(found, map(tuple, boxes.tolist()), strict=True))
 
 
 def _check_encoding(listing: Listing) -> None:
@@ -157,7 +159,7 @@ def _check_twice(listing: Listing, warn: Callable[[str], None]) -> None:
     table, columns = listing.table, (listing.splits, listing.is_query, listing.is_gallery)
     seen: dict[tuple, int] = {}
     twice = []
-    for row, picture in enumerate(listing.pictures() or ()):
+    for row, picture in enumerate(listing.pictures):
         first = seen.setdefault((picture, *(None if x is None else x[row] for x in columns)), row)
         if first != row:
             twice.append((first, row))

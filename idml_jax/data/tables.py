@@ -57,6 +57,11 @@ def row_of_a_table(name: str) -> tuple[str, str] | None:
     return None if found is None else (found[1], found[2])
 
 
+def is_file_name(name: str) -> bool:
+    """Whether an image of this name is a file of its own, there or not: no record of a data set, no row of a table."""
+    return os.path.isabs(name) and (row_of_a_table(name) is None or os.path.exists(name))
+
+
 def is_table(where: str | os.PathLike) -> bool:
     """Whether a path is that of a table: a file with one of the endings of ``TABLES``, or a data set saved on disk."""
     path = Path(where)

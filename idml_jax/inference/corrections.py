@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 from idml_jax.data import folders
 from idml_jax.data.columns import SEVERAL
-from idml_jax.data.tables import MAX_PARQUET_BYTES, TABLES, TEXT, arrow, row_of_a_table, separated_rows
+from idml_jax.data.tables import MAX_PARQUET_BYTES, TABLES, TEXT, arrow, is_file_name, separated_rows
 from idml_jax.errors import UserError, printable, warn
 from idml_jax.inference.audit import Finding
 from idml_jax.inference.index import Index
@@ -119,11 +118,6 @@ def _finding(row: dict[str, str]) -> tuple[str, ...]:
     """What tells a finding from the others of a table: its number, or without one what it says."""
     told = ("id",) if row.get("id") else ("kind", "reason")
     return tuple(row.get(name) or "" for name in (*told, "action", "path", "proposed", "box"))
-
-
-def is_no_file(name: str) -> bool:
-    """Whether an image of this name is not a file of its own: a record of a data set, or a row of a table."""
-    return not os.path.isabs(name) or (row_of_a_table(name) is not None and not os.path.exists(name))
 
 
 class Corrected(NamedTuple):
@@ -259,7 +253,7 @@ def write(corrected: Corrected, out: str | Path, encoded: Callable[[int], bytes 
         _check_listed(corrected)
         _write_table(corrected, out, encoded)
         return out
-    if (absent := next(filter(is_no_file, corrected.paths), None)) is not None:
+    if (absent := next((path for path in corrected.paths if not is_file_name(path)), None)) is not None:
         raise UserError(
             f"{absent}: is not the path of a file, so no list or folder can name it; --out=corrected.parquet writes a "
             "table that holds the images"

@@ -55,8 +55,7 @@ def _source_of(index: Index, workdir: str) -> Source | None:
     origin = str(index.about.get("images", ""))
     split = origin.partition("split:")[2]
     if split in embed.SPLITS:
-        if not (Path(workdir) / "config.json").is_file():
-            raise UserError(f"{workdir}, the run that the index names, is not there; if it has moved: --workdir=PLACE")
+        trained.check_there(workdir)
         return embed.split_source(trained.load(workdir), split, checked=False)
     if tables.is_saved_set(Path(origin)) or (origin.lower().endswith(".parquet") and os.path.isfile(origin)):
         with contextlib.suppress(UserError):  # it has changed since, or holds no images

@@ -69,7 +69,7 @@ def state_of(source: Source, record: int, made: Made) -> FileState | None:
     name = key_of(source, record)
     if (found := file_state(name)) is not None:
         return found
-    if os.path.isabs(name) and tables.row_of_a_table(name) is None:
+    if tables.is_file_name(name):
         with contextlib.suppress(OSError, ValueError):
             link = os.lstat(name)
             return link.st_size, link.st_mtime_ns

@@ -16,7 +16,7 @@ import numpy as np
 
 from idml_jax.data.sources import Source
 from idml_jax.data.tables import arrow
-from idml_jax.errors import UserError, printable
+from idml_jax.errors import UserError, is_utf8, printable
 from idml_jax.inference import gallery as reading
 from idml_jax.inference import gallery_changes as changes
 from idml_jax.inference.embed import about_of, embed_records, of_table
@@ -26,7 +26,7 @@ from idml_jax.inference.gallery_unreadable import tell_unreadable
 from idml_jax.inference.index import Index, texts
 from idml_jax.inference.model import Trained
 from idml_jax.inference.own import Key, keys_of
-from idml_jax.inference.store import columns_of, digest, is_text, table_of
+from idml_jax.inference.store import columns_of, digest, table_of
 from idml_jax.runtime.files import atomic, user_path, without_dots, write_json
 from idml_jax.runtime.progress import Progress, Ticker
 
@@ -339,7 +339,7 @@ def _create(path: Path, made: Made) -> bool:
 
 
 def _write_table(path: Path, columns: dict[str, np.ndarray], made: Made, number: int) -> None:
-    binary = any(not is_text(name) for name in columns["files"].tolist())
+    binary = any(not is_utf8(name) for name in columns["files"].tolist())
     known = {
         b"idml_jax": json.dumps(made.about).encode(),
         reading.PART_KEY: json.dumps({**made.identity, "part": number}).encode(),

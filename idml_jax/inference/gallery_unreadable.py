@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from idml_jax.data.tables import row_of_a_table
+from idml_jax.data.tables import is_file_name
 from idml_jax.errors import printable
 from idml_jax.inference import gallery as reading
 from idml_jax.inference import gallery_changes as changes
@@ -56,7 +56,8 @@ def tell_unreadable(folder: Path, sources: Sequence[Made], own: int | None, say:
             repaired.append(name)
             continue
         told = mine if last[0].source == own else earlier
-        gone = _is_file(name) and "\\" not in name and not os.path.lexists(name)  # "\": as printed, not as it is named
+        # A name with "\" is as printed, not as it is.
+        gone = is_file_name(name) and "\\" not in name and not os.path.lexists(name)
         reasons = ("its file is gone",) if gone and told is earlier else dict.fromkeys(one.reason for one in last)
         told += [(name, reason) for reason in reasons]
     listing = folder / SKIPPED
@@ -116,12 +117,7 @@ def _remove_embedded(found: dict[str, list[_Found]], gallery: reading.Gallery) -
                 del found[name]
 
 
-def _is_file(name: str) -> bool:
-    """Whether an image of this name is a file of its own, and no record of a table or data set."""
-    return os.path.isabs(name) and row_of_a_table(name) is None
-
-
 def _changed(name: str, state: FileState | None) -> bool:
     """Whether there is a file of this name, in another state than this one."""
-    now = file_state(name) if _is_file(name) else None
+    now = file_state(name) if is_file_name(name) else None
     return state is not None and now is not None and now != state

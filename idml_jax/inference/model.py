@@ -90,6 +90,17 @@ def _shared(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // mesh.size) * mesh.size
 
 
+def is_there(run: str | Path) -> bool:
+    """Whether the run that an index names is at its place."""
+    return (Path(run) / "config.json").is_file()
+
+
+def check_there(run: str | Path) -> None:
+    """Raises UserError, which says how to name its new place, unless the run that an index names is there."""
+    if not is_there(run):
+        raise UserError(f"{run}, the run that the index names, is not there; if it has moved: --workdir=PLACE")
+
+
 def load(workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Trained:
     """Loads the best checkpoint of a run.
 

@@ -177,8 +177,8 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
     where = workdir or index.about.get("workdir")
     if not where:
         raise UserError("--workdir is missing: the index does not say which run it was made with")
-    if not workdir and not (Path(where) / "config.json").is_file():
-        raise UserError(f"{where}, the run that the index names, is not there; if it has moved: --workdir=PLACE")
+    if not workdir:
+        trained.check_there(where)
     model = trained.load(where)
     known, step, made_in = (index.about.get(name) for name in ("weights", "step", "workdir"))
     cure = "the vectors cannot be compared; embed the index again"
@@ -209,7 +209,7 @@ def load_model(index: Index, workdir: str, warn: Callable[[str], None]) -> Train
 def _of_run_now(index: Index, model: Callable[[], Trained]) -> Index:
     """An index whose run has moved, with the place of the network in use if it has the same weights."""
     run = index.about.get("workdir")
-    if run and "weights" in index.about and not (Path(run) / "config.json").is_file():
+    if run and "weights" in index.about and not trained.is_there(run):
         with contextlib.suppress(UserError):  # the network is not there, either
             if model().embedder.digest == index.about["weights"]:
                 index.about["workdir"] = str(model().workdir)

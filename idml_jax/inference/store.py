@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from idml_jax.data.tables import arrow
-from idml_jax.errors import UserError
+from idml_jax.errors import UserError, is_utf8
 from idml_jax.inference.gallery import read_stored as read
 from idml_jax.inference.index import SUFFIXES, Index, check_suffix
 from idml_jax.inference.own import own_rows
@@ -218,7 +218,7 @@ def _join_parquet(out: BinaryIO, parts: PartsOf, class_names: Sequence[str] | No
     pa = arrow()
     writer = None
     # Names that are not UTF-8 are stored as bytes; all rows of a column have the same type.
-    binary = any(not is_text(name) for part in parts() for name in part.get("files", ()))
+    binary = any(not is_utf8(name) for part in parts() for name in part.get("files", ()))
     try:
         for part in parts():
             known = {"idml_jax": about}
@@ -246,15 +246,6 @@ def table_of(part: Mapping[str, np.ndarray], class_names: Sequence[str] | None, 
         named = [class_names[label] for label in part["labels"].tolist()]
         columns["class_name"] = pa.array([name.encode("utf-8", "backslashreplace").decode() for name in named])
     return pa.table(columns)
-
-
-def is_text(name: str) -> bool:
-    """Whether a name of a file is valid UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _names(values: np.ndarray, binary: bool) -> list[bytes] | list[str]:

@@ -94,16 +94,16 @@ class Run(NamedTuple):
 
     def initial_state(self) -> TrainState:
         """A fresh state on the mesh."""
-        return create_state_on(*self._of_state())
+        return create_state_on(self.mesh, *self._of_state())
 
     def state_shapes(self) -> TrainState:
         """Shapes, types and placement of the state, without computing it."""
-        return shapes_on(*self._of_state())
+        return shapes_on(self.mesh, self.setup.objective.split, *self._of_state())
 
     def _of_state(self) -> tuple[Any, ...]:
+        """The arguments of ``create_state``."""
         key, setup = jax.random.key(self.config.seed), self.setup
-        ema = setup.ema > 0
-        return self.mesh, key, setup.model, setup.objective, setup.optimizer, image_shape(self.config), ema
+        return key, setup.model, setup.objective, setup.optimizer, image_shape(self.config), setup.ema > 0
 
     def trains_trunk(self, step: int) -> bool:
         """Whether the step after ``step`` steps computes a gradient for the trunk."""

@@ -34,8 +34,11 @@ def record_of(splits: Splits) -> Record:
       images of a part, so the data may be moved as a whole. With wrong labels on purpose (``data.label_noise``) also
       their number and a digest of all labels.
     """
-    parts = {name: part for name, part in splits._asdict().items() if part is not None}
-    return {name: _record(part) for name, part in parts.items()}
+    return _records(splits._asdict())
+
+
+def _records(parts: Mapping[str, Source | None]) -> Record:
+    return {name: _record(part) for name, part in parts.items() if part is not None}
 
 
 def _record(source: Source) -> dict[str, object]:
@@ -97,9 +100,10 @@ def check(
             "started with; restore the file, or use another --workdir"
         )
     warnings = []
-    for name, now in record_of(splits).items():
-        before = known.get(name)
-        if before is None or name not in parts or before == now:
+    compared = {name: part for name, part in splits._asdict().items() if name in parts and name in known}
+    for name, now in _records(compared).items():
+        before = known[name]
+        if before == now:
             continue
         if "labels" in now and before.get("labels", now["labels"]) != now["labels"]:
             raise UserError(

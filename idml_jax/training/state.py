@@ -1,6 +1,5 @@
 """The training state between two steps."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -83,22 +82,20 @@ def create_state(
     return state.averaging() if ema else state
 
 
-_jit_create_state = jax.jit(create_state, static_argnums=(1, 2, 3, 4, 5))
+_STATIC = (1, 2, 3, 4, 5)
+_jit_create_state = jax.jit(create_state, static_argnums=_STATIC)
 
 
-def shapes_on(
-    mesh: Mesh,
-    key: Array,
-    model: EmbeddingModel,
-    objective: Criterion,
-    optimizer: GroupOptimizer,
-    image_shape: tuple[int, ...],
-    ema: bool = False,
-) -> TrainState:
-    """Shapes, types and placement of the state that ``create_state_on`` creates."""
-    shapes = _jit_create_state.eval_shape(key, model, objective, optimizer, image_shape, ema)
-    place = sharding.placement(shapes, mesh, objective.split)
-    return jax.tree.map(lambda x, where: x.update(sharding=where), shapes, place)
+def shapes_on(mesh: Mesh, split: tuple[str, ...], *arguments: Any) -> TrainState:
+    """Shapes, types and placement of the state that ``create_state`` returns for these arguments.
+
+    Args:
+      mesh: devices.
+      split: keys of the tables that are split over them, as ``Objective.split``.
+      *arguments: those of ``create_state``.
+    """
+    shapes = _jit_create_state.eval_shape(*arguments)
+    return jax.tree.map(lambda x, where: x.update(sharding=where), shapes, sharding.placement(shapes, mesh, split))
 
 
 def create_state_on(
@@ -111,10 +108,8 @@ def create_state_on(
     ema: bool = False,
 ) -> TrainState:
     """``create_state`` on a mesh; no device ever holds a complete table that the objective splits."""
+    arguments = key, model, objective, optimizer, image_shape, ema
     if not objective.split:
-        return sharding.replicate(_jit_create_state(key, model, objective, optimizer, image_shape, ema), mesh)
-    create = partial(
-        create_state, model=model, objective=objective, optimizer=optimizer, image_shape=image_shape, ema=ema
-    )
-    place = sharding.placement(jax.eval_shape(create, key), mesh, objective.split)
-    return jax.jit(create, out_shardings=place)(key)
+        return sharding.replicate(_jit_create_state(*arguments), mesh)
+    place = jax.tree.map(lambda x: x.sharding, shapes_on(mesh, objective.split, *arguments))
+    return jax.jit(create_state, static_argnums=_STATIC, out_shardings=place)(*arguments)

@@ -123,8 +123,8 @@ def test_queries_of_a_run_with_a_gallery(image_folder, tmp_path, capsys):
     capsys.readouterr()
     for split in ("test", "gallery"):
         embed.main([f"--workdir={tmp_path / 'run'}", f"--split={split}", f"--out={tmp_path / split}.npz"])
-        told = "these are the queries of the run; the 40 images that they search: --split=gallery"
-        assert (told in capsys.readouterr().out) == (split == "test")
+        note = "these are the queries of the run; the 40 images that they search: --split=gallery"
+        assert (note in capsys.readouterr().out) == (split == "test")
     evaluate.main([f"--embeddings={tmp_path / 'test.npz'}", "--no_clustering"])
     assert (
         "the test images of this run search its 40 gallery images; here they search each other"

@@ -131,13 +131,13 @@ def test_marks_of_queries_and_gallery_may_be_numbers(tmp_path):
         path = stored(tmp_path / "x.npz", rows, labels, is_query=query.astype(dtype), is_gallery=1 - query)
         assert read(path).marked.tolist() == [[bool(x), not x] for x in query]
         assert measure(str(path), options=Options(cluster=False), warn=lambda line: None).queries == 12
-    for wrong, told in ((query * 2, "holds 2 in row 1"), (query.astype(float), r"holds float64 \[24\]")):
+    for wrong, message in ((query * 2, "holds 2 in row 1"), (query.astype(float), r"holds float64 \[24\]")):
         path = stored(tmp_path / "x.npz", rows, labels, is_query=wrong, is_gallery=query)
-        with pytest.raises(UserError, match=f"is_query {told}; it should be true or false, or 1 or 0"):
+        with pytest.raises(UserError, match=f"is_query {message}; it should be true or false, or 1 or 0"):
             read(path)
 
 
-def test_several_labels_of_embeddings_are_told_where_they_go(tmp_path):
+def test_several_labels_of_embeddings_name_the_array_for_them(tmp_path):
     rows, both = np.eye(4), np.asarray([[0, 1], [0, 2], [1, 2], [2, 0]])
     with pytest.raises(
         UserError, match=r"labels has the shape \(4, 2\), .* should be \[n\]; several .* label_sets \[n, l\]"

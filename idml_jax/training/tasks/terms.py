@@ -269,13 +269,17 @@ def _check_options(terms: tuple[Term, ...]) -> None:
 def _check_by_loss(term: Term) -> None:
     """Refuses options that the loss itself refuses, by calling it on shapes."""
     spec, options = term.spec, dict(term.options)
-    options |= {"key": jax.random.key(0)} if spec.needs_key else {}
-    options |= {"dimension": 2} if spec.needs_dimension else {}
-    columns = 2 * term.centres
-    read = Embedding(jnp.zeros((2, 2)), jnp.zeros((2, 2))) if spec.reads == "embeddings" else jnp.zeros((2, columns))
-    related = jnp.zeros((2, columns), bool)
+
+    def call() -> jax.Array:
+        shape = 2, 2 * term.centres
+        read = Embedding(jnp.zeros((2, 2)), jnp.zeros((2, 2))) if spec.reads == "embeddings" else jnp.zeros(shape)
+        related = jnp.zeros(shape, bool)
+        more: dict[str, Any] = {"key": jax.random.key(0)} if spec.needs_key else {}
+        more |= {"dimension": 2} if spec.needs_dimension else {}
+        return spec.function(read, Pairs(related, related), **options, **more)
+
     try:
-        jax.eval_shape(lambda: spec.function(read, Pairs(related, related), **options))
+        jax.eval_shape(call)  # on no device: several hosts may not be connected yet
     except ValueError as error:
         told = first_line(error)
         name = f"{term.loss}." if told.split()[0] in options else f"{term.loss}: "
